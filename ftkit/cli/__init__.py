@@ -1,0 +1,62 @@
+"""The command line: one small file a command, loaded only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from ftkit import __version__
+
+# Name → what `ftkit --help` says of it; the command is `command` in ftkit/cli/NAME.py.
+COMMANDS = {
+    "init": "Write a recipe and a dataset to start from.",
+    "plan": "Say whether it fits, and with which batch × accumulation.",
+    "train": "Fine-tune: QLoRA, LoRA or full; resumable.",
+    "ship": "Merge, convert, quantise, prove, and register in Ollama.",
+    "build": "plan, train and ship in one go.",
+    "chat": "Ask the model that a run shipped.",
+    "status": "Show which steps of a run are done.",
+    "env": "Show versions, GPU and tools, and what is missing.",
+    "setup": "Bring llama.cpp's programs, its converter or a small model.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called, so that help needs none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"ftkit.cli.{cmd_name}").command
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, 1)
+            if near and "Did you mean" not in error.message:
+                error.message += f" Did you mean {near[0]}?"
+            raise
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "FTKIT"})
+@click.version_option(__version__, prog_name="ftkit")
+def main() -> None:
+    """From a base model, your data and this GPU to `ollama run mymodel`.
+
+    \b
+    ftkit init mymodel && cd mymodel
+    ftkit build
+    ollama run mymodel
+    """

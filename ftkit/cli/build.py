@@ -1,0 +1,26 @@
+"""`ftkit build`: the whole line in one go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ftkit.cli import plan as plan_command
+from ftkit.cli import ship as ship_command
+from ftkit.cli.common import open_project, recipe_options
+
+
+@click.command(epilog="\b\nExamples:\n  ftkit build\n  ftkit build --set training.max_steps=20 --no-ollama")
+@recipe_options
+@ship_command.ollama_option
+def command(recipe: Path, as_json: bool, use_ollama: bool | None, **options: Any) -> None:
+    """Plan, train and ship RECIPE. What is finished is not done again."""
+    from ftkit import pipeline
+
+    project = open_project(recipe, **options)
+    with project.run:
+        if not as_json:
+            plan_command.show(pipeline.plan(project))
+        ship_command.show(project, pipeline.build(project, use_ollama=use_ollama), as_json)

@@ -1,0 +1,44 @@
+"""`ftkit chat`: ask the model that a run shipped, through llama.cpp in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ftkit.cli.common import json_option
+
+
+@click.command(
+    epilog='\b\nExamples:\n  ftkit chat runs/recipe\n  ftkit chat runs/recipe "Is this C function safe? …"\n  cat file.c | ftkit chat runs/recipe -'
+)
+@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("message", required=False)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Stop after so many tokens.")
+@json_option
+def command(run: Path, message: str | None, max_new_tokens: int, as_json: bool) -> None:
+    """Ask the GGUF that RUN shipped: one MESSAGE (- for standard input), or a conversation without one."""
+    from ftkit import llamacpp
+    from ftkit.cli.console import print_json, say
+    from ftkit.errors import RunError
+    from ftkit.run import Run
+
+    converted = Run(run).finished("gguf")
+    if not converted:
+        raise RunError(f"{run} holds no shipped model.", "ftkit build, then ftkit chat runs/recipe")
+    message = click.get_text_stream("stdin").read() if message == "-" else message
+    with llamacpp.load(converted.folder / converted.result["ship"]) as engine:
+        if message is not None:
+            answer = engine.chat([{"role": "user", "content": message}], max_new_tokens)
+            print_json({"answer": answer}) if as_json else say(answer)
+            return
+        messages: list[dict[str, str]] = []
+        while True:
+            try:
+                asked = click.prompt("you", prompt_suffix="> ", err=True)
+            except click.Abort:
+                return
+            messages.append({"role": "user", "content": asked})
+            answer = engine.chat(messages, max_new_tokens)
+            messages.append({"role": "assistant", "content": answer})
+            say(answer)

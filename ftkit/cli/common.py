@@ -1,0 +1,51 @@
+"""Options that several commands share, and the project that they open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from ftkit.pipeline import Project
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; units are in the keys.")
+
+
+def recipe_options(function: Function) -> Function:
+    """RECIPE and the options that change it."""
+    for option in reversed(
+        (
+            click.argument("recipe", type=click.Path(path_type=Path), default=Path("recipe.yaml")),
+            click.option("--model", "-m", metavar="REF", help="Base model: hub id, folder, .gguf file or ollama:NAME."),
+            click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe."),
+            click.option("--vram", metavar="GIB", help="Plan for this much memory."),
+            click.option("--gpu", metavar="NAME", help='Plan for this card, as in --gpu "RTX 4090".'),
+            click.option(
+                "--run-dir", type=click.Path(path_type=Path, file_okay=False), help="Where the run is kept.  [default: runs/RECIPE]"
+            ),
+            json_option,
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def open_project(
+    recipe: Path, model: str | None, settings: tuple[str, ...], vram: str | None, gpu: str | None, run_dir: Path | None
+) -> Project:
+    """The project that the options name, reporting to the screen."""
+    from ftkit import pipeline
+    from ftkit.cli.console import ConsoleReporter
+    from ftkit.recipe import parse_override
+
+    overrides = [parse_override(text) for text in settings]
+    if model:
+        overrides.append(("model", model if not Path(model).expanduser().exists() else str(Path(model).expanduser().resolve())))
+    if vram:
+        overrides.append(("budget.vram", vram))
+    return pipeline.open_project(recipe, overrides, run_dir=run_dir, gpu=gpu, reporter=ConsoleReporter())

@@ -1,0 +1,35 @@
+"""`ftkit train`: fine-tune as planned; the same command again resumes or says that it is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ftkit.cli.common import open_project, recipe_options
+
+
+@click.command(epilog="\b\nExamples:\n  ftkit train\n  ftkit train --set training.method=lora --set training.learning_rate=1e-4")
+@recipe_options
+def command(recipe: Path, as_json: bool, **options: Any) -> None:
+    """Train RECIPE as planned. The best checkpoint by validation loss is kept; a killed run is taken up again."""
+    from ftkit import pipeline
+    from ftkit.cli.console import print_json, say
+    from ftkit.units import bytes_text, seconds_text
+
+    project = open_project(recipe, **options)
+    with project.run:
+        step = pipeline.train(project)
+    result = step.result
+    if as_json:
+        print_json({**result, "folder": str(step.folder), "seconds": step.seconds})
+        return
+    say(
+        f"{'Trained' if step.fresh else 'Up to date: trained'} in {seconds_text(step.seconds)}, {result['steps']} steps, {result['tokens_per_second']:.0f} tokens/s."
+    )
+    say(
+        f"Validation loss {result['first_validation_loss']:.4f} → {result['best_validation_loss']:.4f} (best, step {result['best_step']}): {result['verdict']}."
+    )
+    say(f"Peak memory {bytes_text(result['peak_bytes'])} {result['peak_is']}. Kept in {step.folder}")
+    say("Next: ftkit ship")

@@ -1,0 +1,212 @@
+"""Read a dataset, normalise its rows to chat messages, render and mask them, and count their tokens."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftkit.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+ROLES = ("system", "user", "assistant")
+FORMATS = 'ftkit reads {"messages": [...]}, {"prompt", "completion"}, {"instruction", "input", "output"} and {"conversations": [...]}'
+
+Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training conversation; the last message is the assistant's."""
+
+    messages: tuple[Message, ...]
+    line: int  # in its file, from 1
+
+    @property
+    def question(self) -> list[Message]:
+        """All before the last answer."""
+        return list(self.messages[:-1])
+
+    @property
+    def answer(self) -> str:
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised row: `labels` are the token ids where the assistant speaks, `IGNORED` elsewhere. Same length."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Lengths of a dataset's rows, in tokens."""
+
+    rows: int
+    total: int
+    median: int
+    p95: int
+    longest: int
+    cut: int  # rows longer than max_length
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a `.jsonl` or `.json` file. Raises DataError with file and line for the first faults of each kind."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json*")] if path.parent.is_dir() else [], 1)
+        raise DataError(f"There is no dataset at {path}.", f"did you mean {path.parent / near[0]}?" if near else FORMATS) from None
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: not UTF-8 text.", f"iconv -f latin1 -t utf-8 '{path}' > fixed.jsonl") from None
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}.") from None
+    rows, faults = [], []
+    for line, value in _values(path, text, faults):
+        try:
+            rows.append(Row(_messages(value), line))
+        except ValueError as error:
+            faults.append(f"{path}, line {line}: {error}")
+    if faults:
+        more = f"\n… and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise DataError("\n".join(faults[:5]) + more, FORMATS)
+    if not rows:
+        raise DataError(f"{path} has no rows.", FORMATS)
+    return rows
+
+
+def _values(path: Path, text: str, faults: list[str]) -> list[tuple[int, Any]]:
+    if text.lstrip().startswith("["):
+        try:
+            return list(enumerate(json.loads(text), 1))
+        except ValueError as error:
+            faults.append(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON: {getattr(error, 'msg', error)}")
+            return []
+    values = []
+    for line, content in enumerate(text.split("\n"), 1):
+        if content.strip():
+            try:
+                values.append((line, json.loads(content)))
+            except ValueError as error:
+                faults.append(f"{path}, line {line}: not JSON: {getattr(error, 'msg', error)} (column {getattr(error, 'colno', 1)})")
+    return values
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    """A row in any of the known forms, as messages. Raises ValueError with what is wrong with it."""
+    if not isinstance(value, dict):
+        raise ValueError(f"a row is an object, not {type(value).__name__}")
+    if "messages" in value:
+        messages = value["messages"]
+    elif "conversations" in value:  # ShareGPT
+        names = {"human": "user", "gpt": "assistant"}
+        turns = value["conversations"]
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError("`conversations` is not a list of objects")
+        messages = [{"role": names.get(turn.get("from"), turn.get("from")), "content": turn.get("value")} for turn in turns]
+    elif "prompt" in value and "completion" in value:
+        messages = [{"role": "user", "content": value["prompt"]}, {"role": "assistant", "content": value["completion"]}]
+    elif "instruction" in value and "output" in value:  # Alpaca
+        asked = "\n\n".join(part for part in (value["instruction"], value.get("input")) if part)
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": value["output"]}]
+    else:
+        raise ValueError(f"no known form (keys: {', '.join(map(str, value)) or 'none'})")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("no messages")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            role = message.get("role") if isinstance(message, dict) else message
+            raise ValueError(f"message {number} has role {role!r}; roles are {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"message {number} has no text")
+    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+        raise ValueError("no answer: the last message must be the assistant's, and not empty")
+    if not any(message["role"] == "user" for message in messages):
+        raise ValueError("no question: a user message is missing")
+    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
+
+
+def split_validation(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(training, validation) rows; at least one row stays on each side. Raises DataError for fewer than two rows."""
+    import random
+
+    if len(rows) < 2:
+        raise DataError("One row cannot be split into training and validation.", "add rows, or name a file in data.validation")
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    count = min(max(1, round(len(rows) * share)), len(rows) - 1)
+    held = set(order[:count])
+    return [row for n, row in enumerate(rows) if n not in held], [row for n, row in enumerate(rows) if n in held]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, ask: bool) -> str:
+    """The model's own chat template over `messages`; with `ask` it ends where the assistant begins."""
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "The tokenizer has no chat template.", "use the instruction-tuned variant of the model (often named -Instruct or -it)"
+        )
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a rendered prompt; the template has written every special token already, so none is added."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
+    """Token ids and labels of a row: each assistant turn is learnt up to and including its end-of-turn token.
+
+    A turn is what the template adds after the prompt that ends in it. Raises DataError where the template does not render
+    the prompt as the beginning of the whole.
+    """
+    whole = render(tokenizer, row.messages, ask=False)
+    spans = []
+    for number, message in enumerate(row.messages):
+        if message["role"] == "assistant":
+            start = len(render(tokenizer, row.messages[:number], ask=True))
+            end = len(render(tokenizer, row.messages[: number + 1], ask=False))
+            if whole[:start] != render(tokenizer, row.messages[:number], ask=True):
+                raise DataError(f"line {row.line}: the chat template renders the prompt differently once the answer is there.")
+            spans.append((start, end))
+    # Each piece is tokenised by itself, so that the tokens before an answer are those of the prompt at inference.
+    input_ids: list[int] = []
+    labels: list[int] = []
+    cursor = 0
+    for start, end in spans:
+        prompt, answer = token_ids(tokenizer, whole[cursor:start]), token_ids(tokenizer, whole[start:end])
+        stop = max((n for n, token in enumerate(answer) if token == tokenizer.eos_token_id), default=len(answer) - 1)
+        input_ids += prompt + answer
+        labels += [IGNORED] * len(prompt) + answer[: stop + 1] + [IGNORED] * (len(answer) - stop - 1)
+        cursor = end
+    while labels and labels[-1] == IGNORED:  # what follows the last end of turn teaches nothing
+        labels.pop()
+        input_ids.pop()
+    return Example(input_ids, labels)
+
+
+def count_tokens(examples: Sequence[Example], max_length: int) -> TokenCounts:
+    """Statistics of the rows' lengths."""
+    lengths = sorted(len(example.input_ids) for example in examples)
+    return TokenCounts(
+        rows=len(lengths),
+        total=sum(lengths),
+        median=lengths[len(lengths) // 2],
+        p95=lengths[min(len(lengths) - 1, int(len(lengths) * 0.95))],
+        longest=lengths[-1],
+        cut=sum(length > max_length for length in lengths),
+    )
+
+
+def cut(examples: Sequence[Example], max_length: int) -> list[Example]:
+    """Rows cut at `max_length` tokens; those whose answer lies wholly beyond it are dropped."""
+    kept = [Example(e.input_ids[:max_length], e.labels[:max_length]) for e in examples]
+    return [example for example in kept if any(label != IGNORED for label in example.labels)]

@@ -1,0 +1,75 @@
+"""Merged model → GGUF files: convert, quantise, and read back what was written."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ftkit.errors import ModelError, ToolMissingError
+from ftkit.progress import SILENT, Reporter
+from ftkit.tools import Found, call
+
+CONVERTER_TYPES = {"F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}  # what the converter writes without llama-quantize
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A finished GGUF file, as read back from it."""
+
+    quantization: str
+    path: Path
+    bytes: int
+    bits_per_weight: float
+    tensors: int
+    fallback_tensors: int  # 2-D tensors whose rows do not divide by the wanted type's block, so that another was taken
+
+
+def convert(model: Path, path: Path, quantization: str, converter: Found | None, reporter: Reporter = SILENT) -> None:
+    """llama.cpp's converter, in a process of its own: its `gguf` package and PyPI's must not meet.
+
+    Raises ToolMissingError without a converter, ToolFailedError with its last lines.
+    """
+    if not converter:
+        raise ToolMissingError("llama.cpp's converter (convert_hf_to_gguf.py) is not here.", "ftkit setup converter")
+    reporter.step(f"converting to {path.name}")
+    libraries = [str(converter.path.parent)] + (
+        [str(converter.path.parent / "gguf-py")] if (converter.path.parent / "gguf-py").is_dir() else []
+    )
+    call(
+        [sys.executable, converter.path, model, "--outfile", path, "--outtype", CONVERTER_TYPES[quantization]],
+        environment={"PYTHONPATH": os.pathsep.join(libraries), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def quantize(source: Path, path: Path, quantization: str, program: Found, reporter: Reporter = SILENT) -> None:
+    """llama-quantize from an F16 file. Raises ToolFailedError with its last lines."""
+    reporter.step(f"quantising to {path.name}")
+    call([program.path, source, path, quantization])
+
+
+def read_back(path: Path, quantization: str, chat_template: str | None) -> GgufFile:
+    """Check that the file is whole and carries the model's own chat template.
+
+    Raises ModelError where it does not.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    field = reader.get_field("tokenizer.chat_template")
+    if chat_template and (field is None or field.contents() != chat_template):
+        raise ModelError(f"{path.name} does not carry the model's chat template.", "report this with the model's name")
+    elements = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    size = sum(int(tensor.n_bytes) for tensor in reader.tensors)
+    block = 256 if "_K" in quantization or quantization.startswith("IQ4_XS") else 32
+    return GgufFile(
+        quantization=quantization,
+        path=path,
+        bytes=path.stat().st_size,
+        bits_per_weight=8 * size / elements,
+        tensors=len(reader.tensors),
+        fallback_tensors=sum(
+            len(tensor.shape) > 1 and bool(tensor.shape[0] % block) for tensor in reader.tensors if quantization not in ("F16", "BF16")
+        ),
+    )

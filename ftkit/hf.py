@@ -1,0 +1,129 @@
+"""Run a model with transformers: load it as training or asking needs it, and ask it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftkit.data import Message, render
+from ftkit.errors import ModelError
+from ftkit.progress import SILENT, Reporter
+from ftkit.recipe import Method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# PyTorch only warns when a layer has no gradient formula; the loss then still falls while most gradients are lost.
+NO_GRADIENT = r".*autograd kernel was not registered.*"
+
+
+def quiet() -> None:
+    """Leave the screen to ftkit: no progress bars, hints or start-up tables of the libraries."""
+    import transformers
+    from datasets.utils import disable_progress_bars
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
+    warnings.filterwarnings("error", message=NO_GRADIENT)
+    # transformers' own renaming, seen from inside its own code
+    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises ModelError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder} has no tokenizer that transformers can load: {str(error).splitlines()[0]}.") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: bool) -> PreTrainedModel:
+    """The base model as `method` trains it, or (None) as it is asked: frozen weights in the compute format.
+
+    `full` gets float32 weights, since what is trained is kept in float32.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if bfloat16 and method != "full" else torch.float32
+    settings: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    if method == "qlora":
+        settings["quantization_config"] = nf4_config(dtype)
+    if cuda:
+        settings["device_map"] = {"": 0}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **settings)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}.") from None
+    if method == "qlora":
+        _keep_gradients_after_evaluation(model)
+    return model
+
+
+def nf4_config(dtype: Any) -> Any:
+    """4-bit NF4 with double quantisation, computing in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+
+
+def _keep_gradients_after_evaluation(model: PreTrainedModel) -> None:
+    """Forbid bitsandbytes' inference packing on CPUs with AVX512-BF16.
+
+    bitsandbytes 0.50 repacks a layer the first time that it runs in eval mode and then takes a path without gradients,
+    in training too. CUDA is not affected.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[list[Message]],
+    max_new_tokens: int,
+    *,
+    batch: int = 16,
+    label: str = "asking",
+    reporter: Reporter = SILENT,
+) -> list[str]:
+    """Greedy answers, in the order of the questions; similar lengths go through together."""
+    import torch
+
+    prompts = [render(tokenizer, question, ask=True) for question in questions]
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    answers = [""] * len(prompts)
+    model.eval()
+    stops = _end_tokens(model, tokenizer)
+    with torch.inference_mode(), reporter.bar(label, len(prompts)) as bar:
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            inputs = tokenizer(
+                [prompts[n] for n in chosen], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+            ).to(model.device)
+            output = model.generate(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
+                do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
+                eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, use_cache=True,
+            )  # fmt: skip
+            for n, ids in zip(chosen, output[:, inputs["input_ids"].shape[1] :], strict=True):
+                answers[n] = tokenizer.decode(ids, skip_special_tokens=True)
+            bar.update(start + len(chosen))
+    return answers
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (*ids, tokenizer.eos_token_id) if token is not None})

@@ -1,0 +1,455 @@
+"""The line, in order: plan → train → merge → gguf → prove → register. Each step is made once for its inputs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ftkit import data, device, hf, llamacpp, merge, ollama, parity, source, tools
+from ftkit import gguf as gguf_files
+from ftkit import train as training
+from ftkit.data import Example, Message, Row, TokenCounts
+from ftkit.device import Device
+from ftkit.errors import DoesNotFitError, ModelError, ProofError, RunError, ToolMissingError
+from ftkit.memory import inventory
+from ftkit.memory.plan import MemoryPlan, make_plan
+from ftkit.parity import Score
+from ftkit.progress import SILENT, Reporter
+from ftkit.recipe import Recipe, load_recipe
+from ftkit.run import Run, Step, file_fingerprint
+from ftkit.source import Source
+from ftkit.units import bytes_text
+
+OLLAMA_ROWS = 20  # held-out questions that a server is asked after registering; the proof has asked them all
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The dataset, by purpose. `test` falls back to the validation rows where the recipe names no test file."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan, and the lengths of the dataset that it was made for."""
+
+    memory: MemoryPlan
+    tokens: TokenCounts
+    bfloat16: bool
+    on_cuda: bool
+    step: Step
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What `ship` delivers."""
+
+    gguf: Path
+    files: list[dict[str, Any]]
+    modelfile: Path
+    merged_onto: str
+    scores: dict[str, Score]
+    examples: list[dict[str, str]]
+    missing_quantization: str | None  # the wanted type, where llama-quantize is not here
+    registered_as: str | None
+    not_registered_because: str | None
+    fresh: bool
+
+
+class Project:
+    """A recipe, the folder that its paths are taken from, and its run directory."""
+
+    def __init__(self, recipe: Recipe, folder: Path, run: Run, *, gpu: str | None = None, reporter: Reporter = SILENT) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.run = run
+        self.gpu = gpu
+        self.reporter = reporter
+        self.llama_cpp_dir = folder / recipe.tools.llama_cpp_dir if recipe.tools.llama_cpp_dir else None
+
+    @cached_property
+    def source(self) -> Source:
+        return source.locate(self.recipe.model, self.folder)
+
+    @cached_property
+    def device(self) -> Device:
+        return device.choose(self.recipe.budget.vram, self.gpu)
+
+    @cached_property
+    def data_paths(self) -> dict[str, Path]:
+        """The dataset's files by purpose; DataError for one that is missing comes from reading it."""
+        named = {"train": self.recipe.data.train, "validation": self.recipe.data.validation, "test": self.recipe.data.test}
+        return {purpose: self.folder / name for purpose, name in named.items() if name}
+
+    @cached_property
+    def rows(self) -> Rows:
+        read = {purpose: data.read_rows(path) for purpose, path in self.data_paths.items()}
+        train, validation = read["train"], read.get("validation")
+        if validation is None:
+            train, validation = data.split_validation(train, self.recipe.data.validation_share, self.recipe.training.seed)
+        test = read.get("test", validation)[: self.recipe.ship.test_rows]
+        return Rows(train, validation, test)
+
+    @cached_property
+    def data_fingerprints(self) -> dict[str, str]:
+        return {purpose: file_fingerprint(path) if path.is_file() else "missing" for purpose, path in self.data_paths.items()}
+
+    @cached_property
+    def base(self) -> Source:
+        """The source with its 16-bit weights at hand."""
+        return source.open_weights(self.source, self.reporter)
+
+    @property
+    def base_folder(self) -> Path:
+        assert self.base.folder
+        return self.base.folder
+
+    def tokenised(self, rows: Sequence[Row], tokenizer: Any) -> list[Example]:
+        return [data.tokenise(tokenizer, row) for row in rows]
+
+
+def open_project(
+    path: Path,
+    overrides: Sequence[tuple[str, Any]] = (),
+    *,
+    run_dir: Path | None = None,
+    gpu: str | None = None,
+    reporter: Reporter = SILENT,
+) -> Project:
+    """Read a recipe (or the folder that holds `recipe.yaml`) and find its run directory: `runs/RECIPE` beside it."""
+    path = path / "recipe.yaml" if path.is_dir() else path
+    recipe = load_recipe(path, overrides)
+    folder = path.parent.resolve()
+    return Project(recipe, folder, Run(run_dir or folder / "runs" / path.stem), gpu=gpu, reporter=reporter)
+
+
+def plan(project: Project) -> Plan:
+    """Count what the run needs and choose batch × accumulation. The run must be open.
+
+    Raises ModelError, DataError and RecipeError; a plan that does not fit is a result, not an error.
+    """
+    recipe = project.recipe
+    chosen_device = project.device
+    wanted = recipe.budget.vram or project.gpu or f"{chosen_device.name}, {chosen_device.total_bytes >> 20} MiB"
+    inputs = [
+        project.source.fingerprint, project.data_fingerprints, recipe.data.model_dump(), recipe.training.model_dump(),
+        recipe.lora.model_dump(), recipe.ship.quantization, wanted,
+    ]  # fmt: skip
+
+    def make(folder: Path) -> dict[str, Any]:
+        rows = project.rows  # read first: a fault in the data is cheaper to find than one in the model
+        opened = source.open_config(project.source, project.reporter)
+        assert opened.folder
+        tokenizer = hf.load_tokenizer(opened.folder)
+        project.reporter.step("counting tokens and parameters")
+        max_length = recipe.training.max_length
+        counts = data.count_tokens(project.tokenised([*rows.train, *rows.validation], tokenizer), max_length)
+        config = inventory.load_config(opened.folder)
+        bfloat16 = device.computes_bfloat16(chosen_device)
+        on_cuda = chosen_device.kind == "cuda"
+        memory = make_plan(
+            config, recipe, min(counts.longest, max_length), chosen_device.name,
+            chosen_device.free_bytes, on_cuda=on_cuda, bfloat16=bfloat16,
+        )  # fmt: skip
+        result = {"memory": asdict(memory), "tokens": asdict(counts), "bfloat16": bfloat16, "on_cuda": on_cuda}
+        (folder / "plan.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        return result
+
+    step = project.run.ensure("plan", inputs, make)
+    result = step.result
+    return Plan(MemoryPlan.load(result["memory"]), TokenCounts(**result["tokens"]), result["bfloat16"], result["on_cuda"], step)
+
+
+def train(project: Project) -> Step:
+    """Train as planned. Raises DoesNotFitError before anything is loaded, InterruptedRunError on Ctrl-C."""
+    planned = plan(project)
+    fit = planned.memory.chosen
+    if not fit.fits:
+        raise DoesNotFitError(
+            f"{project.recipe.training.method} at {planned.memory.max_length} tokens needs about {bytes_text(fit.peak_bytes)}; "
+            f"{planned.memory.device_name} has {bytes_text(fit.budget_bytes)}, of which a tenth is kept free.",
+            "see what would fit: ftkit plan, then for example --set training.method=qlora or a smaller training.max_length",
+        )
+    recipe = project.recipe
+    settings = training.Settings(
+        fit.per_device_train_batch_size, fit.gradient_accumulation_steps, fit.gradient_checkpointing, planned.bfloat16,
+        bool(device.find_gpus()),
+    )  # fmt: skip
+    inputs = [
+        project.source.fingerprint, project.data_fingerprints, recipe.data.model_dump(), recipe.training.model_dump(),
+        recipe.lora.model_dump(), asdict(settings),
+    ]  # fmt: skip
+
+    def make(folder: Path) -> dict[str, Any]:
+        base, rows = project.base_folder, project.rows
+        tokenizer = hf.load_tokenizer(base)
+        if project.base.gguf:
+            _check_recovered_tokenizer(project, project.base.gguf, tokenizer)
+        project.reporter.step(
+            f"training ({recipe.training.method}, {settings.per_device_train_batch_size} × {settings.gradient_accumulation_steps})"
+        )
+        max_length = recipe.training.max_length
+        result = training.train(
+            recipe, settings, base, tokenizer,
+            data.cut(project.tokenised(rows.train, tokenizer), max_length),
+            data.cut(project.tokenised(rows.validation, tokenizer), max_length),
+            folder, project.reporter,
+        )  # fmt: skip
+        return result.record()
+
+    return project.run.ensure("train", inputs, make, resumable=True)
+
+
+def _check_recovered_tokenizer(project: Project, gguf: Path, tokenizer: Any) -> None:
+    """A tokenizer that was rebuilt from a GGUF is a guess until llama.cpp gives the same ids for the training texts."""
+    with llamacpp.load(gguf) as engine:
+        texts = [*parity.HARD_TEXTS, *(data.render(tokenizer, row.messages, ask=False) for row in project.rows.train[:200])]
+        count = parity.compare_tokens(texts, lambda text: data.token_ids(tokenizer, text), engine.tokenize, gguf.name)
+    project.reporter.note(f"the tokenizer rebuilt from {gguf.name} gives llama.cpp's ids on {count} texts")
+
+
+def ship(project: Project, *, use_ollama: bool | None = None) -> Shipped:
+    """Merge, convert, quantise, prove and register what was trained.
+
+    `use_ollama`: True requires a server, False leaves it out, None registers where one answers.
+    Raises RunError where nothing was trained, ProofError where the shipped file does not behave as the trained model.
+    """
+    trained = project.run.finished("train")
+    if not trained:
+        raise RunError(f"{project.run.folder} holds no finished training.", "ftkit train, or ftkit build for the whole line")
+    client = ollama.connect(project.reporter) if use_ollama else None  # asked for: found missing before the long work
+    _check_disk(project)
+    merged = _merge(project, trained)
+    converted = _convert(project, merged)
+    proven = _prove(project, merged, converted)
+    result = proven.result
+    gguf = converted.folder / converted.result["ship"]
+    registered, because = None, None
+    if use_ollama is not False:
+        try:
+            client = client or ollama.connect(project.reporter)
+            registered = _register(project, client, converted, merged)
+        except ToolMissingError as error:
+            if use_ollama:
+                raise
+            because = error.message
+    return Shipped(
+        gguf=gguf,
+        files=converted.result["files"],
+        modelfile=converted.folder / "Modelfile",
+        merged_onto=merged.result["onto"],
+        scores={name: Score(**entry) for name, entry in result["scores"].items()},
+        examples=result["examples"],
+        missing_quantization=converted.result["missing_quantization"],
+        registered_as=registered,
+        not_registered_because=because,
+        fresh=proven.fresh,
+    )
+
+
+def _check_disk(project: Project) -> None:
+    planned = project.run.finished("plan")
+    needed = MemoryPlan.load(planned.result["memory"]).disk_bytes if planned else 0
+    free = shutil.disk_usage(project.run.folder).free
+    if needed > free and not project.run.finished("prove"):
+        raise DoesNotFitError(
+            f"Merging and converting writes about {bytes_text(needed)}; {project.run.folder} has {bytes_text(free)} free.",
+            "free some space, or put the run elsewhere with --run-dir",
+        )
+
+
+def _merge(project: Project, trained: Step) -> Step:
+    """Merge into the 16-bit source and ask the held-out questions before, as trained and merged.
+
+    Where QLoRA's gain is lost by it – an adapter learns around the 4-bit base – merge onto the dequantised base instead,
+    if that answers better, and record both figures.
+    """
+    recipe = project.recipe
+    planned = plan(project)
+    inputs = [trained.fingerprint, project.data_fingerprints.get("test"), recipe.ship.match, recipe.ship.max_loss_points,
+              recipe.ship.test_rows, recipe.ship.max_new_tokens]  # fmt: skip
+
+    def make(folder: Path) -> dict[str, Any]:
+        base, rows, cuda = project.base_folder, project.rows.test, bool(device.find_gpus())
+        tokenizer = hf.load_tokenizer(base)
+        hf.quiet()
+        questions, expected = [row.question for row in rows], [row.answer for row in rows]
+        method = recipe.training.method
+
+        def ask(label: str, folder: Path, *, adapter: Path | None = None) -> list[str]:
+            loaded: Any = hf.load_model(folder, method if adapter else None, bfloat16=planned.bfloat16, cuda=cuda)
+            if adapter:
+                from peft import PeftModel
+
+                loaded = PeftModel.from_pretrained(loaded, adapter)
+            return hf.answer(loaded, tokenizer, questions, recipe.ship.max_new_tokens, label=label, reporter=project.reporter)
+
+        def points(answers: list[str]) -> float:
+            return parity.score(expected, answers, recipe.ship.match).percent
+
+        answers = {"before": ask("asking the base model", base)}
+        target = folder / "model"
+        if method == "full":
+            shutil.copytree(trained.folder / "model", target)
+            answers["trained"] = answers["merged"] = ask("asking the trained model", target)
+            onto = "nothing: all weights were trained"
+        else:
+            adapter = trained.folder / "adapter"
+            answers["trained"] = ask("asking base and adapter", base, adapter=adapter)
+            project.reporter.step("merging into the 16-bit source")
+            target.mkdir()
+            merge.merge(base, adapter, target, reporter=project.reporter)
+            answers["merged"] = ask("asking the merged model", target)
+            onto = "the 16-bit source"
+            lost = points(answers["trained"]) - points(answers["merged"])
+            if method == "qlora" and lost > recipe.ship.max_loss_points:
+                project.reporter.warn(
+                    f"merged into the 16-bit source the model loses {lost:.1f} points; trying the dequantised base that it was trained on"
+                )
+                other = folder / "dequantised"
+                other.mkdir()
+                merge.merge(base, adapter, other, onto="dequantised", bfloat16=planned.bfloat16, reporter=project.reporter)
+                answers["merged onto the dequantised base"] = ask("asking the other merge", other)
+                if points(answers["merged onto the dequantised base"]) > points(answers["merged"]):
+                    onto = "the dequantised 4-bit base"
+                    shutil.rmtree(target)
+                    other.rename(target)
+                else:
+                    shutil.rmtree(other)
+        record = {"questions": questions, "expected": expected, "answers": answers}
+        (folder / "answers.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return {"onto": onto, "scores": {name: asdict(parity.score(expected, given, recipe.ship.match)) for name, given in answers.items()}}
+
+    return project.run.ensure("merge", inputs, make)
+
+
+def _convert(project: Project, merged: Step) -> Step:
+    """F16 and Q8_0 always, and the wanted type where llama-quantize is found; the Modelfile beside them."""
+    wanted = project.recipe.ship.quantization
+    program = tools.find_program("llama-quantize", project.llama_cpp_dir)
+    inputs = [merged.fingerprint, project.recipe.ship.model_dump(), bool(program) or wanted in gguf_files.CONVERTER_TYPES]
+
+    def make(folder: Path) -> dict[str, Any]:
+        converter = tools.find_converter(project.llama_cpp_dir)
+        model, stem = merged.folder / "model", project.recipe.ship.name.replace(":", "-")
+        tokenizer = hf.load_tokenizer(model)
+        files, shipped, missing = [], "Q8_0", None
+        f16 = folder / f"{stem}-F16.gguf"
+        for quantization in dict.fromkeys(("F16", "Q8_0", wanted)):
+            path = folder / f"{stem}-{quantization}.gguf"
+            if quantization in gguf_files.CONVERTER_TYPES:
+                gguf_files.convert(model, path, quantization, converter, project.reporter)
+            elif program:
+                gguf_files.quantize(f16, path, quantization, program, project.reporter)
+            else:
+                missing = quantization
+                continue
+            if quantization == wanted:
+                shipped = wanted
+            done = gguf_files.read_back(path, quantization, tokenizer.chat_template)
+            files.append({**asdict(done), "path": path.name})
+        modelfile = _modelfile(project, tokenizer, folder / f"{stem}-{shipped}.gguf")
+        (folder / "Modelfile").write_text(modelfile.text(), encoding="utf-8")
+        return {"files": files, "ship": f"{stem}-{shipped}.gguf", "quantization": shipped, "missing_quantization": missing}
+
+    return project.run.ensure("gguf", inputs, make)
+
+
+def _modelfile(project: Project, tokenizer: Any, gguf: Path) -> ollama.Modelfile:
+    from gguf import GGUFReader
+
+    try:
+        chat = ollama.find_format(_render(tokenizer))
+    except ModelError as error:
+        project.reporter.warn(f"{error.message} Ollama is left to use the template inside the GGUF.")
+        chat = None
+    adds_bos = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    bos = tokenizer.bos_token if adds_bos is not None and adds_bos.contents() else ""
+    return ollama.make_modelfile(f"./{gguf.name}", chat, project.recipe.ship, bos=bos or "", stops=[tokenizer.eos_token])
+
+
+def _render(tokenizer: Any) -> Callable[[Sequence[Message], bool], str]:
+    return lambda messages, ask: data.render(tokenizer, messages, ask=ask)
+
+
+def _prove(project: Project, merged: Step, converted: Step) -> Step:
+    """Token ids, prompts and held-out answers of the file that ships, against the trained model.
+
+    Raises ProofError where ids or prompts differ, or where it answers worse than `ship.max_loss_points` allows.
+    """
+    recipe = project.recipe
+    gguf = converted.folder / converted.result["ship"]
+    quantization = converted.result["quantization"]
+
+    def make(folder: Path) -> dict[str, Any]:
+        project.reporter.step(f"proving {gguf.name} against the trained model")
+        record = json.loads((merged.folder / "answers.json").read_text(encoding="utf-8"))
+        questions, expected, answers = record["questions"], record["expected"], record["answers"]
+        tokenizer = hf.load_tokenizer(merged.folder / "model")
+        render = _render(tokenizer)
+        conversations = [*questions, *([{"role": r, "content": f"text {n}"} for n, r in enumerate(roles)] for roles in ollama.SHAPES)]
+        with llamacpp.load(gguf, recipe.ship.num_ctx) as engine:
+            texts = [*parity.HARD_TEXTS, *(render(question, True) for question in questions)]
+            same_ids = parity.compare_tokens(texts, lambda text: data.token_ids(tokenizer, text), engine.tokenize, gguf.name)
+            same_prompts = parity.compare_prompts(conversations, lambda m: render(m, True), engine.render, gguf.name)
+            answers[quantization] = engine.answer(
+                questions, recipe.ship.max_new_tokens, label=f"asking {gguf.name}", reporter=project.reporter
+            )
+        scores = {name: parity.score(expected, given, recipe.ship.match) for name, given in answers.items()}
+        lost = scores["trained"].percent - scores[quantization].percent
+        examples = [
+            {"question": q[-1]["content"], "expected": e, "before": b, "after": a}
+            for q, e, b, a in zip(questions, expected, answers["before"], answers[quantization], strict=True)
+        ]
+        proof = {
+            "same_token_ids": same_ids, "same_prompts": same_prompts, "examples": examples[:3],
+            "scores": {name: asdict(entry) for name, entry in scores.items()}, "lost_points": lost,
+        }  # fmt: skip
+        (folder / "proof.json").write_text(
+            json.dumps({**proof, "examples": examples}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        if lost > recipe.ship.max_loss_points:
+            raise ProofError(
+                f"{gguf.name} answers {scores[quantization].percent:.1f} % of the held-out questions right, the trained model "
+                f"{scores['trained'].percent:.1f} %: {lost:.1f} points are lost, {recipe.ship.max_loss_points:g} are allowed.",
+                "a finer type loses less: --set ship.quantization=Q8_0; or allow it: --set ship.max_loss_points=10",
+            )
+        return proof
+
+    return project.run.ensure("prove", [merged.fingerprint, converted.fingerprint], make)
+
+
+def _register(project: Project, client: Any, converted: Step, merged: Step) -> str:
+    """Create the model in Ollama unless it is there from this very file, and ask it held-out questions; its name."""
+    name = project.recipe.ship.name
+    recorded = project.run.manifest().get("ollama", {})
+    digest = ollama.digest_of(client, name)
+    if digest and recorded.get("digest") == digest and recorded.get("converted") == converted.fingerprint:
+        return name
+    if digest:
+        project.reporter.warn(f"Ollama has a model named {name} already; it is replaced")
+    gguf = converted.folder / converted.result["ship"]
+    tokenizer = hf.load_tokenizer(merged.folder / "model")
+    project.reporter.step(f"registering {name} in Ollama")
+    digest = ollama.register(client, name, gguf, _modelfile(project, tokenizer, gguf), _render(tokenizer), project.reporter)
+    record = json.loads((merged.folder / "answers.json").read_text(encoding="utf-8"))
+    questions, expected = record["questions"][:OLLAMA_ROWS], record["expected"][:OLLAMA_ROWS]
+    given = ollama.answer(client, name, questions, project.recipe.ship.max_new_tokens, reporter=project.reporter)
+    asked = parity.score(expected, given, project.recipe.ship.match)
+    project.reporter.note(f"Ollama answers {asked.right} of {asked.rows} held-out questions right")
+    project.run.record(ollama={"name": name, "digest": digest, "converted": converted.fingerprint, "score": asdict(asked)})
+    return name
+
+
+def build(project: Project, *, use_ollama: bool | None = None) -> Shipped:
+    """The whole line."""
+    train(project)
+    return ship(project, use_ollama=use_ollama)

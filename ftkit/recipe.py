@@ -1,0 +1,197 @@
+"""The recipe: what to train, on which data, how, and what to ship; read from YAML, changed by `--set`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ftkit.errors import RecipeError
+from ftkit.units import parse_vram
+
+Method = Literal["qlora", "lora", "full"]
+# llama-quantize's names, without those that need an importance matrix or are no quantisation of a whole model.
+QUANTIZATIONS = (
+    "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1",
+    "Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "IQ4_XS", "IQ4_NL", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
+)  # fmt: skip
+MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}(:[a-z0-9][a-z0-9._-]{0,79})?", re.IGNORECASE)
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Data(Part):
+    train: str = "train.jsonl"
+    validation: str | None = Field(None, description="a file; without one, a share of the training rows is held out")
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test: str | None = Field(None, description="rows that training never sees; the proof asks them before and after")
+
+
+class Lora(Part):
+    """PEFT's LoraConfig, under its own names."""
+
+    r: Annotated[int, Field(ge=1, le=1024)] = 16
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+
+
+class Training(Part):
+    """TRL's SFTConfig, under its own names, and the method."""
+
+    method: Method = "qlora"
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
+    effective_batch_size: Annotated[int, Field(ge=1)] = 8
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] | None = Field(None, description="left out: the plan chooses")
+    gradient_checkpointing: bool | None = Field(None, description="left out: the plan chooses")
+    evaluations_per_epoch: Annotated[float, Field(gt=0)] = 1
+    early_stopping_patience: Annotated[int, Field(ge=1)] = 3
+    seed: Annotated[int, Field(ge=0)] = 42
+
+    @model_validator(mode="after")
+    def _divides(self) -> Training:
+        size = self.per_device_train_batch_size
+        if size and self.effective_batch_size % size:
+            raise ValueError(f"per_device_train_batch_size {size} does not divide effective_batch_size {self.effective_batch_size}")
+        return self
+
+
+class Budget(Part):
+    vram: str | None = Field(None, description="memory to plan for, in GiB; left out: the GPU found, else free RAM")
+
+    @field_validator("vram", mode="before")
+    @classmethod
+    def _amount(cls, value: Any) -> Any:
+        if value is not None:
+            try:
+                parse_vram(str(value))
+            except RecipeError as error:
+                raise ValueError(error.message) from None
+        return None if value is None else str(value)
+
+
+class Ship(Part):
+    name: str = "my-model"
+    quantization: str = "Q4_K_M"
+    match: Literal["first_line", "whole"] = Field("whole", description="how much of an answer must be right to count")
+    max_loss_points: Annotated[float, Field(ge=0, le=100)] = 3.0
+    test_rows: Annotated[int, Field(ge=1)] | None = Field(None, description="ask only so many held-out rows")
+    system: str | None = None
+    num_ctx: Annotated[int, Field(ge=8)] = 4096
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not MODEL_NAME.fullmatch(value):
+            raise ValueError("use letters, digits, dot, dash and underscore, with an optional :tag")
+        return value
+
+    @field_validator("quantization")
+    @classmethod
+    def _quantization(cls, value: str) -> str:
+        upper = value.upper()
+        if upper not in QUANTIZATIONS:
+            near = difflib.get_close_matches(upper, QUANTIZATIONS, 1, cutoff=0.4)
+            raise ValueError(
+                f"unknown quantisation {value!r}" + (f"; did you mean {near[0]}?" if near else "") + f" (known: {', '.join(QUANTIZATIONS)})"
+            )
+        return upper
+
+
+class Tools(Part):
+    llama_cpp_dir: str | None = Field(None, description="a llama.cpp checkout or folder of programs; before LLAMA_CPP_DIR and PATH")
+
+
+class Recipe(Part):
+    """All of one run. Paths are as written: relative ones are taken from the recipe's folder."""
+
+    model: str
+    data: Data = Data()
+    training: Training = Training()
+    lora: Lora = Lora()
+    budget: Budget = Budget()
+    ship: Ship = Ship()
+    tools: Tools = Tools()
+
+
+def load_recipe(path: Path, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe:
+    """Read a recipe and apply overrides, each a dotted key and its value.
+
+    Raises RecipeError that names every fault by its dotted key, with the nearest known name for a misspelt one.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [], 1)
+        raise RecipeError(f"There is no recipe at {path}.", f"did you mean {near[0]}?" if near else "make one: ftkit init") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"Cannot read {path}: {error}.", "make one: ftkit init") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(
+            f"{path}{where}: not YAML: {getattr(error, 'problem', error)}.", "see docs/recipe.md for a whole recipe"
+        ) from None
+    if not isinstance(loaded, dict):
+        raise RecipeError(f"{path} holds no recipe: it must be a mapping with `model:`.", "make one: ftkit init")
+    for key, value in overrides:
+        _set(loaded, key, value)
+    try:
+        return Recipe.model_validate(loaded)
+    except ValidationError as error:
+        faults = "\n".join("  " + _fault(entry) for entry in error.errors())
+        raise RecipeError(f"{path} has faults:\n{faults}", "see docs/recipe.md for every key") from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`training.max_length=512` → ("training.max_length", 512); the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise RecipeError(f"`--set {text}` is not KEY=VALUE.", "as in --set training.max_length=512")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"`--set {text}`: the value is not YAML.", "put quotes around it") from None
+
+
+def _set(loaded: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(loaded.setdefault(parent, {}), dict):
+            raise RecipeError(f"`{key}`: {parent} is no group of keys in the recipe.")
+        loaded = loaded[parent]
+    loaded[last] = value
+
+
+def _fault(entry: Any) -> str:
+    keys = [str(part) for part in entry["loc"]]
+    dotted = ".".join(keys) or "(recipe)"
+    if entry["type"] == "extra_forbidden":
+        part: type[BaseModel] = Recipe
+        for key in keys[:-1]:
+            annotation = part.model_fields[key].annotation if key in part.model_fields else None
+            part = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else part
+        near = difflib.get_close_matches(keys[-1], part.model_fields, 1)
+        return f"{dotted}: unknown key" + (f"; did you mean {near[0]}?" if near else f" (known: {', '.join(part.model_fields)})")
+    if entry["type"] == "missing":
+        return f"{dotted}: missing"
+    message = entry["msg"].removeprefix("Value error, ")
+    return f"{dotted}: {message}" + ("" if entry["type"] == "value_error" else f" (got {entry['input']!r})")

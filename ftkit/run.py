@@ -1,0 +1,157 @@
+"""The run directory: finished steps under their fingerprints, a manifest, and nothing half-made under a final name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ftkit.errors import RunError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished step: its folder and what it recorded about itself."""
+
+    name: str
+    fingerprint: str
+    folder: Path
+    result: dict[str, Any]
+    seconds: float
+    fresh: bool  # made just now, not found finished
+
+
+def fingerprint(*parts: object) -> str:
+    """A hash of JSON-able parts; equal inputs give equal names."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` as a whole: a reader sees the old or the new text, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class Run:
+    """A directory in which each step is made once.
+
+    `ensure` names a step by the fingerprint of its inputs, makes it in `.NAME-FINGERPRINT.partial/`, renames that to
+    `NAME-FINGERPRINT/` and then records it: a step counts as finished only with both.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lock = FileLock(folder / ".lock", timeout=0)
+
+    def open(self) -> Run:
+        """Create the directory where it is missing. Raises RunError where it cannot be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire()
+        except Timeout:
+            raise RunError(f"Another ftkit works in {self.folder}.", "wait for it, or choose another --run-dir") from None
+        except OSError as error:
+            raise RunError(f"Cannot write to {self.folder}: {error.strerror or error}.", "choose another folder with --run-dir") from None
+        return self
+
+    def close(self) -> None:
+        self.lock.release()
+
+    def __enter__(self) -> Run:
+        return self.open()
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def manifest(self) -> dict[str, Any]:
+        """What was recorded; empty for a new run. Raises RunError where it is unreadable."""
+        path = self.folder / MANIFEST
+        if not path.exists():
+            return {"steps": {}}
+        try:
+            loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            loaded["steps"].items()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise RunError(
+                f"{path} is damaged.", f"delete it: finished steps are made again, your data is untouched (rm '{path}')"
+            ) from None
+        return loaded
+
+    def record(self, **entries: Any) -> None:
+        """Merge entries into the manifest."""
+        manifest = self.manifest()
+        manifest.update(entries)
+        write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+
+    def finished(self, name: str, mark: str | None = None) -> Step | None:
+        """The step as recorded, if its folder is still there (and, given a mark, if it has this fingerprint)."""
+        entry = self.manifest()["steps"].get(name)
+        if not entry or (mark and entry["fingerprint"] != mark):
+            return None
+        folder = self.folder / f"{name}-{entry['fingerprint']}"
+        if not folder.is_dir():
+            return None
+        return Step(name, entry["fingerprint"], folder, entry["result"], entry["seconds"], fresh=False)
+
+    def ensure(self, name: str, inputs: object, make: Callable[[Path], dict[str, Any]], *, resumable: bool = False) -> Step:
+        """The finished step `name` for these inputs, made by `make(folder)` if it is not there.
+
+        A partial folder that a killed run left is thrown away, unless the step is `resumable`: then `make` finds it
+        as it was. Folders of the same step with other inputs are removed once the new one is recorded.
+        """
+        mark = fingerprint(name, inputs)
+        if found := self.finished(name, mark):
+            return found
+        final = self.folder / f"{name}-{mark}"
+        partial = self.folder / f".{name}-{mark}.partial"
+        if partial.exists() and not resumable:
+            shutil.rmtree(partial)
+        if final.exists():  # renamed, but killed before it was recorded: never trusted
+            shutil.rmtree(final)
+        partial.mkdir(exist_ok=True)
+        started = time.monotonic()
+        result = make(partial)
+        partial.rename(final)
+        step = Step(name, mark, final, result, time.monotonic() - started, fresh=True)
+        steps = self.manifest()["steps"]
+        steps[name] = {
+            "fingerprint": mark,
+            "seconds": round(step.seconds, 3),
+            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "result": result,
+        }
+        self.record(steps=steps)
+        for other in (*self.folder.glob(f"{name}-*"), *self.folder.glob(f".{name}-*.partial")):
+            if other != final and other.is_dir():
+                shutil.rmtree(other)
+        return step
