@@ -70,7 +70,8 @@ def read_rows(path: Path) -> list[Row]:
         raise DataError(f"{path}, line {line}: not UTF-8 text.", f"iconv -f latin1 -t utf-8 '{path}' > fixed.jsonl") from None
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from None
-    rows, faults = [], []
+    rows: list[Row] = []
+    faults: list[str] = []
     for line, value in _values(path, text, faults):
         try:
             rows.append(Row(_messages(value), line))

@@ -19,16 +19,9 @@ if TYPE_CHECKING:
 NO_GRADIENT = r".*autograd kernel was not registered.*"
 
 
-def quiet() -> None:
-    """Leave the screen to ftkit: no progress bars, hints or start-up tables of the libraries."""
-    import transformers
-    from datasets.utils import disable_progress_bars
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    disable_progress_bars()
+def refuse_lost_gradients() -> None:
+    """Turn the one warning that means wrong training into an error, and hear no more of transformers' own renamings."""
     warnings.filterwarnings("error", message=NO_GRADIENT)
-    # transformers' own renaming, seen from inside its own code
     warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 

@@ -280,7 +280,7 @@ def _merge(project: Project, trained: Step) -> Step:
     def make(folder: Path) -> dict[str, Any]:
         base, rows, cuda = project.base_folder, project.rows.test, bool(device.find_gpus())
         tokenizer = hf.load_tokenizer(base)
-        hf.quiet()
+        hf.refuse_lost_gradients()
         questions, expected = [row.question for row in rows], [row.answer for row in rows]
         method = recipe.training.method
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -26,14 +26,8 @@ class Reporter(Protocol):
     def warn(self, text: str) -> None:
         """Something that may spoil the result."""
 
-    def bar(self, label: str, total: float) -> BarContext:
+    def bar(self, label: str, total: float) -> AbstractContextManager[Bar]:
         """A context that yields a Bar over `total` units."""
-
-
-class BarContext(Protocol):
-    def __enter__(self) -> Bar: ...
-
-    def __exit__(self, *exception: object) -> bool | None: ...
 
 
 class _SilentBar:

@@ -29,9 +29,9 @@ class Part(BaseModel):
 
 class Data(Part):
     train: str = "train.jsonl"
-    validation: str | None = Field(None, description="a file; without one, a share of the training rows is held out")
+    validation: str | None = Field(default=None, description="a file; without one, a share of the training rows is held out")
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    test: str | None = Field(None, description="rows that training never sees; the proof asks them before and after")
+    test: str | None = Field(default=None, description="rows that training never sees; the proof asks them before and after")
 
 
 class Lora(Part):
@@ -58,8 +58,8 @@ class Training(Part):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
     effective_batch_size: Annotated[int, Field(ge=1)] = 8
-    per_device_train_batch_size: Annotated[int, Field(ge=1)] | None = Field(None, description="left out: the plan chooses")
-    gradient_checkpointing: bool | None = Field(None, description="left out: the plan chooses")
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] | None = Field(default=None, description="left out: the plan chooses")
+    gradient_checkpointing: bool | None = Field(default=None, description="left out: the plan chooses")
     evaluations_per_epoch: Annotated[float, Field(gt=0)] = 1
     early_stopping_patience: Annotated[int, Field(ge=1)] = 3
     seed: Annotated[int, Field(ge=0)] = 42
@@ -73,7 +73,7 @@ class Training(Part):
 
 
 class Budget(Part):
-    vram: str | None = Field(None, description="memory to plan for, in GiB; left out: the GPU found, else free RAM")
+    vram: str | None = Field(default=None, description="memory to plan for, in GiB; left out: the GPU found, else free RAM")
 
     @field_validator("vram", mode="before")
     @classmethod
@@ -89,9 +89,9 @@ class Budget(Part):
 class Ship(Part):
     name: str = "my-model"
     quantization: str = "Q4_K_M"
-    match: Literal["first_line", "whole"] = Field("whole", description="how much of an answer must be right to count")
+    match: Literal["first_line", "whole"] = Field(default="whole", description="how much of an answer must be right to count")
     max_loss_points: Annotated[float, Field(ge=0, le=100)] = 3.0
-    test_rows: Annotated[int, Field(ge=1)] | None = Field(None, description="ask only so many held-out rows")
+    test_rows: Annotated[int, Field(ge=1)] | None = Field(default=None, description="ask only so many held-out rows")
     system: str | None = None
     num_ctx: Annotated[int, Field(ge=8)] = 4096
     temperature: Annotated[float, Field(ge=0)] = 0.0
@@ -117,7 +117,7 @@ class Ship(Part):
 
 
 class Tools(Part):
-    llama_cpp_dir: str | None = Field(None, description="a llama.cpp checkout or folder of programs; before LLAMA_CPP_DIR and PATH")
+    llama_cpp_dir: str | None = Field(default=None, description="a llama.cpp checkout or folder of programs; before LLAMA_CPP_DIR and PATH")
 
 
 class Recipe(Part):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -151,7 +150,7 @@ def _dequantise(source: Source, reporter: Reporter) -> Path:
         partial = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
         try:
             _write_checkpoint(source.gguf, partial)
-            os.replace(partial, final)
+            partial.rename(final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return final

@@ -181,7 +181,8 @@ def find_program(name: str, llama_cpp_dir: Path | None = None) -> Found | None:
                 return Found(Path(program), where)
     if program := shutil.which(name):
         return Found(Path(program), "PATH")
-    if (folder := installed("llama.cpp")) and (program := shutil.which(name, path=str(folder / "bin"))):
+    brought = installed("llama.cpp")
+    if brought and (program := shutil.which(name, path=str(brought / "bin"))):
         return Found(Path(program), "ftkit setup llama.cpp")
     return None
 

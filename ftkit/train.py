@@ -86,7 +86,7 @@ def build_trainer(
 
     if not training or not validation:
         raise DataError("No row has an answer within training.max_length.", "raise it: --set training.max_length=2048")
-    hf.quiet()
+    hf.refuse_lost_gradients()
     _score_answers_only()
     method, t = recipe.training.method, recipe.training
     per_epoch = math.ceil(len(training) / (settings.per_device_train_batch_size * settings.gradient_accumulation_steps))

@@ -26,11 +26,15 @@ def command(run: Path, message: str | None, max_new_tokens: int, as_json: bool) 
     converted = Run(run).finished("gguf")
     if not converted:
         raise RunError(f"{run} holds no shipped model.", "ftkit build, then ftkit chat runs/recipe")
-    message = click.get_text_stream("stdin").read() if message == "-" else message
+    if message == "-":
+        message = str(click.get_text_stream("stdin").read())
     with llamacpp.load(converted.folder / converted.result["ship"]) as engine:
         if message is not None:
             answer = engine.chat([{"role": "user", "content": message}], max_new_tokens)
-            print_json({"answer": answer}) if as_json else say(answer)
+            if as_json:
+                print_json({"answer": answer})
+            else:
+                say(answer)
             return
         messages: list[dict[str, str]] = []
         while True:

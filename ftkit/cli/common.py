@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +11,9 @@ import click
 
 if TYPE_CHECKING:
     from ftkit.pipeline import Project
+
+# The libraries' own bars and advice; ftkit shows its own. Read when they are imported, so set before that.
+QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -39,6 +43,8 @@ def open_project(
     recipe: Path, model: str | None, settings: tuple[str, ...], vram: str | None, gpu: str | None, run_dir: Path | None
 ) -> Project:
     """The project that the options name, reporting to the screen."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     from ftkit import pipeline
     from ftkit.cli.console import ConsoleReporter
     from ftkit.recipe import parse_override

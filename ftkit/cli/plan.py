@@ -11,6 +11,9 @@ import click
 from ftkit.cli.common import open_project, recipe_options
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ftkit.memory.plan import Fit
     from ftkit.pipeline import Plan
 
 
@@ -62,7 +65,7 @@ def show(planned: Plan) -> None:
         f"{tokens.longest} (longest)" + (f"; {tokens.cut} rows will be cut" if tokens.cut else "") + ".\n"
     )
     rows = []
-    parts = {
+    parts: dict[str, Callable[[Fit], str]] = {
         "base weights": lambda f: bytes_text(f.inventory.weights_bytes),
         "adapter": lambda f: bytes_text(f.inventory.adapter_bytes) if f.inventory.adapter_bytes else "–",
         "gradients": lambda f: bytes_text(f.inventory.gradient_bytes),
