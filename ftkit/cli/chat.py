@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -27,7 +28,7 @@ def command(run: Path, message: str | None, max_new_tokens: int, as_json: bool) 
     if not converted:
         raise RunError(f"{run} holds no shipped model.", "ftkit build, then ftkit chat runs/recipe")
     if message == "-":
-        message = str(click.get_text_stream("stdin").read())
+        message = sys.stdin.read()
     with llamacpp.load(converted.folder / converted.result["ship"]) as engine:
         if message is not None:
             answer = engine.chat([{"role": "user", "content": message}], max_new_tokens)

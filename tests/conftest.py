@@ -1,0 +1,72 @@
+"""What every test shares: no network beyond loopback, a private cache folder, and a way to run the command line."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ftkit.cli import main
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection to any other machine fails the test."""
+    connect = socket.socket.connect
+
+    def checked(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            host = address[0]
+            if host != "localhost" and not ipaddress.ip_address(host).is_loopback:
+                raise AssertionError(f"a test tried to reach {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", checked)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def ftkit() -> Callable[..., Result]:
+    """Run a command line in this process: `ftkit("plan", "recipe.yaml", "--json")`; the result has exit_code, stdout and stderr."""
+
+    def run(*words: str | Path, stdin: str | None = None) -> Result:
+        return CliRunner().invoke(main, [str(word) for word in words], input=stdin, catch_exceptions=False)
+
+    return run
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    """Twelve small conversations."""
+    return [
+        {"messages": [{"role": "user", "content": f"What is {n} plus {n}?"}, {"role": "assistant", "content": f"It is {2 * n}."}]}
+        for n in range(12)
+    ]
+
+
+@pytest.fixture
+def write_rows() -> Callable[[Path, list[Any]], Path]:
+    """Write values as a JSONL file."""
+
+    def write(path: Path, values: list[Any]) -> Path:
+        path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty private folder: nothing that `ftkit setup` brought is found."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FTKIT_CACHE_DIR", str(folder))
+    monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
+    yield folder
