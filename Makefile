@@ -1,0 +1,55 @@
+# Two commands: `make demo` trains a small model and ships it; `make test` runs all that CI runs.
+# Each brings what it needs: a virtual environment, the locked packages, llama.cpp's converter, the base model.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(CURDIR)/$(VENV)/bin
+READY  := $(VENV)/.ready
+DEMO   := demo
+# On a machine whose cores are shared, waiting threads must sleep: spinning ones make torch many times slower.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test check unit e2e lock clean
+
+demo: $(READY)
+	@$(BIN)/ftkit setup converter smollm2
+	@test -f $(DEMO)/recipe.yaml || $(BIN)/ftkit init $(DEMO)
+	@$(BIN)/ftkit build $(DEMO)
+	@$(BIN)/ftkit status $(DEMO)/runs/recipe
+
+test: check unit e2e
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(READY)
+	@$(BIN)/ftkit setup converter smollm2
+	$(BIN)/python -m pytest -m "not e2e and not ollama"
+
+# The demo's run is what these tests look at. Ollama's servers are compiled once (Go, C++) and kept outside the tree.
+e2e: $(READY)
+	@$(BIN)/ftkit setup converter llama.cpp smollm2
+	$(BIN)/python tests/servers.py
+	$(MAKE) demo
+	$(BIN)/python -m pytest -m "e2e or ollama"
+
+$(READY): requirements.lock pyproject.toml
+	@echo "setting up $(VENV): about 5 GB with torch, 1 to 5 minutes" >&2
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
+	  uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock && \
+	  uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable . ; \
+	else \
+	  $(PYTHON) -m venv $(VENV) && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . ; \
+	fi
+	@touch $(READY)
+
+lock:
+	UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --extra test pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV) $(DEMO) dist build

