@@ -26,7 +26,7 @@ class Row:
     """One training conversation; the last message is the assistant's."""
 
     messages: tuple[Message, ...]
-    line: int  # in its file, from 1
+    line: int  # in its file, from 1; in a JSON list, the row's number
 
     @property
     def question(self) -> list[Message]:
@@ -69,14 +69,15 @@ def read_rows(path: Path) -> list[Row]:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {line}: not UTF-8 text.", f"iconv -f latin1 -t utf-8 '{path}' > fixed.jsonl") from None
     except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.") from None
+        raise DataError(f"Cannot read {path}: {error.strerror}.", "name the dataset's file, as in --set data.train=train.jsonl") from None
     rows: list[Row] = []
     faults: list[str] = []
-    for line, value in _values(path, text, faults):
+    unit = "row" if text.lstrip().startswith("[") else "line"
+    for number, value in _values(path, text, faults):
         try:
-            rows.append(Row(_messages(value), line))
+            rows.append(Row(_messages(value), number))
         except ValueError as error:
-            faults.append(f"{path}, line {line}: {error}")
+            faults.append(f"{path}, {unit} {number}: {error}")
     if faults:
         more = f"\n… and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise DataError("\n".join(faults[:5]) + more, FORMATS)
@@ -113,11 +114,12 @@ def _messages(value: Any) -> tuple[Message, ...]:
         turns = value["conversations"]
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise ValueError("`conversations` is not a list of objects")
-        messages = [{"role": names.get(turn.get("from"), turn.get("from")), "content": turn.get("value")} for turn in turns]
+        messages = [{"role": names.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")} for turn in turns]
     elif "prompt" in value and "completion" in value:
         messages = [{"role": "user", "content": value["prompt"]}, {"role": "assistant", "content": value["completion"]}]
     elif "instruction" in value and "output" in value:  # Alpaca
-        asked = "\n\n".join(part for part in (value["instruction"], value.get("input")) if part)
+        parts = [part for part in (value["instruction"], value.get("input")) if part]
+        asked = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": value["output"]}]
     else:
         raise ValueError(f"no known form (keys: {', '.join(map(str, value)) or 'none'})")
@@ -155,7 +157,13 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
         raise ModelError(
             "The tokenizer has no chat template.", "use the instruction-tuned variant of the model (often named -Instruct or -it)"
         )
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
+    import jinja2
+
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
+    except jinja2.TemplateError as error:
+        roles = " → ".join(message["role"] for message in messages)
+        raise ModelError(f"The model's chat template refuses {roles}: {error}.", "leave that role out of the data") from None
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -33,9 +34,9 @@ class Device:
 
 
 def find_gpus() -> list[Device]:
-    """The GPUs that nvidia-smi lists; empty without it. Does not import torch."""
-    program = shutil.which("nvidia-smi")
-    if not program:
+    """The GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves visible; empty without any. Does not import torch."""
+    program, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not program or visible in ("", "-1"):
         return []
     query = "name,memory.total,memory.free,compute_cap"
     try:
@@ -44,7 +45,10 @@ def find_gpus() -> list[Device]:
         )
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return parse_nvidia_smi(done.stdout) if done.returncode == 0 else []
+    devices = parse_nvidia_smi(done.stdout) if done.returncode == 0 else []
+    if visible and all(part.isdigit() for part in visible.split(",")):
+        return [devices[int(part)] for part in visible.split(",") if int(part) < len(devices)]
+    return devices
 
 
 def parse_nvidia_smi(text: str) -> list[Device]:

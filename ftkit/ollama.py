@@ -68,13 +68,25 @@ def find_format(render: Render) -> ChatFormat:
         chat = ChatFormat(
             opening, (system_before, _strip_end(rest, user_before)), (user_before, user_after), (assistant_before, assistant_after)
         )
-        for roles in SHAPES:
-            messages = [{"role": role, "content": f"text {n} of {role}"} for n, role in enumerate(roles)]
+        for messages in conversations(render):
             if chat.render(messages) != render(messages, True):
-                raise ValueError(f"{' → '.join(roles)} renders differently")
+                raise ValueError(f"{' → '.join(message['role'] for message in messages)} renders differently")
     except (ValueError, IndexError) as error:
         raise ModelError(f"The chat template writes more than fixed text around each message ({error}).") from None
     return chat
+
+
+def conversations(render: Render) -> list[list[Message]]:
+    """Those of SHAPES that the model's template takes; some refuse a system message."""
+    taken = []
+    for roles in SHAPES:
+        messages = [{"role": role, "content": f"text {n} of {role}"} for n, role in enumerate(roles)]
+        try:
+            render(messages, True)
+        except ModelError:
+            continue
+        taken.append(messages)
+    return taken
 
 
 def _strip_start(text: str, start: str) -> str:
@@ -203,15 +215,14 @@ def register(client: Client, name: str, gguf: Path, modelfile: Modelfile, render
 
 def check_prompts(client: Client, name: str, system: str | None, render: Render) -> None:
     """Compare what the server would send to the model with the model's own template. Raises ProofError at a difference."""
-    for roles in SHAPES:
-        messages = [{"role": role, "content": f"text {n} of {role}"} for n, role in enumerate(roles)]
-        expected = [{"role": "system", "content": system}, *messages] if system and roles[0] != "system" else messages
+    for messages in conversations(render):
+        expected = [{"role": "system", "content": system}, *messages] if system and messages[0]["role"] != "system" else messages
         rendered, wanted = rendered_prompt(client, name, messages), render(expected, True)
         if rendered is None:
             return  # the server is too old to tell
         if not wanted.endswith(rendered):  # what the server leaves to llama.cpp is the BOS at the start
             raise ProofError(
-                f"Ollama renders {' → '.join(roles)} differently from the model's chat template:\n  trained on {wanted!r}\n  Ollama has {rendered!r}"
+                f"Ollama renders {' → '.join(message['role'] for message in messages)} differently from the model's chat template:\n  trained on {wanted!r}\n  Ollama has {rendered!r}"
             )
 
 

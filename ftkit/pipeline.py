@@ -21,7 +21,7 @@ from ftkit.memory.plan import MemoryPlan, make_plan
 from ftkit.parity import Score
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Recipe, load_recipe
-from ftkit.run import Run, Step, file_fingerprint
+from ftkit.run import Run, Step, file_fingerprint, fingerprint
 from ftkit.source import Source
 from ftkit.units import bytes_text
 
@@ -102,6 +102,21 @@ class Project:
     def data_fingerprints(self) -> dict[str, str]:
         return {purpose: file_fingerprint(path) if path.is_file() else "missing" for purpose, path in self.data_paths.items()}
 
+    @property
+    def training_inputs(self) -> list[Any]:
+        """What the trained weights follow from. Batch × accumulation is not among it: their product is, and gives equal updates."""
+        recipe = self.recipe
+        return [
+            self.source.fingerprint, {purpose: mark for purpose, mark in self.data_fingerprints.items() if purpose != "test"},
+            recipe.data.model_dump(exclude={"test"}), recipe.training.model_dump(), recipe.lora.model_dump(),
+        ]  # fmt: skip
+
+    @cached_property
+    def computes_on(self) -> tuple[bool, bool]:
+        """(on a GPU, in bfloat16) – of the machine that this runs on, whatever card the plan was made for."""
+        real = device.choose()
+        return real.kind == "cuda", device.computes_bfloat16(real)
+
     @cached_property
     def base(self) -> Source:
         """The source with its 16-bit weights at hand."""
@@ -139,10 +154,7 @@ def plan(project: Project) -> Plan:
     recipe = project.recipe
     chosen_device = project.device
     wanted = recipe.budget.vram or project.gpu or f"{chosen_device.name}, {chosen_device.total_bytes >> 20} MiB"
-    inputs = [
-        project.source.fingerprint, project.data_fingerprints, recipe.data.model_dump(), recipe.training.model_dump(),
-        recipe.lora.model_dump(), recipe.ship.quantization, wanted,
-    ]  # fmt: skip
+    inputs = [*project.training_inputs, recipe.ship.quantization, wanted]
 
     def make(folder: Path) -> dict[str, Any]:
         rows = project.rows  # read first: a fault in the data is cheaper to find than one in the model
@@ -179,20 +191,16 @@ def train(project: Project) -> Step:
             "see what would fit: ftkit plan, then for example --set training.method=qlora or a smaller training.max_length",
         )
     recipe = project.recipe
-    settings = training.Settings(
-        fit.per_device_train_batch_size, fit.gradient_accumulation_steps, fit.gradient_checkpointing, planned.bfloat16,
-        bool(device.find_gpus()),
-    )  # fmt: skip
-    inputs = [
-        project.source.fingerprint, project.data_fingerprints, recipe.data.model_dump(), recipe.training.model_dump(),
-        recipe.lora.model_dump(), asdict(settings),
-    ]  # fmt: skip
 
     def make(folder: Path) -> dict[str, Any]:
         base, rows = project.base_folder, project.rows
         tokenizer = hf.load_tokenizer(base)
         if project.base.gguf:
             _check_recovered_tokenizer(project, project.base.gguf, tokenizer)
+        cuda, bfloat16 = project.computes_on
+        settings = training.Settings(
+            fit.per_device_train_batch_size, fit.gradient_accumulation_steps, fit.gradient_checkpointing, bfloat16, cuda
+        )
         project.reporter.step(
             f"training ({recipe.training.method}, {settings.per_device_train_batch_size} × {settings.gradient_accumulation_steps})"
         )
@@ -205,7 +213,7 @@ def train(project: Project) -> Step:
         )  # fmt: skip
         return result.record()
 
-    return project.run.ensure("train", inputs, make, resumable=True)
+    return project.run.ensure("train", project.training_inputs, make, resumable=True)
 
 
 def _check_recovered_tokenizer(project: Project, gguf: Path, tokenizer: Any) -> None:
@@ -222,9 +230,10 @@ def ship(project: Project, *, use_ollama: bool | None = None) -> Shipped:
     `use_ollama`: True requires a server, False leaves it out, None registers where one answers.
     Raises RunError where nothing was trained, ProofError where the shipped file does not behave as the trained model.
     """
-    trained = project.run.finished("train")
+    trained = project.run.finished("train", fingerprint("train", project.training_inputs))
     if not trained:
-        raise RunError(f"{project.run.folder} holds no finished training.", "ftkit train, or ftkit build for the whole line")
+        what = "holds a training of another recipe or other data" if project.run.finished("train") else "holds no finished training"
+        raise RunError(f"{project.run.folder} {what}.", "ftkit train, or ftkit build for the whole line")
     client = ollama.connect(project.reporter) if use_ollama else None  # asked for: found missing before the long work
     _check_disk(project)
     merged = _merge(project, trained)
@@ -273,19 +282,19 @@ def _merge(project: Project, trained: Step) -> Step:
     if that answers better, and record both figures.
     """
     recipe = project.recipe
-    planned = plan(project)
     inputs = [trained.fingerprint, project.data_fingerprints.get("test"), recipe.ship.match, recipe.ship.max_loss_points,
               recipe.ship.test_rows, recipe.ship.max_new_tokens]  # fmt: skip
 
     def make(folder: Path) -> dict[str, Any]:
-        base, rows, cuda = project.base_folder, project.rows.test, bool(device.find_gpus())
+        base, rows = project.base_folder, project.rows.test
+        cuda, bfloat16 = project.computes_on
         tokenizer = hf.load_tokenizer(base)
         hf.refuse_lost_gradients()
         questions, expected = [row.question for row in rows], [row.answer for row in rows]
         method = recipe.training.method
 
         def ask(label: str, folder: Path, *, adapter: Path | None = None) -> list[str]:
-            loaded: Any = hf.load_model(folder, method if adapter else None, bfloat16=planned.bfloat16, cuda=cuda)
+            loaded: Any = hf.load_model(folder, method if adapter else None, bfloat16=bfloat16, cuda=cuda)
             if adapter:
                 from peft import PeftModel
 
@@ -316,7 +325,7 @@ def _merge(project: Project, trained: Step) -> Step:
                 )
                 other = folder / "dequantised"
                 other.mkdir()
-                merge.merge(base, adapter, other, onto="dequantised", bfloat16=planned.bfloat16, reporter=project.reporter)
+                merge.merge(base, adapter, other, onto="dequantised", bfloat16=bfloat16, reporter=project.reporter)
                 answers["merged onto the dequantised base"] = ask("asking the other merge", other)
                 if points(answers["merged onto the dequantised base"]) > points(answers["merged"]):
                     onto = "the dequantised 4-bit base"
@@ -395,7 +404,7 @@ def _prove(project: Project, merged: Step, converted: Step) -> Step:
         questions, expected, answers = record["questions"], record["expected"], record["answers"]
         tokenizer = hf.load_tokenizer(merged.folder / "model")
         render = _render(tokenizer)
-        conversations = [*questions, *([{"role": r, "content": f"text {n}"} for n, r in enumerate(roles)] for roles in ollama.SHAPES)]
+        conversations = [*questions, *ollama.conversations(render)]
         with llamacpp.load(gguf, recipe.ship.num_ctx) as engine:
             texts = [*parity.HARD_TEXTS, *(render(question, True) for question in questions)]
             same_ids = parity.compare_tokens(texts, lambda text: data.token_ids(tokenizer, text), engine.tokenize, gguf.name)

@@ -43,6 +43,13 @@ class Lora(Part):
     target_modules: str | list[str] = "all-linear"
     use_rslora: bool = False
 
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if not isinstance(value, str) and not (isinstance(value, list) and value and all(isinstance(name, str) for name in value)):
+            raise ValueError(f"a name, a pattern or a list of names is wanted (got {value!r})")
+        return value
+
 
 class Training(Part):
     """TRL's SFTConfig, under its own names, and the method."""
@@ -176,7 +183,7 @@ def _set(loaded: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         if not isinstance(loaded.setdefault(parent, {}), dict):
-            raise RecipeError(f"`{key}`: {parent} is no group of keys in the recipe.")
+            raise RecipeError(f"`{key}`: {parent} is no group of keys in the recipe.", "see docs/recipe.md for every key")
         loaded = loaded[parent]
     loaded[last] = value
 

@@ -93,7 +93,8 @@ class Run:
             return {"steps": {}}
         try:
             loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            loaded["steps"].items()
+            for entry in loaded["steps"].values():
+                entry["fingerprint"], entry["result"], entry["seconds"]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise RunError(
                 f"{path} is damaged.", f"delete it: finished steps are made again, your data is untouched (rm '{path}')"
@@ -133,7 +134,12 @@ class Run:
             shutil.rmtree(final)
         partial.mkdir(exist_ok=True)
         started = time.monotonic()
-        result = make(partial)
+        try:
+            result = make(partial)
+        except BaseException:
+            if not resumable:
+                shutil.rmtree(partial)
+            raise
         partial.rename(final)
         step = Step(name, mark, final, result, time.monotonic() - started, fresh=True)
         steps = self.manifest()["steps"]

@@ -51,9 +51,9 @@ def locate(reference: str, relative_to: Path) -> Source:
         return _locate_gguf(path)
     if path.exists():
         raise ModelError(f"{path} is no model.", "a model is a folder with config.json, a .gguf file, or a hub id such as org/name")
-    if HUB_ID.fullmatch(reference) and not reference.endswith(".gguf") and not reference.startswith("."):
-        return Source(reference, "hub", fingerprint("hub", reference))
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1)
+    if HUB_ID.fullmatch(reference) and not reference.endswith(".gguf") and not near:
+        return Source(reference, "hub", fingerprint("hub", reference))
     raise ModelError(
         f"There is no model at {path}.",
         f"did you mean {path.parent / near[0]}?" if near else "give a folder, a .gguf file, a hub id (org/name) or ollama:NAME",
@@ -101,7 +101,9 @@ def _ollama_file(name: str) -> Path:
 
 def open_config(source: Source, reporter: Reporter = SILENT) -> Source:
     """The source with a `folder` that holds at least config and tokenizer; of a hub model only those are fetched."""
-    return _fetch(source, CONFIG_FILES) if source.kind == "hub" else open_weights(source, reporter)
+    if source.kind == "hub":
+        return _fetch(source, CONFIG_FILES)
+    return source if source.folder else open_weights(source, reporter)
 
 
 def open_weights(source: Source, reporter: Reporter = SILENT) -> Source:

@@ -12,7 +12,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 def bytes_text(size_bytes: float) -> str:
     """`9_663_676_416` → `9.00 GiB`."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if abs(size_bytes) >= unit:
+        if abs(size_bytes) >= unit * 0.99995:  # what rounds to the next unit is told in it
             return f"{size_bytes / unit:.2f} {name}" if unit == GIB else f"{size_bytes / unit:.1f} {name}"
     return f"{size_bytes:.0f} B"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,9 @@ def write_rows() -> Callable[[Path, list[Any]], Path]:
 
 
 @pytest.fixture
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty private folder: nothing that `ftkit setup` brought is found."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("FTKIT_CACHE_DIR", str(folder))
     monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
-    yield folder
+    return folder

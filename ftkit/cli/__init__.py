@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from typing import Any
 
 import click
 
 from ftkit import __version__
+from ftkit.errors import InterruptedRunError
 
 # Name → what `ftkit --help` says of it; the command is `command` in ftkit/cli/NAME.py.
 COMMANDS = {
@@ -40,6 +42,12 @@ class LazyGroup(click.Group):
         if near:
             ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]}?")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise InterruptedRunError("Interrupted.", "the same command goes on from the last finished step") from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -41,6 +41,8 @@ def command(folder: Path, model: str | None, dry_run: bool, yes: bool) -> None:
         if model:
             import yaml
 
+            model = str(Path(model).resolve()) if Path(model).exists() else model
+
             recipe = recipe.replace(
                 "model: SmolLM2-135M-Instruct.Q4_1.gguf", f"model: {yaml.safe_dump(model, default_style=chr(34)).strip()}"
             )

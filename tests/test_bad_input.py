@@ -1,0 +1,203 @@
+"""What users get wrong: each is told in a few lines what is wrong and what to type, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from ftkit import errors, pipeline
+from ftkit.run import MANIFEST
+
+STEPS = ("plan", "train", "merge", "gguf", "prove")
+SCREEN_LINES = 24
+
+
+class Project:
+    """A folder with a recipe, twelve rows, and a file that passes for a model until it is loaded."""
+
+    def __init__(self, folder: Path, run: Callable[..., Result]) -> None:
+        self.folder = folder
+        self.recipe = folder / "recipe.yaml"
+        self.rows = folder / "train.jsonl"
+        self.run = run
+
+    def refused(self, kind: type[errors.FtkitError], *words: str | Path, steps: tuple[str, ...] = ()) -> str:
+        """Run a command that must fail with this kind of error; what stderr says."""
+        result = self.run(*words)
+        assert result.exit_code == kind.exit_code, result.stderr
+        assert result.stdout == ""
+        lines = result.stderr.splitlines()
+        assert [line for line in lines if line.startswith("Error: ")], result.stderr
+        assert [line for line in lines if line.startswith("Hint: ")], result.stderr
+        assert len(lines) <= SCREEN_LINES
+        assert "Traceback" not in result.stderr
+        assert list(self.folder.rglob("*.partial")) == []
+        made = [path.name.split("-")[0] for path in self.folder.rglob("*-*") if path.is_dir()]
+        assert sorted(name for name in made if name in STEPS) == sorted(steps)
+        return result.stderr
+
+
+@pytest.fixture
+def project(tmp_path: Path, ftkit: Callable[..., Result], rows: list[Any], write_rows: Callable[[Path, list[Any]], Path]) -> Project:
+    project = Project(tmp_path, ftkit)
+    project.recipe.write_text("model: tiny.gguf\n", encoding="utf-8")
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    write_rows(project.rows, rows)
+    return project
+
+
+@pytest.fixture
+def no_ollama(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An address at which nothing listens, for as long as the test runs."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setenv("OLLAMA_HOST", host)
+        yield host
+
+
+def test_missing_recipe(project: Project) -> None:
+    assert "ftkit init" in project.refused(errors.RecipeError, "plan", project.folder / "zzz")
+
+
+def test_missing_model(project: Project) -> None:
+    said = project.refused(errors.ModelError, "plan", project.recipe, "--model", "./zzz")
+    assert f"There is no model at {project.folder / 'zzz'}" in said
+    assert "hub id" in said
+
+
+@pytest.mark.parametrize("reference", ["./tinny.gguf", "models/smolm2"])
+def test_misspelt_model_path(project: Project, reference: str) -> None:
+    (project.folder / "models" / "smollm2").mkdir(parents=True)
+    meant = {"./tinny.gguf": "tiny.gguf", "models/smolm2": "models/smollm2"}[reference]
+    assert f"did you mean {project.folder / meant}?" in project.refused(errors.ModelError, "plan", project.recipe, "--model", reference)
+
+
+def test_hub_model_that_cannot_be_fetched(project: Project) -> None:
+    assert "org/zzz" in project.refused(errors.ModelError, "plan", project.recipe, "--model", "org/zzz")
+
+
+def test_missing_dataset(project: Project) -> None:
+    project.rows.unlink()
+    assert f"There is no dataset at {project.rows}" in project.refused(errors.DataError, "plan", project.recipe)
+
+
+def test_misspelt_dataset(project: Project) -> None:
+    said = project.refused(errors.DataError, "train", project.recipe, "--set", "data.train=trian.jsonl")
+    assert f"did you mean {project.rows}?" in said
+
+
+def test_dataset_that_is_a_folder(project: Project) -> None:
+    (project.folder / "data").mkdir()
+    assert "Cannot read" in project.refused(errors.DataError, "plan", project.recipe, "--set", "data.train=data")
+
+
+def test_wrong_json_on_line_41(project: Project) -> None:
+    row = json.dumps({"prompt": "a", "completion": "b"})
+    project.rows.write_text("\n".join([row] * 40 + [row[:-1]] + [row] * 9), encoding="utf-8")
+    assert f"{project.rows}, line 41: not JSON" in project.refused(errors.DataError, "plan", project.recipe)
+
+
+def test_dataset_without_answers(project: Project) -> None:
+    row = json.dumps({"messages": [{"role": "user", "content": "2 + 2?"}]})
+    project.rows.write_text(f"{row}\n" * 500, encoding="utf-8")
+    said = project.refused(errors.DataError, "plan", project.recipe)
+    assert f"{project.rows}, line 1: no answer" in said
+    assert f"and {500 - 5} more" in said
+
+
+def test_unknown_recipe_keys_all_at_once(project: Project) -> None:
+    project.recipe.write_text("model: tiny.gguf\ntrainig: {seed: 1}\ntraining: {max_lenght: 512}\nlora: {r: 0, zzz: 1}\n", encoding="utf-8")
+    said = project.refused(errors.RecipeError, "plan", project.recipe)
+    assert "trainig: unknown key; did you mean training?" in said
+    assert "training.max_lenght: unknown key; did you mean max_length?" in said
+    assert "lora.r: " in said
+    assert "lora.zzz: unknown key (known: r, " in said
+
+
+def test_setting_that_is_none(project: Project) -> None:
+    assert "KEY=VALUE" in project.refused(errors.RecipeError, "plan", project.recipe, "--set", "lora.r")
+
+
+def test_setting_below_a_value(project: Project) -> None:
+    assert "`model.name`" in project.refused(errors.RecipeError, "plan", project.recipe, "--set", "model.name=x")
+
+
+def test_unknown_quantisation(project: Project) -> None:
+    said = project.refused(errors.RecipeError, "build", project.recipe, "--set", "ship.quantization=Q4KM")
+    assert "did you mean Q4_K_M?" in said
+    assert "Q8_0" in said
+
+
+def test_run_folder_that_cannot_be_written(project: Project) -> None:
+    said = project.refused(errors.RunError, "plan", project.recipe, "--run-dir", project.rows / "run")
+    assert f"Cannot write to {project.rows / 'run'}" in said
+    assert "--run-dir" in said
+
+
+def test_file_that_is_no_gguf(project: Project) -> None:
+    (project.folder / "tiny.gguf").write_text("<!DOCTYPE html>", encoding="utf-8")
+    assert "tiny.gguf is not a GGUF file" in project.refused(errors.ModelError, "plan", project.recipe)
+
+
+def test_model_folder_with_pickles_only(project: Project) -> None:
+    folder = project.folder / "pickled"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "pytorch_model.bin").touch()
+    assert "pickle" in project.refused(errors.ModelError, "plan", project.recipe, "--model", folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"steps": {"plan": 3}}'])
+def test_damaged_manifest(project: Project, text: str) -> None:
+    run = project.folder / "runs" / "recipe"
+    run.mkdir(parents=True)
+    (run / MANIFEST).write_text(text, encoding="utf-8")
+    for words in (("plan", project.recipe), ("status", run)):
+        assert f"{run / MANIFEST} is damaged" in project.refused(errors.RunError, *words)
+    assert (run / MANIFEST).read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("amount", ["lots", "0", "-3"])
+def test_bad_vram(project: Project, amount: str) -> None:
+    said = project.refused(errors.RecipeError, "plan", project.recipe, "--vram", amount)
+    assert f"`{amount}` is no amount of memory" in said
+
+
+def test_unknown_gpu(project: Project) -> None:
+    said = project.refused(errors.RecipeError, "plan", project.recipe, "--gpu", "RTX 9999")
+    assert "`RTX 9999` is no card that ftkit knows" in said
+    assert "--vram" in said
+
+
+def test_ship_before_training(project: Project) -> None:
+    assert "ftkit train" in project.refused(errors.RunError, "ship", project.recipe)
+
+
+def test_ship_to_ollama_that_does_not_run(project: Project, no_ollama: str) -> None:
+    opened = pipeline.open_project(project.recipe)
+    with opened.run as run:
+        run.ensure("train", opened.training_inputs, lambda folder: {})
+    said = project.refused(errors.ToolMissingError, "ship", project.recipe, "--ollama", steps=("train",))
+    assert f"No Ollama server answers at {no_ollama}" in said
+    assert "ollama serve" in said
+
+
+@pytest.mark.parametrize("name", ["zzz", "."])
+@pytest.mark.parametrize("command", ["chat", "status"])
+def test_folder_that_is_no_run(project: Project, command: str, name: str) -> None:
+    folder = project.folder / name
+    said = project.refused(errors.RunError, command, folder)
+    assert str(folder) in said
+    assert "build" in said
+    assert not (folder / MANIFEST).exists()
+
+
+def test_init_under_a_file(project: Project) -> None:
+    project.refused(errors.RunError, "init", project.rows / "new", "--model", "org/name")

@@ -1,0 +1,232 @@
+"""The command line: help that is quick and whole, and the commands that need no model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import Result
+
+from ftkit import __version__, source
+from ftkit import cli as cli_package
+from ftkit.cli import COMMANDS
+from ftkit.errors import InterruptedRunError
+from ftkit.recipe import load_recipe
+from ftkit.run import Run
+
+Ftkit = Callable[..., Result]
+
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "pydantic", "rich", "yaml", "httpx", "ollama")
+SHARED_FILES = ("__init__", "common", "console")
+
+
+def command_of(name: str) -> click.Command:
+    found: click.Command = importlib.import_module(f"ftkit.cli.{name}").command
+    return found
+
+
+def test_every_file_is_a_command_and_every_command_is_named() -> None:
+    files = {path.stem for path in Path(cli_package.__file__).parent.glob("*.py")}
+    assert files - set(SHARED_FILES) == COMMANDS.keys()
+
+
+def test_help_names_every_command(ftkit: Ftkit) -> None:
+    for flag in ("--help", "-h"):
+        result = ftkit(flag)
+        assert result.exit_code == 0
+        for name, says in COMMANDS.items():
+            assert re.search(rf"(?m)^  {name} +{re.escape(says)}$", result.stdout)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from ftkit.cli import main\n"
+        "main(['--help'], standalone_mode=False)\n"
+        f"print('imported:', *[name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, encoding="utf-8")
+    assert done.stdout.splitlines()[-1] == "imported:"
+
+
+def test_help_is_quick() -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "from ftkit.cli import main; main(['--help'])"], check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(5)) < 0.25
+
+
+def test_version(ftkit: Ftkit) -> None:
+    assert ftkit("--version").stdout == f"ftkit, version {__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(ftkit: Ftkit, name: str) -> None:
+    result = ftkit(name, "-h")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"Usage: main {name} ")
+    assert result.stderr == ""
+    options = [parameter for parameter in command_of(name).params if isinstance(parameter, click.Option)]
+    assert all(option.help for option in options)
+    assert all(re.fullmatch(r"-\w|--[a-z]+(-[a-z]+)*", flag) for option in options for flag in (*option.opts, *option.secondary_opts))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_in_help_are_command_lines(name: str) -> None:
+    command = command_of(name)
+    head, _, examples = str(command.epilog).partition("Examples:\n")
+    assert head == "\b\n"  # Click keeps the lines apart
+    assert examples
+    for line in examples.splitlines():
+        program, called, *words = shlex.split(line.split(" | ")[-1])
+        assert (program, called) == ("ftkit", name)
+        command.make_context(name, words)  # parses; runs nothing
+
+
+@pytest.mark.parametrize(("word", "meant"), [("pln", "plan"), ("shp", "ship"), ("stat", "status"), ("trian", "train")])
+def test_a_misspelt_command_gets_the_nearest_one(ftkit: Ftkit, word: str, meant: str) -> None:
+    result = ftkit(word)
+    assert result.exit_code == 2
+    assert f"No such command '{word}'. Did you mean {meant}?" in result.stderr
+
+
+def test_an_unknown_command_gets_no_guess(ftkit: Ftkit) -> None:
+    result = ftkit("zzz")
+    assert result.exit_code == 2
+    assert "No such command 'zzz'." in result.stderr
+    assert "Did you mean" not in result.stderr
+
+
+def test_an_unknown_option_gets_the_nearest_one(ftkit: Ftkit) -> None:
+    result = ftkit("plan", "--rundir", "x")
+    assert result.exit_code == 2
+    assert "--run-dir" in result.stderr
+
+
+def test_the_environment_sets_options(ftkit: Ftkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flag > environment > recipe, shown by which of three wrong amounts is refused."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: x\nbudget: {vram: from-recipe}\n", encoding="utf-8")
+    assert "`from-recipe`" in ftkit("plan", recipe).stderr
+    monkeypatch.setenv("FTKIT_PLAN_VRAM", "from-environment")
+    assert "`from-environment`" in ftkit("plan", recipe).stderr
+    assert "`from-flag`" in ftkit("plan", recipe, "--vram", "from-flag").stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a named pipe")
+def test_ctrl_c_tells_how_to_go_on(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    os.mkfifo(recipe)  # ftkit waits in the middle of its work until somebody writes
+    code = "from ftkit.cli import main; main()"
+    with subprocess.Popen([sys.executable, "-c", code, "plan", recipe], stderr=subprocess.PIPE, encoding="utf-8") as process:
+        pipe = None
+        while pipe is None and process.poll() is None:
+            try:
+                pipe = os.open(recipe, os.O_WRONLY | os.O_NONBLOCK)  # succeeds once ftkit reads
+            except OSError:
+                time.sleep(0.02)
+        assert pipe is not None
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+        os.close(pipe)
+    assert process.returncode == InterruptedRunError.exit_code
+    assert re.fullmatch(r"\s*Error: Interrupted.*\nHint: .+\n", said)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+STARTER = ["recipe.yaml", "test.jsonl", "train.jsonl"]
+
+
+def test_init_writes_a_recipe_that_loads(ftkit: Ftkit, tmp_path: Path) -> None:
+    model = 'org/na: "me" #1'
+    result = ftkit("init", tmp_path / "new", "--model", model)
+    assert result.exit_code == 0
+    assert files(tmp_path / "new") == STARTER
+    assert load_recipe(tmp_path / "new" / "recipe.yaml").model == model
+    assert "ftkit plan" in result.stdout
+
+
+def test_init_can_say_what_it_would_do(ftkit: Ftkit, tmp_path: Path, private_cache: Path) -> None:
+    result = ftkit("init", tmp_path / "new", "--dry-run")
+    assert result.exit_code == 0
+    assert [line.split()[:2] for line in result.stdout.splitlines()] == [["would", "write"]] * len(STARTER)
+    assert files(tmp_path) == []
+
+
+def test_init_asks_before_it_replaces(ftkit: Ftkit, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("mine\n", encoding="utf-8")
+    refused = ftkit("init", tmp_path, "--model", "org/name", stdin="n\n")
+    assert refused.exit_code == 2
+    assert "--yes" in refused.stderr
+    assert files(tmp_path) == ["train.jsonl"]
+    assert (tmp_path / "train.jsonl").read_text(encoding="utf-8") == "mine\n"
+    assert ftkit("init", tmp_path, "--model", "org/name", "--yes").exit_code == 0
+    assert files(tmp_path) == STARTER
+    assert (tmp_path / "train.jsonl").read_text(encoding="utf-8") != "mine\n"
+
+
+def test_init_with_a_model_that_lies_here(ftkit: Ftkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative --model is taken from where the user stands, though the recipe goes into a folder below."""
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    assert ftkit("init", "new", "--model", "tiny.gguf").exit_code == 0
+    assert source.locate(load_recipe(Path("new/recipe.yaml")).model, Path("new")).kind == "gguf"
+
+
+@pytest.mark.parametrize("what", ["converter", "llama.cpp", "smollm2"])
+def test_setup_can_say_what_it_would_bring(ftkit: Ftkit, private_cache: Path, what: str) -> None:
+    result = ftkit("setup", what, "--dry-run")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"{what}: ")
+    assert str(private_cache) in result.stdout
+    assert not private_cache.exists()
+
+
+def test_env_shows_what_is_missing_and_what_brings_it(ftkit: Ftkit, private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(private_cache))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{free.getsockname()[1]}")  # bound, but nothing listens
+        shown, table = json.loads(ftkit("env", "--json").stdout), ftkit("env").stdout
+    assert shown["packages"]["ftkit"] == __version__
+    assert shown["devices"][0]["total_bytes"] > 0
+    assert all(tool["path"] is None for tool in shown["tools"].values())
+    for brings in ("ftkit setup converter", "ftkit setup llama.cpp", "ollama serve"):
+        assert brings in table
+    assert not private_cache.exists()
+
+
+def test_status_tells_what_is_done_and_what_comes_next(ftkit: Ftkit, tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        run.ensure("plan", 1, lambda folder: {})
+        step = run.ensure("train", 1, lambda folder: {})
+        (tmp_path / ".merge-0123.partial").mkdir()
+    shown = ftkit("status", tmp_path)
+    assert shown.exit_code == 0
+    for name, state in {"plan": "done", "train": "done", "merge": "begun, not finished", "gguf": "to do"}.items():
+        assert re.search(rf"(?m)^{name} +{state}\b", shown.stdout)
+    assert shown.stdout.endswith("\nNext: ftkit ship\n")
+    steps = json.loads(ftkit("status", tmp_path, "--json").stdout)["steps"]
+    assert steps["train"] == {
+        "finished": True,
+        "begun": False,
+        "seconds": pytest.approx(step.seconds, abs=1e-3),
+        "folder": str(step.folder),
+    }
+    assert steps["merge"] == {"finished": False, "begun": True, "seconds": None, "folder": None}

@@ -1,0 +1,224 @@
+"""Datasets: every known form becomes the same messages, every fault is named by file and line, only answers are learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftkit import data
+from ftkit.data import IGNORED, Example, Row
+from ftkit.errors import DataError, ModelError
+
+WriteRows = Callable[[Path, list[Any]], Path]
+
+ASKED = {"role": "user", "content": "2 + 2?"}
+ANSWERED = {"role": "assistant", "content": "4"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"messages": [ASKED, ANSWERED]},
+        {"messages": [{**ASKED, "name": "ann"}, {**ANSWERED, "weight": 1}], "id": 7},
+        {"prompt": "2 + 2?", "completion": "4"},
+        {"instruction": "2 + 2?", "output": "4"},
+        {"instruction": "2 + 2?", "input": "", "output": "4"},
+        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+    ],
+)
+def test_every_form_becomes_the_same_messages(tmp_path: Path, write_rows: WriteRows, value: Any) -> None:
+    assert data.read_rows(write_rows(tmp_path / "a.jsonl", [value])) == [Row((ASKED, ANSWERED), 1)]
+
+
+def test_an_alpaca_input_follows_its_instruction(tmp_path: Path, write_rows: WriteRows) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"instruction": "Add.", "input": "2 and 2", "output": "4"}])
+    assert data.read_rows(path)[0].question == [{"role": "user", "content": "Add.\n\n2 and 2"}]
+
+
+def test_a_row_is_question_and_answer(rows: list[dict[str, Any]], tmp_path: Path, write_rows: WriteRows) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": [system, ASKED, ANSWERED, ASKED, ANSWERED]}, *rows])
+    first, *others = data.read_rows(path)
+    assert first.question == [system, ASKED, ANSWERED, ASKED]
+    assert first.answer == "4"
+    assert [row.line for row in others] == list(range(2, 2 + len(rows)))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_blank_lines_windows_line_ends_and_line_separators(tmp_path: Path, encoding: str) -> None:
+    text = json.dumps({"prompt": "ä\u2028b", "completion": "ü"}, ensure_ascii=False)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(f"\r\n{text}\r\n\r\n{text}".encode(encoding))
+    assert [(row.question[0]["content"], row.line) for row in data.read_rows(path)] == [("ä\u2028b", 2), ("ä\u2028b", 4)]
+
+
+def test_a_json_list_is_read_too(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    assert [list(row.messages) for row in data.read_rows(path)] == [row["messages"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ({}, "no known form (keys: none)"),
+        ({"text": "x", "label": 1}, "no known form (keys: text, label)"),
+        ({"prompt": "x"}, "no known form (keys: prompt)"),
+        ([1], "a row is an object, not list"),
+        ("x", "a row is an object, not str"),
+        (None, "a row is an object, not NoneType"),
+        ({"messages": []}, "no messages"),
+        ({"messages": "x"}, "no messages"),
+        ({"messages": ["x"]}, "message 1 has role 'x'"),
+        ({"messages": [ASKED, {"role": "tool", "content": "4"}]}, "message 2 has role 'tool'; roles are system, user, assistant"),
+        ({"messages": [{"role": "user", "content": None}, ANSWERED]}, "message 1 has no text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}, ANSWERED]}, "message 1 has no text"),
+        ({"messages": [ASKED]}, "no answer"),
+        ({"messages": [ASKED, {**ANSWERED, "content": " \n"}]}, "no answer"),
+        ({"messages": [ANSWERED]}, "no question"),
+        ({"prompt": 5, "completion": "4"}, "message 1 has no text"),
+        ({"instruction": 5, "input": "", "output": "4"}, "message 1 has no text"),
+        ({"conversations": "x"}, "`conversations` is not a list of objects"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, "message 1 has role 'bot'"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "message 1 has role ['human']"),
+    ],
+)
+def test_a_faulty_row_is_named_by_file_and_line(
+    tmp_path: Path, write_rows: WriteRows, rows: list[dict[str, Any]], value: Any, fault: str
+) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [rows[0], rows[1], value, rows[2]])
+    with pytest.raises(DataError) as caught:
+        data.read_rows(path)
+    assert caught.value.message.startswith(f"{path}, line 3: {fault}")
+
+
+def test_only_the_first_faults_are_shown(tmp_path: Path, write_rows: WriteRows) -> None:
+    with pytest.raises(DataError) as caught:
+        data.read_rows(write_rows(tmp_path / "a.jsonl", [{}] * 5000))
+    assert [line.split(":")[0].split(", ")[-1] for line in caught.value.message.splitlines()[:-1]] == [f"line {n}" for n in range(1, 6)]
+    assert caught.value.message.endswith(f"\n… and {5000 - 5} more")
+
+
+def test_a_fault_in_a_json_list_is_not_put_on_another_line(tmp_path: Path) -> None:
+    """The second row of this file stands on line 3, so no message may say line 2."""
+    path = tmp_path / "a.json"
+    path.write_text('[{"prompt": "x",\n  "completion": "y"},\n {"prompt": "x"}]', encoding="utf-8")
+    with pytest.raises(DataError, match="no known form") as caught:
+        data.read_rows(path)
+    assert "line 2" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has no rows"),
+        (b"\n \n", "has no rows"),
+        (b"[]", "has no rows"),
+        (b'[{"prompt": "x"},\n{"prompt"]', "line 2: not JSON"),
+        (b'{"prompt": "x", "completion": "y"}\n{"prompt": "caf\xe9"}\n', "line 2: not UTF-8 text"),
+    ],
+)
+def test_a_file_that_is_no_dataset(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        data.read_rows(path)
+    assert str(path) in caught.value.message
+    assert caught.value.hint
+
+
+def make_rows(count: int) -> list[Row]:
+    return [Row(({"role": "user", "content": str(n)}, ANSWERED), n) for n in range(1, count + 1)]
+
+
+def test_validation_rows_are_held_out_of_training() -> None:
+    rows = make_rows(50)
+    train, validation = data.split_validation(rows, 0.1, seed=1)
+    assert len(validation) == 50 * 0.1
+    assert sorted(row.line for row in (*train, *validation)) == [row.line for row in rows]
+    assert (train, validation) == data.split_validation(rows, 0.1, seed=1)
+    assert validation != data.split_validation(rows, 0.1, seed=2)[1]
+
+
+@pytest.mark.parametrize(("count", "share"), [(2, 0.01), (2, 0.99), (10, 0.999), (10, 0.001)])
+def test_a_row_stays_on_each_side(count: int, share: float) -> None:
+    train, validation = data.split_validation(make_rows(count), share, seed=1)
+    assert train
+    assert validation
+    assert len(train) + len(validation) == count
+
+
+def test_one_row_cannot_be_split() -> None:
+    with pytest.raises(DataError, match="One row"):
+        data.split_validation(make_rows(1), 0.1, seed=1)
+
+
+class Characters:
+    """The least that `data` asks of a tokenizer: ChatML-like text, one id a character; ⏏ ends a turn."""
+
+    chat_template = "in apply_chat_template"
+    eos_token_id = ord("⏏")
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
+        assert not tokenize
+        return "".join(f"<{m['role'][0]}>{m['content']}⏏\n" for m in messages) + ("<a>" if add_generation_prompt else "")
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [ord(character) for character in text]}
+
+
+def text_of(ids: Sequence[int]) -> str:
+    return "".join("·" if n == IGNORED else chr(n) for n in ids)
+
+
+def test_only_the_answer_and_its_end_are_learned() -> None:
+    example = data.tokenise(Characters(), Row((ASKED, ANSWERED), 1))  # type: ignore[arg-type]
+    prompt = "<u>2 + 2?⏏\n<a>"
+    assert text_of(example.input_ids) == f"{prompt}4⏏"  # the line break after the last end of turn is left out
+    assert text_of(example.labels) == "·" * len(prompt) + "4⏏"
+
+
+def test_every_answer_of_a_conversation_is_learned() -> None:
+    example = data.tokenise(Characters(), Row((ASKED, ANSWERED, {"role": "user", "content": "Sure?"}, ANSWERED), 1))  # type: ignore[arg-type]
+    first, second = "<u>2 + 2?⏏\n<a>", "\n<u>Sure?⏏\n<a>"
+    assert text_of(example.input_ids) == f"{first}4⏏{second}4⏏"
+    assert text_of(example.labels) == "·" * len(first) + "4⏏" + "·" * len(second) + "4⏏"
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
+    tokenizer = Characters()
+    tokenizer.chat_template = ""
+    with pytest.raises(ModelError, match="no chat template") as caught:
+        data.render(tokenizer, [ASKED], ask=True)  # type: ignore[arg-type]
+    assert "Instruct" in str(caught.value.hint)
+
+
+def test_a_template_that_changes_the_prompt_afterwards_is_refused() -> None:
+    class Rewriting(Characters):
+        def apply_chat_template(self, messages: Sequence[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
+            text = super().apply_chat_template(messages, tokenize=tokenize, add_generation_prompt=add_generation_prompt)
+            return f"{len(messages)}{text}"
+
+    with pytest.raises(DataError, match="line 7"):
+        data.tokenise(Rewriting(), Row((ASKED, ANSWERED), 7))  # type: ignore[arg-type]
+
+
+def test_token_counts() -> None:
+    examples = [Example([0] * length, [0] * length) for length in range(100, 0, -1)]
+    counts = data.count_tokens(examples, max_length=90)
+    assert (counts.rows, counts.longest, counts.cut) == (100, 100, 10)
+    assert counts.total == 100 * 101 // 2
+    assert counts.median in (50, 51)
+    assert counts.p95 in (95, 96)
+    assert data.count_tokens(examples[-1:], max_length=1).p95 == 1
+
+
+def test_rows_are_cut_and_dropped_where_no_answer_is_left() -> None:
+    short, long = Example([1, 2], [IGNORED, 2]), Example([1, 2, 3, 4], [IGNORED, 2, 3, 4])
+    beyond = Example([1, 2, 3, 4], [IGNORED, IGNORED, IGNORED, 4])
+    assert data.cut([short, long, beyond], 3) == [short, Example([1, 2, 3], [IGNORED, 2, 3])]

@@ -1,0 +1,96 @@
+"""Choose the device to plan for: by amount, by name, by nvidia-smi, else the CPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ftkit.device import CARDS_GIB, Device, choose, computes_bfloat16, find_gpus, parse_nvidia_smi, processor
+from ftkit.errors import RecipeError
+from ftkit.units import GIB, MIB
+
+TWO_CARDS = "NVIDIA H100 80GB HBM3, 81559, 81000, 9.0\nTesla T4, 15360, 14914, 7.5\n"
+PRINT_TWO_CARDS = f"printf '{TWO_CARDS}'"
+needs_scripts = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for nvidia-smi is a shell script")
+
+
+def test_parse_nvidia_smi() -> None:
+    assert parse_nvidia_smi(TWO_CARDS) == [
+        Device("cuda", "NVIDIA H100 80GB HBM3", 81559 * MIB, 81000 * MIB, (9, 0)),
+        Device("cuda", "Tesla T4", 15360 * MIB, 14914 * MIB, (7, 5)),
+    ]
+
+
+def test_lines_that_name_no_card_are_passed_over() -> None:
+    text = f"\nNo devices were found\nNVIDIA GB10, [N/A], [N/A], 12.1\n{TWO_CARDS}"
+    assert parse_nvidia_smi(text) == parse_nvidia_smi(TWO_CARDS)
+
+
+def put_nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let PATH hold nothing but an nvidia-smi."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@needs_scripts
+def test_the_first_gpu_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_nvidia_smi(tmp_path, PRINT_TWO_CARDS, monkeypatch)
+    assert find_gpus() == parse_nvidia_smi(TWO_CARDS)
+    assert choose() == parse_nvidia_smi(TWO_CARDS)[0]
+
+
+@needs_scripts
+@pytest.mark.parametrize(("visible", "numbers"), [("", []), ("-1", []), ("1", [1]), ("1,0", [1, 0]), ("0,5", [0]), ("GPU-1a2b", [0, 1])])
+def test_only_visible_gpus_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, numbers: list[int]) -> None:
+    put_nvidia_smi(tmp_path, PRINT_TWO_CARDS, monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    cards = parse_nvidia_smi(TWO_CARDS)
+    assert find_gpus() == [cards[number] for number in numbers]
+
+
+@needs_scripts
+def test_a_failing_nvidia_smi_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_nvidia_smi(tmp_path, "echo 'NVIDIA-SMI has failed'; exit 9", monkeypatch)
+    assert find_gpus() == []
+
+
+def test_without_a_gpu_the_cpu_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    device = choose()
+    assert (device.kind, device.capability) == ("cpu", (0, 0))
+    assert device.total_bytes == processor().total_bytes == psutil.virtual_memory().total
+    assert 0 < device.free_bytes <= device.total_bytes
+
+
+def test_an_amount_wins_over_a_name() -> None:
+    device = choose("7.5", "H100")
+    assert device == Device("cuda", "a GPU with 7.5 GiB", int(7.5 * GIB), int(7.5 * GIB))
+
+
+@pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090", "rtx-4090"])
+def test_a_card_by_any_of_its_names(name: str) -> None:
+    assert choose(gpu=name) == Device("cuda", "RTX 4090", 24 * GIB, 24 * GIB)
+
+
+@pytest.mark.parametrize("name", CARDS_GIB)
+def test_every_card_is_found_by_its_own_name(name: str) -> None:
+    assert choose(gpu=name).name == name
+
+
+@pytest.mark.parametrize("name", ["RTX 9999", "RTX", "GeForce"])
+def test_an_unknown_card_is_told_the_known_ones(name: str) -> None:
+    with pytest.raises(RecipeError, match="no card that ftkit knows") as caught:
+        choose(gpu=name)
+    assert "--vram" in str(caught.value.hint)
+    assert all(card in str(caught.value.hint) for card in CARDS_GIB)
+
+
+@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((12, 1), True), ((0, 0), True)])
+def test_bfloat16_from_capability_8_on(capability: tuple[int, int], native: bool) -> None:
+    assert computes_bfloat16(Device("cuda", "card", GIB, GIB, capability)) is native

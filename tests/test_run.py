@@ -1,0 +1,195 @@
+"""A run directory: each step made once, a killed one never trusted, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftkit.errors import RunError
+from ftkit.run import MANIFEST, Run, file_fingerprint, fingerprint, write_atomically
+
+Make = Callable[[Path], dict[str, Any]]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name not in (MANIFEST, ".lock"))
+
+
+def writes(text: str) -> Make:
+    """A step that writes one file."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / "file").write_text(text, encoding="utf-8")
+        return {"text": text}
+
+    return make
+
+
+def never(folder: Path) -> dict[str, Any]:
+    raise AssertionError("made again")
+
+
+def test_a_step_is_made_once(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        first = run.ensure("plan", [1, {"a": 2}], writes("x"))
+        again = run.ensure("plan", [1, {"a": 2}], never)
+    assert (first.fresh, again.fresh) == (True, False)
+    assert again.result == {"text": "x"}
+    assert again.folder == first.folder == tmp_path / f"plan-{first.fingerprint}"
+    assert (first.folder / "file").read_text(encoding="utf-8") == "x"
+
+
+def test_another_process_finds_the_step(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        made = run.ensure("plan", 1, writes("x"))
+    found = Run(tmp_path).finished("plan")
+    assert found
+    assert (found.fingerprint, found.folder, found.result, found.fresh) == (made.fingerprint, made.folder, {"text": "x"}, False)
+    assert found.seconds == pytest.approx(made.seconds, abs=1e-3)
+
+
+def test_other_inputs_replace_the_step_and_leave_other_steps(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        plan = run.ensure("plan", 1, writes("x"))
+        old = run.ensure("train", 1, writes("old"))
+        new = run.ensure("train", 2, writes("new"))
+    assert old.fingerprint != new.fingerprint
+    assert names(tmp_path) == sorted([plan.folder.name, new.folder.name])
+    assert Run(tmp_path).finished("train", old.fingerprint) is None
+
+
+def test_a_step_whose_folder_was_deleted_is_made_again(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        step = run.ensure("plan", 1, writes("x"))
+        (step.folder / "file").unlink()
+        step.folder.rmdir()
+        assert run.finished("plan") is None
+        assert run.ensure("plan", 1, writes("x")).fresh
+
+
+def test_a_folder_that_was_never_recorded_is_not_trusted(tmp_path: Path) -> None:
+    final = tmp_path / f"plan-{fingerprint('plan', 1)}"
+    final.mkdir()
+    (final / "stray").touch()
+    with Run(tmp_path) as run:
+        assert run.ensure("plan", 1, writes("x")).fresh
+    assert [path.name for path in final.iterdir()] == ["file"]
+
+
+def kill_in_step(folder: Path) -> None:
+    """Begin a step in another process that dies in the middle of it, as if killed."""
+    code = (
+        "import os, sys, pathlib; from ftkit.run import Run\n"
+        "def make(folder): (folder / 'half').touch(); os._exit(9)\n"
+        "Run(pathlib.Path(sys.argv[1])).open().ensure('train', 1, make, resumable=True)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, folder]).returncode == 9
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_a_killed_step_is_thrown_away_or_taken_up_again(tmp_path: Path, resumable: bool) -> None:
+    kill_in_step(tmp_path)
+    assert Run(tmp_path).finished("train") is None
+
+    def make(folder: Path) -> dict[str, Any]:
+        return {"found": [path.name for path in folder.iterdir()]}
+
+    with Run(tmp_path) as run:  # the dead process holds the lock no more
+        step = run.ensure("train", 1, make, resumable=resumable)
+    assert step.result == {"found": ["half"] if resumable else []}
+    assert names(tmp_path) == [step.folder.name]
+
+
+def test_partial_folders_of_other_inputs_go_once_the_step_is_done(tmp_path: Path) -> None:
+    kill_in_step(tmp_path)
+    with Run(tmp_path) as run:
+        step = run.ensure("train", 2, writes("x"), resumable=True)
+    assert names(tmp_path) == [step.folder.name]
+
+
+def fails(folder: Path) -> dict[str, Any]:
+    (folder / "half").touch()
+    raise RunError("no luck")
+
+
+def test_a_step_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with Run(tmp_path) as run, pytest.raises(RunError, match="no luck"):
+        run.ensure("plan", 1, fails)
+    assert names(tmp_path) == []
+
+
+def test_a_resumable_step_that_fails_keeps_what_it_has(tmp_path: Path) -> None:
+    with Run(tmp_path) as run, pytest.raises(RunError, match="no luck"):
+        run.ensure("train", 1, fails, resumable=True)
+    assert [path.name for path in tmp_path.glob(".train-*.partial/*")] == ["half"]
+    assert Run(tmp_path).finished("train") is None
+
+
+def test_a_failed_step_leaves_the_one_before_it(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        good = run.ensure("plan", 1, writes("x"))
+        with pytest.raises(RunError, match="no luck"):
+            run.ensure("plan", 2, fails)
+        assert run.finished("plan", good.fingerprint)
+
+
+def test_only_one_ftkit_works_in_a_run(tmp_path: Path) -> None:
+    with Run(tmp_path):
+        with pytest.raises(RunError, match="Another ftkit") as caught, Run(tmp_path):
+            pass
+        assert "--run-dir" in str(caught.value.hint)
+    with Run(tmp_path):  # free again
+        pass
+
+
+def test_a_run_under_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="Cannot write"), Run(tmp_path / "file" / "run"):
+        pass
+
+
+def test_record_keeps_the_rest(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        run.ensure("plan", 1, writes("x"))
+        run.record(ollama={"name": "größe"})
+    manifest = json.loads((tmp_path / MANIFEST).read_text(encoding="utf-8"))
+    assert manifest["ollama"] == {"name": "größe"}
+    assert list(manifest["steps"]) == ["plan"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "{}", '{"steps": []}', '{"steps": {"plan": 3}}', '{"steps": {"plan": {"fingerprint": "a"}}}'],
+)
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan-a").mkdir()
+    (tmp_path / MANIFEST).write_text(text, encoding="utf-8")
+    with pytest.raises(RunError, match="is damaged") as caught:
+        Run(tmp_path).finished("plan")
+    assert str(tmp_path / MANIFEST) in caught.value.message
+
+
+def test_fingerprints_tell_inputs_apart() -> None:
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert len({fingerprint(*parts) for parts in ([1], ["1"], [1.5], [None], [[1]], [1, 1], [{"1": 1}])}) == 7
+
+
+def test_file_fingerprint_is_sha256(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    assert file_fingerprint(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
+
+
+def test_a_failed_write_keeps_the_old_text(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, "old\n")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \ud800")
+    assert path.read_bytes() == b"old\n"
+    assert list(tmp_path.iterdir()) == [path]
