@@ -71,7 +71,7 @@ def find_format(render: Render) -> ChatFormat:
         for messages in conversations(render):
             if chat.render(messages) != render(messages, True):
                 raise ValueError(f"{' → '.join(message['role'] for message in messages)} renders differently")
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, ModelError) as error:
         raise ModelError(f"The chat template writes more than fixed text around each message ({error}).") from None
     return chat
 

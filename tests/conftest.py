@@ -70,3 +70,12 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FTKIT_CACHE_DIR", str(folder))
     monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_run() -> Path:
+    """The run that `make demo` made in this checkout."""
+    folder = REPOSITORY / "demo" / "runs" / "recipe"
+    if not (folder / "manifest.json").exists():
+        pytest.fail("these tests look at the demo's run: make demo")
+    return folder

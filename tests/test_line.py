@@ -1,0 +1,114 @@
+"""The whole line on SmolLM2-135M: what `make demo` left is looked at, and short runs go through every method and a wheel."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+
+from ftkit import hf, llamacpp, parity, source, tools
+from ftkit.data import token_ids
+from ftkit.run import Run
+
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
+
+GOAL_PERCENT = 85.0
+SHORT = ("--set", "training.max_steps=2", "--set", "ship.test_rows=4", "--set", "ship.max_loss_points=100", "--no-ollama")
+
+
+def proof(run: Path) -> dict[str, Any]:
+    step = Run(run).finished("prove")
+    assert step
+    loaded: dict[str, Any] = json.loads((step.folder / "proof.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def test_the_demo_learned_its_task(demo_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {name: parity.Score(**score) for name, score in proof(demo_run)["scores"].items()}
+    with capsys.disabled():
+        print("\n" + "\n".join(f"  {name:32} {score.right:3} of {score.rows} = {score.percent:.1f} %" for name, score in scores.items()))
+    assert scores["before"].rows >= 120
+    assert scores["before"].percent < 20
+    assert scores["trained"].percent >= GOAL_PERCENT
+
+
+def test_the_demo_is_up_to_date_in_seconds(demo_run: Path) -> None:
+    started = time.monotonic()
+    done = subprocess.run(["make", "demo"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert time.monotonic() - started < 20
+    assert "Up to date" in done.stdout
+    assert "training:" not in done.stderr
+
+
+def test_the_rebuilt_tokenizer_gives_llama_cpps_ids(demo_run: Path) -> None:
+    gguf = next((REPOSITORY / "demo").glob("*.gguf"))
+    folder = source.open_weights(source.locate(str(gguf), REPOSITORY)).folder
+    assert folder
+    tokenizer = hf.load_tokenizer(folder)
+    lines = (REPOSITORY / "demo" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [*parity.HARD_TEXTS, *(message["content"] for line in lines for message in json.loads(line)["messages"])]
+    with llamacpp.load(gguf) as engine:
+        assert parity.compare_tokens(texts, lambda text: token_ids(tokenizer, text), engine.tokenize, gguf.name) > 1000
+
+
+def run_ftkit(*words: str | Path, cwd: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    command = [sys.executable, "-m", "ftkit", *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **(environment or {})}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def few_rows(demo_run: Path, tmp_path: Path) -> Path:
+    """The demo's recipe on thirty of its rows."""
+    for name in ("recipe.yaml", "test.jsonl"):
+        shutil.copyfile(REPOSITORY / "demo" / name, tmp_path / name)
+    lines = (REPOSITORY / "demo" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(lines[:30]), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_other_methods_go_through_the_same_line(method: str, few_rows: Path) -> None:
+    gguf = next((REPOSITORY / "demo").glob("*.gguf"))
+    run_ftkit("build", "--model", gguf, "--set", f"training.method={method}", *SHORT, cwd=few_rows)
+    scores = proof(few_rows / "runs" / "recipe")["scores"]
+    assert scores["merged"]["right"] == scores["trained"]["right"]  # nothing was quantised on the way
+
+
+def test_a_wheel_in_an_empty_folder(demo_run: Path, tmp_path: Path) -> None:
+    """`ftkit init && ftkit build` from the wheel, on a machine without llama-quantize: F16 and Q8_0 come all the same."""
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, REPOSITORY], check=True, capture_output=True
+    )
+    installed, cache, folder = tmp_path / "installed", tmp_path / "cache", tmp_path / "empty"
+    shutil.unpack_archive(next(tmp_path.glob("*.whl")), installed, "zip")
+    folder.mkdir()
+    for key in ("converter", "smollm2"):  # all that `ftkit setup` brings but llama.cpp's programs
+        place = cache / tools.PACKAGES[key].folder
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(tools.cache_folder() / tools.PACKAGES[key].folder)
+    environment = {"PYTHONPATH": str(installed), "FTKIT_CACHE_DIR": str(cache), "LLAMA_CPP_DIR": ""}
+    where = subprocess.run(
+        [sys.executable, "-c", "import ftkit; print(ftkit.__file__)"],
+        env={**os.environ, **environment},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert Path(where.stdout.strip()).is_relative_to(installed)
+    run_ftkit("init", cwd=folder, environment=environment)
+    done = run_ftkit("build", *SHORT, cwd=folder, environment=environment)
+    files = {path.name for path in (folder / "runs" / "recipe").glob("gguf-*/*")}
+    assert files == {"c-reviewer-F16.gguf", "c-reviewer-Q8_0.gguf", "Modelfile"}
+    assert "Q4_K_M was not made" in done.stdout
+    assert "ftkit setup llama.cpp" in done.stdout

@@ -1,0 +1,144 @@
+"""The demo's model on real Ollama servers: the newest, and the last of the old kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import servers
+from conftest import REPOSITORY
+
+from ftkit import data, hf, ollama, parity
+from ftkit.run import Run
+
+pytestmark = pytest.mark.ollama
+
+NAME = "c-reviewer"
+ONE_THREAD = {"num_thread": 1}  # two threads on two busy cores spin: forty times slower
+DEFAULT_SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM"
+
+
+@pytest.fixture(scope="module")
+def run(demo_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the demo's folder, to register from."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    shutil.copytree(REPOSITORY / "demo", folder, symlinks=True)
+    return folder / "runs" / "recipe"
+
+
+@pytest.fixture(scope="module", params=servers.VERSIONS)
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """(version, address) of a running server."""
+    version: str = request.param
+    with servers.running(version, tmp_path_factory.mktemp(version)) as address:
+        yield version, address
+
+
+@pytest.fixture(scope="module")
+def shipped(server: tuple[str, str], run: Path) -> tuple[str, str]:
+    """`ftkit ship --ollama` done against the server; what it printed, and the address."""
+    done = subprocess.run(
+        ["ftkit", "ship", "--ollama", run.parent.parent], env={**os.environ, "OLLAMA_HOST": server[1]}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, server[1]
+
+
+def record(run: Path) -> dict[str, Any]:
+    step = Run(run).finished("merge")
+    assert step
+    loaded: dict[str, Any] = json.loads((step.folder / "answers.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def merged_tokenizer(run: Path) -> Any:
+    step = Run(run).finished("merge")
+    assert step
+    return hf.load_tokenizer(step.folder / "model")
+
+
+def client_of(address: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("OLLAMA_HOST", address)
+    return ollama.connect()
+
+
+def test_ship_registers_the_model(shipped: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"ollama run {NAME}" in shipped[0]
+    names = [model.model for model in client_of(shipped[1], monkeypatch).list().models]
+    assert names == [f"{NAME}:latest"]  # and no temporary one is left
+
+
+def test_the_default_system_prompt_is_not_lost(shipped: tuple[str, str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ftkit's TEMPLATE both servers take their own `chatml`, which has no default system prompt."""
+    client, tokenizer = client_of(shipped[1], monkeypatch), merged_tokenizer(run)
+    question = [{"role": "user", "content": "Is this C function safe?"}]
+    wanted = data.render(tokenizer, question, ask=True)
+    assert DEFAULT_SYSTEM_PROMPT in wanted
+    assert ollama.rendered_prompt(client, NAME, question) == wanted
+    reply = client.chat(NAME, question, options={"num_predict": 1, **ONE_THREAD})
+    assert reply.prompt_eval_count == len(data.token_ids(tokenizer, wanted))
+    for messages in ollama.conversations(lambda m, ask: data.render(tokenizer, m, ask=ask)):
+        assert ollama.rendered_prompt(client, NAME, messages) == data.render(tokenizer, messages, ask=True)
+
+
+def test_ollama_run_answers_as_the_client_does(
+    shipped: tuple[str, str], server: tuple[str, str], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, question = client_of(shipped[1], monkeypatch), record(run)["questions"][0]
+    done = subprocess.run(
+        [servers.program(server[0]), "run", NAME, question[-1]["content"]],
+        env={**os.environ, "OLLAMA_HOST": shipped[1]}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (answer,) = ollama.answer(client, NAME, [question], 64)
+    assert done.stdout.strip() == answer.strip()
+    assert answer.startswith(("SAFE", "VULNERABLE — CWE-"))
+
+
+def test_shipping_again_is_up_to_date(shipped: tuple[str, str], run: Path) -> None:
+    done = subprocess.run(
+        ["ftkit", "ship", "--ollama", run.parent.parent], env={**os.environ, "OLLAMA_HOST": shipped[1]}, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "registering" not in done.stderr
+
+
+def test_the_shipped_files_answer_as_the_trained_model(
+    server: tuple[str, str], run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """F16 says what the merged Hugging Face model says; Q8_0 and Q4_K_M keep the score. The old server is asked fewer questions."""
+    version, address = server
+    client, asked, converted = client_of(address, monkeypatch), record(run), Run(run).finished("gguf")
+    assert converted
+    tokenizer = merged_tokenizer(run)
+    rows = len(asked["questions"]) if version == servers.VERSIONS[0] else 20
+    questions, expected = asked["questions"][:rows], asked["expected"][:rows]
+    merged = asked["answers"][
+        "merged onto the dequantised base" if "dequantised" in Run(run).manifest()["steps"]["merge"]["result"]["onto"] else "merged"
+    ]
+    trained = parity.score(expected, asked["answers"]["trained"][:rows], "first_line")
+    chat = ollama.find_format(lambda m, ask: data.render(tokenizer, m, ask=ask))
+    lines = [f"{version}: trained {trained.right} of {rows}"]
+    for file in converted.result["files"]:
+        modelfile = ollama.Modelfile(file["path"], ollama.go_template(chat), None, {"temperature": 0, "stop": [tokenizer.eos_token]})
+        name = f"parity-{file['quantization'].lower()}"
+        ollama.register(client, name, converted.folder / file["path"], modelfile, lambda m, ask: data.render(tokenizer, m, ask=ask))
+        answers = ollama.answer(client, name, questions, 48, options=ONE_THREAD)
+        score = parity.score(expected, answers, "first_line")
+        equal = parity.same(answers, merged[:rows])
+        lines.append(
+            f"  {file['quantization']:7} {score.right} of {rows} right ({score.percent:.1f} %), {equal.percent:.1f} % equal to the merged model's answers"
+        )
+        if file["quantization"] == "F16":
+            assert equal.percent >= 95
+        if rows > 20:
+            assert score.percent >= trained.percent - 3, lines
+        client.delete(name)
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
