@@ -87,7 +87,7 @@ def answer(
     questions: Sequence[list[Message]],
     max_new_tokens: int,
     *,
-    batch: int = 16,
+    batch: int = 32,
     label: str = "asking",
     reporter: Reporter = SILENT,
 ) -> list[str]:

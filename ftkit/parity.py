@@ -9,7 +9,7 @@ from typing import Literal
 from ftkit.data import Message
 from ftkit.errors import ProofError
 
-Match = Literal["first_line", "whole"]
+Match = Literal["first_line", "last_line", "whole"]
 # Where tokenizers of one family come apart: digits, spaces, scripts, controls, contractions, emoji, code.
 HARD_TEXTS = (
     "1234567890 3.14159 1,000,000 2026-11-24T08:03:44Z 0xDEADBEEF v1.2.3",
@@ -36,10 +36,11 @@ class Score:
 
 
 def is_right(expected: str, answer: str, match: Match) -> bool:
-    """Whether an answer equals the expected one: all of it, or its first line; outer white space aside."""
-    if match == "first_line":
-        return expected.strip().split("\n")[0].strip() == answer.strip().split("\n")[0].strip()
-    return expected.strip() == answer.strip()
+    """Whether an answer equals the expected one: all of it, or its first or last line; outer white space aside."""
+    if match == "whole":
+        return expected.strip() == answer.strip()
+    line = 0 if match == "first_line" else -1
+    return expected.strip().split("\n")[line].strip() == answer.strip().split("\n")[line].strip()
 
 
 def score(expected: Sequence[str], answers: Sequence[str], match: Match) -> Score:

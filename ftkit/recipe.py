@@ -96,7 +96,7 @@ class Budget(Part):
 class Ship(Part):
     name: str = "my-model"
     quantization: str = "Q4_K_M"
-    match: Literal["first_line", "whole"] = Field(default="whole", description="how much of an answer must be right to count")
+    match: Literal["first_line", "last_line", "whole"] = Field(default="whole", description="how much of an answer must be right to count")
     max_loss_points: Annotated[float, Field(ge=0, le=100)] = 3.0
     test_rows: Annotated[int, Field(ge=1)] | None = Field(default=None, description="ask only so many held-out rows")
     system: str | None = None

@@ -43,7 +43,7 @@ def build(version: str) -> Path:
     with FileLock(final.with_name(f".{version}.lock")):
         if program(version).exists():
             return program(version)
-        print(f"building Ollama {version}", flush=True)  # noqa: T201
+        print(f"building Ollama {version}", flush=True)
         with tempfile.TemporaryDirectory(dir=final.parent) as scratch:
             target, environment = Path(scratch) / "server", {"GOTOOLCHAIN": "local"}
             if version == "v0.24.0":  # llama.cpp is compiled in; its Go module leaves third-party headers out
@@ -112,4 +112,4 @@ def _wait_until_it_answers(address: str, server: subprocess.Popen[bytes]) -> Non
 
 if __name__ == "__main__":
     for wanted in VERSIONS:
-        print(build(wanted))  # noqa: T201
+        print(build(wanted))

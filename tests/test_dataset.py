@@ -18,7 +18,7 @@ from ftkit.data import Row, read_rows
 
 FOLDER = templates.folder() / "c-vulnerabilities"
 SPLITS = ("train", "test")
-ANSWER = re.compile(r"(SAFE|VULNERABLE — (CWE-\d+))\n\S[^\n]*")  # a verdict, and one line why
+ANSWER = re.compile(r"(\S[^\n]*) – [^\n]+\n(SAFE|VULNERABLE — (CWE-\d+))")  # the deciding line and why, then the verdict
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_answers_are_a_verdict_and_a_reason(splits: dict[str, list[Row]], split:
 
 
 def verdicts(rows: list[Row]) -> Counter[str]:
-    return Counter(row.answer.split("\n")[0] for row in rows)
+    return Counter(row.answer.split("\n")[-1] for row in rows)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -67,6 +67,11 @@ def test_at_least_eight_classes_and_no_verdict_that_always_wins(splits: dict[str
 
 def test_what_is_asked_was_trained(splits: dict[str, list[Row]]) -> None:
     assert verdicts(splits["test"]).keys() <= verdicts(splits["train"]).keys()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_quoted_line_stands_in_the_function(split: str, splits: dict[str, list[Row]]) -> None:
+    assert [row.line for row in splits[split] if row.answer.rpartition(" – ")[0] not in code_of(row)] == []
 
 
 def code_of(row: Row) -> str:

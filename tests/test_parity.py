@@ -29,7 +29,14 @@ def test_what_is_right(expected: str, answer: str, first_line: bool, whole: bool
     assert is_right(expected, answer, "whole") is whole
 
 
-@pytest.mark.parametrize(("match", "right"), [("first_line", 3), ("whole", 2)])
+@pytest.mark.parametrize(
+    ("answer", "right"), [("Bounded.\nSAFE", True), ("Unbounded.\nSAFE \n", True), ("SAFE\nBounded.", False), ("", False)]
+)
+def test_the_last_line_alone_may_count(answer: str, right: bool) -> None:
+    assert is_right("Bounded.\nSAFE", answer, "last_line") is right
+
+
+@pytest.mark.parametrize(("match", "right"), [("first_line", 3), ("last_line", 2), ("whole", 2)])
 def test_score(match: Match, right: int) -> None:
     counted = score(["a\n1", "a\n1", "b", "c"], ["a\n1", "a\n2", "b ", "x"], match)
     assert counted == Score(right, 4)

@@ -98,7 +98,7 @@ def test_ollama_run_answers_as_the_client_does(
     assert done.returncode == 0, done.stderr
     (answer,) = ollama.answer(client, NAME, [question], 64)
     assert done.stdout.strip() == answer.strip()
-    assert answer.startswith(("SAFE", "VULNERABLE — CWE-"))
+    assert answer.strip().splitlines()[-1].startswith(("SAFE", "VULNERABLE — CWE-"))
 
 
 def test_shipping_again_is_up_to_date(shipped: tuple[str, str], run: Path) -> None:
@@ -122,15 +122,15 @@ def test_the_shipped_files_answer_as_the_trained_model(
     merged = asked["answers"][
         "merged onto the dequantised base" if "dequantised" in Run(run).manifest()["steps"]["merge"]["result"]["onto"] else "merged"
     ]
-    trained = parity.score(expected, asked["answers"]["trained"][:rows], "first_line")
+    trained = parity.score(expected, asked["answers"]["trained"][:rows], "last_line")
     chat = ollama.find_format(lambda m, ask: data.render(tokenizer, m, ask=ask))
     lines = [f"{version}: trained {trained.right} of {rows}"]
     for file in converted.result["files"]:
         modelfile = ollama.Modelfile(file["path"], ollama.go_template(chat), None, {"temperature": 0, "stop": [tokenizer.eos_token]})
         name = f"parity-{file['quantization'].lower()}"
         ollama.register(client, name, converted.folder / file["path"], modelfile, lambda m, ask: data.render(tokenizer, m, ask=ask))
-        answers = ollama.answer(client, name, questions, 48, options=ONE_THREAD)
-        score = parity.score(expected, answers, "first_line")
+        answers = ollama.answer(client, name, questions, 64, options=ONE_THREAD)
+        score = parity.score(expected, answers, "last_line")
         equal = parity.same(answers, merged[:rows])
         lines.append(
             f"  {file['quantization']:7} {score.right} of {rows} right ({score.percent:.1f} %), {equal.percent:.1f} % equal to the merged model's answers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,6 +46,7 @@ def open_project(
     """The project that the options name, reporting to the screen."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own renamings, said to itself
     from ftkit import pipeline
     from ftkit.cli.console import ConsoleReporter
     from ftkit.recipe import parse_override

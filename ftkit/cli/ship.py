@@ -46,7 +46,7 @@ def show(project: Project, shipped: Shipped, as_json: bool) -> None:
         say(
             f"\n  before    {_one_line(example['before'])}\n  after     {_one_line(example['after'])}\n  expected  {_one_line(example['expected'])}\n"
         )
-    what = "first lines" if project.recipe.ship.match == "first_line" else "answers"
+    what = {"first_line": "first lines", "last_line": "last lines", "whole": "answers"}[project.recipe.ship.match]
     rows = [[name, f"{score.right} of {score.rows}", f"{score.percent:.1f} %"] for name, score in shipped.scores.items()]
     print_table(f"Held-out questions, {what} exactly right", ["", "right", ""], rows)
     say(f"\nMerged into {shipped.merged_onto}. Token ids and prompts of the shipped file equal the trained model's.\n")

@@ -1,10 +1,11 @@
-"""Write train.jsonl and test.jsonl: short C functions, each with a verdict, a CWE and a one-line reason.
+"""Write train.jsonl and test.jsonl: short C functions, each with a one-line reason and a verdict with its CWE.
 
     python generate.py [FOLDER]
 
 Every row is drawn from an idiom of `idioms.txt` – vulnerable ones, their safe twins, and decoys that look
 like the other kind – and given names, types, sizes, a source of the untrusted value and unrelated statements
-around it. The same seed gives the same bytes on every machine and Python version.
+around it. The answer quotes the line that decides, says why, and ends with the verdict: a small model that has to
+quote first looks before it judges. The same seed gives the same bytes on every machine and Python version.
 
 No two rows, within or across the files, have the same *shape*: the token stream in which names are numbered
 by first appearance and every number and string is one token. A held-out function is therefore never a
@@ -63,6 +64,9 @@ KEYWORDS = frozenset(
     ]
 )
 TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'|[A-Za-z_]\w*|\d\w*|->|\+\+|--|<<|>>|&&|\|\||[-+*/%&|<>=!]=|\S')
+
+DECLARATION = re.compile(r"(const |unsigned |struct |static )*\w+ \**\w+(\[\w*\])*( = [^;]*)?;")
+MARK = "» "  # before the line that decides
 
 # Names by the role they play; a function never uses one name for two roles.
 NAMES = {
@@ -237,14 +241,7 @@ def draw(idiom: Idiom, rng: random.Random) -> Row:
     )
     parameters, body, reason = fill(parameters), fill(body), fill(reason)
     lines = [line for line in body.split("\n") if line.strip()]
-    declared = next(
-        (
-            n
-            for n, line in enumerate(lines)
-            if not re.match(r"\s*(const |unsigned |struct |static )*\w+ \**\w+(\[\w*\])*( = [^;]*)?;$", line)
-        ),
-        0,
-    )
+    declared = next((n for n, line in enumerate(lines) if not DECLARATION.fullmatch(line.removeprefix(MARK).strip())), 0)
     for _ in range(rng.choice((0, 0, 1, 1, 2))):
         lines.insert(rng.choice((declared, 0)), fill(rng.choice(NOISE)))
     returns = next((line.removeprefix("@") for line in lines if line.startswith("@")), None)
@@ -257,15 +254,16 @@ def draw(idiom: Idiom, rng: random.Random) -> Row:
     if rng.random() < 0.3:
         extra = rng.choice(EXTRA_PARAMETERS)
         parameters = rng.choice((f"{parameters}, {extra}", f"{extra}, {parameters}"))
+    deciding = next(line.removeprefix(MARK).removesuffix(" {").strip() for line in lines if line.startswith(MARK))
     depth, text = 1, []
-    for line in lines:
+    for line in (line.removeprefix(MARK) for line in lines):
         depth -= line.startswith("}")
         text.append("  " * max(depth, 1) + line.strip())
         depth += line.count("{") - line.count("}") + line.startswith("}")
     name = f"{rng.choice(NAMES['fn'])}_{rng.choice(NAMES['noun'])}"
     code = f"{rng.choice(('static ', ''))}{returns}{name}({parameters}) {{\n" + "\n".join(text) + "\n}"
     verdict = "SAFE" if idiom.label == "SAFE" else f"VULNERABLE — {idiom.label}"
-    return Row(code, f"{verdict}\n{reason}", idiom.about)
+    return Row(code, f"{deciding} – {reason}\n{verdict}", idiom.about)
 
 
 def generate(folder: Path) -> dict[str, list[Row]]:
