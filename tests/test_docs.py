@@ -48,7 +48,7 @@ def blocks(language: str) -> list[str]:
 
 def rooms() -> list[str]:
     """Modules and packages directly under ftkit/."""
-    found = [path.stem for path in (ROOT / "ftkit").glob("*.py") if path.stem != "__init__"]
+    found = [path.stem for path in (ROOT / "ftkit").glob("*.py") if not path.stem.startswith("__")]
     return sorted([*found, *(path.parent.name for path in (ROOT / "ftkit").glob("*/__init__.py"))])
 
 
