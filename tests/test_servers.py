@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,10 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def shipped(server: tuple[str, str], run: Path) -> tuple[str, str]:
     """`ftkit ship --ollama` done against the server; what it printed, and the address."""
     done = subprocess.run(
-        ["ftkit", "ship", "--ollama", run.parent.parent], env={**os.environ, "OLLAMA_HOST": server[1]}, capture_output=True, text=True
+        [sys.executable, "-m", "ftkit", "ship", "--ollama", run.parent.parent],
+        env={**os.environ, "OLLAMA_HOST": server[1]},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, server[1]
@@ -103,7 +107,10 @@ def test_ollama_run_answers_as_the_client_does(
 
 def test_shipping_again_is_up_to_date(shipped: tuple[str, str], run: Path) -> None:
     done = subprocess.run(
-        ["ftkit", "ship", "--ollama", run.parent.parent], env={**os.environ, "OLLAMA_HOST": shipped[1]}, capture_output=True, text=True
+        [sys.executable, "-m", "ftkit", "ship", "--ollama", run.parent.parent],
+        env={**os.environ, "OLLAMA_HOST": shipped[1]},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0
     assert "registering" not in done.stderr
