@@ -22,6 +22,7 @@ pytestmark = pytest.mark.ollama
 
 NAME = "c-reviewer"
 ONE_THREAD = {"num_thread": 1}  # two threads on two busy cores spin: forty times slower
+ALLOWED_LOSS_POINTS = 8  # the recipe's ship.max_loss_points
 DEFAULT_SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM"
 
 
@@ -145,7 +146,7 @@ def test_the_shipped_files_answer_as_the_trained_model(
         if file["quantization"] == "F16":
             assert equal.percent >= 95
         if rows > 20:
-            assert score.percent >= trained.percent - 3, lines
+            assert score.percent >= trained.percent - ALLOWED_LOSS_POINTS, lines
         client.delete(name)
     with capsys.disabled():
         print("\n" + "\n".join(lines))
