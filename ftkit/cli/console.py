@@ -26,11 +26,11 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; the first column is text, the others are figures. Text is shown as it is, never as markup."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, figures: bool = True) -> None:
+    """A table on stdout; the first column is text, the others are figures or, without `figures`, text too. Nothing is read as markup."""
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for number, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(escape(column), justify="right" if number and figures else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     Console(highlight=False).print(table)

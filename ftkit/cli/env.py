@@ -24,13 +24,18 @@ def command(as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    print_table("Packages", ["", ""], [[name, version or "missing: pip install " + name] for name, version in found["packages"].items()])
-    print_table("\nDevice", ["", ""], [[d["name"], d["memory"]] for d in found["devices"]])
+    print_table(
+        "Packages",
+        ["", ""],
+        [[name, version or "missing: pip install " + name] for name, version in found["packages"].items()],
+        figures=False,
+    )
+    print_table("\nDevice", ["", ""], [[d["name"], d["memory"]] for d in found["devices"]], figures=False)
     rows = [
         [name, f"{entry['path']} ({entry['found_by']})" if entry["path"] else f"missing: {entry['bring']}"]
         for name, entry in found["tools"].items()
     ]
-    print_table("\nTools", ["", ""], rows)
+    print_table("\nTools", ["", ""], rows, figures=False)
 
 
 def look() -> dict[str, Any]:

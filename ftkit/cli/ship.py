@@ -50,7 +50,9 @@ def show(project: Project, shipped: Shipped, as_json: bool) -> None:
     rows = [[name, f"{score.right} of {score.rows}", f"{score.percent:.1f} %"] for name, score in shipped.scores.items()]
     print_table(f"Held-out questions, {what} exactly right", ["", "right", ""], rows)
     if "dequantised" in shipped.merged_onto:
-        say("\nMerged into the source the gain was lost. The dequantised base keeps it, at a price outside the task: its weights are as coarse as 4 bits.")
+        say(
+            "\nMerged into the source the gain was lost. The dequantised base keeps it, at a price outside the task: its weights are as coarse as 4 bits."
+        )
     say(f"\nMerged into {shipped.merged_onto}. Token ids and prompts of the shipped file equal the trained model's.\n")
     print_table(
         "Files", ["", "size", "bits a weight"], [[f["path"], bytes_text(f["bytes"]), f"{f['bits_per_weight']:.2f}"] for f in shipped.files]

@@ -38,6 +38,11 @@ def command(run: Path, as_json: bool) -> None:
         [name, "done" if step else "begun, not finished" if begun[name] else "to do", seconds_text(step.seconds) if step else ""]
         for name, step in steps.items()
     ]
-    print_table(f"{run}", ["step", "state", "took"], [*rows, ["ollama", f"registered as {registered}" if registered else "to do", ""]])
+    print_table(
+        f"{run}",
+        ["step", "state", "took"],
+        [*rows, ["ollama", f"registered as {registered}" if registered else "to do", ""]],
+        figures=False,
+    )
     following = next((STEPS[name] for name, step in steps.items() if not step), None if registered else "ftkit ship --ollama")
     say(f"\nNext: {following or f'ollama run {registered}'}")

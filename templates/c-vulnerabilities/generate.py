@@ -27,41 +27,10 @@ SAFE_SHARE = 0.4
 QUESTION = "Is this C function safe?"
 
 KEYWORDS = frozenset(
-    [
-        "auto",
-        "break",
-        "case",
-        "char",
-        "const",
-        "continue",
-        "default",
-        "do",
-        "double",
-        "else",
-        "enum",
-        "extern",
-        "float",
-        "for",
-        "goto",
-        "if",
-        "inline",
-        "int",
-        "long",
-        "register",
-        "return",
-        "short",
-        "signed",
-        "sizeof",
-        "static",
-        "struct",
-        "switch",
-        "typedef",
-        "union",
-        "unsigned",
-        "void",
-        "volatile",
-        "while",
-    ]
+    (
+        "auto break case char const continue default do double else enum extern float for goto if inline int long "
+        "register return short signed sizeof static struct switch typedef union unsigned void volatile while"
+    ).split()
 )
 TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'|[A-Za-z_]\w*|\d\w*|->|\+\+|--|<<|>>|&&|\|\||[-+*/%&|<>=!]=|\S')
 
@@ -70,60 +39,14 @@ MARK = "» "  # before the line that decides
 
 # Names by the role they play; a function never uses one name for two roles.
 NAMES = {
-    "fn": [
-        "load",
-        "parse",
-        "handle",
-        "copy",
-        "read",
-        "open",
-        "store",
-        "update",
-        "process",
-        "fetch",
-        "render",
-        "export",
-        "import",
-        "build",
-        "save",
-        "apply",
-        "show",
-        "decode",
-        "print",
-        "resolve",
-        "send",
-        "prepare",
-    ],
-    "noun": [
-        "user",
-        "name",
-        "path",
-        "title",
-        "entry",
-        "record",
-        "packet",
-        "header",
-        "image",
-        "frame",
-        "config",
-        "token",
-        "label",
-        "report",
-        "page",
-        "field",
-        "session",
-        "event",
-        "message",
-        "row",
-        "key",
-        "device",
-        "profile",
-        "node",
-        "item",
-        "archive",
-        "note",
-        "job",
-    ],
+    "fn": (
+        "load parse handle copy read open store update process fetch render export import build save apply show decode "
+        "print resolve send prepare"
+    ).split(),
+    "noun": (
+        "user name path title entry record packet header image frame config token label report page field session event "
+        "message row key device profile node item archive note job"
+    ).split(),
     "buf": "buf line out tmp text dest copy msg scratch local banner field block".split(),
     "src": "input name src data arg value text user host query title payload word topic".split(),
     "ptr": "p node item obj rec entry ctx conn elem cell ent blk".split(),
