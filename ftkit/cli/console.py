@@ -28,12 +28,14 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, figures: bool = True) -> None:
     """A table on stdout; the first column is text, the others are figures or, without `figures`, text too. Nothing is read as markup."""
-    table = Table(title=escape(title), title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    console = Console(highlight=False)
+    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
+    table = Table(show_header=any(columns), box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for number, column in enumerate(columns):
         table.add_column(escape(column), justify="right" if number and figures else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
-    Console(highlight=False).print(table)
+    console.print(table)
 
 
 def say(text: str = "") -> None:
