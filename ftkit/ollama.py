@@ -167,8 +167,9 @@ def make_modelfile(file: str, chat: ChatFormat | None, ship: Ship, *, bos: str, 
     return Modelfile(file, go_template(chat, bos) if chat else None, ship.system, parameters)
 
 
-def connect(reporter: Reporter = SILENT) -> Client:
-    """A client of the server at OLLAMA_HOST. Raises ToolMissingError where none answers."""
+@contextmanager
+def connect(reporter: Reporter = SILENT) -> Iterator[Client]:
+    """A client of the server at OLLAMA_HOST, for the time of the context. Raises ToolMissingError where none answers."""
     import httpx
     import ollama
 
@@ -176,12 +177,12 @@ def connect(reporter: Reporter = SILENT) -> Client:
     where = urlparse(host if "//" in host else f"http://{host}")
     if where.scheme == "http" and where.hostname not in (None, "localhost", "127.0.0.1", "::1", "0.0.0.0"):  # noqa: S104
         reporter.warn(f"{where.hostname} is reached over plain http: model and prompts go unencrypted, and its API has no password")
-    client = ollama.Client()
-    try:
-        client.list()
-    except (ConnectionError, httpx.HTTPError, ollama.ResponseError):
-        raise ToolMissingError(f"No Ollama server answers at {host or '127.0.0.1:11434'}.", "start it: ollama serve") from None
-    return client
+    with ollama.Client() as client:
+        try:
+            client.list()
+        except (ConnectionError, httpx.HTTPError, ollama.ResponseError):
+            raise ToolMissingError(f"No Ollama server answers at {host or '127.0.0.1:11434'}.", "start it: ollama serve") from None
+        yield client
 
 
 def digest_of(client: Client, name: str) -> str | None:

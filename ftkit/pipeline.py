@@ -234,7 +234,9 @@ def ship(project: Project, *, use_ollama: bool | None = None) -> Shipped:
     if not trained:
         what = "holds a training of another recipe or other data" if project.run.finished("train") else "holds no finished training"
         raise RunError(f"{project.run.folder} {what}.", "ftkit train, or ftkit build for the whole line")
-    client = ollama.connect(project.reporter) if use_ollama else None  # asked for: found missing before the long work
+    if use_ollama:  # asked for: that it is missing is said before the long work
+        with ollama.connect(project.reporter):
+            pass
     _check_disk(project)
     merged = _merge(project, trained)
     converted = _convert(project, merged)
@@ -244,8 +246,8 @@ def ship(project: Project, *, use_ollama: bool | None = None) -> Shipped:
     registered, because = None, None
     if use_ollama is not False:
         try:
-            client = client or ollama.connect(project.reporter)
-            registered = _register(project, client, converted, merged)
+            with ollama.connect(project.reporter) as client:
+                registered = _register(project, client, converted, merged)
         except ToolMissingError as error:
             if use_ollama:
                 raise

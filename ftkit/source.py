@@ -88,7 +88,8 @@ def _ollama_file(name: str) -> Path:
     import ollama
 
     try:
-        modelfile = ollama.Client().show(name).modelfile or ""
+        with ollama.Client() as client:
+            modelfile = client.show(name).modelfile or ""
     except ConnectionError:
         raise ToolMissingError("No Ollama server answers.", "start it: ollama serve") from None
     except ollama.ResponseError as error:

@@ -68,20 +68,23 @@ def merged_tokenizer(run: Path) -> Any:
     return hf.load_tokenizer(step.folder / "model")
 
 
-def client_of(address: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("OLLAMA_HOST", address)
-    return ollama.connect()
+@pytest.fixture
+def client(server: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The Python client of the running server."""
+    monkeypatch.setenv("OLLAMA_HOST", server[1])
+    with ollama.connect() as connected:
+        yield connected
 
 
-def test_ship_registers_the_model(shipped: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ship_registers_the_model(shipped: tuple[str, str], client: Any) -> None:
     assert f"ollama run {NAME}" in shipped[0]
-    names = [model.model for model in client_of(shipped[1], monkeypatch).list().models]
+    names = [model.model for model in client.list().models]
     assert names == [f"{NAME}:latest"]  # and no temporary one is left
 
 
-def test_the_default_system_prompt_is_not_lost(shipped: tuple[str, str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_system_prompt_is_not_lost(shipped: tuple[str, str], run: Path, client: Any) -> None:
     """Without ftkit's TEMPLATE both servers take their own `chatml`, which has no default system prompt."""
-    client, tokenizer = client_of(shipped[1], monkeypatch), merged_tokenizer(run)
+    tokenizer = merged_tokenizer(run)
     question = [{"role": "user", "content": "Is this C function safe?"}]
     wanted = data.render(tokenizer, question, ask=True)
     assert DEFAULT_SYSTEM_PROMPT in wanted
@@ -92,10 +95,8 @@ def test_the_default_system_prompt_is_not_lost(shipped: tuple[str, str], run: Pa
         assert ollama.rendered_prompt(client, NAME, messages) == data.render(tokenizer, messages, ask=True)
 
 
-def test_ollama_run_answers_as_the_client_does(
-    shipped: tuple[str, str], server: tuple[str, str], run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    client, question = client_of(shipped[1], monkeypatch), record(run)["questions"][0]
+def test_ollama_run_answers_as_the_client_does(shipped: tuple[str, str], server: tuple[str, str], run: Path, client: Any) -> None:
+    question = record(run)["questions"][0]
     done = subprocess.run(
         [servers.program(server[0]), "run", NAME, question[-1]["content"]],
         env={**os.environ, "OLLAMA_HOST": shipped[1]}, capture_output=True, text=True, timeout=120,
@@ -118,11 +119,11 @@ def test_shipping_again_is_up_to_date(shipped: tuple[str, str], run: Path) -> No
 
 
 def test_the_shipped_files_answer_as_the_trained_model(
-    server: tuple[str, str], run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: tuple[str, str], run: Path, client: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """F16 says what the merged Hugging Face model says; Q8_0 and Q4_K_M keep the score. The old server is asked fewer questions."""
-    version, address = server
-    client, asked, converted = client_of(address, monkeypatch), record(run), Run(run).finished("gguf")
+    version = server[0]
+    asked, converted = record(run), Run(run).finished("gguf")
     assert converted
     tokenizer = merged_tokenizer(run)
     rows = len(asked["questions"]) if version == servers.VERSIONS[0] else 20
