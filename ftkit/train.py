@@ -82,6 +82,7 @@ def build_trainer(
 ) -> Any:
     """The SFTTrainer of this recipe. Rows are token ids and labels already, so nothing is rendered or masked again."""
     from datasets import Dataset
+    from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     if not training or not validation:
@@ -137,6 +138,7 @@ def build_trainer(
         peft_config=None if method == "full" else lora_config(recipe.lora),
         callbacks=list(callbacks),
     )
+    trainer.remove_callback(PrinterCallback)  # it writes every log entry to stdout, which carries results only
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL casts a 4-bit model's adapter to bfloat16, which loses small updates
             parameter.data = parameter.data.float()

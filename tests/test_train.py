@@ -186,13 +186,16 @@ def test_an_interrupted_training_resumes_to_the_same_bits(
     assert not (folders[0] / "checkpoints").exists()
 
 
-def test_loss_falls_and_the_best_checkpoint_is_kept(model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path) -> None:
+def test_loss_falls_and_the_best_checkpoint_is_kept(
+    model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = tiny.recipe(model, method="qlora", max_steps=20, learning_rate=5e-3)
     result = train(recipe, tiny.SETTINGS, model, tokenizer, examples[2:], examples[:2], tmp_path)
     losses = [point.validation_loss for point in result.curve if point.validation_loss is not None]
     assert result.best_validation_loss == min(losses) < losses[0]
     assert result.trained_tokens > 0
     assert (tmp_path / "curve.json").exists()
+    assert capsys.readouterr().out == ""  # stdout is for results
 
 
 @pytest.mark.parametrize(
