@@ -16,6 +16,7 @@ import servers
 from conftest import REPOSITORY
 
 from ftkit import data, hf, ollama, parity
+from ftkit.recipe import Ship
 from ftkit.run import Run
 
 pytestmark = pytest.mark.ollama
@@ -135,7 +136,8 @@ def test_the_shipped_files_answer_as_the_trained_model(
     chat = ollama.find_format(lambda m, ask: data.render(tokenizer, m, ask=ask))
     lines = [f"{version}: trained {trained.right} of {rows}"]
     for file in converted.result["files"]:
-        modelfile = ollama.Modelfile(file["path"], ollama.go_template(chat), None, {"temperature": 0, "stop": [tokenizer.eos_token]})
+        # all sampling values written out, as ftkit ships: v0.24.0 would penalise repetition by 1.1
+        modelfile = ollama.make_modelfile(file["path"], chat, Ship(), bos="", stops=[tokenizer.eos_token])
         name = f"parity-{file['quantization'].lower()}"
         ollama.register(client, name, converted.folder / file["path"], modelfile, lambda m, ask: data.render(tokenizer, m, ask=ask))
         answers = ollama.answer(client, name, questions, 64, options=ONE_THREAD)
