@@ -21,7 +21,17 @@ from ftkit.run import Run
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
 FLOOR_PERCENT = 55.0  # a model of 135 M parameters, two passes over 677 rows; it differs by some points between processors
-SHORT = ("--set", "training.max_steps=2", "--set", "ship.test_rows=4", "--set", "ship.max_loss_points=100", "--set", "ship.max_new_tokens=8", "--no-ollama")
+SHORT = (
+    "--set",
+    "training.max_steps=2",
+    "--set",
+    "ship.test_rows=4",
+    "--set",
+    "ship.max_loss_points=100",
+    "--set",
+    "ship.max_new_tokens=8",
+    "--no-ollama",
+)
 
 
 def proof(run: Path) -> dict[str, Any]:
