@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -139,10 +140,8 @@ def bring(key: str, reporter: Reporter = SILENT) -> Path:
 def _installer() -> list[str | Path]:
     if uv := shutil.which("uv"):
         return [uv, "pip", "install", "--quiet", "--python", sys.executable]
-    try:
-        import pip  # noqa: F401
-    except ImportError:
-        raise ToolMissingError("Neither uv nor pip is here to install packages with.", f"{sys.executable} -m ensurepip") from None
+    if importlib.util.find_spec("pip") is None:
+        raise ToolMissingError("Neither uv nor pip is here to install packages with.", f"{sys.executable} -m ensurepip")
     return [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
 
 
