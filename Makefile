@@ -33,7 +33,7 @@ e2e: $(READY)
 	@$(BIN)/ftkit setup converter llama.cpp smollm2
 	$(BIN)/python tests/servers.py
 	$(MAKE) demo
-	$(BIN)/python -m pytest -m "e2e or ollama"
+	$(BIN)/python -m pytest -m "e2e or ollama" --durations=12
 
 $(READY): requirements.lock pyproject.toml
 	@echo "setting up $(VENV): about 5 GB with torch, 1 to 5 minutes" >&2
