@@ -80,6 +80,15 @@ def test_gradients_and_optimizer_to_the_byte(method: str, optim: str, model: Pat
     assert found.optimizer_bytes == storage_bytes([t for t in states if not any(t is book for book in code_books)])
 
 
+def test_an_untied_head_has_8_bit_states_as_bitsandbytes_gives_it() -> None:
+    """Only the embedding keeps 32 bits, though the head has as many elements."""
+    tied, untied = (
+        inventory.count(tiny.config(tie_word_embeddings=tie), "full", Lora(), "adamw_8bit", 4).optimizer_bytes for tie in (True, False)
+    )
+    head = tiny.config().vocab_size * tiny.config().hidden_size
+    assert untied - tied == 2 * head + 2 * 4 * (head // inventory.OPTIMIZER_BLOCK)
+
+
 def test_targets_that_match_nothing_are_refused_with_names() -> None:
     with pytest.raises(RecipeError) as refused:
         inventory.count(tiny.config(), "lora", Lora(target_modules=["query"]), "adamw_torch", 2)

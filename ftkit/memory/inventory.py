@@ -91,7 +91,7 @@ def count(config: Any, method: Method, lora: Lora, optim: str, compute_bytes: in
     trainable = [p.numel() for p in everything] if method == "full" else adapter_sizes(model, lora)
     frozen = 0 if method == "full" else parameters - sum(quantized)
     trained = sum(trainable)
-    # bitsandbytes keeps an embedding's states in 32 bits, as transformers asks it to
+    # bitsandbytes keeps the input embedding's states in 32 bits, as transformers asks it to; an untied head's are not
     wide = model.get_input_embeddings().weight.numel() if method == "full" else 0
     return Inventory(
         method=method,
@@ -102,7 +102,9 @@ def count(config: Any, method: Method, lora: Lora, optim: str, compute_bytes: in
         weights_bytes=(4 * trained if method == "full" else 0) + frozen * compute_bytes + sum(map(nf4_bytes, quantized)) + buffers_bytes,
         adapter_bytes=0 if method == "full" else 4 * trained,
         gradient_bytes=4 * trained,
-        optimizer_bytes=sum(optimizer_state_bytes(size, "adamw_torch" if size == wide else optim) for size in trainable),
+        optimizer_bytes=sum(optimizer_state_bytes(size, optim) for size in trainable)
+        + optimizer_state_bytes(wide, "adamw_torch")
+        - optimizer_state_bytes(wide, optim),
     )
 
 
