@@ -162,8 +162,12 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
     except jinja2.TemplateError as error:
-        roles = " → ".join(message["role"] for message in messages)
-        raise ModelError(f"The model's chat template refuses {roles}: {error}.", "leave that role out of the data") from None
+        raise ModelError(f"The model's chat template refuses {roles_text(messages)}: {error}.", "leave that role out of the data") from None
+
+
+def roles_text(messages: Sequence[Message]) -> str:
+    """Who speaks in which order, for a person to read: `system → user`."""
+    return " → ".join(message["role"] for message in messages)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from ftkit import templates
-from ftkit.data import Message
+from ftkit.data import Message, roles_text
 from ftkit.errors import ModelError, ProofError, RecipeError, ToolFailedError, ToolMissingError
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Ship
@@ -70,7 +70,7 @@ def find_format(render: Render) -> ChatFormat:
         )
         for messages in conversations(render):
             if chat.render(messages) != render(messages, True):
-                raise ValueError(f"{' → '.join(message['role'] for message in messages)} renders differently")
+                raise ValueError(f"{roles_text(messages)} renders differently")
     except (ValueError, IndexError, ModelError) as error:
         raise ModelError(f"The chat template writes more than fixed text around each message ({error}).") from None
     return chat
@@ -223,7 +223,7 @@ def check_prompts(client: Client, name: str, system: str | None, render: Render)
             return  # the server is too old to tell
         if not wanted.endswith(rendered):  # what the server leaves to llama.cpp is the BOS at the start
             raise ProofError(
-                f"Ollama renders {' → '.join(message['role'] for message in messages)} differently from the model's chat template:\n  trained on {wanted!r}\n  Ollama has {rendered!r}"
+                f"Ollama renders {roles_text(messages)} differently from the model's chat template:\n  trained on {wanted!r}\n  Ollama has {rendered!r}"
             )
 
 

@@ -43,9 +43,6 @@ class Plan:
 
     memory: MemoryPlan
     tokens: TokenCounts
-    bfloat16: bool
-    on_cuda: bool
-    step: Step
 
 
 @dataclass(frozen=True)
@@ -165,19 +162,16 @@ def plan(project: Project) -> Plan:
         max_length = recipe.training.max_length
         counts = data.count_tokens(project.tokenised([*rows.train, *rows.validation], tokenizer), max_length)
         config = inventory.load_config(opened.folder)
-        bfloat16 = device.computes_bfloat16(chosen_device)
-        on_cuda = chosen_device.kind == "cuda"
         memory = make_plan(
-            config, recipe, min(counts.longest, max_length), chosen_device.name,
-            chosen_device.free_bytes, on_cuda=on_cuda, bfloat16=bfloat16,
+            config, recipe, min(counts.longest, max_length), chosen_device.name, chosen_device.free_bytes,
+            on_cuda=chosen_device.kind == "cuda", bfloat16=device.computes_bfloat16(chosen_device),
         )  # fmt: skip
-        result = {"memory": asdict(memory), "tokens": asdict(counts), "bfloat16": bfloat16, "on_cuda": on_cuda}
+        result = {"memory": asdict(memory), "tokens": asdict(counts)}
         (folder / "plan.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return result
 
-    step = project.run.ensure("plan", inputs, make)
-    result = step.result
-    return Plan(MemoryPlan.load(result["memory"]), TokenCounts(**result["tokens"]), result["bfloat16"], result["on_cuda"], step)
+    result = project.run.ensure("plan", inputs, make).result
+    return Plan(MemoryPlan.load(result["memory"]), TokenCounts(**result["tokens"]))
 
 
 def train(project: Project) -> Step:
