@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit.data import Message, render
+from ftkit.data import Message, asked_together, render, token_ids
 from ftkit.errors import ModelError
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Method
@@ -15,6 +16,10 @@ from ftkit.recipe import Method
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# (architecture, library, first version that is right, what goes wrong)
+WRONG_LOSSES = [
+    ("gemma4", "transformers", "5.12.1", "with gradient checkpointing the loss was 16.17 instead of 6.84 (transformers issue 45242)"),
+]
 # PyTorch only warns when a layer has no gradient formula; the loss then still falls while most gradients are lost.
 NO_GRADIENT = r".*autograd kernel was not registered.*"
 
@@ -23,6 +28,15 @@ def refuse_lost_gradients() -> None:
     """Turn the one warning that means wrong training into an error, and hear no more of transformers' own renamings."""
     warnings.filterwarnings("error", message=NO_GRADIENT)
     warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
+
+
+def refuse_wrong_versions(model_type: str) -> None:
+    """Raise ModelError where an installed library is known to compute a wrong loss for this architecture."""
+    from packaging.version import Version
+
+    for architecture, library, fixed, what in WRONG_LOSSES:
+        if model_type.startswith(architecture) and Version(version(library)) < Version(fixed):
+            raise ModelError(f"{library} {version(library)} trains {architecture} wrongly: {what}.", f"pip install '{library}>={fixed}'")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -87,7 +101,6 @@ def answer(
     questions: Sequence[list[Message]],
     max_new_tokens: int,
     *,
-    batch: int = 32,
     label: str = "asking",
     reporter: Reporter = SILENT,
 ) -> list[str]:
@@ -96,6 +109,8 @@ def answer(
 
     prompts = [render(tokenizer, question, ask=True) for question in questions]
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    longest = max((len(token_ids(tokenizer, prompt)) for prompt in prompts), default=0)
+    batch = asked_together(longest + max_new_tokens)
     answers = [""] * len(prompts)
     model.eval()
     stops = _end_tokens(model, tokenizer)

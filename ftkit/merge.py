@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ftkit.errors import ModelError
 from ftkit.progress import SILENT, Reporter
+from ftkit.source import indexed_files
 
 if TYPE_CHECKING:
     import torch
@@ -44,37 +45,37 @@ def merge(
 
     W + scale · B·A in float32, rounded once to the 16-bit dtype of the source; this equals PEFT's merge on a float32 base
     bit for bit. `onto="dequantised"` first passes each adapted W through NF4 and back, as the adapter saw it in training
-    (`bfloat16` says in which format it was quantised). Peak memory: three times the largest tensor, in float32.
+    (`bfloat16` says in which format it was quantised). Peak memory: one weight three times in float32 and once in 16 bits.
     Raises ModelError where the adapter uses what this merge does not do, or fits no tensor of the base.
     """
     import torch
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
     pairs, scale = _read_adapter(adapter)
-    shards = sorted(base.glob("*.safetensors"))
+    names = indexed_files(base)  # a folder may hold other files, such as another layout of the same weights
+    shards = [base / name for name in names] if names else sorted(base.glob("*.safetensors"))
     done, tensors, written = set(), 0, 0
     with reporter.bar("merging", len(pairs)) as bar:
         for shard in shards:
-            out = {}
-            with safe_open(shard, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 – safe_open is no mapping
-                    weight = file.get_tensor(name)
-                    if pair := pairs.get(name):
-                        source = _through_nf4(weight, torch.bfloat16 if bfloat16 else torch.float32) if onto == "dequantised" else weight
-                        delta = scale * (pair["B"].float() @ pair["A"].float())
-                        if delta.shape != weight.shape:
-                            raise ModelError(
-                                f"The adapter's {name} is {tuple(delta.shape)}, the base's {tuple(weight.shape)}.",
-                                "merge it with the base that it was trained on",
-                            )
-                        weight = (source.float() + delta).to(weight.dtype)
-                        done.add(name)
-                        bar.update(len(done))
-                    out[name] = weight.contiguous()
-                tensors += len(out)
-            save_file(out, folder / shard.name, metadata={"format": "pt"})
-            written += (folder / shard.name).stat().st_size
+            target = folder / shard.name
+            shutil.copyfile(shard, target)  # names, shapes and dtypes stay: only the bytes of adapted weights change
+            with safe_open(shard, framework="pt") as file, open(target, "r+b") as out:
+                places = _places(target)
+                for name in places.keys() & pairs.keys():
+                    weight, pair = file.get_tensor(name), pairs[name]
+                    source = _through_nf4(weight, torch.bfloat16 if bfloat16 else torch.float32) if onto == "dequantised" else weight
+                    delta = scale * (pair["B"].float() @ pair["A"].float())
+                    if delta.shape != weight.shape:
+                        raise ModelError(
+                            f"The adapter's {name} is {tuple(delta.shape)}, the base's {tuple(weight.shape)}.",
+                            "merge it with the base that it was trained on",
+                        )
+                    out.seek(places[name])
+                    out.write((source.float() + delta).to(weight.dtype).contiguous().view(torch.uint8).numpy().data)
+                    done.add(name)
+                    bar.update(len(done))
+            tensors += len(places)
+            written += target.stat().st_size
     if missing := sorted(pairs.keys() - done):
         raise ModelError(
             f"{len(missing)} adapted layers are not in {base}, the first is {missing[0]}.", "merge it with the base that it was trained on"
@@ -83,6 +84,14 @@ def merge(
         if file.suffix in (".json", ".jinja", ".model", ".txt") and file.is_file():
             shutil.copyfile(file, folder / file.name)
     return MergeResult(onto, len(done), tensors, written)
+
+
+def _places(path: Path) -> dict[str, int]:
+    """Where each tensor begins in a safetensors file: after eight bytes of length and a JSON header with offsets."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _read_adapter(adapter: Path) -> tuple[dict[str, dict[str, torch.Tensor]], float]:

@@ -1,4 +1,4 @@
-"""A model reference – hub id, directory, `.gguf` file or `ollama:NAME` – to its config, tokenizer and 16-bit weights."""
+"""A model reference – hub id, directory, `config.json`, `.gguf` file or `ollama:NAME` – to its config, tokenizer and 16-bit weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +18,12 @@ from ftkit.errors import ModelError, ToolMissingError
 from ftkit.progress import SILENT, Reporter
 from ftkit.run import file_fingerprint, fingerprint
 from ftkit.tools import cache_folder
+from ftkit.units import bytes_text
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-CONFIG_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
+HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[\w.-]+(@(?!.*\.\.)[\w.-]+(/[\w.-]+)*)?", re.ASCII | re.IGNORECASE)  # org/name, org/name@revision
+CONFIG_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+INDEX = "model.safetensors.index.json"  # which file holds which tensor, where there are several
+CONVERT_PICKLES = "convert them once: https://huggingface.co/spaces/safetensors/convert"
 
 # GGUF names a pre-tokenizer instead of carrying it, and transformers does not rebuild these from the name.
 # The steps follow llama.cpp's table (src/llama-vocab.cpp); `parity.compare_tokens` checks the result against llama.cpp itself.
@@ -27,17 +32,21 @@ PRE_TOKENIZERS_WITH_SINGLE_DIGITS = ("smollm",)
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's files are. `folder` holds config, tokenizer and safetensors; for a `.gguf` it is made by `open_weights`."""
+    """Where a model's files are.
+
+    `folder` holds config, tokenizer and safetensors. Of a hub model and a `.gguf` it is unknown until opened; of a bare
+    config it is where that lies, and nothing else in it belongs to the model.
+    """
 
     reference: str
-    kind: str  # "hub", "directory" or "gguf"
-    fingerprint: str
+    kind: str  # "hub", "directory", "config" or "gguf"
+    fingerprint: str  # of a hub model the commit
     folder: Path | None = None
     gguf: Path | None = None
 
 
 def locate(reference: str, relative_to: Path) -> Source:
-    """Find a model without loading anything heavy.
+    """Find a model without loading anything heavy; of a hub model only its commit is asked for.
 
     Raises ModelError where there is no such model, or where its weights are pickle files.
     """
@@ -49,15 +58,33 @@ def locate(reference: str, relative_to: Path) -> Source:
         return _locate_folder(path)
     if path.is_file() and path.suffix == ".gguf":
         return _locate_gguf(path)
+    if path.is_file() and path.name == "config.json":
+        return _locate_config(path)
     if path.exists():
-        raise ModelError(f"{path} is no model.", "a model is a folder with config.json, a .gguf file, or a hub id such as org/name")
+        raise ModelError(
+            f"{path} is no model.",
+            "a model is a folder with config.json, that file alone to plan, a .gguf file, or a hub id such as org/name",
+        )
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1)
-    if HUB_ID.fullmatch(reference) and not reference.endswith(".gguf") and not near:
-        return Source(reference, "hub", fingerprint("hub", reference))
-    raise ModelError(
-        f"There is no model at {path}.",
-        f"did you mean {path.parent / near[0]}?" if near else "give a folder, a .gguf file, a hub id (org/name) or ollama:NAME",
-    )
+    meant = f"did you mean {path.parent / near[0]}?" if near else None
+    if HUB_ID.fullmatch(reference) and not reference.endswith(".gguf"):
+        try:
+            return _locate_hub(reference)
+        except ModelError as error:
+            if not meant:
+                raise
+            raise ModelError(f"There is no model at {path}. {error.message}", f"{meant} Otherwise: {error.hint}") from None
+    raise ModelError(f"There is no model at {path}.", meant or "give a folder, a .gguf file, a hub id (org/name) or ollama:NAME")
+
+
+def _locate_hub(reference: str) -> Source:
+    """The commit that the revision names today; what the cache remembers of it where the hub is not reached."""
+    from huggingface_hub import HfApi, is_offline_mode
+
+    repository, _, revision = reference.partition("@")
+    with _hub_errors(reference):
+        commit = HfApi().resolve_revision(repository, revision=revision or None, local_files_only=is_offline_mode()).resolved
+    return Source(reference, "hub", commit)
 
 
 def _locate_folder(path: Path) -> Source:
@@ -67,13 +94,23 @@ def _locate_folder(path: Path) -> Source:
     if not weights and any(path.glob("*.bin")):
         raise ModelError(
             f"{path} holds only pickle weights (*.bin), which can run code when they are loaded.",
-            "convert them once: https://huggingface.co/spaces/safetensors/convert",
+            CONVERT_PICKLES,
         )
     parts: list[object] = [(path / "config.json").read_text(encoding="utf-8")]
     for file in (*weights, *sorted(path.glob("*.jinja")), *sorted(path.glob("tokenizer*"))):
         stat = file.stat()
         parts.append([file.name, stat.st_size, stat.st_mtime_ns])
     return Source(str(path), "directory", fingerprint(parts), folder=path.resolve())
+
+
+def _locate_config(path: Path) -> Source:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        if not isinstance(json.loads(text), dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise ModelError(f"{path} is no config: {error}.", "on the model's page open config.json and take its download link") from None
+    return Source(str(path), "config", fingerprint("config", text), folder=path.parent.resolve())
 
 
 def _locate_gguf(path: Path) -> Source:
@@ -101,41 +138,148 @@ def _ollama_file(name: str) -> Path:
 
 
 def open_config(source: Source, reporter: Reporter = SILENT) -> Source:
-    """The source with a `folder` that holds at least config and tokenizer; of a hub model only those are fetched."""
+    """The source with a `folder` that holds at least config and tokenizer (a bare config: config.json); nothing else is fetched."""
     if source.kind == "hub":
-        return _fetch(source, CONFIG_FILES)
+        folder = _fetch(source, CONFIG_FILES, ("*/*",))
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{source.reference} has no config.json: it is no base model.",
+                f"of a repository of GGUF files fetch one and give that: hf download {source.reference.partition('@')[0]} FILE.gguf",
+            )
+        return replace(source, folder=folder)
     return source if source.folder else open_weights(source, reporter)
 
 
 def open_weights(source: Source, reporter: Reporter = SILENT) -> Source:
     """The source with a `folder` of config, tokenizer and 16-bit safetensors; fetches or dequantises where needed."""
     if source.kind == "hub":
-        return _fetch(source, (*CONFIG_FILES, "*.safetensors"))
+        return _open_hub_weights(source, reporter)
     if source.kind == "gguf" and source.folder is None:
         return replace(source, folder=_dequantise(source, reporter))
-    if source.folder and not any(source.folder.glob("*.safetensors")):
-        raise ModelError(f"{source.folder} has no *.safetensors.", "a config alone is enough for `ftkit plan` only")
+    if source.kind == "config":
+        raise ModelError(
+            f"{source.reference} is a config without weights: enough to plan, not to train.",
+            "give the model itself with --model: a folder, a .gguf file, a hub id (org/name) or ollama:NAME",
+        )
+    if source.folder:
+        if not any(source.folder.glob("*.safetensors")):
+            raise ModelError(f"{source.folder} has no *.safetensors.", "a config alone is enough for `ftkit plan` only")
+        if missing := [name for name in indexed_files(source.folder) or () if not (source.folder / name).is_file()]:
+            raise ModelError(f"{source.folder} has no {missing[0]}, which its {INDEX} names.", "fetch or copy the model again, whole")
     return source
 
 
-def _fetch(source: Source, patterns: tuple[str, ...]) -> Source:
-    import huggingface_hub
-    from huggingface_hub import errors
+def indexed_files(folder: Path) -> list[str] | None:
+    """The weight files that a model's index names, None without an index.
 
+    Raises ModelError where the index cannot be read or names anything but safetensors files beside it.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return None
     try:
-        folder = Path(huggingface_hub.snapshot_download(source.reference, allow_patterns=list(patterns)))
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        elsewhere = sorted(name for name in names if name != Path(name).name or not name.endswith(".safetensors"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} cannot be read: {error!r}.", "fetch or copy the model again") from None
+    if elsewhere:
+        hint = CONVERT_PICKLES if elsewhere[0].endswith(".bin") else "take the model from where it was first published"
+        raise ModelError(f"{index} names {elsewhere[0]!r}, which is no safetensors file beside it.", hint)
+    return sorted(names)
+
+
+def _open_hub_weights(source: Source, reporter: Reporter) -> Source:
+    """Fetch the weights that transformers loads – those in the index, or the one file – and no second copy beside them."""
+    from huggingface_hub import get_cached_repo_tree
+
+    opened = open_config(source)
+    assert opened.folder
+    names = indexed_files(opened.folder) or ["model.safetensors"]
+    missing = [name for name in names if not (opened.folder / name).is_file()]
+    if not missing:
+        return opened
+    with _hub_errors(source.reference):
+        sizes = {file.path: file.size for file in get_cached_repo_tree(source.reference.partition("@")[0], revision=source.fingerprint)}
+    if absent := [name for name in missing if name not in sizes]:
+        if any(name.endswith(".bin") for name in sizes):
+            raise ModelError(
+                f"{source.reference} holds only pickle weights (*.bin), which can run code when they are loaded.", CONVERT_PICKLES
+            )
+        raise ModelError(f"{source.reference} has no {absent[0]}.", "give a model with its weights in safetensors files")
+    size = bytes_text(sum(sizes[name] for name in missing))
+    reporter.step(f"fetching the weights of {source.reference}: {size} in {len(missing)} file{'s' * (len(missing) > 1)}")
+    _fetch(source, missing)
+    return opened
+
+
+def _fetch(source: Source, patterns: Sequence[str], without: Sequence[str] = ()) -> Path:
+    """The snapshot folder of the source's commit, with the files that match; asks nothing where they are all there."""
+    import huggingface_hub
+
+    with _hub_errors(source.reference):
+        folder = huggingface_hub.snapshot_download(
+            source.reference.partition("@")[0],
+            revision=source.fingerprint,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(without),
+        )
+    return Path(folder)
+
+
+@contextmanager
+def _hub_errors(reference: str) -> Iterator[None]:
+    """Say huggingface_hub's errors as ModelError, each with the way out."""
+    from huggingface_hub import constants, errors, is_offline_mode
+
+    repository, _, revision = reference.partition("@")
+    page = f"{constants.ENDPOINT}/{repository}"
+    try:
+        yield
     except errors.GatedRepoError:
         raise ModelError(
-            f"{source.reference} is gated.", f"accept its terms at https://huggingface.co/{source.reference}, then: hf auth login"
+            f"{repository} is gated: its terms must be accepted first.",
+            f"accept them at {page}, then: hf auth login; or, only to plan, download config.json there and: ftkit plan --config config.json",
         ) from None
     except errors.RepositoryNotFoundError:
-        raise ModelError(f"The hub has no model {source.reference} (or it is private).", "check the spelling, or: hf auth login") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
+        raise ModelError(f"The hub has no model {repository} (or it is private).", "check the spelling, or: hf auth login") from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"{repository} has no revision {revision}.", f"see its branches and tags: {page}/tree/main") from None
+    except errors.HFValidationError as error:
+        raise ModelError(f"{reference} is no hub id: {_first_line(error)}", "a hub id is org/name, or org/name@revision") from None
+    except (
+        errors.HTTPError,  # type: ignore[attr-defined]  # httpx's or, in newer versions, httpx2's
+        errors.RevisionResolutionError,
+        errors.CachedRepoTreeNotFoundError,
+        OSError,
+        RuntimeError,  # hf_xet's
+    ) as error:
+        cause = error if isinstance(error, errors.HfHubHTTPError) else error.__cause__ or error
+        if is_offline_mode():
+            raise ModelError(
+                f"HF_HUB_OFFLINE is set, and {reference} is not (or not whole) in the hub's cache at {constants.HF_HUB_CACHE}.",
+                f"unset it and fetch the model once: hf download {repository}{f' --revision {revision}' if revision else ''}",
+            ) from None
+        if isinstance(cause, errors.HfHubHTTPError):
+            status, said = cause.response.status_code, cause.server_message
+            raise ModelError(
+                f"The hub answers {status} for {reference}{f': {said.splitlines()[0]}' if said else '.'}",
+                "HF_TOKEN or the login is not valid any more: hf auth login"
+                if status == 401
+                else "try again later, or give a local folder",
+            ) from None
+        if isinstance(cause, OSError) and cause.strerror:
+            raise ModelError(
+                f"{reference} cannot be kept in {constants.HF_HUB_CACHE}: {cause.strerror}.",
+                "make space there, or set HF_HOME to another folder",
+            ) from None
         raise ModelError(
-            f"{source.reference} is not on this machine and the hub cannot be reached.",
-            "check the spelling and the network, or give a local folder or .gguf file with --model",
+            f"{reference} cannot be fetched from {constants.ENDPOINT}: {_first_line(cause)}",
+            "check the network and give the same command again (whole files are kept), or give a local folder or .gguf file",
         ) from None
-    return replace(source, folder=folder, fingerprint=fingerprint("hub", source.reference, folder.name))
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _dequantise(source: Source, reporter: Reporter) -> Path:

@@ -53,6 +53,28 @@ def test_equals_peft_bit_for_bit(use_rslora: bool, base: Path, tmp_path: Path) -
         assert torch.equal(tensor, theirs[name].to(torch.bfloat16)), name
 
 
+def test_shards_are_merged_and_another_layout_beside_them_is_left(base: Path, tmp_path: Path) -> None:
+    """What the index names is the model; `consolidated.safetensors`, as some hub models carry it, is not."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    sharded = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(sharded, max_shard_size="200KB")
+    shards = sorted(sharded.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    (sharded / "consolidated.safetensors").write_bytes(shards[0].read_bytes())
+    make_adapter(base, tmp_path / "adapter")
+    for name, source in (("one", base), ("many", sharded)):
+        (tmp_path / name).mkdir()
+        merge.merge(source, tmp_path / "adapter", tmp_path / name)
+    assert sorted(p.name for p in (tmp_path / "many").glob("*.safetensors")) == [p.name for p in shards]
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    many = {name: tensor for shard in shards for name, tensor in load_file(tmp_path / "many" / shard.name).items()}
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
 def test_the_merged_folder_loads_with_tokenizer_and_template(base: Path, tmp_path: Path) -> None:
     from ftkit import hf
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 
 from ftkit import source
 from ftkit.errors import ModelError, ToolMissingError
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks like a hub id is asked of an empty cache; the hub itself has tests of its own (test_hub.py)."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 @pytest.fixture
@@ -41,6 +54,14 @@ def test_a_folder_with_weights_is_open_as_it_is(model: Path, tmp_path: Path) -> 
     assert source.open_config(found) == source.open_weights(found) == found
 
 
+def test_a_folder_without_one_of_its_weight_files(model: Path, tmp_path: Path) -> None:
+    shards = {"a": "model.safetensors", "b": "model-2.safetensors"}
+    (model / source.INDEX).write_text(json.dumps({"weight_map": shards}), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"has no model-2\.safetensors") as refused:
+        source.open_weights(source.locate("tiny", tmp_path))
+    assert refused.value.hint
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [("config.json", '{"a": 1}'), ("model.safetensors", "12345"), ("tokenizer.json", "{ }"), ("chat_template.jinja", "x")],
@@ -68,12 +89,6 @@ def test_a_gguf_file_is_known_by_its_bytes(gguf: Path, tmp_path: Path) -> None:
     assert source.locate("renamed.gguf", tmp_path).fingerprint != found.fingerprint
 
 
-def test_a_hub_id_is_not_fetched_to_be_located(tmp_path: Path) -> None:
-    found = source.locate("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path)
-    assert (found.kind, found.folder) == ("hub", None)
-    assert found.fingerprint != source.locate("HuggingFaceTB/SmolLM2-360M-Instruct", tmp_path).fingerprint
-
-
 def test_a_local_folder_wins_over_the_hub(tmp_path: Path) -> None:
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").mkdir()
@@ -91,7 +106,9 @@ def test_a_misspelt_path_gets_the_nearest_name(model: Path, gguf: Path, tmp_path
     assert "tiny" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("reference", ["./zzz", "zzz", "org/name.gguf", "a/b/c", "/nowhere/zzz", ""])
+@pytest.mark.parametrize(
+    "reference", ["./zzz", "zzz", "org/name.gguf", "a/b/c", "/nowhere/zzz", "org/name@", "org/name@a..b", "org/name@v1@v2", ""]
+)
 def test_what_is_nowhere(tmp_path: Path, reference: str) -> None:
     with pytest.raises(ModelError) as caught:
         source.locate(reference, tmp_path)
@@ -133,6 +150,80 @@ def test_a_config_alone_is_enough_to_plan(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no \*\.safetensors") as caught:
         source.open_weights(found)
     assert "ftkit plan" in str(caught.value.hint)
+
+
+def test_a_bare_config_is_a_model_to_plan_with(model: Path, tmp_path: Path) -> None:
+    found = source.locate("tiny/config.json", tmp_path)
+    assert (found.kind, found.folder) == ("config", model.resolve())
+    assert source.open_config(found) == found
+    with pytest.raises(ModelError, match="config without weights") as caught:
+        source.open_weights(found)
+    assert "--model" in str(caught.value.hint)
+
+
+def test_a_bare_config_is_known_by_what_it_says(model: Path, tmp_path: Path) -> None:
+    before = source.locate("tiny/config.json", tmp_path).fingerprint
+    (model / "tokenizer.json").write_text("{ }", encoding="utf-8")
+    assert source.locate("tiny/config.json", tmp_path).fingerprint == before != source.locate("tiny", tmp_path).fingerprint
+    (model / "config.json").write_text('{"a": 1}', encoding="utf-8")
+    assert source.locate("tiny/config.json", tmp_path).fingerprint != before
+
+
+@pytest.mark.parametrize("text", ["<!DOCTYPE html>", "", "[]", '{"model_type": "llama"', "\udcff"])
+def test_a_config_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ModelError, match="is no config") as caught:
+        source.locate("config.json", tmp_path)
+    assert "download" in str(caught.value.hint)
+
+
+Ollama = Callable[[int, dict[str, Any]], AbstractContextManager[None]]
+
+
+@pytest.fixture
+def ollama(monkeypatch: pytest.MonkeyPatch) -> Ollama:
+    """A server that gives one answer to `show`."""
+
+    @contextmanager
+    def answering(status: int, answer: dict[str, Any]) -> Iterator[None]:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.send_response(status if self.path == "/api/show" else 404)
+                self.end_headers()
+                self.wfile.write(json.dumps(answer).encode())
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        with HTTPServer(("127.0.0.1", 0), Handler) as server:
+            monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{server.server_port}")
+            thread = Thread(target=server.handle_request)
+            thread.start()
+            yield
+            thread.join()
+
+    return answering
+
+
+def test_an_ollama_model_is_the_file_behind_it(gguf: Path, tmp_path: Path, ollama: Ollama) -> None:
+    with ollama(200, {"modelfile": f"# Modelfile\n# FROM tiny:latest\n\nFROM {gguf}\nTEMPLATE x\n", "model_info": {}}):
+        found = source.locate("ollama:tiny", tmp_path)
+    assert (found.reference, found.kind, found.gguf) == ("ollama:tiny", "gguf", gguf.resolve())
+    assert found.fingerprint == source.locate("tiny.gguf", tmp_path).fingerprint
+
+
+def test_an_ollama_model_that_is_not_there(tmp_path: Path, ollama: Ollama) -> None:
+    with ollama(404, {"error": "model 'tinny' not found"}), pytest.raises(ModelError, match="does not have tinny") as caught:
+        source.locate("ollama:tinny", tmp_path)
+    assert "ollama list" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("line", ["FROM tiny:latest", "FROM /nowhere/sha256-0", ""])
+def test_an_ollama_model_whose_file_is_out_of_reach(tmp_path: Path, ollama: Ollama, line: str) -> None:
+    with ollama(200, {"modelfile": f"{line}\n", "model_info": {}}), pytest.raises(ModelError, match="where ftkit cannot read it") as caught:
+        source.locate("ollama:tiny", tmp_path)
+    assert ".gguf" in str(caught.value.hint)
 
 
 def test_an_ollama_model_without_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

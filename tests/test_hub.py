@@ -1,0 +1,401 @@
+"""Models of a hub: the real client against a hub on loopback, which counts what is asked of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from hub import Hub, read_folder, running
+from tiny import make_model
+
+from ftkit import hf, source
+from ftkit.errors import ModelError
+
+NAME = "org/tiny"
+TOKEN = "hf_SecretOfTheTest"  # noqa: S105
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "tokenizer.json": b"{}",
+    "tokenizer.model": b"sentencepiece",
+    "README.md": b"# Tiny",
+    "modeling_tiny.py": b"raise SystemExit('remote code was run')",
+    "model.safetensors.index.json": json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}).encode(),
+    SHARDS[0]: b"0123456789",
+    SHARDS[1]: b"9876543210",
+    "consolidated.safetensors": b"the same weights under other names",
+    "onnx/config.json": b"{}",
+    "pytorch_model.bin": b"pickle",
+}
+
+Client = Callable[..., None]
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    """Set constants of huggingface_hub, which are the environment's as it was at the import; an empty cache to begin with, and no token."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    def set_constants(**values: Any) -> None:
+        if "ENDPOINT" in values:
+            values["HUGGINGFACE_CO_URL_TEMPLATE"] = values["ENDPOINT"] + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in values.items():
+            monkeypatch.setattr(constants, name, value)
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    set_constants(HF_HUB_OFFLINE=False, HF_HUB_CACHE=str(home / "hub"), HF_TOKEN_PATH=str(home / "token"))
+    set_constants(HF_HUB_DISABLE_TELEMETRY=True)  # once a day it asks for a list to describe itself with
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # it waits before it tries again
+    yield set_constants
+    _http.close_session()
+
+
+@pytest.fixture
+def hub(client: Client) -> Iterator[Hub]:
+    """A hub that the client is pointed to."""
+    with running() as started:
+        client(ENDPOINT=started.endpoint)
+        yield started
+
+
+def locate(reference: str = NAME) -> source.Source:
+    return source.locate(reference, Path("nowhere"))
+
+
+def refused(call: Callable[..., Any], *arguments: Any) -> ModelError:
+    with pytest.raises(ModelError) as caught:
+        call(*arguments)
+    assert caught.value.hint
+    return caught.value
+
+
+def fetched(hub: Hub) -> list[str]:
+    """The names of the files whose content was asked for since the last call."""
+    return sorted(path.split("/", 5)[5] for method, path in hub.asked() if method == "GET" and "/resolve/" in path)
+
+
+def test_locating_asks_for_the_commit_and_nothing_else(hub: Hub) -> None:
+    commit = hub.add(NAME, FILES)
+    found = locate()
+    assert (found.kind, found.fingerprint, found.folder) == ("hub", commit, None)
+    assert hub.asked() == [("GET", f"/api/models/{NAME}")]
+
+
+def test_planning_fetches_config_and_tokenizer_once(hub: Hub) -> None:
+    commit = hub.add(NAME, FILES)
+    opened = source.open_config(locate())
+    assert fetched(hub) == ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model"]
+    assert opened.folder
+    assert opened.folder.name == commit == opened.fingerprint
+    assert source.open_config(locate()) == opened
+    assert hub.asked() == [("GET", f"/api/models/{NAME}")]  # the second time only whether the commit is still the same
+
+
+def test_weights_are_those_of_the_index_and_fetched_once(hub: Hub) -> None:
+    hub.add(NAME, FILES)
+    config = source.open_config(locate())
+    hub.asked()
+    opened = source.open_weights(config)
+    assert fetched(hub) == sorted(SHARDS)
+    assert opened.folder == config.folder
+    assert source.open_weights(config) == opened
+    assert hub.asked() == []
+
+
+def test_without_an_index_the_one_file(hub: Hub) -> None:
+    hub.add(NAME, {"config.json": b"{}", "model.safetensors": b"1", "model.fp16.safetensors": b"2"})
+    opened = source.open_weights(locate())
+    assert fetched(hub) == ["config.json", "model.safetensors"]
+    assert opened.folder
+    assert (opened.folder / "model.safetensors").read_bytes() == b"1"
+
+
+def test_xet_is_there_and_plain_http_is_used(hub: Hub) -> None:
+    """A hub that names no Xet hash is asked over plain HTTP, though hf_xet is installed."""
+    from huggingface_hub.utils._runtime import is_xet_available
+
+    assert is_xet_available()
+    hub.add(NAME, FILES)
+    source.open_weights(locate())
+    assert all(path.startswith((f"/api/models/{NAME}", f"/{NAME}/resolve/")) for _, path in hub.asked())
+
+
+@pytest.mark.parametrize("revision", ["v1", "refs/pr/4", "feature/long.name"])
+def test_a_branch_or_tag_is_another_commit(hub: Hub, revision: str) -> None:
+    hub.add(NAME, FILES)
+    tagged = hub.add(NAME, {**FILES, "config.json": b'{"model_type": "qwen2"}'}, revision)
+    found = locate(f"{NAME}@{revision}")
+    assert found.fingerprint == tagged != locate().fingerprint
+    folder = source.open_config(found).folder
+    assert folder
+    assert (folder / "config.json").read_bytes() == b'{"model_type": "qwen2"}'
+
+
+def test_a_whole_commit_hash_is_not_asked_for(hub: Hub) -> None:
+    commit = hub.add(NAME, FILES)
+    found = locate(f"{NAME}@{commit}")
+    assert found.fingerprint == commit
+    assert hub.asked() == []
+    assert source.open_config(found).folder
+
+
+def test_a_moved_branch_changes_the_fingerprint(hub: Hub) -> None:
+    hub.add(NAME, FILES)
+    before = source.open_config(locate())
+    after = hub.add(NAME, {**FILES, "tokenizer.json": b"{ }"})
+    moved = source.open_config(locate())
+    assert moved.fingerprint == after != before.fingerprint
+    assert moved.folder
+    assert (moved.folder / "tokenizer.json").read_bytes() == b"{ }"
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_model(hub: Hub, status: int) -> None:
+    hub.add(NAME, FILES)
+    hub.repositories[NAME].gate = status
+    error = refused(source.open_config, locate())
+    assert "is gated" in error.message
+    for words in (f"{hub.endpoint}/{NAME}", "hf auth login", "ftkit plan --config config.json"):
+        assert words in str(error.hint)
+
+
+def test_a_gated_model_that_is_here_already(hub: Hub) -> None:
+    hub.add(NAME, FILES)
+    opened = source.open_config(locate())
+    hub.repositories[NAME].gate = 403
+    assert source.open_config(locate()) == opened
+    assert "is gated" in refused(source.open_weights, opened).message
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_misspelt_or_private_model(hub: Hub, status: int) -> None:
+    hub.error_of_missing = status
+    error = refused(locate, "org/tinny")
+    assert error.message.startswith("The hub has no model org/tinny")
+    assert "spelling" in str(error.hint)
+
+
+def test_a_folder_of_a_near_name_does_not_hide_the_hub(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "org" / "tiny-2").mkdir(parents=True)
+    error = refused(source.locate, NAME, tmp_path)
+    assert "There is no model at" in error.message
+    assert f"did you mean {tmp_path / 'org' / 'tiny-2'}?" in str(error.hint)
+    hub.add(NAME, FILES)
+    assert source.locate(NAME, tmp_path).kind == "hub"
+
+
+@pytest.mark.parametrize("revision", ["v2", "0" * 40])
+def test_a_missing_revision(hub: Hub, revision: str) -> None:
+    hub.add(NAME, FILES)
+    error = refused(lambda: source.open_config(locate(f"{NAME}@{revision}")))
+    assert error.message == f"{NAME} has no revision {revision}."
+
+
+@pytest.mark.parametrize("reference", ["org/two--dashes", "org/.hidden", f"org/{'x' * 120}"])
+def test_a_name_that_no_hub_model_has(hub: Hub, reference: str) -> None:
+    assert "is no hub id" in refused(locate, reference).message
+    assert hub.asked() == []
+
+
+def test_a_connection_that_dies_once_is_taken_up_where_it_broke(hub: Hub) -> None:
+    hub.add(NAME, FILES)
+    hub.repositories[NAME].dying = {SHARDS[0]: 1}
+    opened = source.open_weights(locate())
+    assert opened.folder
+    assert (opened.folder / SHARDS[0]).read_bytes() == FILES[SHARDS[0]]
+
+
+def test_a_connection_that_keeps_dying(hub: Hub) -> None:
+    hub.add(NAME, FILES)
+    hub.repositories[NAME].dying = {SHARDS[1]: 100}
+    error = refused(lambda: source.open_weights(locate()))
+    assert error.message.startswith(f"{NAME} cannot be fetched from {hub.endpoint}")
+    hub.asked()
+    hub.repositories[NAME].dying = {}
+    opened = source.open_weights(locate())
+    assert opened.folder
+    assert (opened.folder / SHARDS[1]).read_bytes() == FILES[SHARDS[1]]
+    assert fetched(hub) == [SHARDS[1]]  # what was whole is kept
+
+
+def test_xet_that_fails(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Task error: CAS Client Error")
+
+    hub.add(NAME, FILES)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    assert "CAS Client Error" in refused(source.open_config, locate()).message
+
+
+def test_offline_with_the_files(hub: Hub, client: Client) -> None:
+    hub.add(NAME, FILES)
+    hub.add(NAME, {**FILES, "tokenizer.json": b"{ }"}, "v1")
+    opened, tagged = source.open_weights(locate()), source.open_weights(locate(f"{NAME}@v1"))
+    hub.asked()
+    client(HF_HUB_OFFLINE=True)
+    assert source.open_weights(locate()) == opened
+    assert source.open_config(locate()) == opened
+    assert source.open_weights(locate(f"{NAME}@v1")) == tagged
+    assert hub.asked() == []
+
+
+@pytest.mark.parametrize("reference", [NAME, f"{NAME}@v1"])
+def test_offline_without_the_files(hub: Hub, client: Client, reference: str) -> None:
+    hub.add(NAME, FILES, "main", "v1")
+    client(HF_HUB_OFFLINE=True)
+    error = refused(locate, reference)
+    assert error.message.startswith(f"HF_HUB_OFFLINE is set, and {reference} is not")
+    assert f"hf download {NAME}" in str(error.hint)
+    assert hub.asked() == []
+
+
+def test_offline_with_the_config_alone(hub: Hub, client: Client) -> None:
+    hub.add(NAME, FILES)
+    opened = source.open_config(locate())
+    client(HF_HUB_OFFLINE=True)
+    assert source.open_config(locate()) == opened
+    assert refused(source.open_weights, opened).message.startswith(f"HF_HUB_OFFLINE is set, and {NAME} is not (or not whole)")
+
+
+def test_a_hub_that_is_not_reached(hub: Hub, client: Client) -> None:
+    hub.add(NAME, FILES)
+    opened = source.open_config(locate())
+    with socket.socket() as taken:  # bound, but nothing listens
+        taken.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        client(ENDPOINT=nowhere)
+        assert source.open_config(locate()) == opened
+        for call in (lambda: source.open_weights(opened), lambda: locate("org/other")):
+            assert f"cannot be fetched from {nowhere}" in refused(call).message
+
+
+@pytest.mark.parametrize(("status", "way_out"), [(429, "try again later"), (500, "try again later"), (401, "hf auth login")])
+def test_a_hub_that_refuses(hub: Hub, status: int, way_out: str) -> None:
+    hub.add(NAME, FILES)
+    hub.refusal = (status, {"X-Error-Message": "Invalid credentials in Authorization header"} if status == 401 else {})
+    error = refused(locate)
+    assert error.message.startswith(f"The hub answers {status} for {NAME}")
+    assert way_out in str(error.hint)
+
+
+def test_a_cache_that_cannot_be_written(hub: Hub, client: Client, tmp_path: Path) -> None:
+    hub.add(NAME, FILES)
+    (tmp_path / "file").touch()
+    client(HF_HUB_CACHE=str(tmp_path / "file"))
+    error = refused(source.open_config, locate())
+    assert f"cannot be kept in {tmp_path / 'file'}" in error.message
+    assert "HF_HOME" in str(error.hint)
+
+
+def test_pickle_weights_are_refused_and_never_fetched(hub: Hub) -> None:
+    hub.add(NAME, {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
+    opened = source.open_config(locate())
+    assert "pickle" in refused(source.open_weights, opened).message
+    assert fetched(hub) == ["config.json"]
+
+
+def test_a_config_without_weights(hub: Hub) -> None:
+    hub.add(NAME, {"config.json": b"{}"})
+    assert "has no model.safetensors" in refused(lambda: source.open_weights(locate())).message
+
+
+@pytest.mark.parametrize("index", [b"{", b"[]", b"{}", b'{"weight_map": null}'])
+def test_a_damaged_index(hub: Hub, index: bytes) -> None:
+    hub.add(NAME, {"config.json": b"{}", "model.safetensors.index.json": index})
+    with pytest.raises(ModelError, match="cannot be read"):
+        source.open_weights(locate())
+
+
+@pytest.mark.parametrize(("name", "hint"), [("../other.safetensors", "first published"), ("pytorch_model.bin", "convert")])
+def test_an_index_may_name_safetensors_beside_it_alone(hub: Hub, name: str, hint: str) -> None:
+    hub.add(NAME, {"config.json": b"{}", source.INDEX: json.dumps({"weight_map": {"a": name}}).encode()})
+    error = refused(lambda: source.open_weights(locate()))
+    assert repr(name) in error.message
+    assert hint in str(error.hint)
+
+
+def test_a_repository_of_gguf_files(hub: Hub) -> None:
+    hub.add(NAME, {"README.md": b"", "tiny-Q4_K_M.gguf": b"GGUF"})
+    error = refused(source.open_config, locate())
+    assert "has no config.json" in error.message
+    assert f"hf download {NAME} FILE.gguf" in str(error.hint)
+    assert fetched(hub) == []
+
+
+def test_a_token_is_used_and_kept_nowhere(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.add(NAME, FILES)
+    source.open_weights(locate())
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    for refusal in ((401, {"X-Error-Message": "Invalid credentials in Authorization header"}), (403, {}), (500, {})):
+        hub.refusal = refusal
+        error = refused(locate, "org/other")
+        assert TOKEN not in f"{error.message} {error.hint}"
+    assert not any(TOKEN.encode() in path.read_bytes() for path in (tmp_path / "home").rglob("*") if path.is_file())
+
+
+def test_the_environment_names_hub_and_cache(hub: Hub, tmp_path: Path) -> None:
+    """In a process of its own the client reads HF_ENDPOINT and HF_HOME itself."""
+    commit = hub.add(NAME, FILES)
+    code = (
+        "import sys; from ftkit import source; "
+        f"print(source.open_config(source.locate('{NAME}', source.Path('nowhere'))).folder); print(*sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "other")}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    folder, modules = ran.stdout.splitlines()
+    assert Path(folder) == tmp_path / "other" / "hub" / "models--org--tiny" / "snapshots" / commit
+    assert not {"torch", "transformers"} & set(modules.split())  # a model is found and its config fetched without the heavy ones
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in several safetensors files."""
+    from transformers import AutoModelForCausalLM
+
+    whole, folder = make_model(tmp_path_factory.mktemp("whole")), tmp_path_factory.mktemp("sharded")
+    shutil.copytree(whole, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_pretrained(whole, dtype="auto").save_pretrained(folder, max_shard_size="200KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+@pytest.mark.torch
+def test_a_sharded_model_is_loaded_as_it_was(hub: Hub, sharded: Path) -> None:
+    hub.add(NAME, read_folder(sharded))
+    folder = source.open_weights(locate()).folder
+    assert folder
+    loaded, original = (hf.load_model(where, None, bfloat16=False, cuda=False).state_dict() for where in (folder, sharded))
+    assert loaded.keys() == original.keys()
+    assert all(loaded[name].equal(original[name]) for name in original)
+    assert hf.load_tokenizer(folder).encode("Hi") == hf.load_tokenizer(sharded).encode("Hi")
+
+
+@pytest.mark.torch
+def test_plan_fetches_no_weights_and_train_does(
+    hub: Hub, sharded: Path, ftkit: Callable[..., Result], rows: list[Any], write_rows: Callable[[Path, list[Any]], Path], tmp_path: Path
+) -> None:
+    hub.add(NAME, read_folder(sharded))
+    write_rows(tmp_path / "train.jsonl", rows)
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {NAME}\ntraining: {{method: lora, max_steps: 2, max_length: 128}}\nbudget: {{vram: 24}}\n", encoding="utf-8"
+    )
+    assert ftkit("plan", tmp_path / "recipe.yaml").exit_code == 0
+    assert not [name for name in fetched(hub) if name.endswith(".safetensors")]
+    assert ftkit("plan", tmp_path / "recipe.yaml").exit_code == 0
+    assert hub.asked() == [("GET", f"/api/models/{NAME}")]
+    assert ftkit("train", tmp_path / "recipe.yaml").exit_code == 0
+    assert fetched(hub) == sorted(path.name for path in sharded.glob("*.safetensors"))
