@@ -54,6 +54,7 @@ class TokenCounts:
     total: int
     median: int
     p95: int
+    p99: int
     longest: int
     cut: int  # rows longer than max_length
 
@@ -214,9 +215,57 @@ def count_tokens(examples: Sequence[Example], max_length: int) -> TokenCounts:
         total=sum(lengths),
         median=lengths[len(lengths) // 2],
         p95=lengths[min(len(lengths) - 1, int(len(lengths) * 0.95))],
+        p99=lengths[min(len(lengths) - 1, int(len(lengths) * 0.99))],
         longest=lengths[-1],
         cut=sum(length > max_length for length in lengths),
     )
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Tokens that an epoch computes, padding included, by how rows are put together. Rows are counted as they are trained, cut."""
+
+    batch: int
+    tokens: int  # of the rows themselves
+    random_tokens: int  # batches in random order, each padded to its longest row
+    grouped_tokens: int  # batches of rows of like length, as ftkit trains
+    packed_tokens: int  # rows joined into rows of max_length, as a packing trainer would
+    grouped_batch_tokens: tuple[int, ...]  # of each grouped batch
+
+
+def batching(lengths: Sequence[int], batch: int, max_length: int, seed: int) -> Batching:
+    """What padding costs at this batch size.
+
+    Grouping is transformers' `group_by_length`: rows are shuffled, cut into groups of 50 batches and sorted within each.
+    Packing is best fit, longest first.
+    """
+    import random
+    from bisect import bisect_left, insort
+
+    order = list(lengths)
+    random.Random(seed).shuffle(order)
+    group = min(50 * batch, max(batch, len(order) // 4))
+    grouped = [n for start in range(0, len(order), group) for n in sorted(order[start : start + group], reverse=True)]
+
+    def padded(rows: list[int]) -> list[int]:
+        return [max(part) * len(part) for part in (rows[start : start + batch] for start in range(0, len(rows), batch))]
+
+    free: list[int] = []  # room left in each packed row, sorted
+    rows = 0
+    for length in sorted(lengths, reverse=True):
+        index = bisect_left(free, length)
+        if index < len(free):
+            insort(free, free.pop(index) - length)
+        else:
+            rows += 1
+            insort(free, max_length - length)
+    by_group = padded(grouped)
+    return Batching(batch, sum(lengths), sum(padded(order)), sum(by_group), rows * max_length, tuple(by_group))
+
+
+def asked_together(longest_tokens: int) -> int:
+    """How many questions are asked at once: at most 32, and about 8192 tokens, prompt and answer together."""
+    return max(1, min(32, 8192 // longest_tokens))
 
 
 def cut(examples: Sequence[Example], max_length: int) -> list[Example]:

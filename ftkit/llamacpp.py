@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 
 from ftkit.data import Message
+from ftkit.device import asked_threads
 from ftkit.errors import ToolFailedError, ToolMissingError
 from ftkit.progress import SILENT, Reporter
 
@@ -81,7 +81,7 @@ def load(path: Path, num_ctx: int = 4096, threads: int | None = None) -> Iterato
     parameters.warmup = False
     parameters.hostnames = ["127.0.0.1"]
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = (
-        threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or psutil.cpu_count(logical=False) or 1
+        threads or asked_threads() or psutil.cpu_count(logical=False) or 1
     )
     try:
         server = xllamacpp.Server(parameters)

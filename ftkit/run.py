@@ -42,12 +42,12 @@ def file_fingerprint(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` as a whole: a reader sees the old or the new text, never a part."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` as a whole: a reader sees the old or the new content, never a part."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -105,7 +105,7 @@ class Run:
         """Merge entries into the manifest."""
         manifest = self.manifest()
         manifest.update(entries)
-        write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(self.folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
 
     def finished(self, name: str, mark: str | None = None) -> Step | None:
         """The step as recorded, if its folder is still there (and, given a mark, if it has this fingerprint)."""

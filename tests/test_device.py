@@ -8,13 +8,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ftkit.device import CARDS_GIB, Device, choose, computes_bfloat16, find_gpus, parse_nvidia_smi, processor
+from ftkit.device import ANY_CARD, CARDS, Device, asked_threads, choose, computes_bfloat16, find_gpus, parse_nvidia_smi, processor
 from ftkit.errors import RecipeError
 from ftkit.units import GIB, MIB
 
 TWO_CARDS = "NVIDIA H100 80GB HBM3, 81559, 81000, 9.0\nTesla T4, 15360, 14914, 7.5\n"
 PRINT_TWO_CARDS = f"printf '{TWO_CARDS}'"
 needs_scripts = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for nvidia-smi is a shell script")
+
+
+@pytest.mark.parametrize(("value", "threads"), [("4", 4), ("3,2", 3), ("", None), ("0", None), ("many", None)])
+def test_threads_as_openmp_takes_them(monkeypatch: pytest.MonkeyPatch, value: str, threads: int | None) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert asked_threads() == threads
 
 
 def test_parse_nvidia_smi() -> None:
@@ -68,17 +74,17 @@ def test_without_a_gpu_the_cpu_is_planned_for(tmp_path: Path, monkeypatch: pytes
     assert 0 < device.free_bytes <= device.total_bytes
 
 
-def test_an_amount_wins_over_a_name() -> None:
-    device = choose("7.5", "H100")
-    assert device == Device("cuda", "a GPU with 7.5 GiB", int(7.5 * GIB), int(7.5 * GIB))
+def test_an_amount_alone_or_on_a_card() -> None:
+    assert choose("7.5") == Device("cuda", "a GPU with 7.5 GiB", int(7.5 * GIB), int(7.5 * GIB), ANY_CARD)
+    assert choose("7.5", "H100") == Device("cuda", "H100", int(7.5 * GIB), int(7.5 * GIB), (9, 0))
 
 
 @pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090", "rtx-4090"])
 def test_a_card_by_any_of_its_names(name: str) -> None:
-    assert choose(gpu=name) == Device("cuda", "RTX 4090", 24 * GIB, 24 * GIB)
+    assert choose(gpu=name) == Device("cuda", "RTX 4090", 24 * GIB, 24 * GIB, (8, 9))
 
 
-@pytest.mark.parametrize("name", CARDS_GIB)
+@pytest.mark.parametrize("name", CARDS)
 def test_every_card_is_found_by_its_own_name(name: str) -> None:
     assert choose(gpu=name).name == name
 
@@ -88,9 +94,9 @@ def test_an_unknown_card_is_told_the_known_ones(name: str) -> None:
     with pytest.raises(RecipeError, match="no card that ftkit knows") as caught:
         choose(gpu=name)
     assert "--vram" in str(caught.value.hint)
-    assert all(card in str(caught.value.hint) for card in CARDS_GIB)
+    assert any(card in str(caught.value.hint) for card in CARDS)
 
 
-@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((12, 1), True), ((0, 0), True)])
+@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((12, 1), True)])
 def test_bfloat16_from_capability_8_on(capability: tuple[int, int], native: bool) -> None:
     assert computes_bfloat16(Device("cuda", "card", GIB, GIB, capability)) is native
