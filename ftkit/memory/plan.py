@@ -1,64 +1,94 @@
-"""What fits: the memory of a training step, the choice of batch × accumulation, and what the later steps need."""
+"""What fits: the memory of a training step, the choice of batch × accumulation, and the smallest changes where nothing fits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from ftkit.memory import activations, inventory
-from ftkit.memory.inventory import Inventory
-from ftkit.recipe import Method, Recipe
+from ftkit.data import Batching, batching
+from ftkit.device import Device
+from ftkit.errors import ModelError
+from ftkit.memory import later
+from ftkit.memory.fit import StepMemory
+from ftkit.memory.inventory import DTYPE_BYTES, Inventory, Skeleton
+from ftkit.memory.later import GgufModel, LaterStep
+from ftkit.memory.step import Part, Peak, Timeline
+from ftkit.memory.trace import StepSettings
+from ftkit.recipe import Recipe
 
-MARGIN = 0.10  # of the budget, kept for what the activation estimate leaves out
-CUDA_CONTEXT_BYTES = 500 << 20  # an allowance for the CUDA context and cuBLAS workspaces, not a measurement
-# Bits a weight of the block formats, from ggml's block sizes (bytes × 8 ÷ elements). The K mixtures (…_K_M, …_K_S)
-# choose by tensor and are not computed here.
-GGUF_BITS = {"F16": 16.0, "BF16": 16.0, "Q8_0": 34 * 8 / 32, "Q6_K": 210 * 8 / 256, "Q5_0": 22 * 8 / 32, "Q5_1": 24 * 8 / 32,
-             "Q4_0": 18 * 8 / 32, "Q4_1": 20 * 8 / 32, "IQ4_NL": 18 * 8 / 32, "IQ4_XS": 136 * 8 / 256}  # fmt: skip
+METHODS = ("full", "lora", "qlora")
+MARGIN = 0.04  # of the budget, kept free: above the largest error seen against measured runs (docs/plan.md)
+# Below so many tokens a step waits for the weights to be read, whatever the batch: a card's operations a second divided by
+# its bytes a second, at 2 operations and 2 bytes a weight; 164 for an RTX 4090, 200 for an A100, 295 for an H100.
+RIDGE_TOKENS = 256
+CHECKPOINTING_COST = 4 / 3  # one more forward pass beside one forward and a backward pass of twice its work
+SHORTER_BY = 64  # tokens: the step in which a shorter length is looked for
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One method at one batch size. `activation_bytes` is an estimate, the rest is counted."""
+    """One method at one batch size and length, against a budget."""
 
     inventory: Inventory
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     gradient_checkpointing: bool
-    activation_bytes: int
-    context_bytes: int
+    peak: Peak
     budget_bytes: int
 
     @property
-    def peak_bytes(self) -> int:
-        return self.inventory.fixed_bytes + self.activation_bytes + self.context_bytes
+    def limit_bytes(self) -> int:
+        return without_margin(self.budget_bytes)
 
     @property
     def fits(self) -> bool:
-        return self.peak_bytes <= self.budget_bytes * (1 - MARGIN)
+        return self.peak.device_bytes <= self.limit_bytes
 
 
 @dataclass(frozen=True)
-class LaterStep:
-    """What a step after training needs. Disk and bytes moved follow from the parameter count."""
+class Change:
+    """A change of the recipe, as `--set` takes it, and what the step then needs."""
 
-    name: str
-    peak_ram_bytes: int
-    disk_bytes: int
-    read_bytes: int
+    settings: tuple[str, ...]
+    words: str
+    peak_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """What training computes. `seconds` is None until a training of this model on this device has told its throughput."""
+
+    steps: int
+    epochs: float
+    tokens: int  # of the rows, padding left out, over all epochs
+    tokens_per_second: float | None
+    seconds: float | None
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The chosen fit, the same length under the three methods, and the later steps."""
+    """The chosen fit, the same step under the three methods, what would fit instead, and the later steps."""
 
-    device_name: str
+    device: Device
     max_length: int  # tokens of the longest row that the step will see
+    labelled_share: float  # of its tokens, those that are learnt, at most; they alone cost in the loss head
     compute_dtype: str
+    attention: str
     chosen: Fit
     methods: tuple[Fit, ...]
+    untraced: dict[str, str]  # methods that cannot be traced for this model, and why
+    batches: tuple[tuple[int, bool, int, bool], ...]  # those looked at: batch, checkpointing, bytes on the device, fits
+    changes: tuple[Change, ...]
+    batching: Batching | None
+    work: Work | None  # None without a dataset
+    extra_bytes: int  # on the device beyond the trace: the last probe's difference, and on a CPU the process itself
+    timeline: Timeline
     later: tuple[LaterStep, ...]
+    gguf_bytes: dict[str, int]  # of each type's tensors
+    gguf_estimated_because: str | None  # None: exact
 
     @property
     def disk_bytes(self) -> int:
@@ -69,16 +99,28 @@ class MemoryPlan:
         """The plan whose `dataclasses.asdict` was recorded."""
 
         def fit(entry: dict[str, Any]) -> Fit:
-            return Fit(**{**entry, "inventory": Inventory(**entry["inventory"])})
+            peak = Peak(**{**entry["peak"], "parts": tuple(Part(**part) for part in entry["peak"]["parts"])})
+            return Fit(**{**entry, "inventory": Inventory(**entry["inventory"]), "peak": peak})
 
+        timeline, rows = record["timeline"], record["batching"]
         return cls(
             **{
                 **record,
+                "device": Device(**{**record["device"], "capability": tuple(record["device"]["capability"])}),
                 "chosen": fit(record["chosen"]),
                 "methods": tuple(map(fit, record["methods"])),
+                "batches": tuple(map(tuple, record["batches"])),
+                "changes": tuple(Change(**{**entry, "settings": tuple(entry["settings"])}) for entry in record["changes"]),
+                "work": Work(**record["work"]) if record["work"] else None,
+                "batching": rows and Batching(**{**rows, "grouped_batch_tokens": tuple(rows["grouped_batch_tokens"])}),
+                "timeline": Timeline({k: tuple(v) for k, v in timeline["series"].items()}, tuple(map(tuple, timeline["phases"]))),
                 "later": tuple(LaterStep(**entry) for entry in record["later"]),
             }
         )
+
+
+def without_margin(budget_bytes: int) -> int:
+    return int(budget_bytes * (1 - MARGIN))
 
 
 def batch_sizes(effective: int) -> list[int]:
@@ -86,78 +128,239 @@ def batch_sizes(effective: int) -> list[int]:
     return [size for size in range(effective, 0, -1) if effective % size == 0]
 
 
-def choose_fit(config: Any, counted: Inventory, recipe: Recipe, length: int, budget_bytes: int, compute_bytes: int, on_cuda: bool) -> Fit:
-    """The largest batch that fits, without checkpointing if it can be; else the smallest there is, which does not fit.
+class Planner:
+    """Answers what one recipe's training step needs on one device, for rows of up to `length` tokens."""
 
-    A larger batch moves more tokens a second; checkpointing computes each layer's forward twice, so it comes only where
-    a batch of the same size does not fit without it.
-    """
-    training = recipe.training
-    sizes = [training.per_device_train_batch_size] if training.per_device_train_batch_size else batch_sizes(training.effective_batch_size)
-    checkpointings = [False, True] if training.gradient_checkpointing is None else [training.gradient_checkpointing]
-    shape = activations.shape(config)
-    fit = None
-    for size in sizes:
-        for checkpointing in checkpointings:
-            fit = Fit(
-                inventory=counted,
-                per_device_train_batch_size=size,
-                gradient_accumulation_steps=-(-training.effective_batch_size // size),
-                gradient_checkpointing=checkpointing,
-                activation_bytes=activations.estimate_bytes(shape, size, length, checkpointing=checkpointing, compute_bytes=compute_bytes),
-                context_bytes=CUDA_CONTEXT_BYTES if on_cuda else 0,
-                budget_bytes=budget_bytes,
-            )
+    def __init__(
+        self, config: Any, recipe: Recipe, device: Device, length: int, lengths: Sequence[int], *,
+        bfloat16: bool, extra_bytes: int = 0, labelled_share: float = 1.0,
+    ) -> None:  # fmt: skip
+        self.labelled_share = labelled_share
+        self.extra_bytes = extra_bytes + (0 if device.kind == "cuda" else later.FTKIT_BYTES)
+        self.recipe, self.device, self.length, self.lengths = recipe, device, length, lengths
+        self.dtype = "bfloat16" if bfloat16 else "float32"
+        self.skeleton = Skeleton(config, self.dtype, recipe.what_if.attention, recipe.what_if.tied is not False)
+        self.skeleton.shorten()
+        self._memories: dict[str, StepMemory] = {}  # by the settings in words: a list of target modules has no hash
+        self._peaks: dict[tuple[str, int, int, bool], Peak] = {}
+
+    def settings(self, recipe: Recipe, checkpointing: bool) -> StepSettings:
+        """The step that `ftkit train` runs for this recipe, with the recipe's what-ifs."""
+        asked = recipe.what_if.model_dump(exclude_none=True)
+        base = StepSettings(
+            method=recipe.training.method, lora=recipe.lora, optim=recipe.training.optim, gradient_checkpointing=checkpointing,
+            base_dtype=self.dtype, compute_dtype=self.dtype, autocast=self.dtype != "float32",  # type: ignore[arg-type]
+            labelled_share=self.labelled_share, device=self.device.kind, capability=self.device.capability,
+        )  # fmt: skip
+        return replace(base, **asked)
+
+    def peak(self, recipe: Recipe, batch: int, checkpointing: bool, length: int | None = None) -> Peak:
+        settings = self.settings(recipe, checkpointing)
+        accumulates = recipe.training.effective_batch_size > batch
+        key = (repr(settings), batch, length or self.length, accumulates)
+        if key not in self._peaks:
+            step = self.memory(settings).step(batch, length or self.length, accumulates=accumulates)
+            peak = step.peak(self.limit_bytes - self.extra_bytes)
+            self._peaks[key] = replace(peak, device_bytes=peak.device_bytes + self.extra_bytes)
+        return self._peaks[key]
+
+    def memory(self, settings: StepSettings) -> StepMemory:
+        key = repr(settings)
+        if key not in self._memories:
+            self._memories[key] = StepMemory(self.skeleton, settings)
+        return self._memories[key]
+
+    @property
+    def limit_bytes(self) -> int:
+        """What the step may take on the device, the margin left out."""
+        return without_margin(self.device.free_bytes)
+
+    def fit(self, recipe: Recipe, batch: int, checkpointing: bool) -> Fit:
+        return Fit(
+            inventory=self.count(recipe),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=-(-recipe.training.effective_batch_size // batch),
+            gradient_checkpointing=checkpointing,
+            peak=self.peak(recipe, batch, checkpointing),
+            budget_bytes=self.device.free_bytes,
+        )
+
+    def count(self, recipe: Recipe) -> Inventory:
+        settings = self.settings(recipe, False)
+        return self.skeleton.count(
+            settings.method, settings.lora, settings.optim, settings.base_dtype, settings.trained_dtype, settings.double_quant
+        )
+
+    def choices(self, recipe: Recipe) -> list[tuple[int, bool]]:
+        """(batch, checkpointing) that the recipe allows, the fastest first; among equals the one without checkpointing."""
+        training = recipe.training
+        sizes = (
+            [training.per_device_train_batch_size] if training.per_device_train_batch_size else batch_sizes(training.effective_batch_size)
+        )
+        checkpointings = [False, True] if training.gradient_checkpointing is None else [training.gradient_checkpointing]
+        return sorted(
+            ((size, on) for size in sizes for on in checkpointings), key=lambda choice: (self.work(*choice), choice[1], choice[0])
+        )
+
+    def work(self, batch: int, checkpointing: bool) -> float:
+        """Relative time of an epoch: tokens computed, padding included, and at least RIDGE_TOKENS a pass."""
+        passes = (
+            batching(self.lengths, batch, self.recipe.training.max_length, self.recipe.training.seed).grouped_batch_tokens
+            if self.lengths
+            else (batch * self.length,)
+        )
+        rows = len(self.lengths) if self.lengths else batch
+        tokens = sum(max(tokens, RIDGE_TOKENS) for tokens in passes) / rows
+        return tokens * (CHECKPOINTING_COST if checkpointing else 1.0)
+
+    def choose(self, recipe: Recipe) -> tuple[Fit, list[tuple[int, bool, int, bool]]]:
+        """The fastest choice that fits, and all that were looked at; where none fits, the smallest."""
+        seen = []
+        smallest: Fit | None = None
+        too_large: dict[bool, int] = {}  # by checkpointing, the smallest batch that does not fit; larger ones need no look
+        for batch, checkpointing in self.choices(recipe):
+            if batch > too_large.get(checkpointing, batch):
+                continue
+            fit = self.fit(recipe, batch, checkpointing)
+            seen.append((batch, checkpointing, fit.peak.device_bytes, fit.fits))
             if fit.fits:
-                return fit
-    assert fit
-    return fit
+                return fit, seen
+            too_large[checkpointing] = min(batch, too_large.get(checkpointing, batch))
+            if smallest is None or fit.peak.device_bytes < smallest.peak.device_bytes:
+                smallest = fit
+        assert smallest
+        return smallest, seen
+
+    def changes(self, fit: Fit) -> tuple[Change, ...]:
+        """What would make it fit, the smallest change first, each computed; at the end what fits only together."""
+        singles = list(self._single_changes(fit))
+        found = [self._change(settings, words) for settings, words in singles]
+        if not any(change.fits for change in found):
+            together: dict[str, str] = {}  # the last of two changes of one key goes furthest
+            for settings, _ in singles:
+                together |= {key: value for key, _, value in (entry.partition("=") for entry in settings) if key != "training.max_length"}
+            if len(together) > 1:
+                all_of_them = tuple(f"{key}={value}" for key, value in together.items())
+                change = self._change(all_of_them, "all of these together")
+                if not change.fits:
+                    change = self._shorter(all_of_them, "all of these together, with shorter rows") or change
+                found.append(change)
+        return tuple(sorted((change for change in found if change.peak_bytes < fit.peak.device_bytes), key=lambda change: not change.fits))
+
+    def _single_changes(self, fit: Fit) -> Iterator[tuple[tuple[str, ...], str]]:
+        training, method = self.recipe.training, self.recipe.training.method
+        if not fit.gradient_checkpointing:
+            yield ("training.gradient_checkpointing=true",), "gradient checkpointing: a third more work, nothing lost"
+        if fit.per_device_train_batch_size > 1:
+            yield ("training.per_device_train_batch_size=1",), "one row at a time; the effective batch stays"
+        if training.optim == "adamw_torch" and method == "full":
+            yield ("training.optim=adamw_8bit",), "8-bit optimizer states"
+        if method == "full":
+            yield ("training.method=lora",), "LoRA: adapters on frozen 16-bit weights"
+        if method != "qlora":
+            yield ("training.method=qlora",), "QLoRA: adapters on 4-bit weights"
+        if method != "full" and self.recipe.lora.r > 8:
+            yield ("lora.r=8",), "a smaller rank"
+        shorter = self._shorter((), "shorter rows")
+        if shorter:
+            yield shorter.settings, shorter.words
+
+    def _shorter(self, settings: tuple[str, ...], words: str) -> Change | None:
+        """With these settings, the longest rows that fit, in steps of SHORTER_BY tokens."""
+        recipe = apply(self.recipe, settings)
+        low, high = 0, (self.length - 1) // SHORTER_BY
+        while low < high:  # low fits (0: nothing is known to), high + 1 does not
+            middle = (low + high + 1) // 2
+            if self._least(recipe, middle * SHORTER_BY).device_bytes <= self.limit_bytes:
+                low = middle
+            else:
+                high = middle - 1
+        if not low:
+            return None
+        peak = self._least(recipe, low * SHORTER_BY)
+        return Change((*settings, f"training.max_length={low * SHORTER_BY}"), words, peak.device_bytes, True)
+
+    def _change(self, settings: tuple[str, ...], words: str) -> Change:
+        last = settings[-1] if settings else ""
+        length = int(last.partition("=")[2]) if last.startswith("training.max_length") else self.length
+        peak = self._least(apply(self.recipe, settings), length)
+        return Change(settings, words, peak.device_bytes, peak.device_bytes <= self.limit_bytes)
+
+    def _least(self, recipe: Recipe, length: int) -> Peak:
+        """The peak of the smallest choice that the recipe allows."""
+        batch, checkpointing = min(self.choices(recipe), key=lambda choice: (choice[0], not choice[1]))
+        return self.peak(recipe, batch, checkpointing, length)
+
+
+def apply(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """The recipe with `group.key=value` settings applied."""
+    import yaml
+
+    changed = recipe.model_dump()
+    for entry in settings:
+        key, _, value = entry.partition("=")
+        group, _, name = key.partition(".")
+        changed[group][name] = yaml.safe_load(value)
+    return Recipe.model_validate(changed)
 
 
 def make_plan(
-    config: Any, recipe: Recipe, length: int, device_name: str, budget_bytes: int, *, on_cuda: bool, bfloat16: bool
-) -> MemoryPlan:
-    """Plan a run for rows of up to `length` tokens.
+    config: Any, recipe: Recipe, device: Device, length: int, lengths: Sequence[int] = (), *,
+    bfloat16: bool, extra_bytes: int = 0, labelled_share: float = 1.0, tokens_per_second: float | None = None,
+) -> MemoryPlan:  # fmt: skip
+    """Plan a run for rows of up to `length` tokens; `lengths` are those of the training rows, where there is a dataset.
 
-    Parameters, trainable parameters and the bytes of weights, gradients and optimizer are exact; activations are
-    `activations.estimate_bytes`.
+    `labelled_share` is the largest share of a batch's tokens that is learnt, `extra_bytes` what an earlier probe of this
+    device found beyond the trace, `tokens_per_second` an earlier training's speed.
+    Counts are of the model on the meta device, peaks of traced steps. Raises ModelError where a step cannot be traced,
+    RecipeError where the adapter's targets are wrong.
     """
-    compute_bytes = 2 if bfloat16 else 4
-    fits = {
-        method: choose_fit(
-            config, inventory.count(config, method, recipe.lora, recipe.training.optim, compute_bytes),
-            recipe, length, budget_bytes, compute_bytes, on_cuda,
-        )
-        for method in get_args(Method)
-    }  # fmt: skip
-    chosen = fits[recipe.training.method]
+    planner = Planner(config, recipe, device, length, lengths, bfloat16=bfloat16, extra_bytes=extra_bytes, labelled_share=labelled_share)
+    chosen, seen = planner.choose(recipe)
+    batch, checkpointing = chosen.per_device_train_batch_size, chosen.gradient_checkpointing
+    methods, untraced = [], {}
+    for method in METHODS:
+        try:
+            other = method != recipe.training.method
+            methods.append(planner.fit(apply(recipe, (f"training.method={method}",)), batch, checkpointing) if other else chosen)
+        except ModelError as error:
+            untraced[method] = error.message
+    settings = planner.settings(recipe, checkpointing)
+    step = planner.memory(settings).step(batch, length, accumulates=chosen.gradient_accumulation_steps > 1)
+    gguf = later.gguf_model({tensor.name: tensor.shape for tensor in planner.skeleton.tensors}, config)
     return MemoryPlan(
-        device_name=device_name,
+        device=device,
         max_length=length,
-        compute_dtype="bfloat16" if bfloat16 else "float32",
+        labelled_share=labelled_share,
+        compute_dtype=planner.dtype,
+        attention=planner.skeleton.model.config._attn_implementation,
         chosen=chosen,
-        methods=tuple(fits[method] for method in ("full", "lora", "qlora")),
-        later=tuple(later_steps(config, chosen.inventory, recipe.ship.quantization)),
+        methods=tuple(methods),
+        untraced=untraced,
+        batches=tuple(seen),
+        changes=() if chosen.fits else planner.changes(chosen),
+        batching=batching(lengths, batch, recipe.training.max_length, recipe.training.seed) if lengths else None,
+        work=work(recipe, lengths, tokens_per_second) if lengths else None,
+        extra_bytes=planner.extra_bytes,
+        timeline=step.timeline(),
+        later=_later(gguf, chosen.inventory, recipe, length, device, DTYPE_BYTES[planner.dtype]),
+        gguf_bytes=later.gguf_sizes(gguf),
+        gguf_estimated_because=gguf.estimated_because,
     )
 
 
-def later_steps(config: Any, counted: Inventory, quantization: str) -> Sequence[LaterStep]:
-    """Merge, convert and quantise: what each writes, reads and holds.
+def _later(model: GgufModel, counted: Inventory, recipe: Recipe, length: int, device: Device, compute_bytes: int) -> tuple[LaterStep, ...]:
+    """The later steps, questions asked on the GPU where the 16-bit model fits there."""
+    steps = later.later_steps(model, counted, recipe, length, compute_bytes=compute_bytes, on_cuda=device.kind == "cuda")
+    if max(step.vram_bytes for step in steps) <= device.total_bytes:
+        return steps
+    return later.later_steps(model, counted, recipe, length, compute_bytes=compute_bytes, on_cuda=False)
 
-    A 16-bit file has 2 bytes a parameter. The merge holds one weight in float32, twice, and its 16-bit copy;
-    llama-quantize holds one tensor in float32 and its result. The K mixtures are given as the size of their next larger
-    block format, an upper bound.
-    """
-    shape = activations.shape(config)
-    largest = max(shape.vocab_size * shape.hidden_size, shape.hidden_size * shape.intermediate_size)
-    half = 2 * counted.parameters
-    steps = [
-        LaterStep("merge", largest * (4 + 4 + 2), half, half),
-        LaterStep("convert to F16", largest * (4 + 2), half, half),
-    ]
-    for name in dict.fromkeys(("Q8_0", quantization)):
-        if name != "F16":
-            bits = GGUF_BITS.get(name) or GGUF_BITS["Q6_K" if name.startswith(("Q4", "Q5", "IQ4")) else "Q4_1"]
-            size = int(counted.parameters * bits / 8)
-            steps.append(LaterStep(f"quantise to {name}", largest * 5, size, half))
-    return steps
+
+def work(recipe: Recipe, lengths: Sequence[int], tokens_per_second: float | None) -> Work:
+    """Steps, epochs, tokens and, at a known throughput, time of the training that the recipe asks for."""
+    training = recipe.training
+    an_epoch = math.ceil(len(lengths) / training.effective_batch_size)
+    steps = training.max_steps or math.ceil(an_epoch * training.num_train_epochs)
+    tokens = round(sum(lengths) * steps / an_epoch)
+    return Work(steps, round(steps / an_epoch, 3), tokens, tokens_per_second, tokens / tokens_per_second if tokens_per_second else None)

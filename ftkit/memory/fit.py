@@ -1,0 +1,141 @@
+"""From a few traces to every batch and length: unroll the layers, fit the sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ftkit.errors import ModelError
+from ftkit.memory.inventory import DTYPE_BYTES, Skeleton
+from ftkit.memory.step import Order, Part, Step
+from ftkit.memory.trace import HEAD_TILE_TOKENS, StepSettings, StepTracer, labelled_tokens, optimizer_events
+from ftkit.memory.unroll import Ints, NotRepeating, unroll
+
+ALIGNMENT = 16  # the memory-efficient attention kernel pads a mask's rows to so many entries
+
+
+class Sizes:
+    """Each event's bytes as a polynomial of batch B and length S, from traces at a few points.
+
+    The monomials are 1, B, S, BS, S² and BS² – a training step's tensors have no others – or, at one length, 1 and B.
+    """
+
+    def __init__(
+        self, points: Sequence[tuple[int, int]], sizes: Sequence[Sequence[int]], tiled: Sequence[bool], labelled_share: float
+    ) -> None:
+        self._share = labelled_share
+        self._batches = len({batch for batch, _ in points})
+        self._lengths = len({length for _, length in points})
+        matrix = np.array([self._monomials(batch, length) for batch, length in points], dtype=np.float64)
+        self._coefficients = np.linalg.solve(matrix, np.array(sizes, dtype=np.float64))
+        self._tiled = np.array(tiled)
+
+    def _monomials(self, batch: int, length: int) -> list[int]:
+        return [b * s for s in [1, length, length**2][: self._lengths] for b in [1, batch][: self._batches]]
+
+    def at(self, batch: int, length: int) -> Ints:
+        """Bytes of every event."""
+        found: Ints = np.rint(np.array(self._monomials(batch, length)) @ self._coefficients).astype(np.int64)
+        tokens = labelled_tokens(batch, length, self._share)
+        if tokens > HEAD_TILE_TOKENS:
+            found[self._tiled] = found[self._tiled] * HEAD_TILE_TOKENS // tokens
+        return found
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a few traces tell about all batches and lengths that are like them, or, with `length`, of that length alone."""
+
+    orders: dict[bool, Order]  # by whether gradients of an earlier micro-batch are there already
+    sizes: Sizes
+    length: int | None
+
+
+class StepMemory:
+    """One kind of training step at any batch and length; traces only what it is asked for.
+
+    A first length is traced at its batches alone; from the second length on, sizes are fitted over both.
+    """
+
+    def __init__(self, skeleton: Skeleton, settings: StepSettings) -> None:
+        self.skeleton = skeleton
+        self.settings = settings
+        adapters = [] if settings.method == "full" else skeleton.adapters(settings.lora)
+        trained = skeleton.trained(settings.method, adapters)
+        self._optimizer = optimizer_events(trained, settings)
+        width = DTYPE_BYTES[settings.trained_dtype]
+        self._fixed = (
+            *(
+                Part(*entry)
+                for entry in skeleton.storages(settings.method, settings.base_dtype, settings.trained_dtype, settings.double_quant)
+            ),
+            *(Part("adapter", width * size) for _, size in adapters),
+        )
+        self._tracer = StepTracer(skeleton, settings)
+        self._optimizer_bytes = np.array([size for _, _, size in self._optimizer.events], dtype=np.int64)
+        self._fits: dict[tuple[int | bool, ...], Fitted] = {}
+
+    def step(self, batch: int, length: int, *, accumulates: bool = False) -> Step:
+        """The step for `batch` rows of `length` tokens. Raises ModelError where it cannot be traced."""
+        fitted = self._fitted(batch, length)
+        return Step(
+            fixed=self._fixed,
+            order=fitted.orders[accumulates],
+            sizes=np.concatenate([self._optimizer_bytes, fitted.sizes.at(batch, length)]),
+            on_cuda=self.settings.device == "cuda",
+            capability=self.settings.capability,
+        )
+
+    def _regime(self, batch: int, length: int) -> tuple[bool, bool, bool]:
+        """Within one regime the order of events is the same: alone or in a batch, within a sliding window or beyond, aligned or not."""
+        return batch == 1, bool(self._window) and length >= self._window, length % ALIGNMENT == 0
+
+    @property
+    def _window(self) -> int:
+        """Tokens of the model's sliding window, 0 without one."""
+        return getattr(self.skeleton.model.config.get_text_config(), "sliding_window", None) or 0
+
+    def _fitted(self, batch: int, length: int) -> Fitted:
+        if self.settings.device == "cpu":  # whose loss head works in as many tiles as the tokens need: no two points are alike
+            if (batch, length) not in self._fits:
+                self._fits[batch, length] = self._fit([(batch, length)], length)
+            return self._fits[batch, length]
+        regime = self._regime(batch, length)
+        known = self._fits.get(regime)
+        if known and known.length in (None, length):
+            return known
+        batches = (1,) if batch == 1 else (2, 3)
+        if known is None:
+            self._fits[regime] = self._fit([(b, length) for b in batches], length)
+        else:
+            window = self._window
+            start = -(-window // 128) * 128 if regime[1] else 0
+            steps = (
+                (256, 512, 768)
+                if not window or regime[1]
+                else tuple(max(ALIGNMENT, window // 4 * n // ALIGNMENT * ALIGNMENT) for n in (1, 2, 3))
+            )
+            self._fits[regime] = self._fit([(b, start + s + (0 if regime[2] else ALIGNMENT // 2)) for s in steps for b in batches])
+        return self._fits[regime]
+
+    def _fit(self, points: list[tuple[int, int]], length: int | None = None) -> Fitted:
+        recorded = [self._tracer.record(*point) for point in points]
+        first = recorded[0]
+        if any((other.kinds, other.storages) != (first.kinds, first.storages) for other in recorded):
+            raise ModelError("Traces at different batches or lengths differ in their operations; their memory cannot be fitted.")
+        try:
+            layout = unroll(first, self.skeleton.unit_layers, self.skeleton.layers, self.skeleton.total_layers)
+        except NotRepeating:  # layers that look alike do not behave alike: trace them all
+            self.skeleton = self.skeleton.whole()
+            self._tracer = StepTracer(self.skeleton, self.settings)
+            return self._fit(points, length)
+        orders = {
+            accumulates: Order(
+                layout, self._optimizer, accumulates=accumulates,
+                keep_outputs=self.settings.keep_outputs, longest_first=self.settings.longest_first,
+            )
+            for accumulates in (False, True)
+        }  # fmt: skip
+        return Fitted(orders, Sizes(points, [events.sizes for events in recorded], first.tiled, self.settings.labelled_share), length)

@@ -1,0 +1,258 @@
+"""The sizes of GGUF files are those that the real programs write; what later steps need follows from them."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+from conftest import REPOSITORY
+
+from ftkit import gguf as gguf_files
+from ftkit import source, tools
+from ftkit.memory import inventory, later
+from ftkit.recipe import QUANTIZATIONS, Recipe
+
+Q4_K, Q5_K, Q6_K = 144 / 256, 176 / 256, 210 / 256  # bytes a weight of ggml's blocks
+Q8_0, Q5_0 = 34 / 32, 22 / 32
+
+
+def config(**changes: Any) -> Any:
+    """A Llama of nine layers, as wide as one block of the K types."""
+    sizes = {
+        "model_type": "llama", "hidden_size": 256, "num_hidden_layers": 9, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "head_dim": 64, "rope_parameters": {"rope_type": "default"}, "vocab_size": 512,
+    }  # fmt: skip
+    made = SimpleNamespace(**{**sizes, **changes})
+    made.get_text_config = lambda: made
+    return made
+
+
+def shapes(
+    *, vocabulary: int = 512, hidden: int = 256, intermediate: int = 512, layers: int = 9, keys: int = 256, tied: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama by the names of its checkpoint."""
+    made: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    for n in range(layers):
+        made |= {
+            f"model.layers.{n}.{name}.weight": shape
+            for name, shape in {
+                "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
+                "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (intermediate, hidden), "mlp.up_proj": (intermediate, hidden),
+                "mlp.down_proj": (hidden, intermediate), "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+            }.items()
+        }  # fmt: skip
+    return made if tied else {**made, "lm_head.weight": (vocabulary, hidden)}
+
+
+def types(quantization: str, made: Mapping[str, tuple[int, ...]] | None = None, **changes: Any) -> dict[str, str]:
+    return later.tensor_types(later.gguf_model(made or shapes(), config(**changes)), quantization)
+
+
+def layers_with(found: dict[str, str], name: str, kind: str) -> list[int]:
+    return sorted(int(tensor.split(".")[1]) for tensor, type_ in found.items() if tensor.endswith(f".{name}.weight") and type_ == kind)
+
+
+def test_llama_3_1_8b_as_arithmetic() -> None:
+    made = shapes(vocabulary=128256, hidden=4096, intermediate=14336, layers=32, keys=1024)
+    model = later.gguf_model(made, config(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8))
+    embedding, value, down = 128256 * 4096, 1024 * 4096, 14336 * 4096
+    layer = 2 * 4096 * 4096 + 2 * value + 3 * down
+    norms = 4 * (2 * 32 + 1) * 4096  # float32
+    more = 4 + 4 + 8  # layers with more bits: the first and the last eighth, and every third of the 24 between
+    q4_k_m = Q4_K * (embedding + 32 * layer) + (Q6_K - Q4_K) * more * (value + down) + Q6_K * embedding + norms
+    assert later.gguf_bytes(model, "Q4_K_M") == q4_k_m
+    assert round(q4_k_m / 1e9, 2) == 4.91  # the published file has 4.92 GB, of which 8 MB are its vocabulary
+    assert later.gguf_bytes(model, "Q8_0") == Q8_0 * (2 * embedding + 32 * layer) + norms
+    assert later.gguf_bytes(model, "F16") == 2 * (2 * embedding + 32 * layer) + norms
+    assert model.estimated_because is None
+
+
+def test_every_type_of_the_recipe_has_a_size() -> None:
+    sizes = later.gguf_sizes(later.gguf_model(shapes(), config()))
+    assert tuple(sizes) == QUANTIZATIONS
+    by_size = ["Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16"]
+    assert sorted(by_size, key=lambda name: sizes[name]) == by_size
+
+
+def test_the_layers_with_more_bits() -> None:
+    found = types("Q4_K_M")
+    assert layers_with(found, "attn_v", "Q6_K") == [0, 3, 6, 7, 8]  # 9 // 8 = 1 at the start, from 63 // 8 = 7 on, (n - 1) % 3 == 2
+    assert layers_with(found, "ffn_down", "Q6_K") == [0, 3, 6, 7, 8]
+    assert layers_with(types("Q4_K_S"), "attn_v", "Q5_K") == [0, 1, 2, 3]
+    assert layers_with(types("Q4_K_S"), "ffn_down", "Q5_K") == [0]
+    assert layers_with(types("Q3_K_M"), "attn_v", "Q5_K") == [0, 1]
+
+
+def test_grouped_heads_get_more_bits_for_their_values() -> None:
+    assert set(layers_with(types("Q2_K", num_key_value_heads=1), "attn_v", "Q4_K")) == set(range(9))
+    assert layers_with(types("Q2_K"), "attn_v", "Q3_K") == list(range(9))
+    assert layers_with(types("IQ4_XS", num_key_value_heads=1), "attn_v", "Q5_K") == list(range(9))
+    assert layers_with(types("IQ4_XS"), "attn_v", "IQ4_XS") == list(range(9))
+
+
+def test_a_tied_embedding_is_written_once_and_as_the_output() -> None:
+    tied = types("Q4_K_M", shapes(tied=True))
+    assert (tied["token_embd.weight"], "output.weight" in tied) == ("Q6_K", False)
+    untied = types("Q4_K_M")
+    assert (untied["token_embd.weight"], untied["output.weight"]) == ("Q4_K", "Q6_K")
+
+
+def test_rows_that_no_block_divides() -> None:
+    made = shapes(hidden=576, intermediate=1536, keys=192, tied=True)  # SmolLM2's widths: 576 = 18 × 32, 1536 = 6 × 256
+    found = types("Q4_K_M", made)
+    assert (found["token_embd.weight"], found["blk.0.attn_norm.weight"]) == ("Q8_0", "F32")  # Q8_0 for Q6_K
+    assert layers_with(found, "attn_q", "Q5_0") == list(range(9))  # for Q4_K
+    assert layers_with(found, "attn_v", "Q8_0") == [0, 3, 6, 7, 8]
+    assert layers_with(found, "ffn_down", "Q6_K") == [0, 3, 6, 7, 8]
+    layer = 2 * 576 * 576 + 2 * 192 * 576 + 2 * 576 * 1536
+    more = 5 * ((Q8_0 - Q5_0) * 192 * 576 + (Q6_K - Q4_K) * 576 * 1536)
+    norms = 4 * (2 * 9 + 1) * 576
+    model = later.gguf_model(made, config())
+    assert later.gguf_bytes(model, "Q4_K_M") == Q8_0 * 512 * 576 + 9 * (Q5_0 * layer + Q4_K * 576 * 1536) + more + norms
+    assert types("Q4_K_M", shapes(hidden=72))["blk.0.attn_q.weight"] == "F16"  # 72 is no multiple of 32 either
+    assert types("Q8_0", shapes(hidden=72))["blk.0.attn_q.weight"] == "F16"
+
+
+def test_experts() -> None:
+    made = shapes()
+    for n in range(9):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            del made[f"model.layers.{n}.mlp.{name}.weight"]
+        made[f"model.layers.{n}.mlp.experts.gate_up_proj"] = (8, 2 * 512, 256)
+        made[f"model.layers.{n}.mlp.experts.down_proj"] = (8, 256, 512)
+        made[f"model.layers.{n}.mlp.gate.weight"] = (8, 256)
+    found = types("Q4_K_M", made, model_type="mixtral", num_local_experts=8)
+    assert {found[f"blk.{n}.ffn_{name}_exps.weight"] for n in range(9) for name in ("gate", "up")} == {"Q4_K"}
+    assert layers_with(found, "ffn_down_exps", "Q6_K") == [0, 3, 6, 7, 8]
+    assert (found["blk.1.attn_v.weight"], found["blk.1.attn_k.weight"], found["blk.1.attn_output.weight"]) == ("Q8_0", "Q8_0", "Q5_K")
+    assert found["blk.1.ffn_gate_inp.weight"] == "F32"
+    four = types("Q4_K_M", made, model_type="mixtral", num_local_experts=4)
+    assert (four["blk.1.attn_v.weight"], four["blk.1.attn_k.weight"], four["blk.1.attn_output.weight"]) == ("Q4_K", "Q4_K", "Q4_K")
+
+
+def test_70b_gets_more_bits_for_its_values() -> None:
+    made = shapes(layers=80)
+    grouped = types("Q4_K_M", made, num_hidden_layers=80, num_key_value_heads=2)
+    assert len(layers_with(grouped, "attn_v", "Q5_K")) == 80 - len(layers_with(grouped, "attn_v", "Q6_K"))
+    assert layers_with(types("Q4_K_M", made, num_hidden_layers=80), "attn_v", "Q5_K") == []  # 65B: every head has its own
+
+
+def test_what_cannot_be_known_makes_an_estimate() -> None:
+    other = later.gguf_model(shapes(), config(model_type="unheard_of"))
+    assert other.estimated_because
+    assert "unheard_of" in other.estimated_because
+    assert later.gguf_bytes(other, "Q4_K_M") == later.gguf_bytes(later.gguf_model(shapes(), config()), "Q4_K_M")
+    more = later.gguf_model({**shapes(), "model.layers.0.self_attn.new_proj.weight": (256, 256)}, config())
+    assert more.estimated_because
+    assert "new_proj" in more.estimated_because
+    assert later.gguf_bytes(more, "Q4_K_M") == later.gguf_bytes(later.gguf_model(shapes(), config()), "Q4_K_M") + 2 * 256 * 256
+
+
+def test_pictures_and_sound_are_left_out_and_rope_factors_added() -> None:
+    plain = later.gguf_model(shapes(), config())
+    seeing = {name.replace("model.", "model.language_model.", 1): shape for name, shape in shapes().items()}
+    seeing["model.vision_tower.encoder.layers.0.self_attn.q_proj.weight"] = (64, 64)
+    assert later.gguf_model(seeing, config()).tensors == plain.tensors
+    scaled = later.gguf_model(shapes(), config(rope_parameters={"rope_type": "llama3"}))
+    assert later.gguf_bytes(scaled, "Q6_K") == later.gguf_bytes(plain, "Q6_K") + 4 * 64 // 2
+
+
+def steps(method: str = "qlora", quantization: str = "Q4_K_M", *, on_cuda: bool = False) -> dict[str, later.LaterStep]:
+    counted: Any = SimpleNamespace(method=method, parameters=sum(map(math.prod, shapes().values())), trainable_parameters=1000)
+    recipe = Recipe.model_validate({"model": "m", "ship": {"quantization": quantization, "num_ctx": 1024, "max_new_tokens": 100}})
+    made = later.later_steps(later.gguf_model(shapes(), config()), counted, recipe, 900, compute_bytes=2, on_cuda=on_cuda)
+    return {step.name: step for step in made}
+
+
+def test_the_later_steps_and_what_they_write() -> None:
+    made = steps()
+    assert list(made) == ["ask", "merge", "convert to F16", "convert to Q8_0", "quantise to Q4_K_M", "prove Q4_K_M", "register in Ollama"]
+    model = later.gguf_model(shapes(), config())
+    checkpoint, header = 2 * sum(map(math.prod, shapes().values())), later.HEADER_BYTES_A_TOKEN * 512
+    file = later.gguf_bytes(model, "Q4_K_M") + header
+    assert made["merge"].disk_bytes == 2 * checkpoint  # the second merge is there while the two are compared
+    assert made["merge"].read_bytes == 2 * (checkpoint + 4 * 1000)
+    assert made["convert to F16"].disk_bytes == made["quantise to Q4_K_M"].read_bytes == later.gguf_bytes(model, "F16") + header
+    assert (made["register in Ollama"].disk_bytes, made["register in Ollama"].disk_is) == (file, "Ollama's models")
+    assert made["register in Ollama"].read_bytes == 2 * file
+    assert {step.disk_is for name, step in made.items() if name != "register in Ollama"} == {"run folder"}
+    assert list(steps(quantization="Q8_0")) == ["ask", "merge", "convert to F16", "convert to Q8_0", "prove Q8_0", "register in Ollama"]
+    assert steps("lora")["merge"].disk_bytes == steps("full")["copy the trained model"].disk_bytes == checkpoint
+
+
+def test_the_ram_of_the_later_steps() -> None:
+    made, large = steps(), later.gguf_model(shapes(vocabulary=1 << 20), config(vocab_size=1 << 20))
+    cache = 9 * 2 * 256  # keys and values of nine layers
+    parameters = sum(map(math.prod, shapes().values()))
+    asking = 2 * (parameters + 8192 // 1000 * (900 + 100) * (cache + 4 * 512 + 6 * 256))
+    assert (made["ask"].peak_ram_bytes, made["ask"].vram_bytes) == (later.FTKIT_BYTES + asking, 0)
+    on_cuda = steps(on_cuda=True)["ask"]
+    assert (on_cuda.peak_ram_bytes, on_cuda.vram_bytes) == (later.FTKIT_BYTES, asking)
+    assert made["merge"].peak_ram_bytes == later.FTKIT_BYTES + 4 * 1000 + (3 * 4 + 2) * 256 * 512
+    embedding = (1 << 20) * 256
+    assert later.quantize_bytes(large, "Q4_K_M") == later.QUANTIZE_BYTES + (4 + Q6_K) * embedding  # the output, in Q6_K
+    vocabulary = later.CONVERTER_BYTES + later.CONVERTER_BYTES_A_TOKEN * (1 << 20)
+    assert later.converter_bytes(large, "F16") == vocabulary + (4 + 2) * embedding
+    assert later.converter_bytes(large, "Q8_0") == vocabulary + (4 + 2 * Q8_0) * embedding
+    file = made["register in Ollama"].disk_bytes
+    assert made["prove Q4_K_M"].peak_ram_bytes == later.FTKIT_BYTES + later.LLAMA_CPP_BYTES + file + 2 * 1024 * cache
+
+
+def read_types(path: Path) -> dict[str, tuple[str, int]]:
+    """(type, bytes) of each tensor in a file."""
+    from gguf import GGUFReader
+
+    return {str(tensor.name): (tensor.tensor_type.name, int(tensor.n_bytes)) for tensor in GGUFReader(path).tensors}
+
+
+def planned_types(folder: Path, quantization: str) -> dict[str, tuple[str, int]]:
+    """The same, planned from the config alone."""
+    read = inventory.load_config(folder)
+    made = {name: tuple(parameter.shape) for name, parameter in inventory.meta_model(read).named_parameters()}
+    model = later.gguf_model(made, read)
+    assert model.estimated_because is None
+    found = {name: (kind, later.tensor_bytes(model.tensors[name], kind)) for name, kind in later.tensor_types(model, quantization).items()}
+    assert later.gguf_bytes(model, quantization) == sum(size for _, size in found.values())
+    return found
+
+
+@pytest.mark.e2e
+def test_the_demos_files_to_the_byte(demo_run: Path) -> None:
+    (merged,) = demo_run.glob("merge-*/model")
+    files = {path.stem.rpartition("-")[2]: path for path in demo_run.glob("gguf-*/*.gguf")}
+    assert {"F16", "Q8_0", "Q4_K_M"} <= set(files)
+    for quantization, path in files.items():
+        planned = planned_types(merged, quantization)
+        assert planned == read_types(path)
+        header = path.stat().st_size - sum(size for _, size in planned.values())
+        assert 0 < header < later.HEADER_BYTES_A_TOKEN * 49152
+
+
+@pytest.mark.e2e
+def test_a_random_model_to_the_byte(demo_run: Path, tmp_path: Path) -> None:
+    """Seventeen layers, grouped heads, an untied head, biases and scaled rotary embeddings, through the real programs."""
+    program = tools.find_program("llama-quantize")
+    assert program
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256}  # fmt: skip
+    folder = tiny.make_model(
+        tmp_path / "model", vocab_size=49152, hidden_size=256, intermediate_size=512, num_hidden_layers=17, num_attention_heads=8,
+        num_key_value_heads=2, tie_word_embeddings=False, attention_bias=True, rope_parameters=rope,
+    )  # fmt: skip
+    known = source.open_weights(source.locate(str(next((REPOSITORY / "demo").glob("*.gguf"))), REPOSITORY)).folder
+    assert known
+    for file in known.glob("token*"):  # the converter wants a tokenizer that it knows
+        shutil.copyfile(file, folder / file.name)
+    for quantization in ("F16", "Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_S", "IQ4_NL"):
+        path = tmp_path / f"{quantization}.gguf"
+        if quantization in later.CONVERTED:
+            gguf_files.convert(folder, path, quantization, tools.find_converter())
+        else:
+            gguf_files.quantize(tmp_path / "F16.gguf", path, quantization, program)
+        assert read_types(path) == planned_types(folder, quantization)

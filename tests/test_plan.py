@@ -1,0 +1,162 @@
+"""The choice of batch × accumulation, what would make it fit, and what a plan records."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from test_trace import config
+
+from ftkit.device import Device
+from ftkit.memory import plan as planning
+from ftkit.memory.plan import MARGIN, MemoryPlan, Planner, batch_sizes, make_plan
+from ftkit.recipe import Recipe
+from ftkit.units import GIB, MIB
+
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
+
+
+def small() -> Any:
+    """Two layers: what is chosen follows the same rules, and a trace takes a fraction of a second."""
+    return config("llama", num_hidden_layers=2)
+
+
+def recipe(**training: Any) -> Recipe:
+    return Recipe.model_validate({"model": "m", "training": {"effective_batch_size": 8, "max_length": 1024, **training}, "lora": {"r": 8}})
+
+
+def card(budget_bytes: int) -> Device:
+    return Device("cuda", "a card", budget_bytes, budget_bytes, (8, 9))
+
+
+@functools.cache
+def plan(budget_bytes: int, length: int = 1024, lengths: tuple[int, ...] = (), **training: Any) -> MemoryPlan:
+    return make_plan(small(), recipe(**training), card(budget_bytes), length, lengths, bfloat16=True)
+
+
+def test_batch_times_accumulation_is_the_effective_batch() -> None:
+    assert batch_sizes(12) == [12, 6, 4, 3, 2, 1]
+    for budget_bytes in (8 * GIB, GIB):
+        chosen = plan(budget_bytes).chosen
+        assert chosen.per_device_train_batch_size * chosen.gradient_accumulation_steps == 8
+
+
+def test_short_rows_go_together_and_long_ones_need_not() -> None:
+    """A row of 1024 tokens keeps the card busy by itself; of 64 tokens, four are put together."""
+    assert plan(8 * GIB).chosen.per_device_train_batch_size == 1
+    assert plan(8 * GIB, 64).chosen.per_device_train_batch_size == planning.RIDGE_TOKENS // 64
+
+
+def test_checkpointing_comes_only_where_nothing_fits_without() -> None:
+    roomy = plan(8 * GIB).chosen
+    assert (roomy.gradient_checkpointing, roomy.fits) == (False, True)
+    tight = plan(int(roomy.peak.device_bytes / (1 - MARGIN)) - 8 * MIB).chosen
+    assert (tight.gradient_checkpointing, tight.fits) == (True, True)
+    assert tight.peak.device_bytes < roomy.peak.device_bytes
+
+
+def test_what_does_not_fit_comes_with_what_would() -> None:
+    least = plan(8 * GIB, method="full", per_device_train_batch_size=1, gradient_checkpointing=True).chosen.peak.device_bytes
+    budget_bytes = int(0.96 * least / (1 - MARGIN))
+    made = plan(budget_bytes, method="full")
+    assert not made.chosen.fits
+    assert made.changes[0].fits  # those that fit come first
+    for change in made.changes:
+        assert change.fits == (change.peak_bytes <= int(budget_bytes * (1 - MARGIN)))
+        assert change.peak_bytes < made.chosen.peak.device_bytes
+    qlora = next(change for change in made.changes if "training.method=qlora" in change.settings)
+    changed = planning.apply(recipe(method="full"), qlora.settings)
+    assert make_plan(small(), changed, card(budget_bytes), 1024, bfloat16=True).chosen.fits
+
+
+def test_a_shorter_length_that_fits_is_found_and_the_next_does_not() -> None:
+    budget = int(plan(8 * GIB, per_device_train_batch_size=1, gradient_checkpointing=False).chosen.peak.device_bytes * 0.9)
+    planner = Planner(small(), recipe(per_device_train_batch_size=1, gradient_checkpointing=False), card(budget), 1024, (), bfloat16=True)
+    found = planner._shorter((), "shorter rows")
+    assert found
+    length = int(found.settings[-1].partition("=")[2])
+    assert planner._least(planner.recipe, length).device_bytes <= planner.limit_bytes
+    assert planner._least(planner.recipe, length + planning.SHORTER_BY).device_bytes > planner.limit_bytes
+
+
+def test_a_list_of_targets_is_planned() -> None:
+    asked = Recipe.model_validate({**recipe().model_dump(), "lora": {"r": 8, "target_modules": ["q_proj", "v_proj"]}})
+    made = make_plan(small(), asked, card(8 * GIB), 64, bfloat16=True)
+    assert set(made.chosen.inventory.trainable_by_target) == {"q_proj", "v_proj"}
+
+
+def test_all_changes_together_end_in_the_smallest_method() -> None:
+    made = plan(100 * MIB, method="full")
+    together = next(change for change in made.changes if change.words.startswith("all of these together"))
+    assert "training.method=qlora" in together.settings
+    assert "training.method=lora" not in together.settings
+
+
+def test_nothing_helps_a_card_that_is_far_too_small() -> None:
+    made = plan(100 * MIB)
+    assert not made.chosen.fits
+    assert not any(change.fits for change in made.changes)
+
+
+def test_the_three_methods_stand_side_by_side() -> None:
+    made = plan(8 * GIB)
+    assert [fit.inventory.method for fit in made.methods] == ["full", "lora", "qlora"]
+    assert {fit.per_device_train_batch_size for fit in made.methods} == {made.chosen.per_device_train_batch_size}
+    full, lora, qlora = (fit.peak.allocated_bytes for fit in made.methods)
+    assert full > lora > qlora
+
+
+def test_an_earlier_probe_is_added() -> None:
+    more = 64 * MIB
+    a = plan(8 * GIB)
+    b = make_plan(small(), recipe(), card(8 * GIB), 1024, bfloat16=True, extra_bytes=more)
+    assert b.chosen.peak.device_bytes - a.chosen.peak.device_bytes == more
+
+
+def test_work_and_padding_follow_from_the_rows() -> None:
+    lengths = [64] * 90 + [128] * 10
+    made = make_plan(small(), recipe(num_train_epochs=2), card(8 * GIB), 128, lengths, bfloat16=True, tokens_per_second=1000.0)
+    assert made.work
+    assert made.work.steps == 2 * 13  # 100 rows by 8
+    assert made.work.tokens == 2 * sum(lengths)
+    assert made.work.seconds == made.work.tokens / 1000
+    assert made.batching
+    assert made.batching.tokens == sum(lengths) <= made.batching.grouped_tokens <= made.batching.random_tokens
+
+
+def test_the_recorded_plan_is_the_plan() -> None:
+    made = plan(8 * GIB, 128, (100, 128, 90))
+    assert MemoryPlan.load(json.loads(json.dumps(asdict(made)))) == made
+
+
+@pytest.mark.slow
+def test_a_further_batch_or_length_costs_little() -> None:
+    """On a model of 32 layers, beside what the first two of its kind cost; on two quiet cores it is 0.1 s."""
+    planner = Planner(config("llama", num_hidden_layers=32), recipe(gradient_checkpointing=True), card(8 * GIB), 1024, (), bfloat16=True)
+
+    def seconds(batch: int, length: int) -> float:
+        started = time.perf_counter()
+        planner.peak(planner.recipe, batch, True, length)
+        return time.perf_counter() - started
+
+    traced = seconds(2, 1024) + seconds(2, 512)
+    further = min(seconds(*point) for point in ((3, 1024), (4, 1024), (2, 768), (2, 256), (5, 384)))
+    assert further < traced / 80, f"{further:.3f} s after {traced:.1f} s"
+
+
+@pytest.mark.slow
+def test_a_deeper_model_takes_no_longer_to_trace() -> None:
+    """Layers that repeat are traced once: 80 layers cost less than 1.5 times as much as 32, model and all."""
+
+    def seconds(layers: int) -> float:
+        started = time.perf_counter()
+        planner = Planner(config("llama", num_hidden_layers=layers), recipe(), card(64 * GIB), 1024, (), bfloat16=True)
+        planner.fit(planner.recipe, 1, True)
+        return time.perf_counter() - started
+
+    seconds(6)  # what the first trace of a process does once
+    assert min(seconds(80), seconds(80)) < 1.5 * max(seconds(32), seconds(32))
