@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,20 @@ from ftkit import gguf as gguf_files
 from ftkit import train as training
 from ftkit.data import Example, Message, Row, TokenCounts
 from ftkit.device import Device
-from ftkit.errors import DoesNotFitError, ModelError, ProofError, RunError, ToolMissingError
-from ftkit.memory import inventory
-from ftkit.memory.plan import MemoryPlan, make_plan
+from ftkit.errors import DoesNotFitError, ModelError, ProofError, RecipeError, RunError, ToolMissingError
+from ftkit.memory import inventory, measured
+from ftkit.memory.plan import MARGIN, MemoryPlan, make_plan
 from ftkit.parity import Score
 from ftkit.progress import SILENT, Reporter
-from ftkit.recipe import Recipe, load_recipe
+from ftkit.recipe import Recipe, load_recipe, make_recipe
 from ftkit.run import Run, Step, file_fingerprint, fingerprint
 from ftkit.source import Source
+from ftkit.train import Probe
 from ftkit.units import bytes_text
 
+VERSIONS = {
+    name: version(name) for name in ("accelerate", "bitsandbytes", "peft", "torch", "transformers", "trl")
+}  # a plan holds for these
 OLLAMA_ROWS = 20  # held-out questions that a server is asked after registering; the proof has asked them all
 
 
@@ -42,7 +48,7 @@ class Plan:
     """A plan, and the lengths of the dataset that it was made for."""
 
     memory: MemoryPlan
-    tokens: TokenCounts
+    tokens: TokenCounts | None  # None: planned without a dataset
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,10 @@ class Shipped:
 class Project:
     """A recipe, the folder that its paths are taken from, and its run directory."""
 
-    def __init__(self, recipe: Recipe, folder: Path, run: Run, *, gpu: str | None = None, reporter: Reporter = SILENT) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, run: Run, *, gpu: str | None = None, reporter: Reporter = SILENT, has_data: bool = True
+    ) -> None:
+        self.has_data = has_data
         self.recipe = recipe
         self.folder = folder
         self.run = run
@@ -83,6 +92,8 @@ class Project:
     @cached_property
     def data_paths(self) -> dict[str, Path]:
         """The dataset's files by purpose; DataError for one that is missing comes from reading it."""
+        if not self.has_data:
+            return {}
         named = {"train": self.recipe.data.train, "validation": self.recipe.data.validation, "test": self.recipe.data.test}
         return {purpose: self.folder / name for purpose, name in named.items() if name}
 
@@ -143,35 +154,77 @@ def open_project(
     return Project(recipe, folder, Run(run_dir or folder / "runs" / path.stem), gpu=gpu, reporter=reporter)
 
 
+def open_without_recipe(overrides: Sequence[tuple[str, Any]], *, gpu: str | None = None, reporter: Reporter = SILENT) -> Project:
+    """A project of settings alone, to be planned: `model`, and `data.train` where there is a dataset already.
+
+    Its plan is kept in the private folder, and paths are taken from the current one.
+    """
+    recipe = make_recipe(overrides)
+    has_data = any(key == "data.train" for key, _ in overrides)
+    run = Run(tools.cache_folder() / "plans" / fingerprint(recipe.model, str(Path.cwd())))
+    return Project(recipe, Path.cwd(), run, gpu=gpu, reporter=reporter, has_data=has_data)
+
+
 def plan(project: Project) -> Plan:
-    """Count what the run needs and choose batch × accumulation. The run must be open.
+    """Trace what the run's step needs and choose batch × accumulation. The run must be open.
 
     Raises ModelError, DataError and RecipeError; a plan that does not fit is a result, not an error.
     """
     recipe = project.recipe
+    rows = project.rows if project.has_data and not project.run.finished("plan") else None  # a fault in the data is found first
     chosen_device = project.device
-    wanted = recipe.budget.vram or project.gpu or f"{chosen_device.name}, {chosen_device.total_bytes >> 20} MiB"
-    inputs = [*project.training_inputs, recipe.ship.quantization, wanted]
+    extra_bytes = measured.extra_bytes(chosen_device)
+    speed = measured.tokens_per_second(chosen_device, recipe.training.method, recipe.model)
+    wanted = [chosen_device.name, chosen_device.total_bytes >> 20, recipe.budget.vram, extra_bytes, speed]
+    inputs = [*project.training_inputs, recipe.ship.model_dump(), recipe.what_if.model_dump(), wanted, VERSIONS]
 
     def make(folder: Path) -> dict[str, Any]:
-        rows = project.rows  # read first: a fault in the data is cheaper to find than one in the model
         opened = source.open_config(project.source, project.reporter)
         assert opened.folder
-        tokenizer = hf.load_tokenizer(opened.folder)
-        project.reporter.step("counting tokens and parameters")
-        max_length = recipe.training.max_length
-        counts = data.count_tokens(project.tokenised([*rows.train, *rows.validation], tokenizer), max_length)
+        counts, lengths, labelled = _lengths(project, opened, rows or project.rows) if project.has_data else (None, [], 0)
         config = inventory.load_config(opened.folder)
+        max_length = recipe.training.max_length
+        length = min(counts.longest, max_length) if counts else max_length
+        _check_config(config, recipe, length)
+        project.reporter.step(f"tracing a training step of {config.model_type} at {length} tokens")
         memory = make_plan(
-            config, recipe, min(counts.longest, max_length), chosen_device.name, chosen_device.free_bytes,
-            on_cuda=chosen_device.kind == "cuda", bfloat16=device.computes_bfloat16(chosen_device),
+            config, recipe, chosen_device, length, [min(n, max_length) for n in lengths],
+            bfloat16=device.computes_bfloat16(chosen_device), extra_bytes=extra_bytes, tokens_per_second=speed,
+            labelled_share=min(1.0, labelled / length) if labelled else 1.0,
         )  # fmt: skip
-        result = {"memory": asdict(memory), "tokens": asdict(counts)}
+        result = {"memory": asdict(memory), "tokens": asdict(counts) if counts else None}
         (folder / "plan.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        return result
+        return {}
 
-    result = project.run.ensure("plan", inputs, make).result
-    return Plan(MemoryPlan.load(result["memory"]), TokenCounts(**result["tokens"]))
+    step = project.run.ensure("plan", inputs, make)
+    result = json.loads((step.folder / "plan.json").read_text(encoding="utf-8"))
+    return Plan(MemoryPlan.load(result["memory"]), TokenCounts(**result["tokens"]) if result["tokens"] else None)
+
+
+def _lengths(project: Project, opened: Source, rows: Rows) -> tuple[TokenCounts | None, list[int], int]:
+    """The dataset's rows in tokens, the lengths of the training rows, and the most tokens that a row teaches; nothing where only a config is there, which has no tokenizer."""
+    if opened.kind == "config":
+        project.reporter.warn(
+            "the tokens of the dataset are not counted: a config has no tokenizer; all rows are taken as training.max_length"
+        )
+        return None, [], 0
+    assert opened.folder
+    tokenizer = hf.load_tokenizer(opened.folder)
+    project.reporter.step("counting the dataset's tokens")
+    examples, held_out = project.tokenised(rows.train, tokenizer), project.tokenised(rows.validation, tokenizer)
+    counts = data.count_tokens([*examples, *held_out], project.recipe.training.max_length)
+    labelled = max(sum(label != data.IGNORED for label in example.labels) for example in [*examples, *held_out])
+    return counts, [len(example.input_ids) for example in examples], labelled
+
+
+def _check_config(config: Any, recipe: Recipe, length: int) -> None:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and length > limit:
+        raise RecipeError(
+            f"training.max_length: rows of {length} tokens are longer than this model reads ({limit}).",
+            f"--set training.max_length={limit}",
+        )
+    hf.refuse_wrong_versions(config.model_type)
 
 
 def train(project: Project) -> Step:
@@ -180,10 +233,12 @@ def train(project: Project) -> Step:
     fit = planned.memory.chosen
     if not fit.fits:
         raise DoesNotFitError(
-            f"{project.recipe.training.method} at {planned.memory.max_length} tokens needs about {bytes_text(fit.peak_bytes)}; "
-            f"{planned.memory.device_name} has {bytes_text(fit.budget_bytes)}, of which a tenth is kept free.",
-            "see what would fit: ftkit plan, then for example --set training.method=qlora or a smaller training.max_length",
+            f"{project.recipe.training.method} at {planned.memory.max_length} tokens needs {bytes_text(fit.peak.device_bytes)}; "
+            f"{planned.memory.device.name} has {bytes_text(fit.budget_bytes)}, of which {MARGIN:.0%} is kept free.",
+            "see what would fit, each change computed: ftkit plan",
         )
+    if not project.run.finished("train", fingerprint("train", project.training_inputs)):
+        _refuse_shortages(project, planned.memory)
     recipe = project.recipe
 
     def make(folder: Path) -> dict[str, Any]:
@@ -205,9 +260,40 @@ def train(project: Project) -> Step:
             data.cut(project.tokenised(rows.validation, tokenizer), max_length),
             folder, project.reporter,
         )  # fmt: skip
-        return result.record()
+        real = device.choose()
+        if planned.memory.device.name == real.name:
+            measured.remember_speed(real, recipe.training.method, recipe.model, result.tokens_per_second)
+        peak = fit.peak
+        return {
+            **result.record(), "planned_allocated_bytes": peak.allocated_bytes, "planned_reserved_bytes": peak.reserved_bytes,
+            "planned_device_bytes": peak.device_bytes, "planned_for": planned.memory.device.name,
+        }  # fmt: skip
 
     return project.run.ensure("train", project.training_inputs, make, resumable=True)
+
+
+def probe(project: Project) -> Probe:
+    """Two real optimizer steps as planned, measured. Raises ModelError where the plan was made for another device than this one."""
+    planned = plan(project).memory
+    real = device.choose()
+    if planned.device.kind != real.kind or (real.kind == "cuda" and planned.device.name != real.name):
+        raise RecipeError(
+            f"--probe runs on this machine's {real.name}; the plan is for {planned.device.name}.", "leave --gpu and --vram out"
+        )
+    if not project.has_data:
+        raise RecipeError("--probe trains on real rows.", "name them: --data train.jsonl")
+    cuda, bfloat16 = project.computes_on
+    fit, recipe = planned.chosen, project.recipe
+    settings = training.Settings(
+        fit.per_device_train_batch_size, fit.gradient_accumulation_steps, fit.gradient_checkpointing, bfloat16, cuda
+    )
+    tokenizer = hf.load_tokenizer(project.base_folder)
+    examples = data.cut(project.tokenised(project.rows.train, tokenizer), recipe.training.max_length)
+    project.reporter.step("probing: two real steps")
+    with tempfile.TemporaryDirectory(dir=project.run.folder, prefix=".probe-") as folder:
+        probed = training.probe(recipe, settings, project.base_folder, tokenizer, examples, Path(folder))
+    measured.remember(real, planned.chosen.peak, probed.allocated_bytes, probed.reserved_bytes)
+    return probed
 
 
 def _check_recovered_tokenizer(project: Project, gguf: Path, tokenizer: Any) -> None:
@@ -226,12 +312,16 @@ def ship(project: Project, *, use_ollama: bool | None = None) -> Shipped:
     """
     trained = project.run.finished("train", fingerprint("train", project.training_inputs))
     if not trained:
-        what = "holds a training of another recipe or other data" if project.run.finished("train") else "holds no finished training"
-        raise RunError(f"{project.run.folder} {what}.", "ftkit train, or ftkit build for the whole line")
+        other = "holds a training of another recipe, other data or another revision of the model"
+        what = other if project.run.finished("train") else "holds no finished training"
+        raise RunError(
+            f"{project.run.folder} {what}.", "ftkit train, or ftkit build for the whole line; a hub model stays the same as org/name@COMMIT"
+        )
     if use_ollama:  # asked for: that it is missing is said before the long work
         with ollama.connect(project.reporter):
             pass
-    _check_disk(project)
+    if project.run.finished("plan") and not project.run.finished("prove"):
+        _refuse_shortages(project, plan(project).memory)
     merged = _merge(project, trained)
     converted = _convert(project, merged)
     proven = _prove(project, merged, converted)
@@ -260,14 +350,25 @@ def ship(project: Project, *, use_ollama: bool | None = None) -> Shipped:
     )
 
 
-def _check_disk(project: Project) -> None:
-    planned = project.run.finished("plan")
-    needed = MemoryPlan.load(planned.result["memory"]).disk_bytes if planned else 0
+def shortages(project: Project, memory: MemoryPlan) -> list[str]:
+    """What the steps after training need and this machine does not have, in words."""
+    found = []
     free = shutil.disk_usage(project.run.folder).free
-    if needed > free and not project.run.finished("prove"):
+    if memory.disk_bytes > free:
+        found.append(f"they write {bytes_text(memory.disk_bytes)}, and {project.run.folder} has {bytes_text(free)} free")
+    total = device.processor().total_bytes
+    hungry = max(memory.later, key=lambda step: step.peak_ram_bytes)
+    if hungry.peak_ram_bytes > total:
+        found.append(f"`{hungry.name}` needs {bytes_text(hungry.peak_ram_bytes)} of RAM, and this machine has {bytes_text(total)}")
+    return found
+
+
+def _refuse_shortages(project: Project, memory: MemoryPlan) -> None:
+    """Raise DoesNotFitError before long work whose result could not be shipped from here."""
+    if found := shortages(project, memory):
         raise DoesNotFitError(
-            f"Merging and converting writes about {bytes_text(needed)}; {project.run.folder} has {bytes_text(free)} free.",
-            "free some space, or put the run elsewhere with --run-dir",
+            f"The steps after training do not fit here: {'; '.join(found)}.",
+            "free some space, put the run elsewhere with --run-dir, or --set a smaller model",
         )
 
 
@@ -284,6 +385,9 @@ def _merge(project: Project, trained: Step) -> Step:
     def make(folder: Path) -> dict[str, Any]:
         base, rows = project.base_folder, project.rows.test
         cuda, bfloat16 = project.computes_on
+        if cuda and not 0 < plan(project).memory.later[0].vram_bytes <= device.choose().total_bytes:
+            cuda = False
+            project.reporter.note("the 16-bit model does not fit on the GPU beside its questions: they are asked on the CPU, which is slow")
         tokenizer = hf.load_tokenizer(base)
         hf.refuse_lost_gradients()
         questions, expected = [row.question for row in rows], [row.answer for row in rows]

@@ -130,7 +130,8 @@ def test_the_environment_sets_options(ftkit: Ftkit, tmp_path: Path, monkeypatch:
 def test_ctrl_c_tells_how_to_go_on(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     os.mkfifo(recipe)  # ftkit waits in the middle of its work until somebody writes
-    code = "from ftkit.cli import main; main()"
+    # Where the tests themselves were started in the background, Ctrl-C is ignored and children inherit that.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ftkit.cli import main; main()"
     with subprocess.Popen([sys.executable, "-c", code, "plan", recipe], stderr=subprocess.PIPE, encoding="utf-8") as process:
         pipe = None
         while pipe is None and process.poll() is None:

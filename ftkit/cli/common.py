@@ -26,7 +26,7 @@ def recipe_options(function: Function) -> Function:
     for option in reversed(
         (
             click.argument("recipe", type=click.Path(path_type=Path), default=Path("recipe.yaml")),
-            click.option("--model", "-m", metavar="REF", help="Base model: hub id, folder, .gguf file or ollama:NAME."),
+            click.option("--model", "-m", metavar="REF", help="Base model: hub id (org/name@revision), folder, .gguf file or ollama:NAME."),
             click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe."),
             click.option("--vram", metavar="GIB", help="Plan for this much memory."),
             click.option("--gpu", metavar="NAME", help='Plan for this card, as in --gpu "RTX 4090".'),
@@ -44,16 +44,33 @@ def open_project(
     recipe: Path, model: str | None, settings: tuple[str, ...], vram: str | None, gpu: str | None, run_dir: Path | None
 ) -> Project:
     """The project that the options name, reporting to the screen."""
+    be_quiet()
+    from ftkit import pipeline
+    from ftkit.cli.console import ConsoleReporter
+
+    return pipeline.open_project(recipe, overrides(model, settings, vram), run_dir=run_dir, gpu=gpu, reporter=ConsoleReporter())
+
+
+def overrides(model: str | None, settings: tuple[str, ...], vram: str | None) -> list[tuple[str, Any]]:
+    """What the options change in a recipe. A path is taken from the current folder."""
+    from ftkit.recipe import parse_override
+
+    changed = [parse_override(text) for text in settings]
+    if model:
+        changed.append(("model", absolute(model)))
+    if vram:
+        changed.append(("budget.vram", vram))
+    return changed
+
+
+def absolute(reference: str) -> str:
+    """A path that exists from here, so that the recipe's folder does not matter; anything else as it is."""
+    path = Path(reference).expanduser()
+    return str(path.resolve()) if path.exists() else reference
+
+
+def be_quiet() -> None:
+    """Silence the libraries' own bars and advice."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own renamings, said to itself
-    from ftkit import pipeline
-    from ftkit.cli.console import ConsoleReporter
-    from ftkit.recipe import parse_override
-
-    overrides = [parse_override(text) for text in settings]
-    if model:
-        overrides.append(("model", model if not Path(model).expanduser().exists() else str(Path(model).expanduser().resolve())))
-    if vram:
-        overrides.append(("budget.vram", vram))
-    return pipeline.open_project(recipe, overrides, run_dir=run_dir, gpu=gpu, reporter=ConsoleReporter())

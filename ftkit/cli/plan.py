@@ -8,82 +8,260 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ftkit.cli.common import open_project, recipe_options
+from ftkit.cli.common import absolute, be_quiet, json_option, overrides
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ftkit.memory.plan import Fit
-    from ftkit.pipeline import Plan
+    from ftkit.memory.plan import Fit, MemoryPlan
+    from ftkit.pipeline import Plan, Project
+
+BAR_WIDTH = 60
 
 
 @click.command(
-    epilog='\b\nExamples:\n  ftkit plan\n  ftkit plan --gpu "RTX 4090" --set training.method=lora\n  ftkit plan --model ./my-model.gguf --vram 8'
+    epilog=(
+        '\b\nExamples:\n  ftkit plan\n  ftkit plan --model Qwen/Qwen3-8B --gpu "RTX 4090"\n'
+        "  ftkit plan --model ./my-model.gguf --data train.jsonl --vram 8 --html plan.html\n"
+        "  ftkit plan --config config.json --vram 24 --length 4096 --method lora"
+    )
 )
-@recipe_options
-def command(recipe: Path, as_json: bool, **options: Any) -> None:
-    """Count what the run of RECIPE needs, and choose batch × accumulation. No GPU and no weights are needed."""
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@click.option("--model", "-m", metavar="REF", help="Base model: hub id (org/name@revision), folder, .gguf file or ollama:NAME.")
+@click.option("--config", metavar="FILE", help="A model's config.json; enough for a plan.")
+@click.option("--data", metavar="FILE", help="The dataset whose rows are counted.")
+@click.option("--length", type=int, metavar="TOKENS", help="Longest row, as training.max_length.")
+@click.option("--method", type=click.Choice(["qlora", "lora", "full"]), help="As training.method.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe.")
+@click.option("--vram", metavar="GIB", help="Plan for this much memory.")
+@click.option("--gpu", metavar="NAME", help='Plan for this card, as in --gpu "RTX 4090".')
+@click.option("--run-dir", type=click.Path(path_type=Path, file_okay=False), help="Where the run is kept.  [default: runs/RECIPE]")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw the peak as .svg or .png.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the whole plan as one page.")
+@click.option("--probe", is_flag=True, help="Run two real steps and put the measured peak beside the plan.")
+@json_option
+def command(
+    recipe: Path | None,
+    as_json: bool,
+    plot: Path | None,
+    html: Path | None,
+    probe: bool,
+    run_dir: Path | None,
+    gpu: str | None,
+    **options: Any,
+) -> None:
+    """Trace what the training step of RECIPE needs, and choose batch × accumulation. No GPU and no weights are needed.
+
+    Without RECIPE (default: recipe.yaml, where there is one) --model or --config is planned with default settings.
+    """
     from ftkit import pipeline
     from ftkit.cli.console import print_json
     from ftkit.errors import DoesNotFitError
     from ftkit.units import bytes_text
 
-    project = open_project(recipe, **options)
+    project = _open(recipe, run_dir=run_dir, gpu=gpu, **options)
     with project.run:
         planned = pipeline.plan(project)
+        if plot or html:
+            from ftkit import page
+
+            if plot:
+                page.write_plot(planned.memory, plot)
+            if html:
+                page.write_page(planned.memory, planned.tokens, html, title=f"Fine-tuning plan: {project.recipe.model}")
+        probed = pipeline.probe(project) if probe else None
+        short = pipeline.shortages(project, planned.memory)
     chosen = planned.memory.chosen
     if as_json:
-        print_json({**asdict(planned.memory), "tokens": asdict(planned.tokens), "fits": chosen.fits, "peak_bytes": chosen.peak_bytes})
+        print_json({**as_record(planned, probed), "shortages": short})
     else:
         show(planned)
+        for entry in short:
+            click.echo(f"Not on this machine: {entry}.")
+        if probed:
+            show_probe(planned.memory, probed)
     if not chosen.fits:
+        best = next((change for change in planned.memory.changes if change.fits), None)
         raise DoesNotFitError(
-            f"It does not fit: about {bytes_text(chosen.peak_bytes)} of {bytes_text(chosen.budget_bytes)}.",
-            "a method that fits is in the table; or a shorter row: --set training.max_length=512",
+            f"It does not fit: {bytes_text(chosen.peak.device_bytes)} of {bytes_text(chosen.budget_bytes)}.",
+            "this would: " + " ".join(f"--set {entry}" for entry in best.settings) if best else "a smaller model, or a larger card",
         )
+
+
+def _open(
+    recipe: Path | None, *, model: str | None, config: str | None, data: str | None, length: int | None, method: str | None,
+    settings: tuple[str, ...], vram: str | None, run_dir: Path | None, gpu: str | None,
+) -> Project:  # fmt: skip
+    from ftkit import pipeline
+    from ftkit.cli.console import ConsoleReporter
+    from ftkit.errors import RecipeError
+
+    be_quiet()
+    if model and config:
+        raise RecipeError("Give --model or --config, not both.")
+    flags = (("data.train", data and absolute(data)), ("training.max_length", length), ("training.method", method))
+    changed = [(key, value) for key, value in flags if value is not None]
+    changed += overrides(model or config, settings, vram)  # last: what the plan advises is given with --set
+    reporter = ConsoleReporter()
+    if recipe is None and not Path("recipe.yaml").exists() and (model or config):
+        if run_dir:
+            raise RecipeError("--run-dir keeps the run of a recipe, and there is none.", "make one: ftkit init")
+        return pipeline.open_without_recipe(changed, gpu=gpu, reporter=reporter)
+    return pipeline.open_project(recipe or Path("recipe.yaml"), changed, run_dir=run_dir, gpu=gpu, reporter=reporter)
+
+
+def as_record(planned: Plan, probed: Any) -> dict[str, Any]:
+    """Every number on the screen, with its unit in the key; docs/plan.md describes it."""
+    memory = planned.memory
+    record = asdict(memory)
+    for entry, fit in ((record["chosen"], memory.chosen), *zip(record["methods"], memory.methods, strict=True)):
+        entry["fits"] = fit.fits
+    record["batches"] = [
+        {"per_device_train_batch_size": batch, "gradient_checkpointing": on, "device_bytes": size, "fits": fits}
+        for batch, on, size, fits in memory.batches
+    ]
+    if record["batching"]:
+        del record["batching"]["grouped_batch_tokens"]
+    return {
+        **record,
+        "disk_bytes": memory.disk_bytes,
+        "tokens": planned.tokens and asdict(planned.tokens),
+        "probe": probed and asdict(probed),
+    }
 
 
 def show(planned: Plan) -> None:
     """The plan on one screen."""
     from ftkit.cli.console import print_table, say
     from ftkit.memory.plan import MARGIN
-    from ftkit.units import bytes_text, count_text
+    from ftkit.units import bytes_text, count_text, seconds_text
 
     memory, tokens = planned.memory, planned.tokens
     chosen = memory.chosen
-    counted = chosen.inventory
+    peak, counted = chosen.peak, chosen.inventory
+    free = chosen.budget_bytes - peak.device_bytes
     say(
-        f"{'Fits' if chosen.fits else 'Does not fit'}: {counted.method} needs about {bytes_text(chosen.peak_bytes)} of "
-        f"{bytes_text(chosen.budget_bytes)} on {memory.device_name} ({MARGIN:.0%} is kept free), computing in {memory.compute_dtype}."
+        f"{'Fits' if chosen.fits else 'Does not fit'}: {counted.method} needs {bytes_text(peak.device_bytes)} of {bytes_text(chosen.budget_bytes)} on "
+        f"{memory.device.name}, {bytes_text(abs(free))} {'are left' if free >= 0 else 'are missing'} ({MARGIN:.0%} is kept free). "
+        f"Rows of {memory.max_length} tokens, {memory.compute_dtype}."
     )
     say(
         f"Batch {chosen.per_device_train_batch_size} × accumulation {chosen.gradient_accumulation_steps}, gradient checkpointing "
-        f"{'on' if chosen.gradient_checkpointing else 'off'}: the largest batch that fits."
+        f"{'on' if chosen.gradient_checkpointing else 'off'}: {'the fastest that fits' if chosen.fits else 'the least that the recipe allows'}."
     )
-    say(
-        f"Data: {tokens.rows:,} rows, {tokens.total:,} tokens; a row has {tokens.median} (median), {tokens.p95} (95 %), "
-        f"{tokens.longest} (longest)" + (f"; {tokens.cut} rows will be cut" if tokens.cut else "") + ".\n"
-    )
-    rows = []
+    if tokens:
+        say(
+            f"Data: {tokens.rows:,} rows, {tokens.total:,} tokens; a row has {tokens.median} (median), {tokens.p95} (95 %), "
+            f"{tokens.longest} (longest)" + (f"; {tokens.cut} rows will be cut" if tokens.cut else "") + "."
+        )
+    if memory.batching and memory.batching.batch > 1:
+        b = memory.batching
+        say(
+            f"Padding: {b.grouped_tokens / b.tokens - 1:.1%} more tokens with rows grouped by length, as ftkit trains; "
+            f"{b.random_tokens / b.tokens - 1:.1%} in random order, {b.packed_tokens / b.tokens - 1:.1%} packed."
+        )
+    if memory.work:
+        known = (
+            f", {seconds_text(memory.work.seconds)} at {memory.work.tokens_per_second:.0f} tokens/s as before"
+            if memory.work.seconds
+            else ""
+        )
+        say(f"Training: {memory.work.steps:,} steps, {memory.work.epochs:g} epochs, {count_text(memory.work.tokens)} tokens{known}.")
+    say(f"\nThe peak: {peak.phase}")
+    for line in bar_lines(memory):
+        say(line)
+    say()
     parts: dict[str, Callable[[Fit], str]] = {
-        "base weights": lambda f: bytes_text(f.inventory.weights_bytes),
+        "weights": lambda f: bytes_text(f.inventory.weights_bytes),
         "adapter": lambda f: bytes_text(f.inventory.adapter_bytes) if f.inventory.adapter_bytes else "–",
         "gradients": lambda f: bytes_text(f.inventory.gradient_bytes),
-        "optimizer": lambda f: bytes_text(f.inventory.optimizer_bytes),
-        "activations (estimate)": lambda f: bytes_text(f.activation_bytes),
-        "peak": lambda f: bytes_text(f.peak_bytes),
-        "batch × accumulation": lambda f: f"{f.per_device_train_batch_size} × {f.gradient_accumulation_steps}",
-        "checkpointing": lambda f: "on" if f.gradient_checkpointing else "off",
+        "optimizer states": lambda f: bytes_text(f.inventory.optimizer_bytes),
+        "peak, allocated": lambda f: bytes_text(f.peak.allocated_bytes),
+        "peak, reserved": lambda f: bytes_text(f.peak.reserved_bytes),
+        "peak, nvidia-smi": lambda f: bytes_text(f.peak.device_bytes),
         "trained parameters": lambda f: f"{f.inventory.trainable_parameters:,}",
         "fits": lambda f: "yes" if f.fits else "no",
     }
-    for name, figure in parts.items():
-        rows.append([name, *(figure(fit) for fit in memory.methods)])
-    title = f"{count_text(counted.parameters)} parameters ({counted.parameters:,}), rows of {memory.max_length} tokens"
+    if memory.device.kind == "cpu":
+        del parts["peak, reserved"], parts["peak, nvidia-smi"]
+    rows = [[name, *(figure(fit) for fit in memory.methods)] for name, figure in parts.items()]
+    title = (
+        f"{count_text(counted.parameters)} parameters ({counted.parameters:,}), batch {chosen.per_device_train_batch_size}, "
+        f"checkpointing {'on' if chosen.gradient_checkpointing else 'off'}"
+    )
     print_table(title, ["", *(fit.inventory.method for fit in memory.methods)], rows)
+    if memory.changes:
+        say()
+        print_table(
+            "What would make it fit",
+            ["", "needs", "fits", ""],
+            [
+                [
+                    change.words,
+                    bytes_text(change.peak_bytes),
+                    "yes" if change.fits else "no",
+                    " ".join(f"--set {entry}" for entry in change.settings),
+                ]
+                for change in memory.changes
+            ],
+            figures=False,
+        )
     say()
     later = [
-        [step.name, bytes_text(step.peak_ram_bytes), bytes_text(step.disk_bytes), bytes_text(step.read_bytes)] for step in memory.later
+        [step.name, bytes_text(step.peak_ram_bytes), bytes_text(step.vram_bytes) if step.vram_bytes else "–",
+         bytes_text(step.disk_bytes) if step.disk_bytes else "–", bytes_text(step.read_bytes)]
+        for step in memory.later
+    ]  # fmt: skip
+    print_table("After training", ["", "RAM", "VRAM", "disk written", "read"], [*later, ["all", "", "", bytes_text(memory.disk_bytes), ""]])
+    sizes = ", ".join(f"{name} {bytes_text(memory.gguf_bytes[name])}" for name in ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M"))
+    say(f"As GGUF: {sizes}" + (f" (estimates: {memory.gguf_estimated_because})." if memory.gguf_estimated_because else "."))
+    for method, reason in memory.untraced.items():
+        say(f"Not shown: {method}. {reason}")
+
+
+def bar_lines(memory: MemoryPlan) -> list[str]:
+    """The peak as a bar a part, against the budget."""
+    from ftkit.units import bytes_text
+
+    peak, budget = memory.chosen.peak, memory.chosen.budget_bytes
+    scale = max(budget, peak.device_bytes)
+    parts = [(part.name, part.bytes) for part in peak.parts]
+    if memory.device.kind == "cpu":
+        parts.append(("Python and its libraries", memory.extra_bytes))
+    else:
+        parts += [
+            ("kept by PyTorch's allocator", peak.reserved_bytes - sum(size for _, size in parts)),
+            ("CUDA context", peak.device_bytes - peak.reserved_bytes - memory.extra_bytes),
+        ]
+        if memory.extra_bytes:
+            parts.append(("more, by the last probe", memory.extra_bytes))
+    small = [(name, size) for name, size in parts if size < 0.01 * scale]
+    parts = [(name, size) for name, size in parts if size >= 0.01 * scale]
+    if small:
+        parts.append(("other", sum(size for _, size in small)))
+    width = max(len(name) for name, _ in parts)
+    lines, start = [], 0
+    for name, size in parts:
+        first, last = round(start / scale * BAR_WIDTH), round((start + size) / scale * BAR_WIDTH)
+        start += size
+        lines.append(f"  {name:<{width}} {bytes_text(size):>10}  {' ' * first}{'█' * max(1, last - first)}")
+    edge = round(budget / scale * BAR_WIDTH)
+    lines.append(f"  {'':<{width}} {bytes_text(start):>10}  {'·' * edge}▏ {bytes_text(budget)}")
+    return lines
+
+
+def show_probe(memory: MemoryPlan, probed: Any) -> None:
+    """The measured peak of two real steps beside the planned one."""
+    from ftkit.cli.console import print_table, say
+    from ftkit.units import bytes_text
+
+    say()
+    rows = [
+        [name, bytes_text(planned), bytes_text(measured), f"{planned / measured - 1:+.2%}"]
+        for name, planned, measured in (
+            ("allocated", memory.chosen.peak.allocated_bytes, probed.allocated_bytes),
+            ("reserved", memory.chosen.peak.reserved_bytes, probed.reserved_bytes),
+        )
+        if measured
     ]
-    print_table("After training", ["", "RAM, about", "disk written", "read"], [*later, ["all", "", bytes_text(memory.disk_bytes), ""]])
-    say("\nCounted: parameters, weights, adapter, gradients, optimizer. Estimated: activations, RAM of the later steps.")
+    print_table("Two real steps", ["", "planned", "measured", "error"], rows)

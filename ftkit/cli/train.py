@@ -31,5 +31,7 @@ def command(recipe: Path, as_json: bool, **options: Any) -> None:
     say(
         f"Validation loss {result['first_validation_loss']:.4f} → {result['best_validation_loss']:.4f} (best, step {result['best_step']}): {result['verdict']}."
     )
-    say(f"Peak memory {bytes_text(result['peak_bytes'])} {result['peak_is']}. Kept in {step.folder}")
+    planned = result.get("planned_device_bytes" if "RAM" in result["peak_is"] else "planned_allocated_bytes")
+    beside = f", planned {bytes_text(planned)}" if planned else ""  # runs of ftkit before 0.2 recorded no plan
+    say(f"Peak memory {bytes_text(result['peak_bytes'])} {result['peak_is']}{beside}. Kept in {step.folder}")
     say("Next: ftkit ship")

@@ -1,0 +1,104 @@
+"""Two real steps of the trainer beside the plan, on the CPU: what a probe measures, keeps and adds to the next plan."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from click.testing import Result
+
+from ftkit import pipeline
+from ftkit.device import Device, processor
+from ftkit.memory import measured
+from ftkit.memory.step import Peak
+from ftkit.recipe import parse_override
+
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
+Ftkit = Callable[..., Result]
+
+
+@pytest.fixture
+def project(tmp_path: Path, write_rows: Any, private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model, eight rows of one length, and a recipe; no GPU is seen."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    tiny.make_model(tmp_path / "model", vocab_size=2000, hidden_size=256, intermediate_size=512)
+    row = {"messages": [{"role": "user", "content": "Say it. " * 12}, {"role": "assistant", "content": "It is said. " * 8}]}
+    write_rows(tmp_path / "train.jsonl", [row] * 8)
+    (tmp_path / "recipe.yaml").write_text(
+        "model: model\ntraining: {effective_batch_size: 4, max_length: 256}\nlora: {r: 4}\ndata: {validation_share: 0.25}\n",
+        encoding="utf-8",
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", ["qlora", pytest.param("lora", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("settings", [(), ("training.per_device_train_batch_size=2", "training.gradient_checkpointing=true")])
+def test_a_plan_holds_in_the_real_trainer(project: Path, method: str, settings: tuple[str, ...]) -> None:
+    """TRL's SFTTrainer as `ftkit train` builds it, two optimizer steps on rows of one length, against the traced peak."""
+    overrides = [parse_override(entry) for entry in (f"training.method={method}", "what_if.padded=false", *settings)]
+    opened = pipeline.open_project(project / "recipe.yaml", overrides)
+    with opened.run:
+        planned = pipeline.plan(opened).memory.chosen.peak.allocated_bytes
+        real = pipeline.probe(opened).allocated_bytes
+    assert abs(planned / real - 1) < 0.01, f"{planned} planned, {real} measured"
+
+
+def test_a_probe_is_shown_kept_and_added_to_the_next_plan(project: Path, ftkit: Ftkit, private_cache: Path) -> None:
+    first = json.loads(ftkit("plan", project, "--probe", "--json").stdout)
+    assert first["probe"]["allocated_bytes"] > 0
+    assert first["probe"]["reserved_bytes"] is None  # on a CPU nothing is reserved
+    kept = json.loads((private_cache / "measured.json").read_text(encoding="utf-8"))
+    (entry,) = kept.values()
+    assert entry["extra_bytes"] == first["probe"]["allocated_bytes"] - first["chosen"]["peak"]["allocated_bytes"]
+    second = json.loads(ftkit("plan", project, "--json").stdout)
+    assert second["extra_bytes"] - first["extra_bytes"] == entry["extra_bytes"]
+    shown = ftkit("plan", project, "--probe")
+    assert "Two real steps" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(("--gpu", "RTX 4090"), "the plan is for RTX 4090"), (("--vram", "8"), "the plan is for a GPU")]
+)
+def test_a_probe_of_another_device_is_refused(project: Path, ftkit: Ftkit, words: tuple[str, ...], said: str) -> None:
+    refused = ftkit("plan", project, "--probe", *words)
+    assert refused.exit_code == 2
+    assert said in refused.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "build"])
+def test_a_line_that_cannot_end_here_does_not_begin(project: Path, ftkit: Ftkit, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is too small for merging and converting: said by the plan, and before any training."""
+    usage = shutil.disk_usage(project)
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    planned = ftkit("plan", project)
+    assert planned.exit_code == 0
+    assert "Not on this machine: they write " in planned.stdout
+    refused = ftkit(command, project)
+    assert refused.exit_code == 3
+    assert "have 1000 B free" in refused.stderr or "has 1000 B free" in refused.stderr
+    assert "--run-dir" in refused.stderr
+    assert not list((project / "runs").rglob("train-*"))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"CPU": 3}'])
+def test_a_damaged_file_of_measurements_is_started_anew(private_cache: Path, text: str) -> None:
+    private_cache.mkdir()
+    (private_cache / "measured.json").write_text(text, encoding="utf-8")
+    assert measured.extra_bytes(processor()) == 0
+    measured.remember(processor(), Peak(100, 100, 100, "", ()), 120, None)
+    assert measured.extra_bytes(processor()) == 20
+
+
+def test_measurements_are_kept_apart_by_device(private_cache: Path) -> None:
+    card = Device("cuda", "NVIDIA T4", 16 << 30, 16 << 30, (7, 5))
+    measured.remember(card, Peak(100, 150, 600, "", ()), 100, 170)
+    measured.remember_speed(card, "qlora", "org/model", 1234.5)
+    assert measured.extra_bytes(card) == 20
+    assert measured.tokens_per_second(card, "qlora", "org/model") == 1234.5
+    assert measured.tokens_per_second(card, "lora", "org/model") is None
+    assert measured.extra_bytes(processor()) == 0
