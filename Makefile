@@ -7,6 +7,8 @@ READY  := $(VENV)/.ready
 DEMO   := demo
 # On a machine whose cores are shared, waiting threads must sleep: spinning ones make torch many times slower.
 export OMP_WAIT_POLICY ?= passive
+# Two processes of one thread each: a test seldom has work for two threads. A file's tests stay in one process, as its fixtures do.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test check unit e2e lock clean
 
@@ -26,14 +28,14 @@ check: $(READY)
 
 unit: $(READY)
 	@$(BIN)/ftkit setup converter smollm2
-	$(BIN)/python -m pytest -m "not e2e and not ollama"
+	$(PYTEST) -m "not slow and not e2e and not ollama"
 
 # The demo's run is what these tests look at. Ollama's servers are compiled once (Go, C++) and kept outside the tree.
 e2e: $(READY)
 	@$(BIN)/ftkit setup converter llama.cpp smollm2
 	$(BIN)/python tests/servers.py
 	$(MAKE) demo
-	$(BIN)/python -m pytest -m "e2e or ollama" --durations=12
+	$(PYTEST) -m "slow or e2e or ollama" --durations=12
 
 $(READY): requirements.lock pyproject.toml
 	@echo "setting up $(VENV): about 5 GB with torch, 1 to 5 minutes" >&2

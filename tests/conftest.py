@@ -17,6 +17,20 @@ from ftkit.cli import main
 REPOSITORY = Path(__file__).parent.parent
 
 
+@pytest.fixture
+def report_figures(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Text that is shown at the end of the test run, whichever process the test runs in."""
+    return lambda text: record_property("figures", text)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    figures = [text for report in terminalreporter.getreports("") for key, text in report.user_properties if key == "figures"]
+    if figures:
+        terminalreporter.section("figures")
+        for text in figures:
+            terminalreporter.write_line(text)
+
+
 @pytest.fixture(autouse=True)
 def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection to any other machine fails the test."""

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,9 @@ def proof(run: Path) -> dict[str, Any]:
     return loaded
 
 
-def test_the_demo_learned_its_task(demo_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_learned_its_task(demo_run: Path, report_figures: Callable[[str], None]) -> None:
     scores = {name: parity.Score(**score) for name, score in proof(demo_run)["scores"].items()}
-    with capsys.disabled():
-        print("\n" + "\n".join(f"  {name:32} {score.right:3} of {score.rows} = {score.percent:.1f} %" for name, score in scores.items()))
+    report_figures("\n".join(f"{name:32} {score.right:3} of {score.rows} = {score.percent:.1f} %" for name, score in scores.items()))
     assert scores["before"].rows >= 120
     assert scores["before"].percent < 20
     assert scores["trained"].percent >= FLOOR_PERCENT

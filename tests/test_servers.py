@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +97,15 @@ def test_the_default_system_prompt_is_not_lost(shipped: tuple[str, str], run: Pa
 
 
 def test_ollama_run_answers_as_the_client_does(shipped: tuple[str, str], server: tuple[str, str], run: Path, client: Any) -> None:
-    question = record(run)["questions"][0]
+    question, one_thread = record(run)["questions"][0], f"{NAME}-one-thread"  # `ollama run` takes no options
+    client.create(one_thread, from_=NAME, parameters=ONE_THREAD)
     done = subprocess.run(
-        [servers.program(server[0]), "run", NAME, question[-1]["content"]],
-        env={**os.environ, "OLLAMA_HOST": shipped[1]}, capture_output=True, text=True, timeout=120,
+        [servers.program(server[0]), "run", one_thread, question[-1]["content"]],
+        env={**os.environ, "OLLAMA_HOST": shipped[1]}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (answer,) = ollama.answer(client, NAME, [question], 64)
+    (answer,) = ollama.answer(client, NAME, [question], 64, options=ONE_THREAD)
+    client.delete(one_thread)
     assert done.stdout.strip() == answer.strip()
     assert answer.strip().splitlines()[-1].startswith(("SAFE", "VULNERABLE — CWE-"))
 
@@ -120,7 +122,7 @@ def test_shipping_again_is_up_to_date(shipped: tuple[str, str], run: Path) -> No
 
 
 def test_the_shipped_files_answer_as_the_trained_model(
-    server: tuple[str, str], run: Path, client: Any, capsys: pytest.CaptureFixture[str]
+    server: tuple[str, str], run: Path, client: Any, report_figures: Callable[[str], None]
 ) -> None:
     """F16 says what the merged Hugging Face model says; Q8_0 and Q4_K_M keep the score. The old server is asked fewer questions."""
     version = server[0]
@@ -151,5 +153,4 @@ def test_the_shipped_files_answer_as_the_trained_model(
         if rows > 20:
             assert score.percent >= trained.percent - ALLOWED_LOSS_POINTS, lines
         client.delete(name)
-    with capsys.disabled():
-        print("\n" + "\n".join(lines))
+    report_figures("\n".join(lines))
