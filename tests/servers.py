@@ -43,17 +43,18 @@ def build(version: str) -> Path:
     with FileLock(final.with_name(f".{version}.lock")):
         if program(version).exists():
             return program(version)
+        compiled_in = version == "v0.24.0"  # llama.cpp; the newer one runs llama-server from a folder beside its own
+        programs = tools.installed("llama.cpp")
+        assert compiled_in or programs, "ftkit setup llama.cpp comes first"
         print(f"building Ollama {version}", flush=True)
         with tempfile.TemporaryDirectory(dir=final.parent) as scratch:
             target, environment = Path(scratch) / "server", {"GOTOOLCHAIN": "local"}
-            if version == "v0.24.0":  # llama.cpp is compiled in; its Go module leaves third-party headers out
+            if compiled_in:  # its Go module leaves third-party headers out
                 flags = "-O2 -march=native"
                 environment |= {"CGO_CFLAGS": flags, "CGO_CXXFLAGS": f"{flags} -I{_headers(Path(scratch))}"}
             environment["GOBIN"] = str(target / "bin")
             tools.call(["go", "install", f"{MODULE}@{version}"], environment=environment, cwd=Path(scratch))
-            if version != "v0.24.0":  # it runs llama-server from a folder beside its own
-                programs = tools.installed("llama.cpp")
-                assert programs, "ftkit setup llama.cpp comes first"
+            if programs and not compiled_in:
                 shutil.copytree(programs / "bin", target / "lib" / "ollama", symlinks=True)
             target.rename(final)
     return program(version)
