@@ -38,7 +38,7 @@ class Lora(Part):
     """PEFT's LoraConfig, under its own names."""
 
     r: Annotated[int, Field(ge=1, le=1024)] = 16
-    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | list[str] = "all-linear"
     use_rslora: bool = False
@@ -56,7 +56,7 @@ class Training(Part):
 
     method: Method = "qlora"
     max_length: Annotated[int, Field(ge=8)] = 1024
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
     max_steps: Annotated[int, Field(ge=1)] | None = None
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
@@ -67,7 +67,7 @@ class Training(Part):
     effective_batch_size: Annotated[int, Field(ge=1)] = 8
     per_device_train_batch_size: Annotated[int, Field(ge=1)] | None = Field(default=None, description="left out: the plan chooses")
     gradient_checkpointing: bool | None = Field(default=None, description="left out: the plan chooses")
-    evaluations_per_epoch: Annotated[float, Field(gt=0)] = 1
+    evaluations_per_epoch: Annotated[float, Field(gt=0)] = 1.0
     early_stopping_patience: Annotated[int, Field(ge=1)] = 3
     seed: Annotated[int, Field(ge=0)] = 42
 

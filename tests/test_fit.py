@@ -92,7 +92,7 @@ def test_cached_memory_is_given_back_at_a_limit() -> None:
     tight = step.peak(roomy.device_bytes - (1 << 20))
     assert tight.reserved_bytes < roomy.reserved_bytes
     assert tight.allocated_bytes == roomy.allocated_bytes
-    assert step.peak(roomy.allocated_bytes // 2).device_bytes > roomy.allocated_bytes // 2
+    assert step.peak(roomy.allocated_bytes // 2) == roomy  # what cannot fit is told as a card that is large enough would show it
 
 
 def test_layers_that_do_not_repeat_are_told_apart() -> None:

@@ -24,12 +24,11 @@ class Allocator:
     from segments of their own, rounded to 2 MiB. The smallest free block that is large enough is taken (lowest address
     first among equals) and split where 512 bytes (small) or more than 1 MiB (large) would be left; neighbours that are
     free again are joined. Where a new segment would pass `limit_bytes`, segments that are wholly free are given back
-    first; `out_of_memory` is set where that is not enough.
+    first; more than the limit is reserved only where that is not enough.
     """
 
     def __init__(self, limit_bytes: int | None = None) -> None:
         self.limit_bytes = limit_bytes
-        self.out_of_memory = False
         self.allocated_bytes = self.reserved_bytes = 0
         self.peak_allocated_bytes = self.peak_reserved_bytes = 0
         self._taken: dict[Hashable, tuple[int, int]] = {}  # key → address, size
@@ -76,7 +75,6 @@ class Allocator:
             segment_bytes = (size + ROUND_LARGE_BYTES - 1) // ROUND_LARGE_BYTES * ROUND_LARGE_BYTES
         if self.limit_bytes is not None and self.reserved_bytes + segment_bytes > self.limit_bytes:
             self.empty_cache()
-            self.out_of_memory |= self.reserved_bytes + segment_bytes > self.limit_bytes
         self.reserved_bytes += segment_bytes
         if self.reserved_bytes > self.peak_reserved_bytes:
             self.peak_reserved_bytes = self.reserved_bytes

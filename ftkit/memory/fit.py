@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from ftkit.errors import ModelError
 from ftkit.memory.inventory import DTYPE_BYTES, Skeleton
 from ftkit.memory.step import Order, Part, Step
 from ftkit.memory.trace import HEAD_TILE_TOKENS, StepSettings, StepTracer, labelled_tokens, optimizer_events
-from ftkit.memory.unroll import Ints, NotRepeating, unroll
+from ftkit.memory.unroll import Ints, Layout, NotRepeating, unroll
 
 ALIGNMENT = 16  # the memory-efficient attention kernel pads a mask's rows to so many entries
 
@@ -48,9 +48,10 @@ class Sizes:
 class Fitted:
     """What a few traces tell about all batches and lengths that are like them, or, with `length`, of that length alone."""
 
-    orders: dict[bool, Order]  # by whether gradients of an earlier micro-batch are there already
+    layout: Layout
     sizes: Sizes
     length: int | None
+    orders: dict[bool, Order] = field(default_factory=dict)  # those asked for, by whether micro-batches are accumulated
 
 
 class StepMemory:
@@ -82,11 +83,19 @@ class StepMemory:
         fitted = self._fitted(batch, length)
         return Step(
             fixed=self._fixed,
-            order=fitted.orders[accumulates],
+            order=self._order(fitted, accumulates),
             sizes=np.concatenate([self._optimizer_bytes, fitted.sizes.at(batch, length)]),
             on_cuda=self.settings.device == "cuda",
             capability=self.settings.capability,
         )
+
+    def _order(self, fitted: Fitted, accumulates: bool) -> Order:
+        if accumulates not in fitted.orders:
+            fitted.orders[accumulates] = Order(
+                fitted.layout, self._optimizer, accumulates=accumulates,
+                keep_outputs=self.settings.keep_outputs, longest_first=self.settings.longest_first,
+            )  # fmt: skip
+        return fitted.orders[accumulates]
 
     def _regime(self, batch: int, length: int) -> tuple[bool, bool, bool]:
         """Within one regime the order of events is the same: alone or in a batch, within a sliding window or beyond, aligned or not."""
@@ -131,11 +140,4 @@ class StepMemory:
             self.skeleton = self.skeleton.whole()
             self._tracer = StepTracer(self.skeleton, self.settings)
             return self._fit(points, length)
-        orders = {
-            accumulates: Order(
-                layout, self._optimizer, accumulates=accumulates,
-                keep_outputs=self.settings.keep_outputs, longest_first=self.settings.longest_first,
-            )
-            for accumulates in (False, True)
-        }  # fmt: skip
-        return Fitted(orders, Sizes(points, [events.sizes for events in recorded], first.tiled, self.settings.labelled_share), length)
+        return Fitted(layout, Sizes(points, [events.sizes for events in recorded], first.tiled, self.settings.labelled_share), length)

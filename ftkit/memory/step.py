@@ -49,32 +49,51 @@ class Timeline:
 
 
 class Ledger:
-    """What an optimizer step takes and gives back, written down in order; sizes by their place among a step's sizes."""
+    """What an optimizer step takes and gives back, written down in order; sizes by their place among a step's sizes.
+
+    In columns, not rows: a hundred thousand small tuples would keep Python's garbage collector busier than all the rest.
+    """
 
     def __init__(self) -> None:
-        self.rows: list[tuple[int, int, str]] = []  # 1 (taken) or -1 (given back), place of the size, what for
-        self.requests: list[tuple[bool, int, int]] = []  # to the allocator: whether it takes, storage, place of the size
-        self.phases: list[tuple[str, int]] = []  # name, first row
-        self._live: dict[int, tuple[int, str]] = {}
+        self.phases: list[tuple[str, int]] = []  # name, first change
+        self.signs: list[int] = []  # of each change: 1 (taken) or -1 (given back)
+        self.sizes_at: list[int] = []
+        self.labels: list[str] = []
+        self.takes: list[bool] = []  # of each request to the allocator: whether it takes
+        self.storages: list[int] = []
+        self.requested_at: list[int] = []  # place of its size
+        self._size_at: dict[int, int] = {}  # of what is held, by storage
+        self._label: dict[int, str] = {}
 
     def begin(self, phase: str) -> None:
-        self.phases.append((phase, len(self.rows)))
+        self.phases.append((phase, len(self.signs)))
 
     def take(self, storage: int, size_at: int, label: str) -> None:
-        self._live[storage] = size_at, label
-        self.rows.append((1, size_at, label))
-        self.requests.append((True, storage, size_at))
+        self._size_at[storage], self._label[storage] = size_at, label
+        self._change(1, size_at, label)
+        self._request(True, storage, size_at)
 
     def give_back(self, storage: int) -> None:
-        size_at, label = self._live.pop(storage)
-        self.rows.append((-1, size_at, label))
-        self.requests.append((False, storage, size_at))
+        size_at = self._size_at.pop(storage)
+        self._change(-1, size_at, self._label.pop(storage))
+        self._request(False, storage, size_at)
 
     def rename(self, storage: int, label: str) -> None:
         """The storage stays where it is and is for something else now."""
-        size_at, before = self._live[storage]
-        self._live[storage] = size_at, label
-        self.rows += [(-1, size_at, before), (1, size_at, label)]
+        size_at = self._size_at[storage]
+        self._change(-1, size_at, self._label[storage])
+        self._change(1, size_at, label)
+        self._label[storage] = label
+
+    def _change(self, sign: int, size_at: int, label: str) -> None:
+        self.signs.append(sign)
+        self.sizes_at.append(size_at)
+        self.labels.append(label)
+
+    def _request(self, takes: bool, storage: int, size_at: int) -> None:
+        self.takes.append(takes)
+        self.storages.append(storage)
+        self.requested_at.append(size_at)
 
 
 class Changes:
@@ -85,19 +104,18 @@ class Changes:
     """
 
     def __init__(self, ledger: Ledger) -> None:
-        signs, sizes_at, labels = zip(*ledger.rows, strict=True)
-        self.names = sorted(set(labels))
+        self.names = sorted(set(ledger.labels))
         number_of = {name: number for number, name in enumerate(self.names)}
-        self.signs, self.sizes_at = np.array(signs), np.array(sizes_at)
-        self.labels = np.array([number_of[label] for label in labels])
+        self.signs, self.sizes_at = np.array(ledger.signs), np.array(ledger.sizes_at)
+        self.labels = np.array([number_of[label] for label in ledger.labels])
         self.phases = ledger.phases
-        self._requests = [(takes, storage) for takes, storage, _ in ledger.requests]
-        self._requested_at = np.array([size_at for _, _, size_at in ledger.requests])
+        self._takes, self._storages = ledger.takes, ledger.storages
+        self._requested_at = np.array(ledger.requested_at)
 
     def replay(self, allocator: Allocator, sizes: Ints) -> None:
         """Ask the allocator for all that is taken, give it all that is given back."""
         allocate, free = allocator.allocate, allocator.free
-        for (takes, storage), size in zip(self._requests, sizes[self._requested_at].tolist(), strict=True):
+        for takes, storage, size in zip(self._takes, self._storages, sizes[self._requested_at].tolist(), strict=True):
             if takes:
                 allocate(storage, size)
             else:
@@ -187,8 +205,9 @@ class Step:
     def peak(self, limit_bytes: int | None = None) -> Peak:
         """Replay both optimizer steps and explain the highest point of the last.
 
-        With `limit_bytes` on the device the allocator gives cached memory back before it passes it, as PyTorch does;
-        what is reserved is then above the limit only where the step does not fit.
+        With `limit_bytes` on the device the allocator gives cached memory back before it passes it, as PyTorch does.
+        What is reserved is then above the limit only where the step does not fit; where its tensors alone do not, it is
+        what the step reserves on a card that is large enough.
         """
         last, amounts = self._amounts()
         top = int(amounts.cumsum().argmax())
@@ -198,7 +217,8 @@ class Step:
         parts = sorted((Part(name, size) for name, size in sorted(held.items()) if size > 0), key=lambda part: -part.bytes)
         allocated = reserved = device = sum(held.values())
         if self.on_cuda:
-            allocator = self.replay(None if limit_bytes is None else limit_bytes - cuda.CONTEXT_BYTES)
+            room = None if limit_bytes is None else limit_bytes - cuda.CONTEXT_BYTES
+            allocator = self.replay(None if room is not None and allocated > room else room)
             allocated, reserved = allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
             device = reserved + cuda.CONTEXT_BYTES
         phase = next(name for name, first in reversed(last.phases) if first <= top)
