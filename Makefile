@@ -28,7 +28,7 @@ check: $(READY)
 
 unit: $(READY)
 	@$(BIN)/ftkit setup converter smollm2
-	$(PYTEST) -m "not slow and not e2e and not ollama"
+	$(PYTEST) -m "not slow and not timing and not e2e and not ollama"
 
 # The demo's run is what these tests look at. Ollama's servers are compiled once (Go, C++) and kept outside the tree.
 e2e: $(READY)
@@ -36,6 +36,7 @@ e2e: $(READY)
 	$(BIN)/python tests/servers.py
 	$(MAKE) demo
 	$(PYTEST) -m "slow or e2e or ollama" --durations=12
+	$(BIN)/python -m pytest -m timing
 
 $(READY): requirements.lock pyproject.toml
 	@echo "setting up $(VENV): about 5 GB with torch, 1 to 5 minutes" >&2

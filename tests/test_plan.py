@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import time
 from dataclasses import asdict
 from typing import Any
 
@@ -131,32 +130,3 @@ def test_work_and_padding_follow_from_the_rows() -> None:
 def test_the_recorded_plan_is_the_plan() -> None:
     made = plan(8 * GIB, 128, (100, 128, 90))
     assert MemoryPlan.load(json.loads(json.dumps(asdict(made)))) == made
-
-
-@pytest.mark.slow
-def test_a_further_batch_or_length_costs_little() -> None:
-    """On a model of 32 layers, beside what the first two of its kind cost; on two quiet cores it is 0.1 s."""
-    planner = Planner(config("llama", num_hidden_layers=32), recipe(gradient_checkpointing=True), card(8 * GIB), 1024, (), bfloat16=True)
-
-    def seconds(batch: int, length: int) -> float:
-        started = time.perf_counter()
-        planner.peak(planner.recipe, batch, True, length)
-        return time.perf_counter() - started
-
-    traced = seconds(2, 1024) + seconds(2, 512)
-    further = min(seconds(*point) for point in ((3, 1024), (4, 1024), (2, 768), (2, 256), (5, 384)))
-    assert further < traced / 80, f"{further:.3f} s after {traced:.1f} s"
-
-
-@pytest.mark.slow
-def test_a_deeper_model_takes_no_longer_to_trace() -> None:
-    """Layers that repeat are traced once: 80 layers cost less than 1.5 times as much as 32, model and all."""
-
-    def seconds(layers: int) -> float:
-        started = time.perf_counter()
-        planner = Planner(config("llama", num_hidden_layers=layers), recipe(), card(64 * GIB), 1024, (), bfloat16=True)
-        planner.fit(planner.recipe, 1, True)
-        return time.perf_counter() - started
-
-    seconds(6)  # what the first trace of a process does once
-    assert min(seconds(80), seconds(80)) < 1.5 * max(seconds(32), seconds(32))

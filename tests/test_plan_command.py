@@ -59,22 +59,6 @@ def test_a_dataset_is_counted(here: Path, model: Path, ftkit: Ftkit, rows: list[
     assert planned["work"]["steps"] > 0
 
 
-@pytest.mark.slow
-def test_the_same_question_again_needs_no_torch(here: Path, model: Path) -> None:
-    import subprocess
-    import sys
-    import time
-
-    words = ["plan", "--model", str(model), "--vram", "8", "--length", "64", "--json"]
-    code = f"import sys; from ftkit.cli import main\ntry: main({words!r})\nfinally: print([m for m in ('torch', 'transformers') if m in sys.modules], file=sys.stderr)"
-    first = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    started = time.monotonic()
-    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.monotonic() - started < 2
-    assert second.stderr.strip().endswith("[]")
-    assert second.stdout == first.stdout
-
-
 def test_the_picture_and_the_page_are_written(here: Path, model: Path, ftkit: Ftkit) -> None:
     shown = ftkit("plan", "--model", model, "--vram", "8", "--length", "64", "--plot", "plan.png", "--html", "plan.html")
     assert shown.exit_code == 0, shown.output
