@@ -551,7 +551,11 @@ def _register(project: Project, client: Any, converted: Step, merged: Step) -> s
     digest = ollama.register(client, name, gguf, _modelfile(project, tokenizer, gguf), _render(tokenizer), project.reporter)
     record = json.loads((merged.folder / "answers.json").read_text(encoding="utf-8"))
     questions, expected = record["questions"][:OLLAMA_ROWS], record["expected"][:OLLAMA_ROWS]
-    given = ollama.answer(client, name, questions, project.recipe.ship.max_new_tokens, reporter=project.reporter)
+    threads = device.asked_threads()  # more than are free slow a server down many times: they spin while they wait
+    given = ollama.answer(
+        client, name, questions, project.recipe.ship.max_new_tokens,
+        options={"num_thread": threads} if threads else None, reporter=project.reporter,
+    )  # fmt: skip
     asked = parity.score(expected, given, project.recipe.ship.match)
     project.reporter.note(f"Ollama answers {asked.right} of {asked.rows} held-out questions right")
     project.run.record(ollama={"name": name, "digest": digest, "converted": converted.fingerprint, "score": asdict(asked)})
