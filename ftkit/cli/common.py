@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -74,3 +75,4 @@ def be_quiet() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own renamings, said to itself
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises a faster kernel from the hub on some processors
