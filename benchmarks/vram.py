@@ -4,12 +4,13 @@
 
 Columns: source, config (a folder of DIR with a config.json), method, r, target_modules (names joined by |), batch, sequence,
 base_dtype, adapter_dtype, gradient_checkpointing (yes, no), optimizer, loss, attention, gpu, metric
-(max_memory_reserved or max_memory_allocated), measured_bytes, notes.
+(max_memory_reserved, max_memory_allocated or nvidia-smi), measured_bytes, notes. A row that says what is not known is refused.
 """
 
 from __future__ import annotations
 
 import csv
+import re
 import statistics
 import time
 import warnings
@@ -19,19 +20,14 @@ from typing import Any
 import click
 
 from ftkit import device
-from ftkit.errors import FtkitError
+from ftkit.errors import FtkitError, RecipeError
 from ftkit.memory.fit import StepMemory
 from ftkit.memory.inventory import Skeleton, load_config
 from ftkit.memory.trace import StepSettings
 from ftkit.recipe import Lora
 
 GIB = 1 << 30
-OPTIMIZERS = {
-    "adamw8bit": "adamw_8bit",
-    "adamw_8bit": "adamw_8bit",
-    "pagedadamw8bit": "paged_adamw_8bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-}
+METRICS = {"max_memory_reserved": "reserved_bytes", "max_memory_allocated": "allocated_bytes", "nvidia-smi": "device_bytes"}
 
 
 def settings(row: dict[str, str]) -> StepSettings:
@@ -44,8 +40,8 @@ def settings(row: dict[str, str]) -> StepSettings:
         "base_dtype": row["base_dtype"],
         "trained_dtype": row["adapter_dtype"] or row["base_dtype"],
         "gradient_checkpointing": row["gradient_checkpointing"] == "yes",
-        "optim": OPTIMIZERS.get(row["optimizer"].split()[-1].replace(".", "").lower(), "adamw_torch"),
-        "padded": "padded" in row["attention"],
+        "optim": optimizer(row["optimizer"]),
+        "padded": bool(re.search(r"(?<!un)(?<!not )(?<!non-)padded", row["attention"].lower())),
         "attention": "eager" if "eager" in row["attention"] else None,
         "autocast": "autocast" in notes,
         "use_cache": peft or "use_cache on" in notes,
@@ -65,24 +61,35 @@ def settings(row: dict[str, str]) -> StepSettings:
     return StepSettings(**given)
 
 
+def optimizer(name: str) -> str:
+    """AdamW of torch or, in 8 bits, of bitsandbytes, under any of its names. Raises RecipeError for every other."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    eight, paged = "8bit" in plain, "paged" in plain
+    if "adamw" not in plain or (paged and not eight):
+        raise RecipeError(f"optimizer {name!r} is not known")
+    return "paged_adamw_8bit" if paged else "adamw_8bit" if eight else "adamw_torch"
+
+
 def capability(gpu: str) -> tuple[int, int]:
-    """Of the card that a row names, with or without its maker and memory."""
-    plain = gpu.lower().replace("nvidia", "")
-    known = [
-        value
-        for name, (_, value) in device.CARDS.items()
-        if name.lower().split()[-1] in plain.replace("-", " ").split() or name.lower() in plain
-    ]
-    return known[0] if known else device.ANY_CARD
+    """Of the card that a row names, with or without its maker and memory: the longest known name in it. RecipeError for another."""
+
+    def words(text: str) -> str:
+        return f" {' '.join(re.findall(r'[a-z]+|[0-9]+', re.sub(r'[0-9]+ ?gi?b', '', text.lower())))} "
+
+    named = words(gpu)
+    known = max((name for name in device.CARDS if words(name) in named), key=lambda name: len(words(name)), default=None)
+    if known is None:
+        raise RecipeError(f"card {gpu!r} is not known")
+    return device.CARDS[known][1]
 
 
 def predict(row: dict[str, str], configs: Path) -> int:
-    """Predicted bytes of the row's metric."""
+    """Predicted bytes of the row's metric. Raises FtkitError, KeyError and ValueError for what a row should not say."""
     chosen = settings(row)
     skeleton = Skeleton(load_config(configs / row["config"]), chosen.base_dtype, chosen.attention, chosen.tied)
     skeleton.shorten()
     peak = StepMemory(skeleton, chosen).step(int(row["batch"]), int(row["sequence"])).peak()
-    return peak.reserved_bytes if row["metric"] == "max_memory_reserved" else peak.allocated_bytes
+    return int(getattr(peak, METRICS[row["metric"]]))
 
 
 @click.command()
@@ -103,14 +110,13 @@ def main(table: Path, configs: Path) -> None:
         started = time.monotonic()
         label = f"{row['config']:<16} {row['method']:<6} {row['batch']:>5} {row['sequence']:>6} {row['metric']:<20}"
         try:
-            predicted = predict(row, configs)
-        except FtkitError as error:
-            click.echo(f"{label} refused: {error.message}")
+            predicted, measured = predict(row, configs), int(row["measured_bytes"])
+        except (FtkitError, KeyError, ValueError) as error:
+            click.echo(f"{label} refused: {error.message if isinstance(error, FtkitError) else repr(error)}")
             continue
-        measured = int(row["measured_bytes"])
-        error = predicted / measured - 1
-        errors.append(abs(error))
-        click.echo(f"{label} {predicted / GIB:>9.3f} GiB {measured / GIB:>9.3f} GiB {error:>+8.2%} {time.monotonic() - started:>5.1f} s")
+        off = predicted / measured - 1
+        errors.append(abs(off))
+        click.echo(f"{label} {predicted / GIB:>9.3f} GiB {measured / GIB:>9.3f} GiB {off:>+8.2%} {time.monotonic() - started:>5.1f} s")
     if errors:
         within = {limit: sum(error <= limit for error in errors) for limit in (0.005, 0.015)}
         click.echo(f"median error {statistics.median(errors):.2%}, largest {max(errors):.2%}; of {len(errors)} rows "

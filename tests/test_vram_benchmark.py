@@ -1,0 +1,81 @@
+"""benchmarks/vram.py: what rows of a table say, in the many words that tables use."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from click.testing import CliRunner
+from conftest import REPOSITORY
+
+from ftkit.errors import RecipeError
+
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
+
+spec = importlib.util.spec_from_file_location("vram", REPOSITORY / "benchmarks" / "vram.py")
+assert spec
+assert spec.loader
+vram: Any = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(vram)
+
+ROW = {
+    "source": "somebody", "config": "tiny", "method": "lora", "r": "8", "target_modules": "q_proj|v_proj", "batch": "2", "sequence": "64",
+    "base_dtype": "bfloat16", "adapter_dtype": "float32", "gradient_checkpointing": "no", "optimizer": "torch AdamW", "loss": "logits",
+    "attention": "sdpa padded", "gpu": "NVIDIA L40S", "metric": "max_memory_allocated", "measured_bytes": "10000000", "notes": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability"),
+    [
+        ("NVIDIA H100 80GB HBM3", (9, 0)), ("NVIDIA A100-SXM4-40GB", (8, 0)), ("RTX 3090 Ti", (8, 6)), ("GeForce RTX4090", (8, 9)),
+        ("NVIDIA GeForce RTX 2080 Ti", (7, 5)), ("Tesla V100-SXM2-16GB", (7, 0)), ("Tesla T4", (7, 5)), ("A10G", (8, 6)), ("NVIDIA L4", (8, 9)),
+    ],
+)  # fmt: skip
+def test_cards(gpu: str, capability: tuple[int, int]) -> None:
+    assert vram.capability(gpu) == capability
+
+
+@pytest.mark.parametrize(
+    ("name", "optim"),
+    [
+        ("torch AdamW", "adamw_torch"), ("AdamW 8-bit", "adamw_8bit"), ("bnb.optim.AdamW8bit", "adamw_8bit"), ("adamw_bnb_8bit", "adamw_8bit"),
+        ("paged_adamw_8bit", "paged_adamw_8bit"), ("PagedAdamW8bit", "paged_adamw_8bit"),
+    ],
+)  # fmt: skip
+def test_optimizers(name: str, optim: str) -> None:
+    assert vram.optimizer(name) == optim
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("optimizer", "SGD"), ("optimizer", ""), ("optimizer", "paged_adamw_32bit"), ("gpu", "Voodoo 2"), ("gpu", "")]
+)
+def test_what_is_not_known_is_refused(key: str, value: str) -> None:
+    with pytest.raises(RecipeError, match="is not known"):
+        vram.settings({**ROW, key: value})
+
+
+@pytest.mark.parametrize(
+    ("attention", "padded"), [("sdpa padded", True), ("sdpa", False), ("sdpa unpadded", False), ("eager, not padded", False)]
+)
+def test_padding(attention: str, padded: bool) -> None:
+    assert vram.settings({**ROW, "attention": attention}).padded == padded
+
+
+def test_a_faulty_row_does_not_end_the_table(tmp_path: Path) -> None:
+    tiny.make_model(tmp_path / "tiny")
+    rows = [ROW, {**ROW, "gpu": "Voodoo 2"}, {**ROW, "r": ""}, {**ROW, "metric": "guess"}, {**ROW, "config": "none"}]
+    with open(tmp_path / "table.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(ROW))
+        writer.writeheader()
+        writer.writerows(rows)
+    done = CliRunner().invoke(vram.main, [str(tmp_path / "table.csv"), "--configs", str(tmp_path)], catch_exceptions=False)
+    _, good, *refused, last = done.output.splitlines()
+    assert "GiB" in good
+    assert len(refused) == 4
+    assert all(" refused: " in line for line in refused)
+    assert last.startswith("median error")
