@@ -57,6 +57,7 @@ class TokenCounts:
     p99: int
     longest: int
     cut: int  # rows longer than max_length
+    dropped: int  # of those, rows whose answer lies wholly beyond it: they are not trained on
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -218,6 +219,7 @@ def count_tokens(examples: Sequence[Example], max_length: int) -> TokenCounts:
         p99=lengths[min(len(lengths) - 1, int(len(lengths) * 0.99))],
         longest=lengths[-1],
         cut=sum(length > max_length for length in lengths),
+        dropped=len(examples) - len(cut(examples, max_length)),
     )
 
 
@@ -272,3 +274,10 @@ def cut(examples: Sequence[Example], max_length: int) -> list[Example]:
     """Rows cut at `max_length` tokens; those whose answer lies wholly beyond it are dropped."""
     kept = [Example(e.input_ids[:max_length], e.labels[:max_length]) for e in examples]
     return [example for example in kept if any(label != IGNORED for label in example.labels)]
+
+
+def refuse_nothing_to_learn(training: Sequence[Example], validation: Sequence[Example]) -> None:
+    """Raise DataError where, once rows are cut, none is left to train on or to validate with."""
+    if not training or not validation:
+        which = "training" if not training else "validation"
+        raise DataError(f"No {which} row has an answer within training.max_length.", "raise it: --set training.max_length=2048")

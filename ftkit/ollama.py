@@ -167,15 +167,30 @@ def make_modelfile(file: str, chat: ChatFormat | None, ship: Ship, *, bos: str, 
     return Modelfile(file, go_template(chat, bos) if chat else None, ship.system, parameters)
 
 
+LOOPBACK = (None, "localhost", "127.0.0.1", "::1", "0.0.0.0")  # noqa: S104 – as a client's address it is this machine
+
+
+def _address() -> tuple[str, Any]:
+    """OLLAMA_HOST as it is set, and its parts."""
+    host = os.environ.get("OLLAMA_HOST", "")
+    return host, urlparse(host if "//" in host else f"http://{host}")
+
+
+def models_folder() -> Path | None:
+    """Where this machine's server keeps its models, None where OLLAMA_HOST names another machine."""
+    if _address()[1].hostname not in LOOPBACK:
+        return None
+    return Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
+
+
 @contextmanager
 def connect(reporter: Reporter = SILENT) -> Iterator[Client]:
     """A client of the server at OLLAMA_HOST, for the time of the context. Raises ToolMissingError where none answers."""
     import httpx
     import ollama
 
-    host = os.environ.get("OLLAMA_HOST", "")
-    where = urlparse(host if "//" in host else f"http://{host}")
-    if where.scheme == "http" and where.hostname not in (None, "localhost", "127.0.0.1", "::1", "0.0.0.0"):  # noqa: S104
+    host, where = _address()
+    if where.scheme == "http" and where.hostname not in LOOPBACK:
         reporter.warn(f"{where.hostname} is reached over plain http: model and prompts go unencrypted, and its API has no password")
     with ollama.Client() as client:
         try:

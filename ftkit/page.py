@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.data import Batching, TokenCounts
 from ftkit.errors import RecipeError
-from ftkit.memory.plan import MARGIN, Change, Fit, MemoryPlan
+from ftkit.memory.plan import CONTEXT, MARGIN, PROBED, PROCESS, RESERVE, Change, Fit, MemoryPlan
 from ftkit.run import write_atomically
 from ftkit.units import bytes_text, count_text, seconds_text
 
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 METHOD_WORDS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
-ACTIVATIONS, OTHER, RESERVE, CONTEXT = "activations", "other", "allocator’s reserve", "CUDA context"
+ACTIVATIONS, OTHER = "activations", "other"
 # Kinds in stacking order, what is there all the time first. Okabe and Ito's colours, which colour-blind readers tell apart;
 # neighbours differ in brightness too.
 KINDS = {
     "weights": "#0072B2", "optimizer states": "#009E73", "adapter": "#8FD9C0", "gradients": "#7B4FA3", ACTIVATIONS: "#D55E00",
     "loss head": "#CC79A7", "workspaces": "#8C8C8C", OTHER: "#BDBDBD", RESERVE: "#E3E3E3", CONTEXT: "#5A5A5A",
+    PROBED: "#3D3D3D", PROCESS: "#5A5A5A",
 }  # fmt: skip
 # Kind and colour of the parts that memory.step names; what is not here are activations.
 PARTS = {
@@ -36,6 +37,7 @@ PARTS = {
     "optimizer temporaries": ("workspaces", "#757575"),
 }  # fmt: skip
 ACTIVATION_COLOURS = {"MLP": "#D55E00", "attention": "#E69F00", "norms": "#F0E442", "layers": "#A6761D"}
+PLOT_SUFFIXES, PAGE_SUFFIXES = (".svg", ".png"), (".html", ".htm")
 LEAST_SHARE = 0.01  # of the whole; what is smaller is told together
 BEYOND = 1.06  # of the device's memory: what the bars' axis shows
 SMALL_SHARE = 0.45  # of the axis; a smaller step is drawn once more, larger
@@ -86,29 +88,25 @@ def stacked(slices: Iterable[Slice], whole: int) -> list[Slice]:
     return sorted([*(s for s in ranked if s not in small), rest], key=lambda s: order.index(s.kind))
 
 
-def parts_of(fit: Fit) -> list[Slice]:
-    """What the device holds at the peak: the tensors by what they are for, the allocator's reserve and the CUDA context."""
-    peak = fit.peak
-    beside = [
-        Slice(RESERVE, RESERVE, KINDS[RESERVE], peak.reserved_bytes - sum(part.bytes for part in peak.parts)),
-        Slice(CONTEXT, CONTEXT, KINDS[CONTEXT], peak.device_bytes - peak.reserved_bytes),
-    ]
-    return stacked([*(slice_of(part.name, part.bytes) for part in peak.parts), *beside], peak.device_bytes)
+def parts_of(plan: MemoryPlan, fit: Fit) -> list[Slice]:
+    """What the device holds at the peak: the tensors by what they are for, and what is beside them."""
+    tensors = (slice_of(part.name, part.bytes) for part in fit.peak.parts)
+    beside = (Slice(name, name, KINDS[name], size) for name, size in plan.beside_tensors(fit).items())
+    return stacked([*tensors, *beside], fit.peak.device_bytes)
 
 
-def kinds_of(fit: Fit) -> dict[str, int]:
+def kinds_of(plan: MemoryPlan, fit: Fit) -> dict[str, int]:
     """Bytes of each kind at the peak; they add up to `device_bytes`."""
     sums = dict.fromkeys(KINDS, 0)
     for part in fit.peak.parts:
         sums[slice_of(part.name, 0).kind] += part.bytes
-    sums[RESERVE] = fit.peak.reserved_bytes - sum(part.bytes for part in fit.peak.parts)
-    sums[CONTEXT] = fit.peak.device_bytes - fit.peak.reserved_bytes
+    sums |= plan.beside_tensors(fit)
     return {kind: size for kind, size in sums.items() if size > 0}
 
 
-def coarse(fit: Fit) -> list[Slice]:
+def coarse(plan: MemoryPlan, fit: Fit) -> list[Slice]:
     """`kinds_of` as slices of a bar."""
-    return stacked((Slice(kind, kind, KINDS[kind], size) for kind, size in kinds_of(fit).items()), fit.peak.device_bytes)
+    return stacked((Slice(kind, kind, KINDS[kind], size) for kind, size in kinds_of(plan, fit).items()), fit.peak.device_bytes)
 
 
 # What the plan says, in sentences.
@@ -191,7 +189,7 @@ def peak_words(plan: MemoryPlan) -> str:
     reason = reasons.get(phase_of(phase), "All of it is there at once")
     if "later micro-batch" in phase:
         reason += "; the gradients of an earlier micro-batch are there already"
-    largest = sorted(kinds_of(fit).items(), key=lambda entry: -entry[1])[:2]
+    largest = sorted(kinds_of(plan, fit).items(), key=lambda entry: -entry[1])[:2]
     most = " and ".join(f"{kind} ({bytes_text(size)}, {share(size, fit.peak.device_bytes)})" for kind, size in largest)
     return f"The peak comes in the {phase}. {reason}. Most of it: {most}."
 
@@ -201,11 +199,11 @@ def phase_of(name: str) -> str:
     return next((start for start in sorted(PHASES, key=len, reverse=True) if name.startswith(start)), "")
 
 
-def command(change: Change) -> str:
-    """What to type."""
+def command(change: Change, asked: str = "ftkit plan") -> str:
+    """What to type: the command that the plan was asked for with, and the change."""
     import shlex
 
-    return " ".join(["ftkit plan", *(f"--set {shlex.quote(setting)}" for setting in change.settings)])
+    return " ".join([asked, *(f"--set {shlex.quote(setting)}" for setting in change.settings)])
 
 
 # The picture.
@@ -220,7 +218,7 @@ def write_plot(plan: MemoryPlan, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    check(path, (".svg", ".png"))
+    check(path, PLOT_SUFFIXES)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(
@@ -319,7 +317,7 @@ def draw(plan: MemoryPlan, axes: Axes) -> None:
 
     # The chosen step: to scale, and once more at full width where that leaves no room for labels.
     small = fit.peak.device_bytes < SMALL_SHARE * span
-    slices = parts_of(fit)
+    slices = parts_of(plan, fit)
     y += 24 if small else 34
     spans = bar(slices, y, 26 if small else 46)
     text(left - 8, y, "this\nstep", 9, ha="right", weight="bold")
@@ -349,7 +347,7 @@ def draw(plan: MemoryPlan, axes: Axes) -> None:
     again = y + 8
     for other in plan.methods:
         y += 22
-        kinds = coarse(other)
+        kinds = coarse(plan, other)
         for part, (a, b) in zip(kinds, bar(kinds, y, 17), strict=True):
             inside([part.words], a, b, y, 7, part.ink, True)
         text(left - 8, y, METHOD_WORDS[other.inventory.method], 9, ha="right", weight="bold" if other == fit else "normal")
@@ -373,14 +371,18 @@ def verdict(fit: Fit) -> str:
 # The page.
 
 
-def write_page(plan: MemoryPlan, tokens: TokenCounts | None, path: Path, title: str = "Fine-tuning plan") -> None:
-    """Write the plan as one HTML file without scripts, fonts or pictures from elsewhere; `tokens` where there is a dataset.
+def write_page(
+    plan: MemoryPlan, tokens: TokenCounts | None, path: Path, title: str = "Fine-tuning plan", asked: str = "ftkit plan"
+) -> None:
+    """Write the plan as one HTML file without scripts, fonts or pictures from elsewhere.
+
+    `tokens` where there is a dataset; `asked`: the command line that the plan was asked for with.
 
     The same plan gives the same bytes. Raises RecipeError for another suffix than .html or a folder that cannot be written.
     """
     import jinja2
 
-    check(path, (".html", ".htm"))
+    check(path, PAGE_SUFFIXES)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         finalize=lambda value: plain(value) if isinstance(value, str) else value,
@@ -398,10 +400,10 @@ def write_page(plan: MemoryPlan, tokens: TokenCounts | None, path: Path, title: 
     source = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     fit = plan.chosen
     text = environment.from_string(source).render(
-        title=title, plan=plan, fit=fit, tokens=tokens, answer=tied(answer(plan)), why=tied(why(plan)), peak_words=tied(peak_words(plan)),
+        title=title, asked=asked, plan=plan, fit=fit, tokens=tokens, answer=tied(answer(plan)), why=tied(why(plan)), peak_words=tied(peak_words(plan)),
         margin=tied(f"{100 * MARGIN:g} %"), margin_words=tied(margin_words(fit)), least=tied(f"{100 * LEAST_SHARE:g} %"),
         small=fit.peak.device_bytes < SMALL_SHARE * axis_bytes(plan),
-        used_kinds={kind for other in plan.methods for kind in kinds_of(other)}, limit_bytes=fit.limit_bytes, span=axis_bytes(plan), total_bytes=max(plan.device.total_bytes, fit.budget_bytes),
+        used_kinds={kind for other in plan.methods for kind in kinds_of(plan, other)}, limit_bytes=fit.limit_bytes, span=axis_bytes(plan), total_bytes=max(plan.device.total_bytes, fit.budget_bytes),
         timeline=timeline(plan), padding=padding(plan.batching) if plan.batching else None, on_gpu=plan.device.kind == "cuda",
     )  # fmt: skip
     write(path, text.encode())

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from ftkit.data import Example, Message, Row, TokenCounts
 from ftkit.device import Device
 from ftkit.errors import DoesNotFitError, ModelError, ProofError, RecipeError, RunError, ToolMissingError
 from ftkit.memory import inventory, measured
+from ftkit.memory.later import ASK, TRAIN
 from ftkit.memory.plan import MARGIN, MemoryPlan, make_plan
 from ftkit.parity import Score
 from ftkit.progress import SILENT, Reporter
@@ -28,9 +29,10 @@ from ftkit.source import Source
 from ftkit.train import Probe
 from ftkit.units import bytes_text
 
-VERSIONS = {
-    name: version(name) for name in ("accelerate", "bitsandbytes", "peft", "torch", "transformers", "trl")
-}  # a plan holds for these
+# A plan holds for these.
+VERSIONS = {name: version(name) for name in ("accelerate", "bitsandbytes", "ftkit", "gguf", "peft", "torch", "transformers", "trl")}
+PLAN_FILE = "plan.json"
+PLANS_KEPT = 50  # of those without a recipe, each a fifth of a megabyte
 OLLAMA_ROWS = 20  # held-out questions that a server is asked after registering; the proof has asked them all
 
 
@@ -157,11 +159,15 @@ def open_project(
 def open_without_recipe(overrides: Sequence[tuple[str, Any]], *, gpu: str | None = None, reporter: Reporter = SILENT) -> Project:
     """A project of settings alone, to be planned: `model`, and `data.train` where there is a dataset already.
 
-    Its plan is kept in the private folder, and paths are taken from the current one.
+    Each question's plan is kept in the private folder, and paths are taken from the current one.
     """
     recipe = make_recipe(overrides)
     has_data = any(key == "data.train" for key, _ in overrides)
-    run = Run(tools.cache_folder() / "plans" / fingerprint(recipe.model, str(Path.cwd())))
+    plans = tools.cache_folder() / "plans"
+    if plans.is_dir():
+        for old in sorted(plans.iterdir(), key=lambda path: path.stat().st_mtime)[:-PLANS_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+    run = Run(plans / fingerprint(str(Path.cwd()), recipe.model_dump(), gpu))
     return Project(recipe, Path.cwd(), run, gpu=gpu, reporter=reporter, has_data=has_data)
 
 
@@ -172,49 +178,70 @@ def plan(project: Project) -> Plan:
     """
     recipe = project.recipe
     rows = project.rows if project.has_data and not project.run.finished("plan") else None  # a fault in the data is found first
-    chosen_device = project.device
+    chosen_device, recorded = project.device, _recorded_plan(project.run)
     extra_bytes = measured.extra_bytes(chosen_device)
     speed = measured.tokens_per_second(chosen_device, recipe.training.method, recipe.model)
-    wanted = [chosen_device.name, chosen_device.total_bytes >> 20, recipe.budget.vram, extra_bytes, speed]
+    free_bytes = chosen_device.free_bytes  # of a device that was found it changes from day to day, and seldom the choice
+    if recorded and recorded.memory.holds_with(free_bytes):
+        free_bytes = recorded.memory.device.free_bytes
+    wanted = [chosen_device.name, chosen_device.total_bytes >> 20, free_bytes, recipe.budget.vram, extra_bytes, speed]
     inputs = [*project.training_inputs, recipe.ship.model_dump(), recipe.what_if.model_dump(), wanted, VERSIONS]
 
     def make(folder: Path) -> dict[str, Any]:
         opened = source.open_config(project.source, project.reporter)
         assert opened.folder
-        counts, lengths, labelled = _lengths(project, opened, rows or project.rows) if project.has_data else (None, [], 0)
+        counts, trained, validated = _examples(project, opened, rows or project.rows) if project.has_data else (None, [], [])
         config = inventory.load_config(opened.folder)
-        max_length = recipe.training.max_length
-        length = min(counts.longest, max_length) if counts else max_length
+        kept = [*trained, *validated]
+        length = max((len(example.input_ids) for example in kept), default=recipe.training.max_length)
+        labelled = max((sum(label != data.IGNORED for label in example.labels) for example in kept), default=length)
         _check_config(config, recipe, length)
         project.reporter.step(f"tracing a training step of {config.model_type} at {length} tokens")
         memory = make_plan(
-            config, recipe, chosen_device, length, [min(n, max_length) for n in lengths],
+            config, recipe, chosen_device, length, [len(example.input_ids) for example in trained],
             bfloat16=device.computes_bfloat16(chosen_device), extra_bytes=extra_bytes, tokens_per_second=speed,
-            labelled_share=min(1.0, labelled / length) if labelled else 1.0,
+            labelled_share=labelled / length, fetch_bytes=source.bytes_to_fetch(opened),
         )  # fmt: skip
         result = {"memory": asdict(memory), "tokens": asdict(counts) if counts else None}
-        (folder / "plan.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (folder / PLAN_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return {}
 
-    step = project.run.ensure("plan", inputs, make)
-    result = json.loads((step.folder / "plan.json").read_text(encoding="utf-8"))
-    return Plan(MemoryPlan.load(result["memory"]), TokenCounts(**result["tokens"]) if result["tokens"] else None)
+    project.run.ensure("plan", inputs, make)
+    made = _recorded_plan(project.run)
+    assert made
+    return replace(made, memory=made.memory.with_free(chosen_device.free_bytes))
 
 
-def _lengths(project: Project, opened: Source, rows: Rows) -> tuple[TokenCounts | None, list[int], int]:
-    """The dataset's rows in tokens, the lengths of the training rows, and the most tokens that a row teaches; nothing where only a config is there, which has no tokenizer."""
+def _recorded_plan(run: Run) -> Plan | None:
+    """The run's last plan. One that cannot be read any more is thrown away, to be made again."""
+    step = run.finished("plan")
+    if not step:
+        return None
+    try:
+        result = json.loads((step.folder / PLAN_FILE).read_text(encoding="utf-8"))
+        return Plan(MemoryPlan.load(result["memory"]), TokenCounts(**result["tokens"]) if result["tokens"] else None)
+    except (OSError, ValueError, TypeError, KeyError):
+        shutil.rmtree(step.folder)
+        return None
+
+
+def _examples(project: Project, opened: Source, rows: Rows) -> tuple[TokenCounts | None, list[Example], list[Example]]:
+    """The dataset's rows in tokens, and the training and validation rows as the trainer sees them.
+
+    Nothing where only a config is there: it has no tokenizer.
+    """
     if opened.kind == "config":
         project.reporter.warn(
             "the tokens of the dataset are not counted: a config has no tokenizer; all rows are taken as training.max_length"
         )
-        return None, [], 0
+        return None, [], []
     assert opened.folder
-    tokenizer = hf.load_tokenizer(opened.folder)
+    tokenizer, max_length = hf.load_tokenizer(opened.folder), project.recipe.training.max_length
     project.reporter.step("counting the dataset's tokens")
     examples, held_out = project.tokenised(rows.train, tokenizer), project.tokenised(rows.validation, tokenizer)
-    counts = data.count_tokens([*examples, *held_out], project.recipe.training.max_length)
-    labelled = max(sum(label != data.IGNORED for label in example.labels) for example in [*examples, *held_out])
-    return counts, [len(example.input_ids) for example in examples], labelled
+    trained, validated = data.cut(examples, max_length), data.cut(held_out, max_length)
+    data.refuse_nothing_to_learn(trained, validated)
+    return data.count_tokens([*examples, *held_out], max_length), trained, validated
 
 
 def _check_config(config: Any, recipe: Recipe, length: int) -> None:
@@ -272,16 +299,19 @@ def train(project: Project) -> Step:
     return project.run.ensure("train", project.training_inputs, make, resumable=True)
 
 
-def probe(project: Project) -> Probe:
-    """Two real optimizer steps as planned, measured. Raises ModelError where the plan was made for another device than this one."""
-    planned = plan(project).memory
-    real = device.choose()
-    if planned.device.kind != real.kind or (real.kind == "cuda" and planned.device.name != real.name):
-        raise RecipeError(
-            f"--probe runs on this machine's {real.name}; the plan is for {planned.device.name}.", "leave --gpu and --vram out"
-        )
+def refuse_probe(project: Project) -> None:
+    """Raise RecipeError where two real steps cannot be run: without rows, or for another device than this machine's."""
+    real, wanted = device.choose(), project.device
+    if wanted.kind != real.kind or (real.kind == "cuda" and wanted.name != real.name):
+        raise RecipeError(f"--probe runs on this machine's {real.name}; the plan is for {wanted.name}.", "leave --gpu and --vram out")
     if not project.has_data:
         raise RecipeError("--probe trains on real rows.", "name them: --data train.jsonl")
+
+
+def probe(project: Project) -> Probe:
+    """Two real optimizer steps as planned, measured. Raises as `refuse_probe` does."""
+    refuse_probe(project)
+    planned = plan(project).memory
     cuda, bfloat16 = project.computes_on
     fit, recipe = planned.chosen, project.recipe
     settings = training.Settings(
@@ -292,7 +322,7 @@ def probe(project: Project) -> Probe:
     project.reporter.step("probing: two real steps")
     with tempfile.TemporaryDirectory(dir=project.run.folder, prefix=".probe-") as folder:
         probed = training.probe(recipe, settings, project.base_folder, tokenizer, examples, Path(folder))
-    measured.remember(real, planned.chosen.peak, probed.allocated_bytes, probed.reserved_bytes)
+    measured.remember(device.choose(), planned.chosen.peak, probed.allocated_bytes, probed.reserved_bytes)
     return probed
 
 
@@ -321,7 +351,7 @@ def ship(project: Project, *, use_ollama: bool | None = None) -> Shipped:
         with ollama.connect(project.reporter):
             pass
     if project.run.finished("plan") and not project.run.finished("prove"):
-        _refuse_shortages(project, plan(project).memory)
+        _refuse_shortages(project, plan(project).memory, trained=True)
     merged = _merge(project, trained)
     converted = _convert(project, merged)
     proven = _prove(project, merged, converted)
@@ -350,24 +380,48 @@ def ship(project: Project, *, use_ollama: bool | None = None) -> Shipped:
     )
 
 
-def shortages(project: Project, memory: MemoryPlan) -> list[str]:
-    """What the steps after training need and this machine does not have, in words."""
+@dataclass(frozen=True)
+class Shortage:
+    """What the steps to come need of this machine, and it does not have."""
+
+    what: str  # "RAM", or the folders on the disk that is too small
+    step: str | None  # that needs the RAM
+    needed_bytes: int
+    available_bytes: int
+
+    @property
+    def words(self) -> str:
+        needed, available = bytes_text(self.needed_bytes), bytes_text(self.available_bytes)
+        if self.step:
+            return f"`{self.step}` needs {needed} of {self.what}, and this machine has {available}"
+        return f"the steps to come write {needed} to {self.what}, where {available} are free"
+
+
+def shortages(project: Project, memory: MemoryPlan, *, trained: bool = False) -> list[Shortage]:
+    """What the steps after the plan need and this machine does not have; `trained`: those after training alone."""
     found = []
-    free = shutil.disk_usage(project.run.folder).free
-    if memory.disk_bytes > free:
-        found.append(f"they write {bytes_text(memory.disk_bytes)}, and {project.run.folder} has {bytes_text(free)} free")
+    by_disk: dict[int, list[tuple[Path, Path, int]]] = {}  # a folder, what is there already of its path, bytes
+    folders = {"the run folder": project.run.folder, "Ollama's models": ollama.models_folder(), "the hub's cache": source.hub_cache()}
+    for place, size in memory.disk_by_place(trained=trained).items():
+        if folder := folders[place]:  # None: another machine's
+            there = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+            by_disk.setdefault(there.stat().st_dev, []).append((folder, there, size))
+    for entries in by_disk.values():
+        size, free = sum(size for _, _, size in entries), shutil.disk_usage(entries[0][1]).free
+        if size > free:
+            found.append(Shortage(" and ".join(str(folder) for folder, _, size in entries if size), None, size, free))
     total = device.processor().total_bytes
-    hungry = max(memory.later, key=lambda step: step.peak_ram_bytes)
+    hungry = max((step for step in memory.later if step.name != TRAIN), key=lambda step: step.peak_ram_bytes)
     if hungry.peak_ram_bytes > total:
-        found.append(f"`{hungry.name}` needs {bytes_text(hungry.peak_ram_bytes)} of RAM, and this machine has {bytes_text(total)}")
+        found.append(Shortage("RAM", hungry.name, hungry.peak_ram_bytes, total))
     return found
 
 
-def _refuse_shortages(project: Project, memory: MemoryPlan) -> None:
+def _refuse_shortages(project: Project, memory: MemoryPlan, *, trained: bool = False) -> None:
     """Raise DoesNotFitError before long work whose result could not be shipped from here."""
-    if found := shortages(project, memory):
+    if found := shortages(project, memory, trained=trained):
         raise DoesNotFitError(
-            f"The steps after training do not fit here: {'; '.join(found)}.",
+            f"This machine is too small for what follows: {'; '.join(shortage.words for shortage in found)}.",
             "free some space, put the run elsewhere with --run-dir, or --set a smaller model",
         )
 
@@ -385,7 +439,8 @@ def _merge(project: Project, trained: Step) -> Step:
     def make(folder: Path) -> dict[str, Any]:
         base, rows = project.base_folder, project.rows.test
         cuda, bfloat16 = project.computes_on
-        if cuda and not 0 < plan(project).memory.later[0].vram_bytes <= device.choose().total_bytes:
+        asking = next(step for step in plan(project).memory.later if step.name == ASK)
+        if cuda and not 0 < asking.vram_bytes <= device.choose().total_bytes:
             cuda = False
             project.reporter.note("the 16-bit model does not fit on the GPU beside its questions: they are asked on the CPU, which is slow")
         tokenizer = hf.load_tokenizer(base)

@@ -96,7 +96,7 @@ def _locate_folder(path: Path) -> Source:
             f"{path} holds only pickle weights (*.bin), which can run code when they are loaded.",
             CONVERT_PICKLES,
         )
-    parts: list[object] = [(path / "config.json").read_text(encoding="utf-8")]
+    parts: list[object] = [(path / "config.json").read_text(encoding="utf-8", errors="replace")]
     for file in (*weights, *sorted(path.glob("*.jinja")), *sorted(path.glob("tokenizer*"))):
         stat = file.stat()
         parts.append([file.name, stat.st_size, stat.st_mtime_ns])
@@ -190,26 +190,48 @@ def indexed_files(folder: Path) -> list[str] | None:
 
 def _open_hub_weights(source: Source, reporter: Reporter) -> Source:
     """Fetch the weights that transformers loads – those in the index, or the one file – and no second copy beside them."""
+    opened = open_config(source)
+    missing = _missing_weights(opened)
+    if missing:
+        size = bytes_text(sum(missing.values()))
+        reporter.step(f"fetching the weights of {source.reference}: {size} in {len(missing)} file{'s' * (len(missing) > 1)}")
+        _fetch(source, list(missing))
+    return opened
+
+
+def bytes_to_fetch(opened: Source) -> int:
+    """Bytes of the hub's weights that are not on this machine yet; 0 for every other source, and where it cannot be told."""
+    try:
+        return sum(_missing_weights(opened).values()) if opened.kind == "hub" else 0
+    except ModelError:  # said once they are wanted; a plan does without
+        return 0
+
+
+def hub_cache() -> Path:
+    """Where the hub's files are kept (HF_HOME, HF_HUB_CACHE)."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _missing_weights(opened: Source) -> dict[str, int]:
+    """Name and bytes of each weight file that is not in the cache. Raises ModelError where the hub has no such file."""
     from huggingface_hub import get_cached_repo_tree
 
-    opened = open_config(source)
     assert opened.folder
     names = indexed_files(opened.folder) or ["model.safetensors"]
     missing = [name for name in names if not (opened.folder / name).is_file()]
     if not missing:
-        return opened
-    with _hub_errors(source.reference):
-        sizes = {file.path: file.size for file in get_cached_repo_tree(source.reference.partition("@")[0], revision=source.fingerprint)}
+        return {}
+    with _hub_errors(opened.reference):
+        sizes = {file.path: file.size for file in get_cached_repo_tree(opened.reference.partition("@")[0], revision=opened.fingerprint)}
     if absent := [name for name in missing if name not in sizes]:
         if any(name.endswith(".bin") for name in sizes):
             raise ModelError(
-                f"{source.reference} holds only pickle weights (*.bin), which can run code when they are loaded.", CONVERT_PICKLES
+                f"{opened.reference} holds only pickle weights (*.bin), which can run code when they are loaded.", CONVERT_PICKLES
             )
-        raise ModelError(f"{source.reference} has no {absent[0]}.", "give a model with its weights in safetensors files")
-    size = bytes_text(sum(sizes[name] for name in missing))
-    reporter.step(f"fetching the weights of {source.reference}: {size} in {len(missing)} file{'s' * (len(missing) > 1)}")
-    _fetch(source, missing)
-    return opened
+        raise ModelError(f"{opened.reference} has no {absent[0]}.", "give a model with its weights in safetensors files")
+    return {name: sizes[name] for name in missing}
 
 
 def _fetch(source: Source, patterns: Sequence[str], without: Sequence[str] = ()) -> Path:

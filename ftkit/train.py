@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from ftkit import hf
-from ftkit.data import Example
-from ftkit.errors import DataError, InterruptedRunError
+from ftkit.data import Example, refuse_nothing_to_learn
+from ftkit.errors import InterruptedRunError
 from ftkit.memory.inventory import lora_config
 from ftkit.memory.trace import quantization_tensors
 from ftkit.progress import SILENT, Bar, Reporter
@@ -87,8 +87,7 @@ def build_trainer(
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    if not training or not validation:
-        raise DataError("No row has an answer within training.max_length.", "raise it: --set training.max_length=2048")
+    refuse_nothing_to_learn(training, validation)
     hf.refuse_lost_gradients()
     _score_answers_only()
     method, t = recipe.training.method, recipe.training

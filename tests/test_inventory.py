@@ -172,6 +172,15 @@ def test_targets_that_reach_into_other_towers_are_refused_with_a_pattern_that_do
     assert by_role["vision and audio towers"] > 0
 
 
+def test_adapters_on_transposed_weights_are_refused() -> None:
+    from transformers import GPT2Config
+
+    skeleton = Skeleton(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100))
+    with pytest.raises(ModelError, match="Conv1D") as refused:
+        skeleton.adapters(Lora())
+    assert "method=full" in str(refused.value.hint)
+
+
 def test_a_config_that_does_not_build_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not build"):
         Skeleton(tiny.config(hidden_act="nope"))

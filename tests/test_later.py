@@ -181,7 +181,7 @@ def test_the_later_steps_and_what_they_write() -> None:
     assert made["convert to F16"].disk_bytes == made["quantise to Q4_K_M"].read_bytes == later.gguf_bytes(model, "F16") + header
     assert (made["register in Ollama"].disk_bytes, made["register in Ollama"].disk_is) == (file, "Ollama's models")
     assert made["register in Ollama"].read_bytes == 2 * file
-    assert {step.disk_is for name, step in made.items() if name != "register in Ollama"} == {"run folder"}
+    assert {step.disk_is for name, step in made.items() if name != "register in Ollama"} == {"the run folder"}
     assert list(steps(quantization="Q8_0")) == ["ask", "merge", "convert to F16", "convert to Q8_0", "prove Q8_0", "register in Ollama"]
     assert steps("lora")["merge"].disk_bytes == steps("full")["copy the trained model"].disk_bytes == checkpoint
 

@@ -31,7 +31,7 @@ PARTS = {  # in GiB
 }  # fmt: skip
 RESERVE_BYTES, CONTEXT_BYTES = GIB, 500 * MIB
 LENGTHS = [100] * 30 + [900] * 10
-TOKENS = TokenCounts(rows=40, total=sum(LENGTHS), median=100, p95=900, p99=900, longest=1433, cut=3)
+TOKENS = TokenCounts(rows=40, total=sum(LENGTHS), median=100, p95=900, p99=900, longest=1433, cut=3, dropped=0)
 
 
 def fit(
@@ -40,7 +40,7 @@ def fit(
     sized = tuple(Part(name, int(times * size * GIB)) for name, size in sorted(parts.items(), key=lambda entry: -entry[1]))
     allocated = sum(part.bytes for part in sized)
     reserved = allocated + (RESERVE_BYTES if cuda else 0)
-    device = reserved + (CONTEXT_BYTES if cuda else 0)
+    device = reserved + CONTEXT_BYTES  # on a CPU: the process itself
     inventory = Inventory(method, 8_030_000_000, {"MLP": 1}, 7_000_000_000, 41_943_040, {"q_proj": 1}, 1, 1, 1, 1)
     return Fit(
         inventory,
@@ -76,7 +76,7 @@ def plan(*, chosen: Fit | None = None, device: Device | None = None, **changes: 
         methods=(fit("full", times=8), fit("lora", times=2), chosen), untraced={"full": "<i>why</i>"},
         batches=((4, False, 40 * GIB, False), (2, False, chosen.peak.device_bytes, chosen.fits)),
         changes=(), batching=batching(LENGTHS, 2, 1024, 42), work=Work(100, 2.0, 90_000, None, None), extra_bytes=0, timeline=Timeline(series, phases),
-        later=(LaterStep("merge", 13 * GIB, 0, 15 * GIB, "run folder", 16 * GIB), LaterStep("ask", 0, 20 * GIB, 0, "run folder", GIB)),
+        later=(LaterStep("merge", 13 * GIB, 0, 15 * GIB, "the run folder", 16 * GIB), LaterStep("ask", 0, 20 * GIB, 0, "the run folder", GIB)),
         gguf_bytes={"F16": 15 * GIB, "Q4_K_M": 5 * GIB}, gguf_estimated_because=None,
     )  # fmt: skip
     return replace(made, **changes)
@@ -130,16 +130,17 @@ def test_the_svg_holds_every_number_of_the_bar(tmp_path: Path, name: str) -> Non
     text = " ".join(" ".join(root.itertext()).replace("\u00a0", " ").split())
     for size in (made.chosen.peak.device_bytes, made.chosen.budget_bytes, *(other.peak.device_bytes for other in made.methods)):
         assert bytes_text(size) in text
-    for part in page.parts_of(made.chosen):
+    for part in page.parts_of(made, made.chosen):
         assert bytes_text(part.bytes) in text
     assert ("does not fit" in text.split(" memory ")[1]) or made.chosen.fits
 
 
 def test_the_parts_add_up_to_the_peak_and_small_ones_stand_together() -> None:
-    chosen = fit()
-    parts = page.parts_of(chosen)
+    made = plan()
+    chosen = made.chosen
+    parts = page.parts_of(made, chosen)
     assert sum(part.bytes for part in parts) == chosen.peak.device_bytes
-    assert sum(page.kinds_of(chosen).values()) == chosen.peak.device_bytes
+    assert sum(page.kinds_of(made, chosen).values()) == chosen.peak.device_bytes
     assert [part.words for part in parts] == [
         "4-bit weights", "weights that stay 16-bit", "optimizer states", "adapter", "gradients", "activations: MLP", "activations: attention",
         "activations: norms", "other", "allocator’s reserve", "CUDA context",
@@ -211,7 +212,7 @@ def test_the_page_is_the_same_each_time_whole_and_complete(tmp_path: Path, name:
     sizes = [
         made.chosen.budget_bytes,
         *(other.peak.device_bytes for other in made.methods),
-        *(part.bytes for part in page.parts_of(made.chosen)),
+        *(part.bytes for part in page.parts_of(made, made.chosen)),
     ]
     sizes += [size for _, _, size, _ in made.batches] + list(made.gguf_bytes.values())
     sizes += [size for step in made.later for size in (step.peak_ram_bytes, step.vram_bytes, step.disk_bytes, step.read_bytes) if size]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +18,10 @@ import pytest
 import tiny
 from click.testing import Result
 
-from ftkit import hf
+from ftkit import device, hf
+from ftkit.memory.cuda import CONTEXT_BYTES
+from ftkit.memory.plan import MARGIN
+from ftkit.units import GIB, MIB
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 Ftkit = Callable[..., Result]
@@ -59,6 +66,60 @@ def test_a_dataset_is_counted(here: Path, model: Path, ftkit: Ftkit, rows: list[
     assert planned["work"]["steps"] > 0
 
 
+def test_rows_whose_answer_lies_beyond_the_length_are_left_out(
+    here: Path, model: Path, ftkit: Ftkit, rows: list[Any], write_rows: Any
+) -> None:
+    long = [{"messages": [{"role": "user", "content": "why? " * 40}, {"role": "assistant", "content": "Because."}]}] * 30
+    write_rows(here / "mine.jsonl", [*rows, *long])
+    words = ("plan", "--model", model, "--data", "mine.jsonl", "--vram", "8", "--length", "96")
+    planned = json.loads(ftkit(*words, "--json").stdout)
+    assert (planned["tokens"]["cut"], planned["tokens"]["dropped"]) == (30, 30)
+    assert planned["work"]["steps"] <= 3 * 2  # of 12 rows at most, by 8
+    assert planned["max_length"] < 96
+    assert "30 rows will be cut, 30 of them left out" in ftkit(*words).stdout
+    write_rows(here / "mine.jsonl", long)
+    refused = ftkit(*words)
+    assert (refused.exit_code, "has an answer within training.max_length" in refused.stderr) == (1, True)
+
+
+def test_a_plan_is_made_again_when_less_is_free(here: Path, model: Path, ftkit: Ftkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def planned(free_bytes: int) -> dict[str, Any]:
+        found = device.Device("cuda", "a card", 8 * GIB, free_bytes, (8, 9))
+        monkeypatch.setattr(device, "find_gpus", lambda: [found])
+        shown = ftkit("plan", "--model", model, "--length", "512", "--json")
+        loaded: dict[str, Any] = json.loads(shown.stdout)
+        return loaded
+
+    first = planned(4 * GIB)
+    made = len(list((here.parent / "cache" / "plans").glob("*/plan-*")))
+    still = planned(3 * GIB)
+    assert (still["device"]["free_bytes"], still["chosen"]["budget_bytes"]) == (3 * GIB, 3 * GIB)
+    assert still["chosen"]["peak"] == first["chosen"]["peak"]
+    less = planned(int((first["chosen"]["peak"]["allocated_bytes"] + CONTEXT_BYTES) / (1 - MARGIN)) - MIB)
+    assert less["chosen"]["peak"]["device_bytes"] < first["chosen"]["peak"]["device_bytes"]
+    assert planned(4 * GIB)["chosen"]["peak"] == first["chosen"]["peak"]  # what is faster fits again
+    assert len(list((here.parent / "cache" / "plans").glob("*/plan-*"))) == made == 1
+
+
+def test_a_plan_that_cannot_be_read_is_made_again(here: Path, model: Path, ftkit: Ftkit) -> None:
+    words = ("plan", "--model", model, "--vram", "8", "--length", "64", "--json")
+    first = ftkit(*words)
+    (kept,) = (here.parent / "cache" / "plans").glob("*/plan-*/plan.json")
+    for text in (kept.read_text(encoding="utf-8")[:1000], '{"memory": {}, "tokens": null}'):
+        kept.write_text(text, encoding="utf-8")
+        again = ftkit(*words)
+        assert (again.exit_code, again.stdout) == (0, first.stdout)
+
+
+def test_output_that_is_no_utf_8_loses_letters_not_the_plan(here: Path, model: Path) -> None:
+    words = [sys.executable, "-m", "ftkit", "plan", "--model", str(model), "--vram", "8", "--length", "64"]
+    done = subprocess.run(words, env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True, encoding="cp1252")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"Batch \d × accumulation \d", done.stdout)
+    assert "????" in done.stdout  # the bars
+    assert "Disk, at most" in done.stdout
+
+
 def test_the_picture_and_the_page_are_written(here: Path, model: Path, ftkit: Ftkit) -> None:
     shown = ftkit("plan", "--model", model, "--vram", "8", "--length", "64", "--plot", "plan.png", "--html", "plan.html")
     assert shown.exit_code == 0, shown.output
@@ -70,11 +131,9 @@ def test_what_does_not_fit_ends_with_3_and_a_way_out(here: Path, model: Path, ft
     shown = ftkit("plan", "--model", model, "--vram", "0.56", "--length", "512", "--method", "full")
     assert shown.exit_code == 3
     assert shown.stdout.startswith("Does not fit: ")
-    assert "Hint: this would: --set training." in shown.stderr
-    settings = re.findall(r"--set (\S+)", shown.stderr)
-    again = ftkit(
-        "plan", "--model", model, "--vram", "0.56", "--length", "512", "--method", "full", *(w for s in settings for w in ("--set", s))
-    )
+    (advised,) = re.findall(r"Hint: this would: ftkit (plan .+)", shown.stderr)
+    assert advised.startswith(f"plan --model {model} --vram 0.56 --length 512 --method full --set training.")  # as typed, and the change
+    again = ftkit(*shlex.split(advised))
     assert again.exit_code == 0, again.output
 
 
@@ -83,7 +142,7 @@ def test_the_json_is_as_documented(here: Path, model: Path, ftkit: Ftkit, rows: 
     write_rows(here / "mine.jsonl", rows)
     planned = json.loads(ftkit("plan", "--model", model, "--data", "mine.jsonl", "--vram", "8", "--length", "64", "--json").stdout)
     planned["changes"] = [{"settings": ["lora.r=8"], "words": "", "peak_bytes": 0, "fits": True}]
-    planned["shortages"] = ["disk"]
+    planned["shortages"] = [{"what": "RAM", "step": "merge", "needed_bytes": 2, "available_bytes": 1}]
     planned["probe"] = {"allocated_bytes": 0, "reserved_bytes": None}
 
     def keys(value: Any, prefix: str = "") -> set[str]:
@@ -116,7 +175,11 @@ def test_the_json_is_as_documented(here: Path, model: Path, ftkit: Ftkit, rows: 
         (("--data", "missing.jsonl"), 1, "There is no dataset"),
         (("--config", "config.json"), 2, "not both"),
         (("--run-dir", "run"), 2, "there is none"),
+        (("--set", "lora.target_modules=("), 2, "PEFT cannot use '('"),
+        (("--set", "lora.target_modules=q_proj"), 2, "lora.target_modules=[q_proj]"),
         (("--plot", "plan.gif"), 2, ".svg"),
+        (("--html", "nowhere/plan.html"), 2, "There is no folder"),
+        (("--probe",), 2, "--probe runs on this machine's"),
     ],
 )
 def test_bad_input(here: Path, model: Path, ftkit: Ftkit, words: tuple[str, ...], code: int, said: str) -> None:
@@ -130,12 +193,25 @@ def test_bad_input(here: Path, model: Path, ftkit: Ftkit, words: tuple[str, ...]
     assert not (here / "plan.gif").exists()
 
 
-def test_a_config_that_does_not_build_is_said(here: Path, model: Path, ftkit: Ftkit) -> None:
-    config = {**json.loads((model / "config.json").read_text(encoding="utf-8")), "hidden_act": "nope"}
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_act": "nope"}, "does not build"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "4 num_attention_heads cannot share 3"),
+        ({"dtype": "float99"}, "transformers cannot read the config"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised already (gptq)"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "is quantised already (bitsandbytes)"),
+    ],
+)
+def test_a_config_that_is_of_no_model_to_train(here: Path, model: Path, ftkit: Ftkit, changes: dict[str, Any], said: str) -> None:
+    config = {**json.loads((model / "config.json").read_text(encoding="utf-8")), **changes}
     (here / "config.json").write_text(json.dumps(config), encoding="utf-8")
     refused = ftkit("plan", "--config", "config.json", "--vram", "8", "--length", "64")
-    assert refused.exit_code == 1
-    assert "does not build" in refused.stderr
+    assert refused.exit_code == 1, refused.output
+    assert said in refused.stderr
+    assert "Hint:" in refused.stderr or "build" in said
 
 
 def test_versions_that_compute_wrong_losses_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

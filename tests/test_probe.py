@@ -77,10 +77,10 @@ def test_a_line_that_cannot_end_here_does_not_begin(project: Path, ftkit: Ftkit,
     monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     planned = ftkit("plan", project)
     assert planned.exit_code == 0
-    assert "Not on this machine: they write " in planned.stdout
+    assert "Not on this machine: the steps to come write " in planned.stdout
     refused = ftkit(command, project)
     assert refused.exit_code == 3
-    assert "have 1000 B free" in refused.stderr or "has 1000 B free" in refused.stderr
+    assert "where 1000 B are free" in refused.stderr
     assert "--run-dir" in refused.stderr
     assert not list((project / "runs").rglob("train-*"))
 

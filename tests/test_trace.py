@@ -167,7 +167,20 @@ def test_optimizers_keep_what_they_keep() -> None:
         kept[optim] = sum(size for kind, storage, size in step.events if kind == trace.ALLOCATE and storage in step.states)
     assert kept["adamw_torch"] == 8 * (2 * elements + 100)
     assert kept["adamw_8bit"] == (2 * elements + 2 * 4 * elements // 256) + 8 * 100 + 8 * elements
-    assert kept["paged_adamw_8bit"] == 0
+    assert kept["paged_adamw_8bit"] == kept["adamw_8bit"]  # tensors so small are not paged
+
+
+def test_a_paged_optimizer_moves_the_moments_of_large_tensors() -> None:
+    elements = trace.PAGED_ELEMENTS
+
+    def kept(**settings: Any) -> int:
+        step = optimizer_events([(elements, False), (elements - 1, True)], StepSettings(**settings))
+        return sum(size for kind, storage, size in step.events if kind == trace.ALLOCATE and storage in step.states)
+
+    moments, scales = 2 * elements, 2 * 4 * -(-elements // 256)
+    assert kept(optim="adamw_8bit") == moments + scales + 8 * (elements - 1)
+    assert kept(optim="paged_adamw_8bit") == scales + 8 * (elements - 1)
+    assert kept(optim="paged_adamw_8bit", device="cpu") == kept(optim="adamw_8bit", device="cpu")
 
 
 @pytest.mark.parametrize("foreach", [True, False])

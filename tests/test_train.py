@@ -13,6 +13,8 @@ import tiny
 from ftkit import data, hf, merge
 from ftkit.data import IGNORED, Example, Row
 from ftkit.errors import InterruptedRunError
+from ftkit.memory.inventory import Skeleton
+from ftkit.memory.later import checkpoint_bytes
 from ftkit.progress import Bar, SilentReporter
 from ftkit.train import Point, build_trainer, read_curve, train
 
@@ -167,6 +169,7 @@ def test_an_interrupted_training_resumes_to_the_same_bits(
 
     torch.set_num_threads(1)
     recipe = tiny.recipe(model, method=method)
+    weights = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
     folders = [tmp_path / "whole", tmp_path / "interrupted"]
     for folder in folders:
         folder.mkdir()
@@ -174,13 +177,16 @@ def test_an_interrupted_training_resumes_to_the_same_bits(
     with pytest.raises(InterruptedRunError) as stopped:
         train(recipe, tiny.SETTINGS, model, tokenizer, examples[2:], examples[:2], folders[1], StopAt(3))
     assert stopped.value.exit_code == 130
-    half_written = folders[1] / "checkpoints" / "checkpoint-3"  # as a kill in the middle of saving leaves it
+    checkpoint = folders[1] / "checkpoints" / "checkpoint-2"
+    kept = sum((checkpoint / name).stat().st_size for name in (Path(file).name for file in ("optimizer.pt", weights)))
+    planned = checkpoint_bytes(Skeleton(tiny.config()).count(recipe.training.method, recipe.lora, "adamw_torch", "float32"))
+    assert planned < kept < planned + 30_000  # names and shapes
+    half_written = checkpoint.with_name("checkpoint-3")  # as a kill in the middle of saving leaves it
     half_written.mkdir()
     resumed = train(recipe, tiny.SETTINGS, model, tokenizer, examples[2:], examples[:2], folders[1])
     assert (whole.resumed_from_step, resumed.resumed_from_step) == (0, 2)
     assert (whole.steps, resumed.steps) == (4, 4)
-    file = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
-    first, second = (load_file(folder / file) for folder in folders)
+    first, second = (load_file(folder / weights) for folder in folders)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not (folders[0] / "checkpoints").exists()

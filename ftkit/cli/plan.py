@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +15,11 @@ from ftkit.cli.common import absolute, be_quiet, json_option, overrides
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ftkit.data import TokenCounts
     from ftkit.memory.plan import Fit, MemoryPlan
     from ftkit.pipeline import Plan, Project
 
-BAR_WIDTH = 60
+BAR_WIDTH = 60  # columns, where the terminal has room
 
 
 @click.command(
@@ -54,38 +57,52 @@ def command(
 
     Without RECIPE (default: recipe.yaml, where there is one) --model or --config is planned with default settings.
     """
-    from ftkit import pipeline
+    from ftkit import page, pipeline
     from ftkit.cli.console import print_json
     from ftkit.errors import DoesNotFitError
+    from ftkit.memory.plan import MARGIN
     from ftkit.units import bytes_text
 
+    for path, suffixes in ((plot, page.PLOT_SUFFIXES), (html, page.PAGE_SUFFIXES)):
+        if path:
+            page.check(path, suffixes)
     project = _open(recipe, run_dir=run_dir, gpu=gpu, **options)
+    if probe:
+        pipeline.refuse_probe(project)
+    asked = command_line(recipe, run_dir=run_dir, gpu=gpu, **options)
     with project.run:
         planned = pipeline.plan(project)
-        if plot or html:
-            from ftkit import page
-
-            if plot:
-                page.write_plot(planned.memory, plot)
-            if html:
-                page.write_page(planned.memory, planned.tokens, html, title=f"Fine-tuning plan: {project.recipe.model}")
+        if plot:
+            page.write_plot(planned.memory, plot)
+        if html:
+            page.write_page(planned.memory, planned.tokens, html, title=f"Fine-tuning plan: {project.recipe.model}", asked=asked)
         probed = pipeline.probe(project) if probe else None
         short = pipeline.shortages(project, planned.memory)
     chosen = planned.memory.chosen
     if as_json:
-        print_json({**as_record(planned, probed), "shortages": short})
+        print_json({**as_record(planned, probed), "shortages": [asdict(entry) for entry in short]})
     else:
         show(planned)
         for entry in short:
-            click.echo(f"Not on this machine: {entry}.")
+            click.echo(f"Not on this machine: {entry.words}.")
         if probed:
             show_probe(planned.memory, probed)
     if not chosen.fits:
         best = next((change for change in planned.memory.changes if change.fits), None)
         raise DoesNotFitError(
-            f"It does not fit: {bytes_text(chosen.peak.device_bytes)} of {bytes_text(chosen.budget_bytes)}.",
-            "this would: " + " ".join(f"--set {entry}" for entry in best.settings) if best else "a smaller model, or a larger card",
+            f"It does not fit: {bytes_text(chosen.peak.device_bytes)} of {bytes_text(chosen.budget_bytes)}, of which {MARGIN:.0%} is kept free.",
+            f"this would: {page.command(best, asked)}" if best else "a smaller model, or a larger card",
         )
+
+
+def command_line(recipe: Path | None, **options: Any) -> str:
+    """The command that was typed, without what only shows its result, so that more can be added."""
+    words = ["ftkit", "plan", *([str(recipe)] if recipe else [])]
+    for name, value in options.items():
+        flag = "--set" if name == "settings" else f"--{name.replace('_', '-')}"
+        for entry in value if isinstance(value, tuple) else [value]:
+            words += [] if entry is None else [flag, str(entry)]
+    return shlex.join(words)
 
 
 def _open(
@@ -115,7 +132,7 @@ def as_record(planned: Plan, probed: Any) -> dict[str, Any]:
     memory = planned.memory
     record = asdict(memory)
     for entry, fit in ((record["chosen"], memory.chosen), *zip(record["methods"], memory.methods, strict=True)):
-        entry["fits"] = fit.fits
+        entry |= {"limit_bytes": fit.limit_bytes, "fits": fit.fits}
     record["batches"] = [
         {"per_device_train_batch_size": batch, "gradient_checkpointing": on, "device_bytes": size, "fits": fits}
         for batch, on, size, fits in memory.batches
@@ -152,7 +169,7 @@ def show(planned: Plan) -> None:
     if tokens:
         say(
             f"Data: {tokens.rows:,} rows, {tokens.total:,} tokens; a row has {tokens.median} (median), {tokens.p95} (95 %), "
-            f"{tokens.longest} (longest)" + (f"; {tokens.cut} rows will be cut" if tokens.cut else "") + "."
+            f"{tokens.longest} (longest)" + cut_words(tokens) + "."
         )
     if memory.batching and memory.batching.batch > 1:
         b = memory.batching
@@ -193,8 +210,10 @@ def show(planned: Plan) -> None:
     if memory.changes:
         say()
         print_table(
-            "What would make it fit",
-            ["", "needs", "fits", ""],
+            "What would make it fit"
+            if any(change.fits for change in memory.changes)
+            else "What would make it smaller, and not small enough",
+            ["", "needs", "fits", "added to the command"],
             [
                 [
                     change.words,
@@ -208,15 +227,24 @@ def show(planned: Plan) -> None:
         )
     say()
     later = [
-        [step.name, bytes_text(step.peak_ram_bytes), bytes_text(step.vram_bytes) if step.vram_bytes else "–",
-         bytes_text(step.disk_bytes) if step.disk_bytes else "–", bytes_text(step.read_bytes)]
+        [step.name, *(bytes_text(size) if size else "–" for size in (step.peak_ram_bytes, step.vram_bytes, step.disk_bytes, step.read_bytes))]
         for step in memory.later
     ]  # fmt: skip
-    print_table("After training", ["", "RAM", "VRAM", "disk written", "read"], [*later, ["all", "", "", bytes_text(memory.disk_bytes), ""]])
+    print_table("The steps to come", ["", "RAM", "VRAM", "disk", "read"], later)
+    places = ", ".join(f"{bytes_text(size)} in {place}" for place, size in memory.disk_by_place().items() if size)
+    say(f"Disk, at most: {places}.")
     sizes = ", ".join(f"{name} {bytes_text(memory.gguf_bytes[name])}" for name in ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M"))
     say(f"As GGUF: {sizes}" + (f" (estimates: {memory.gguf_estimated_because})." if memory.gguf_estimated_because else "."))
     for method, reason in memory.untraced.items():
         say(f"Not shown: {method}. {reason}")
+
+
+def cut_words(tokens: TokenCounts) -> str:
+    """What is lost of rows longer than training.max_length."""
+    if not tokens.cut:
+        return ""
+    dropped = f", {tokens.dropped} of them left out: their answer lies wholly beyond" if tokens.dropped else ""
+    return f"; {tokens.cut} rows will be cut{dropped}"
 
 
 def bar_lines(memory: MemoryPlan) -> list[str]:
@@ -225,28 +253,22 @@ def bar_lines(memory: MemoryPlan) -> list[str]:
 
     peak, budget = memory.chosen.peak, memory.chosen.budget_bytes
     scale = max(budget, peak.device_bytes)
-    parts = [(part.name, part.bytes) for part in peak.parts]
-    if memory.device.kind == "cpu":
-        parts.append(("Python and its libraries", memory.extra_bytes))
-    else:
-        parts += [
-            ("kept by PyTorch's allocator", peak.reserved_bytes - sum(size for _, size in parts)),
-            ("CUDA context", peak.device_bytes - peak.reserved_bytes - memory.extra_bytes),
-        ]
-        if memory.extra_bytes:
-            parts.append(("more, by the last probe", memory.extra_bytes))
+    parts = [*((part.name, part.bytes) for part in peak.parts), *memory.beside_tensors(memory.chosen).items()]
     small = [(name, size) for name, size in parts if size < 0.01 * scale]
     parts = [(name, size) for name, size in parts if size >= 0.01 * scale]
     if small:
         parts.append(("other", sum(size for _, size in small)))
     width = max(len(name) for name, _ in parts)
+    budget_text = bytes_text(budget)
+    columns = shutil.get_terminal_size((BAR_WIDTH + width + 32, 24)).columns - width - 18 - len(budget_text)
+    bar_width = max(10, min(BAR_WIDTH, columns))
     lines, start = [], 0
     for name, size in parts:
-        first, last = round(start / scale * BAR_WIDTH), round((start + size) / scale * BAR_WIDTH)
+        first, last = round(start / scale * bar_width), round((start + size) / scale * bar_width)
         start += size
         lines.append(f"  {name:<{width}} {bytes_text(size):>10}  {' ' * first}{'█' * max(1, last - first)}")
-    edge = round(budget / scale * BAR_WIDTH)
-    lines.append(f"  {'':<{width}} {bytes_text(start):>10}  {'·' * edge}▏ {bytes_text(budget)}")
+    edge = round(budget / scale * bar_width)
+    lines.append(f"  {'':<{width}} {bytes_text(start):>10}  {'·' * edge}▏ {budget_text}")
     return lines
 
 

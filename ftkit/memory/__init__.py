@@ -1,1 +1,1 @@
-"""The planner: exact counts from the meta device, a stated activation formula, and the choice of batch × accumulation."""
+"""The planner: exact counts from the meta device, a traced step at any batch and length, and the choice of batch × accumulation."""

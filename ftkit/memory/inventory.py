@@ -83,18 +83,33 @@ def nf4_storages(elements: int, double_quant: bool = True) -> list[int]:
     return [packed, blocks, 4 * 16, 4, 4 * math.ceil(blocks / ABSMAX_BLOCK), 4 * 256]
 
 
-def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The model's configuration. Raises ModelError where transformers cannot read it."""
+def load_config(folder: Path) -> Any:
+    """The model's configuration. Raises ModelError where transformers cannot read it, or no 16-bit model can be built from it."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         said = " ".join(str(error).split())
         raise ModelError(
             f"transformers cannot read the config in {folder}: {said}.", "check model_type and sizes in its config.json"
         ) from None
+    if quantization := getattr(config, "quantization_config", None):
+        kind = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", "")
+        raise ModelError(
+            f"The model in {folder} is quantised already ({kind or 'quantization_config in its config.json'}); ftkit trains from 16-bit weights.",
+            "give the 16-bit model that it was made from; to plan for that one, take quantization_config out of a copy of config.json",
+        )
+    text = config.get_text_config()
+    sizes = {name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")}
+    wrong = [f"{name} is {size}" for name, size in sizes.items() if isinstance(size, int) and size < 1]
+    heads, shared = sizes["num_attention_heads"], getattr(text, "num_key_value_heads", None)
+    if not wrong and isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        wrong = [f"{heads} num_attention_heads cannot share {shared} num_key_value_heads"]
+    if wrong:
+        raise ModelError(f"The config in {folder} is of no model: {wrong[0]}.", "take config.json from the model's own page again")
+    return config
 
 
 def meta_model(config: Any, dtype: str = "bfloat16", attention: str | None = None) -> PreTrainedModel:
@@ -111,7 +126,7 @@ def meta_model(config: Any, dtype: str = "bfloat16", attention: str | None = Non
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=getattr(torch, dtype), attn_implementation=attention
             )
-    except (ValueError, AttributeError, TypeError, KeyError, ImportError, RuntimeError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError, ImportError, RuntimeError, ArithmeticError) as error:
         raise ModelError(f"The config does not build a language model: {str(error).splitlines()[0]}.") from None
     model.tie_weights()
     return model
@@ -182,6 +197,11 @@ class Skeleton:
         return self._adapters[key]
 
     def _injected(self, lora: Lora) -> list[tuple[str, int]]:
+        if any(type(module).__name__ == "Conv1D" for module in self.model.modules()):
+            raise ModelError(
+                f"{self.model.config.model_type} keeps its weights transposed (Conv1D); ftkit cannot merge adapters into them.",
+                "--set training.method=full, or a newer model",
+            )
         towers = any(tensor.role == TOWERS for tensor in self.tensors)
         named = lora.target_modules if isinstance(lora.target_modules, list) else None
         right = f"name the layers of the text model alone: --set lora.target_modules='{self.text_pattern(named)}'" if towers else None
@@ -303,17 +323,20 @@ def inject(model: PreTrainedModel, lora: Lora, hint: str | None = None) -> Any:
     """PEFT's wrapper around the (meta) model. Raises RecipeError where the targets match nothing or cannot carry an adapter."""
     from peft import get_peft_model
 
+    names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if type(m).__name__ in ("Linear", "Linear4bit")})
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     try:
         with warnings.catch_warnings():  # PEFT 0.21 tells of its own patterns for fused experts that all-linear does not reach
             warnings.filterwarnings("ignore", message=r".*(rank|alpha)_pattern keys did not match.*", category=RuntimeWarning)
             return get_peft_model(model, lora_config(lora), autocast_adapter_dtype=False)
-    except ValueError as error:
-        names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if type(m).__name__ in ("Linear", "Linear4bit")})
+    except (ValueError, re.error) as error:
+        wanted = lora.target_modules
+        if hint is None and wanted in names:
+            hint = f"a text is a pattern for whole names; give a list: --set 'lora.target_modules=[{wanted}]'"
         raise RecipeError(
-            f"lora.target_modules: PEFT cannot use {lora.target_modules!r}: {str(error).splitlines()[0]}",
-            hint or f"set it to all-linear, or to some of: {', '.join(names)}",
+            f"lora.target_modules: PEFT cannot use {wanted!r}: {str(error).splitlines()[0]}",
+            hint or f"give {'all-linear, or ' if wanted != 'all-linear' else ''}a list of some of: {', '.join(names)}",
         ) from None
 
 

@@ -289,13 +289,16 @@ CONVERTER_VOCABULARY_BYTES = 160 << 20  # more while the vocabulary is read, bef
 QUANTIZE_BYTES = 16 << 20
 LLAMA_CPP_BYTES = 100 << 20  # compute buffers; 41 MiB for SmolLM2-135M, 86 MiB for a Llama of 1 B parameters
 HEADER_BYTES_A_TOKEN = 64  # of a GGUF file; 61 in Llama 3's and Gemma 4's vocabularies, 39 in Qwen 2.5's, 23 in Llama 2's
-Place = Literal["run folder", "Ollama's models"]
+CHECKPOINTS_KEPT = 3  # the best, the last, and while it is written one more: save_total_limit=2 in ftkit.train
+FETCH, TRAIN, ASK = "fetch the weights", "train", "ask"
+Place = Literal["the run folder", "Ollama's models", "the hub's cache"]
 
 
 @dataclass(frozen=True)
 class LaterStep:
-    """What a step after training needs. Bytes on disk are counted, RAM and VRAM are estimates.
+    """What a step after planning needs. Bytes on disk are counted, RAM and VRAM are estimates; 0: nothing, or not known.
 
+    Training's memory on its own device is the plan's peak; what else it takes of RAM beside a GPU is not estimated.
     RAM holds the weights of a model that is asked, since each token reads all of them, even where they are mapped from the
     file; of files that are read once, front to back, nothing.
     """
@@ -306,6 +309,21 @@ class LaterStep:
     disk_bytes: int  # written, and the most that it takes while it works
     disk_is: Place
     read_bytes: int
+
+
+def first_steps(counted: Inventory, peak_bytes: int, *, fetch_bytes: int, on_cuda: bool) -> tuple[LaterStep, ...]:
+    """Fetching the weights, where `fetch_bytes` of them are not here yet, and training, which peaks at `peak_bytes`."""
+    fetch = (LaterStep(FETCH, 0, 0, fetch_bytes, "the hub's cache", 0),) if fetch_bytes else ()
+    ram, vram = (0, peak_bytes) if on_cuda else (peak_bytes, 0)
+    return (*fetch, LaterStep(TRAIN, ram, vram, CHECKPOINTS_KEPT * checkpoint_bytes(counted), "the run folder", 2 * counted.parameters))
+
+
+def checkpoint_bytes(counted: Inventory) -> int:
+    """A checkpoint of the trainer: what is trained, in float32, and the optimizer's states.
+
+    Left out: the tokenizer, names and shapes, a few kilobytes a hundred tensors.
+    """
+    return 4 * counted.trainable_parameters + counted.optimizer_bytes
 
 
 def later_steps(
@@ -324,7 +342,7 @@ def later_steps(
     answering = files[wanted] + 2 * ship.num_ctx * _cache_elements(model)  # the file and a 16-bit cache
     asking = asking_bytes(model, counted.parameters, length + ship.max_new_tokens, compute_bytes)
 
-    def step(name: str, ram: int, disk: int, read: int, *, vram: int = 0, place: Place = "run folder") -> LaterStep:
+    def step(name: str, ram: int, disk: int, read: int, *, vram: int = 0, place: Place = "the run folder") -> LaterStep:
         return LaterStep(name, ram, vram, disk, place, read)
 
     if counted.method == "full":
@@ -335,7 +353,7 @@ def later_steps(
         kept = 2 if counted.method == "qlora" else 1  # merges: where the first lost too much, a second is compared with it
         merge = step("merge", FTKIT_BYTES + merge_bytes(model, counted), kept * checkpoint, kept * (checkpoint + adapter))
     return (
-        step("ask", FTKIT_BYTES + (0 if on_cuda else asking), 0, asked * checkpoint + adapter, vram=asking if on_cuda else 0),
+        step(ASK, FTKIT_BYTES + (0 if on_cuda else asking), 0, asked * checkpoint + adapter, vram=asking if on_cuda else 0),
         merge,
         *(
             step(f"convert to {kind}", converter_bytes(model, kind), size, checkpoint)

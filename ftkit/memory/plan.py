@@ -24,6 +24,7 @@ MARGIN = 0.04  # of the budget, kept free: above the largest error seen against 
 # its bytes a second, at 2 operations and 2 bytes a weight; 164 for an RTX 4090, 200 for an A100, 295 for an H100.
 RIDGE_TOKENS = 256
 CHECKPOINTING_COST = 4 / 3  # one more forward pass beside one forward and a backward pass of twice its work
+RESERVE, CONTEXT, PROBED, PROCESS = "allocator’s reserve", "CUDA context", "more, by the last probe", "Python and its libraries"
 SHORTER_BY = 64  # tokens: the step in which a shorter length is looked for
 
 
@@ -86,13 +87,54 @@ class MemoryPlan:
     work: Work | None  # None without a dataset
     extra_bytes: int  # on the device beyond the trace: the last probe's difference, and on a CPU the process itself
     timeline: Timeline
-    later: tuple[LaterStep, ...]
+    later: tuple[LaterStep, ...]  # those after the plan, training first
     gguf_bytes: dict[str, int]  # of each type's tensors
     gguf_estimated_because: str | None  # None: exact
 
     @property
     def disk_bytes(self) -> int:
-        return sum(step.disk_bytes for step in self.later)
+        """The most that all steps together keep on disk."""
+        return sum(self.disk_by_place().values())
+
+    def disk_by_place(self, *, trained: bool = False) -> dict[str, int]:
+        """The most that is kept in each place; the checkpoints are gone when the steps after training begin.
+
+        `trained`: what those steps alone need.
+        """
+        after: dict[str, int] = {}
+        during: dict[str, int] = {}
+        for step in self.later:
+            if step.name not in (later.FETCH, later.TRAIN):
+                after[step.disk_is] = after.get(step.disk_is, 0) + step.disk_bytes
+            elif not trained:
+                during[step.disk_is] = during.get(step.disk_is, 0) + step.disk_bytes
+        return {place: max(after.get(place, 0), during.get(place, 0)) for place in {**during, **after}}
+
+    def beside_tensors(self, fit: Fit) -> dict[str, int]:
+        """What the device holds at the peak beside the step's tensors; with them it is `device_bytes`."""
+        peak = fit.peak
+        if self.device.kind == "cpu":
+            return {PROCESS: peak.device_bytes - peak.reserved_bytes}
+        found = {
+            RESERVE: peak.reserved_bytes - sum(part.bytes for part in peak.parts),
+            CONTEXT: peak.device_bytes - peak.reserved_bytes - self.extra_bytes,
+            PROBED: self.extra_bytes,
+        }
+        return {name: size for name, size in found.items() if size}
+
+    def holds_with(self, free_bytes: int) -> bool:
+        """Whether the same would be chosen with so much free: it fits, and nothing faster does."""
+        limit = without_margin(free_bytes)
+        faster = (size for _, _, size, fits in self.batches if not fits)
+        return free_bytes == self.device.free_bytes or (
+            self.chosen.fits and self.chosen.peak.device_bytes <= limit < min(faster, default=math.inf)
+        )
+
+    def with_free(self, free_bytes: int) -> MemoryPlan:
+        """The same choice against another budget, with which it holds."""
+        methods = tuple(replace(fit, budget_bytes=free_bytes) for fit in self.methods)
+        chosen = replace(self.chosen, budget_bytes=free_bytes)
+        return replace(self, device=replace(self.device, free_bytes=free_bytes), chosen=chosen, methods=methods)
 
     @classmethod
     def load(cls, record: dict[str, Any]) -> MemoryPlan:
@@ -232,10 +274,10 @@ class Planner:
         return smallest, seen
 
     def changes(self, fit: Fit) -> tuple[Change, ...]:
-        """What would make it fit, the smallest change first, each computed; at the end what fits only together."""
+        """What would make it fit, the smallest change first, each computed; shorter rows, which lose text, come last."""
         singles = list(self._single_changes(fit))
         found = [self._change(settings, words) for settings, words in singles]
-        if not any(change.fits for change in found):
+        if not any(change.fits for change in found if not _shortens(change)):
             together: dict[str, str] = {}  # the last of two changes of one key goes furthest
             for settings, _ in singles:
                 together |= {key: value for key, _, value in (entry.partition("=") for entry in settings) if key != "training.max_length"}
@@ -245,7 +287,8 @@ class Planner:
                 if not change.fits:
                     change = self._shorter(all_of_them, "all of these together, with shorter rows") or change
                 found.append(change)
-        return tuple(sorted((change for change in found if change.peak_bytes < fit.peak.device_bytes), key=lambda change: not change.fits))
+        smaller = (change for change in found if change.peak_bytes < fit.peak.device_bytes)
+        return tuple(sorted(smaller, key=lambda change: (not change.fits, _shortens(change))))
 
     def _single_changes(self, fit: Fit) -> Iterator[tuple[tuple[str, ...], str]]:
         training, method = self.recipe.training, self.recipe.training.method
@@ -253,7 +296,7 @@ class Planner:
             yield ("training.gradient_checkpointing=true",), "gradient checkpointing: a third more work, nothing lost"
         if fit.per_device_train_batch_size > 1:
             yield ("training.per_device_train_batch_size=1",), "one row at a time; the effective batch stays"
-        if training.optim == "adamw_torch" and method == "full":
+        if training.optim == "adamw_torch":
             yield ("training.optim=adamw_8bit",), "8-bit optimizer states"
         if method == "full":
             yield ("training.method=lora",), "LoRA: adapters on frozen 16-bit weights"
@@ -292,6 +335,10 @@ class Planner:
         return self.peak(recipe, batch, checkpointing, length)
 
 
+def _shortens(change: Change) -> bool:
+    return any(setting.startswith("training.max_length=") for setting in change.settings)
+
+
 def apply(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     """The recipe with `group.key=value` settings applied."""
     import yaml
@@ -306,12 +353,13 @@ def apply(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 
 def make_plan(
     config: Any, recipe: Recipe, device: Device, length: int, lengths: Sequence[int] = (), *,
-    bfloat16: bool, extra_bytes: int = 0, labelled_share: float = 1.0, tokens_per_second: float | None = None,
+    bfloat16: bool, extra_bytes: int = 0, labelled_share: float = 1.0, tokens_per_second: float | None = None, fetch_bytes: int = 0,
 ) -> MemoryPlan:  # fmt: skip
     """Plan a run for rows of up to `length` tokens; `lengths` are those of the training rows, where there is a dataset.
 
     `labelled_share` is the largest share of a batch's tokens that is learnt, `extra_bytes` what an earlier probe of this
-    device found beyond the trace, `tokens_per_second` an earlier training's speed.
+    device found beyond the trace, `tokens_per_second` an earlier training's speed, `fetch_bytes` what of the weights is not
+    on this machine yet.
     Counts are of the model on the meta device, peaks of traced steps. Raises ModelError where a step cannot be traced,
     RecipeError where the adapter's targets are wrong.
     """
@@ -343,14 +391,19 @@ def make_plan(
         work=work(recipe, lengths, tokens_per_second) if lengths else None,
         extra_bytes=planner.extra_bytes,
         timeline=step.timeline(),
-        later=_later(gguf, chosen.inventory, recipe, length, device, DTYPE_BYTES[planner.dtype]),
+        later=(
+            *later.first_steps(chosen.inventory, chosen.peak.device_bytes, fetch_bytes=fetch_bytes, on_cuda=device.kind == "cuda"),
+            *_after_training(gguf, chosen.inventory, recipe, length, device, DTYPE_BYTES[planner.dtype]),
+        ),
         gguf_bytes=later.gguf_sizes(gguf),
         gguf_estimated_because=gguf.estimated_because,
     )
 
 
-def _later(model: GgufModel, counted: Inventory, recipe: Recipe, length: int, device: Device, compute_bytes: int) -> tuple[LaterStep, ...]:
-    """The later steps, questions asked on the GPU where the 16-bit model fits there."""
+def _after_training(
+    model: GgufModel, counted: Inventory, recipe: Recipe, length: int, device: Device, compute_bytes: int
+) -> tuple[LaterStep, ...]:
+    """The steps of `ship`, questions asked on the GPU where the 16-bit model fits there."""
     steps = later.later_steps(model, counted, recipe, length, compute_bytes=compute_bytes, on_cuda=device.kind == "cuda")
     if max(step.vram_bytes for step in steps) <= device.total_bytes:
         return steps

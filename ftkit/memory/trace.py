@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16", "float16"]
 ALLOCATE, FREE, WORKSPACE, GRADIENT = range(4)  # kinds of events; see Events
 CHUNK_TOKENS = 128  # LitGPT's lm_head_chunk_size
+PAGED_ELEMENTS = 100_000  # bitsandbytes/optim/optimizer.py, get_state_buffer
 HEAD_TILE_TOKENS = 4096  # TRL 1.16 scores at most so many tokens at a time
 
 
@@ -175,7 +176,7 @@ class StepTracer:
         except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
             raise ModelError(
                 f"A training step of {self.model.config.model_type} cannot be traced: {type(error).__name__}: {str(error).splitlines()[0]}",
-                "its memory is not guessed; measure it on the GPU: ftkit plan --probe",
+                "nothing is guessed in its place; docs/plan.md names model types that are tested",
             ) from error
         finally:
             self._recorder = None
@@ -503,7 +504,8 @@ def optimizer_events(trained: list[tuple[int, bool]], settings: StepSettings) ->
 
     As torch 2.13 does them (tests hold it against a real AdamW): a norm for each gradient; two moments for each tensor;
     then, on a GPU, the roots of all variances at once, on a CPU tensor after tensor, two at a time. bitsandbytes' kernels
-    work in place; its paged states are in memory that the driver moves out of the GPU when it is short, and are left out.
+    work in place. Its paged optimizer keeps the moments of tensors from PAGED_ELEMENTS on in memory that the driver moves out of
+    the GPU when it is short: they are left out. On a CPU nothing is paged.
     """
     width = inventory.DTYPE_BYTES[settings.trained_dtype]
     events: list[tuple[int, int, int]] = []
@@ -520,9 +522,13 @@ def optimizer_events(trained: list[tuple[int, bool]], settings: StepSettings) ->
     norms = [allocate(width) for _ in trained]
     free(*norms, allocate(width * len(trained)))
     states: set[int] = set()
-    if settings.optim == "adamw_8bit":
-        states = {allocate(size)[0] for elements, wide in trained for size in inventory.state_storages_8bit(elements, wide)}
-    elif settings.optim == "adamw_torch":
+    if settings.optim in ("adamw_8bit", "paged_adamw_8bit"):
+        paged = settings.optim == "paged_adamw_8bit" and settings.device == "cuda"
+        for elements, wide in trained:
+            storages = inventory.state_storages_8bit(elements, wide)
+            moved = 2 if paged and elements >= PAGED_ELEMENTS else 0  # the two moments; their scales stay
+            states |= {allocate(size)[0] for size in storages[moved:]}
+    else:
         states = {allocate(width * elements)[0] for elements, _ in trained for _ in range(2)}
         if settings.device == "cuda":
             free(*[allocate(width * elements) for elements, _ in trained])
