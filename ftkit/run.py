@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,23 +110,41 @@ class Run:
         write_atomically(self.folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
 
     def finished(self, name: str, mark: str | None = None) -> Step | None:
-        """The step as recorded, if its folder is still there (and, given a mark, if it has this fingerprint)."""
-        entry = self.manifest()["steps"].get(name)
-        if not entry or (mark and entry["fingerprint"] != mark):
+        """The step as recorded, if its folder is still there.
+
+        With a mark the one with this fingerprint, be it an earlier one that was kept. Without one the last, if the steps
+        that it was made after are still the last of theirs: else it is out of date.
+        """
+        manifest = self.manifest()
+        entry = manifest["steps"].get(name)
+        if mark and (not entry or entry["fingerprint"] != mark):
+            entry = manifest.get("kept", {}).get(name, {}).get(mark)
+        if not entry:
             return None
         folder = self.folder / f"{name}-{entry['fingerprint']}"
         if not folder.is_dir():
             return None
+        if not mark:
+            for before, expected in entry.get("after", {}).items():
+                found = self.finished(before)
+                if not found or found.fingerprint != expected:
+                    return None
         return Step(name, entry["fingerprint"], folder, entry["result"], entry["seconds"], fresh=False)
 
-    def ensure(self, name: str, inputs: object, make: Callable[[Path], dict[str, Any]], *, resumable: bool = False) -> Step:
+    def ensure(
+        self, name: str, inputs: object, make: Callable[[Path], dict[str, Any]], *,
+        after: Sequence[Step] = (), resumable: bool = False, keep: bool = False,
+    ) -> Step:  # fmt: skip
         """The finished step `name` for these inputs, made by `make(folder)` if it is not there.
 
         A partial folder that a killed run left is thrown away, unless the step is `resumable`: then `make` finds it
-        as it was. Folders of the same step with other inputs are removed once the new one is recorded.
+        as it was. Folders of the same step with other inputs are removed once the new one is recorded, unless `keep` says
+        that they took too long to make: then they stay, and are found again. `after` are the steps that it follows from.
+        Raises RunError where the disk is full or cannot be written.
         """
         mark = fingerprint(name, inputs)
         if found := self.finished(name, mark):
+            self._record_step(found, self._entry(name, mark), keep)
             return found
         final = self.folder / f"{name}-{mark}"
         partial = self.folder / f".{name}-{mark}.partial"
@@ -136,21 +156,43 @@ class Run:
         started = time.monotonic()
         try:
             result = make(partial)
-        except BaseException:
+        except BaseException as error:
             if not resumable:
                 shutil.rmtree(partial)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise RunError(
+                    f"`{name}` cannot write to {self.folder}: {error.strerror}.", "free some space, or put the run elsewhere with --run-dir"
+                ) from None
             raise
         partial.rename(final)
         step = Step(name, mark, final, result, time.monotonic() - started, fresh=True)
-        steps = self.manifest()["steps"]
-        steps[name] = {
+        entry = {
             "fingerprint": mark,
             "seconds": round(step.seconds, 3),
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "after": {before.name: before.fingerprint for before in after},
             "result": result,
         }
-        self.record(steps=steps)
-        for other in (*self.folder.glob(f"{name}-*"), *self.folder.glob(f".{name}-*.partial")):
-            if other != final and other.is_dir():
+        self._record_step(step, entry, keep)
+        for other in self.folder.iterdir() if not keep else ():
+            if re.fullmatch(rf"{name}-[0-9a-f]{{16}}|\.{name}-[0-9a-f]{{16}}\.partial", other.name) and other != final and other.is_dir():
                 shutil.rmtree(other)
         return step
+
+    def _entry(self, name: str, mark: str) -> dict[str, Any]:
+        manifest = self.manifest()
+        entry: dict[str, Any] = manifest["steps"].get(name, {})
+        return entry if entry.get("fingerprint") == mark else manifest["kept"][name][mark]
+
+    def _record_step(self, step: Step, entry: dict[str, Any], keep: bool) -> None:
+        """Make this the last of its name; an earlier one that is kept stays on record."""
+        manifest = self.manifest()
+        steps, kept = manifest["steps"], manifest.get("kept", {})
+        before = steps.get(step.name)
+        if before and before["fingerprint"] == step.fingerprint:
+            return
+        if keep and before:
+            kept.setdefault(step.name, {})[before["fingerprint"]] = before
+        kept.get(step.name, {}).pop(step.fingerprint, None)
+        steps[step.name] = entry
+        self.record(steps=steps, **({"kept": kept} if kept else {}))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,52 @@ def test_other_inputs_replace_the_step_and_leave_other_steps(tmp_path: Path) -> 
     assert old.fingerprint != new.fingerprint
     assert names(tmp_path) == sorted([plan.folder.name, new.folder.name])
     assert Run(tmp_path).finished("train", old.fingerprint) is None
+
+
+def test_folders_of_the_users_own_stay(tmp_path: Path) -> None:
+    mine = [tmp_path / name for name in ("plan-notes", "plan-of-the-house", ".plan-b.partial", "plan-0123456789abcdef0")]
+    for folder in mine:
+        folder.mkdir()
+        (folder / "precious.txt").write_text("x", encoding="utf-8")
+    with Run(tmp_path) as run:
+        run.ensure("plan", 1, lambda folder: {})
+        run.ensure("plan", 2, lambda folder: {})
+    assert all((folder / "precious.txt").exists() for folder in mine)
+
+
+def test_what_took_long_is_kept_and_found_again(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        first = run.ensure("train", 1, lambda folder: {"n": 1}, keep=True)
+        second = run.ensure("train", 2, lambda folder: {"n": 2}, keep=True)
+        assert run.finished("train") == replace(second, fresh=False, seconds=round(second.seconds, 3))
+        again = run.ensure("train", 1, lambda folder: {"n": 3}, keep=True)
+        assert (again.fresh, again.result, again.folder) == (False, {"n": 1}, first.folder)
+        last = run.finished("train")
+        assert last
+        assert last.fingerprint == first.fingerprint
+        assert run.finished("train", second.fingerprint)
+
+
+def test_what_follows_from_a_step_is_out_of_date_after_another(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        one = run.ensure("train", 1, lambda folder: {}, keep=True)
+        merged = run.ensure("merge", [one.fingerprint], lambda folder: {}, after=[one])
+        run.ensure("gguf", [merged.fingerprint], lambda folder: {}, after=[merged])
+        assert run.finished("gguf")
+        run.ensure("train", 2, lambda folder: {}, keep=True)
+        assert (run.finished("merge"), run.finished("gguf")) == (None, None)
+        assert run.finished("merge", merged.fingerprint)
+        run.ensure("train", 1, lambda folder: {}, keep=True)
+        assert run.finished("gguf")
+
+
+def test_a_full_disk_is_told_with_the_step(tmp_path: Path) -> None:
+    def make(folder: Path) -> dict[str, Any]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Run(tmp_path) as run, pytest.raises(RunError, match=r"`merge` cannot write to .*No space left") as refused:
+        run.ensure("merge", 1, make)
+    assert "--run-dir" in str(refused.value.hint)
 
 
 def test_a_step_whose_folder_was_deleted_is_made_again(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ def command(run: Path, as_json: bool) -> None:
     opened = Run(run)
     steps = {name: opened.finished(name) for name in STEPS}
     begun = {name: any(run.glob(f".{name}-*.partial")) for name in STEPS}
-    registered = opened.manifest().get("ollama", {}).get("name")
+    ollama, converted = opened.manifest().get("ollama", {}), steps["gguf"]
+    registered = ollama.get("name") if converted and ollama.get("converted") == converted.fingerprint else None
     if as_json:
         states = {
             n: {"finished": bool(s), "begun": begun[n], "seconds": s.seconds if s else None, "folder": s and str(s.folder)}
