@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from typing import IO, Any
 
 import click
+
+
+def visible(text: str) -> str:
+    """Without the control characters that a file's text could steer the terminal with; line ends and tabs stay."""
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
 
 
 class FtkitError(click.ClickException):
@@ -19,9 +25,9 @@ class FtkitError(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         stream = file or sys.stderr
-        click.echo(f"Error: {self.message}", file=stream)
+        click.echo(visible(f"Error: {self.message}"), file=stream)
         if self.hint:
-            click.echo(f"Hint: {self.hint}", file=stream)
+            click.echo(visible(f"Hint: {self.hint}"), file=stream)
 
 
 class DataError(FtkitError):
@@ -34,6 +40,14 @@ class ModelError(FtkitError):
 
 class RunError(FtkitError):
     """A run directory cannot be read or written."""
+
+
+class TrainingDivergedError(FtkitError):
+    """The loss is no number any more."""
+
+
+class NameTakenError(FtkitError):
+    """Ollama has a model of the wanted name that is somebody else's."""
 
 
 class RecipeError(FtkitError):

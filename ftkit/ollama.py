@@ -167,18 +167,25 @@ def make_modelfile(file: str, chat: ChatFormat | None, ship: Ship, *, bos: str, 
     return Modelfile(file, go_template(chat, bos) if chat else None, ship.system, parameters)
 
 
-LOOPBACK = (None, "localhost", "127.0.0.1", "::1", "0.0.0.0")  # noqa: S104 – as a client's address it is this machine
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")  # noqa: S104 – as a client's address it is this machine
+ANSWERS_WITHIN_SECONDS = 10.0
 
 
-def _address() -> tuple[str, Any]:
-    """OLLAMA_HOST as it is set, and its parts."""
-    host = os.environ.get("OLLAMA_HOST", "")
-    return host, urlparse(host if "//" in host else f"http://{host}")
+def address() -> str:
+    """The server's address, as the client reads OLLAMA_HOST. Raises RecipeError where that is none."""
+    import ollama
+
+    try:
+        with ollama.Client() as client:
+            return str(client._client.base_url).rstrip("/")
+    except ValueError as error:
+        host = os.environ.get("OLLAMA_HOST")
+        raise RecipeError(f"OLLAMA_HOST is no address: {host!r} ({error}).", "as in OLLAMA_HOST=127.0.0.1:11434") from None
 
 
 def models_folder() -> Path | None:
     """Where this machine's server keeps its models, None where OLLAMA_HOST names another machine."""
-    if _address()[1].hostname not in LOOPBACK:
+    if urlparse(address()).hostname not in LOOPBACK:
         return None
     return Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
 
@@ -189,14 +196,16 @@ def connect(reporter: Reporter = SILENT) -> Iterator[Client]:
     import httpx
     import ollama
 
-    host, where = _address()
-    if where.scheme == "http" and where.hostname not in LOOPBACK:
-        reporter.warn(f"{where.hostname} is reached over plain http: model and prompts go unencrypted, and its API has no password")
-    with ollama.Client() as client:
-        try:
+    where = address()
+    parts = urlparse(where)
+    if parts.scheme == "http" and parts.hostname not in LOOPBACK:
+        reporter.warn(f"{parts.hostname} is reached over plain http: model and prompts go unencrypted, and its API has no password")
+    try:
+        with ollama.Client(timeout=ANSWERS_WITHIN_SECONDS) as client:
             client.list()
-        except (ConnectionError, httpx.HTTPError, ollama.ResponseError):
-            raise ToolMissingError(f"No Ollama server answers at {host or '127.0.0.1:11434'}.", "start it: ollama serve") from None
+    except (ConnectionError, httpx.HTTPError, ollama.ResponseError, ValueError):  # ValueError: what answers speaks no JSON
+        raise ToolMissingError(f"No Ollama server answers at {where}.", "start it: ollama serve") from None
+    with ollama.Client() as client:  # creating and answering take as long as they take
         yield client
 
 

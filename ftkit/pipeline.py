@@ -17,7 +17,7 @@ from ftkit import gguf as gguf_files
 from ftkit import train as training
 from ftkit.data import Example, Message, Row, TokenCounts
 from ftkit.device import Device
-from ftkit.errors import DoesNotFitError, ModelError, ProofError, RecipeError, RunError, ToolMissingError
+from ftkit.errors import DoesNotFitError, ModelError, NameTakenError, ProofError, RecipeError, RunError, ToolMissingError
 from ftkit.memory import inventory, measured
 from ftkit.memory.later import ASK, TRAIN
 from ftkit.memory.plan import MARGIN, MemoryPlan, make_plan
@@ -31,7 +31,7 @@ from ftkit.units import bytes_text
 
 # A plan holds for these.
 VERSIONS = {name: version(name) for name in ("accelerate", "bitsandbytes", "ftkit", "gguf", "peft", "torch", "transformers", "trl")}
-PLAN_FILE = "plan.json"
+PLAN_FILE, FAILED_PROOF = "plan.json", "failed-proof.json"
 PLANS_KEPT = 50  # of those without a recipe, each a fifth of a megabyte
 OLLAMA_ROWS = 20  # held-out questions that a server is asked after registering; the proof has asked them all
 
@@ -81,7 +81,16 @@ class Project:
         self.run = run
         self.gpu = gpu
         self.reporter = reporter
-        self.llama_cpp_dir = folder / recipe.tools.llama_cpp_dir if recipe.tools.llama_cpp_dir else None
+
+    @cached_property
+    def llama_cpp_dir(self) -> Path | None:
+        """The recipe's own llama.cpp. Raises RecipeError where it names a folder that is not there."""
+        if not self.recipe.tools.llama_cpp_dir:
+            return None
+        folder = self.folder / Path(self.recipe.tools.llama_cpp_dir).expanduser()
+        if not folder.is_dir():
+            raise RecipeError(f"tools.llama_cpp_dir: there is no folder {folder}.", "leave it out to look in LLAMA_CPP_DIR and PATH")
+        return folder
 
     @cached_property
     def source(self) -> Source:
@@ -97,7 +106,7 @@ class Project:
         if not self.has_data:
             return {}
         named = {"train": self.recipe.data.train, "validation": self.recipe.data.validation, "test": self.recipe.data.test}
-        return {purpose: self.folder / name for purpose, name in named.items() if name}
+        return {purpose: self.folder / Path(name).expanduser() for purpose, name in named.items() if name}
 
     @cached_property
     def rows(self) -> Rows:
@@ -241,6 +250,15 @@ def _examples(project: Project, opened: Source, rows: Rows) -> tuple[TokenCounts
     examples, held_out = project.tokenised(rows.train, tokenizer), project.tokenised(rows.validation, tokenizer)
     trained, validated = data.cut(examples, max_length), data.cut(held_out, max_length)
     data.refuse_nothing_to_learn(trained, validated)
+    ship = project.recipe.ship
+    for row in rows.test:
+        asked = len(data.token_ids(tokenizer, data.render(tokenizer, row.question, ask=True)))
+        if asked + ship.max_new_tokens > ship.num_ctx:
+            raise RecipeError(
+                f"ship.num_ctx: the held-out question in line {row.line} has {asked} tokens, with an answer of {ship.max_new_tokens} "
+                f"more than the {ship.num_ctx} that the shipped model reads.",
+                f"--set ship.num_ctx={-(-(asked + ship.max_new_tokens) // 1024) * 1024}",
+            )
     return data.count_tokens([*examples, *held_out], max_length), trained, validated
 
 
@@ -266,6 +284,8 @@ def train(project: Project) -> Step:
         )
     if not project.run.finished("train", fingerprint("train", project.training_inputs)):
         _refuse_shortages(project, planned.memory)
+        if earlier := project.run.finished("train"):
+            project.reporter.note(f"an earlier training with other inputs stays in {earlier.folder}")
     recipe = project.recipe
 
     def make(folder: Path) -> dict[str, Any]:
@@ -296,7 +316,7 @@ def train(project: Project) -> Step:
             "planned_device_bytes": peak.device_bytes, "planned_for": planned.memory.device.name,
         }  # fmt: skip
 
-    return project.run.ensure("train", project.training_inputs, make, resumable=True)
+    return project.run.ensure("train", project.training_inputs, make, resumable=True, keep=True)
 
 
 def refuse_probe(project: Project) -> None:
@@ -334,10 +354,17 @@ def _check_recovered_tokenizer(project: Project, gguf: Path, tokenizer: Any) -> 
     project.reporter.note(f"the tokenizer rebuilt from {gguf.name} gives llama.cpp's ids on {count} texts")
 
 
-def ship(project: Project, *, use_ollama: bool | None = None) -> Shipped:
+def refuse_missing_tools(project: Project) -> None:
+    """Raise ToolMissingError before long work whose result could not be converted."""
+    if not project.run.finished("gguf"):
+        tools.need_converter(project.llama_cpp_dir)
+
+
+def ship(project: Project, *, use_ollama: bool | None = None, replace_model: bool = False) -> Shipped:
     """Merge, convert, quantise, prove and register what was trained.
 
-    `use_ollama`: True requires a server, False leaves it out, None registers where one answers.
+    `use_ollama`: True requires a server, False leaves it out, None registers where one answers. A model of that name
+    which this run did not register is left as it is, unless `replace_model`.
     Raises RunError where nothing was trained, ProofError where the shipped file does not behave as the trained model.
     """
     trained = project.run.finished("train", fingerprint("train", project.training_inputs))
@@ -347,9 +374,10 @@ def ship(project: Project, *, use_ollama: bool | None = None) -> Shipped:
         raise RunError(
             f"{project.run.folder} {what}.", "ftkit train, or ftkit build for the whole line; a hub model stays the same as org/name@COMMIT"
         )
-    if use_ollama:  # asked for: that it is missing is said before the long work
-        with ollama.connect(project.reporter):
-            pass
+    refuse_missing_tools(project)
+    if use_ollama:  # asked for: that it is missing is said before the long work too
+        with ollama.connect(project.reporter) as client:
+            _refuse_anothers_name(project, client, replace_model)
     if project.run.finished("plan") and not project.run.finished("prove"):
         _refuse_shortages(project, plan(project).memory, trained=True)
     merged = _merge(project, trained)
@@ -361,11 +389,12 @@ def ship(project: Project, *, use_ollama: bool | None = None) -> Shipped:
     if use_ollama is not False:
         try:
             with ollama.connect(project.reporter) as client:
+                _refuse_anothers_name(project, client, replace_model)
                 registered = _register(project, client, converted, merged)
-        except ToolMissingError as error:
+        except (ToolMissingError, NameTakenError) as error:
             if use_ollama:
                 raise
-            because = error.message
+            because = f"{error.message} {error.hint}"
     return Shipped(
         gguf=gguf,
         files=converted.result["files"],
@@ -492,17 +521,19 @@ def _merge(project: Project, trained: Step) -> Step:
         (folder / "answers.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return {"onto": onto, "scores": {name: asdict(parity.score(expected, given, recipe.ship.match)) for name, given in answers.items()}}
 
-    return project.run.ensure("merge", inputs, make)
+    return project.run.ensure("merge", inputs, make, after=[trained])
 
 
 def _convert(project: Project, merged: Step) -> Step:
     """F16 and Q8_0 always, and the wanted type where llama-quantize is found; the Modelfile beside them."""
     wanted = project.recipe.ship.quantization
     program = tools.find_program("llama-quantize", project.llama_cpp_dir)
-    inputs = [merged.fingerprint, project.recipe.ship.model_dump(), bool(program) or wanted in gguf_files.CONVERTER_TYPES]
+    made_whole = [merged.fingerprint, project.recipe.ship.model_dump(), True]
+    has_it = program or wanted in gguf_files.CONVERTER_TYPES or project.run.finished("gguf", fingerprint("gguf", made_whole))
+    inputs = made_whole if has_it else [*made_whole[:2], False]  # what was made with llama-quantize stays when it is gone
 
     def make(folder: Path) -> dict[str, Any]:
-        converter = tools.find_converter(project.llama_cpp_dir)
+        converter = tools.need_converter(project.llama_cpp_dir)
         model, stem = merged.folder / "model", project.recipe.ship.name.replace(":", "-")
         tokenizer = hf.load_tokenizer(model)
         files, shipped, missing = [], "Q8_0", None
@@ -522,9 +553,13 @@ def _convert(project: Project, merged: Step) -> Step:
             files.append({**asdict(done), "path": path.name})
         modelfile = _modelfile(project, tokenizer, folder / f"{stem}-{shipped}.gguf")
         (folder / "Modelfile").write_text(modelfile.text(), encoding="utf-8")
-        return {"files": files, "ship": f"{stem}-{shipped}.gguf", "quantization": shipped, "missing_quantization": missing}
+        ship = project.recipe.ship
+        return {
+            "files": files, "ship": f"{stem}-{shipped}.gguf", "quantization": shipped, "missing_quantization": missing,
+            "system": ship.system, "num_ctx": ship.num_ctx,
+        }  # fmt: skip
 
-    return project.run.ensure("gguf", inputs, make)
+    return project.run.ensure("gguf", inputs, make, after=[merged])
 
 
 def _modelfile(project: Project, tokenizer: Any, gguf: Path) -> ollama.Modelfile:
@@ -581,14 +616,28 @@ def _prove(project: Project, merged: Step, converted: Step) -> Step:
             json.dumps({**proof, "examples": examples}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         if lost > recipe.ship.max_loss_points:
+            (folder / "proof.json").replace(project.run.folder / FAILED_PROOF)
             raise ProofError(
                 f"{gguf.name} answers {scores[quantization].percent:.1f} % of the held-out questions right, the trained model "
-                f"{scores['trained'].percent:.1f} %: {lost:.1f} points are lost, {recipe.ship.max_loss_points:g} are allowed.",
+                f"{scores['trained'].percent:.1f} %: {lost:.1f} points are lost, {recipe.ship.max_loss_points:g} are allowed. "
+                f"All answers: {project.run.folder / FAILED_PROOF}",
                 "a finer type loses less: --set ship.quantization=Q8_0; or allow it: --set ship.max_loss_points=10",
             )
         return proof
 
-    return project.run.ensure("prove", [merged.fingerprint, converted.fingerprint], make)
+    return project.run.ensure("prove", [merged.fingerprint, converted.fingerprint], make, after=[merged, converted])
+
+
+def _refuse_anothers_name(project: Project, client: Any, replace_model: bool) -> None:
+    """Raise NameTakenError where Ollama has a model of this name that is not the one which this run registered."""
+    name = project.recipe.ship.name
+    recorded = project.run.manifest().get("ollama", {})
+    digest = ollama.digest_of(client, name)
+    if digest and not replace_model and (recorded.get("name"), recorded.get("digest")) != (name, digest):
+        raise NameTakenError(
+            f"Ollama has a model named {name} that this run did not make; it is left as it is.",
+            "replace it: ftkit ship --ollama --yes; or take another name: --set ship.name=NAME",
+        )
 
 
 def _register(project: Project, client: Any, converted: Step, merged: Step) -> str:
@@ -598,8 +647,6 @@ def _register(project: Project, client: Any, converted: Step, merged: Step) -> s
     digest = ollama.digest_of(client, name)
     if digest and recorded.get("digest") == digest and recorded.get("converted") == converted.fingerprint:
         return name
-    if digest:
-        project.reporter.warn(f"Ollama has a model named {name} already; it is replaced")
     gguf = converted.folder / converted.result["ship"]
     tokenizer = hf.load_tokenizer(merged.folder / "model")
     project.reporter.step(f"registering {name} in Ollama")
@@ -617,7 +664,8 @@ def _register(project: Project, client: Any, converted: Step, merged: Step) -> s
     return name
 
 
-def build(project: Project, *, use_ollama: bool | None = None) -> Shipped:
+def build(project: Project, *, use_ollama: bool | None = None, replace_model: bool = False) -> Shipped:
     """The whole line."""
+    refuse_missing_tools(project)
     train(project)
-    return ship(project, use_ollama=use_ollama)
+    return ship(project, use_ollama=use_ollama, replace_model=replace_model)

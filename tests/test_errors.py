@@ -15,6 +15,8 @@ EXIT_CODES = {
     "DataError": 1,
     "ModelError": 1,
     "RunError": 1,
+    "NameTakenError": 1,
+    "TrainingDivergedError": 1,
     "RecipeError": 2,
     "DoesNotFitError": 3,
     "ToolMissingError": 4,

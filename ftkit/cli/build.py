@@ -15,12 +15,15 @@ from ftkit.cli.common import open_project, recipe_options
 @click.command(epilog="\b\nExamples:\n  ftkit build\n  ftkit build --set training.max_steps=20 --no-ollama")
 @recipe_options
 @ship_command.ollama_option
-def command(recipe: Path, as_json: bool, use_ollama: bool | None, **options: Any) -> None:
+@ship_command.yes_option
+def command(recipe: Path, as_json: bool, use_ollama: bool | None, replace_model: bool, **options: Any) -> None:
     """Plan, train and ship RECIPE. What is finished is not done again."""
     from ftkit import pipeline
 
     project = open_project(recipe, **options)
     with project.run:
+        pipeline.refuse_missing_tools(project)
         if not as_json:
             plan_command.show(pipeline.plan(project))
-        ship_command.show(project, pipeline.build(project, use_ollama=use_ollama), as_json)
+        shipped = pipeline.build(project, use_ollama=use_ollama, replace_model=replace_model)
+        ship_command.show(project, shipped, as_json)

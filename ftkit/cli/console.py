@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
+from ftkit.errors import visible
 from ftkit.progress import Bar
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -28,19 +29,19 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, figures: bool = True) -> None:
     """A table on stdout; the first column is text, the others are figures or, without `figures`, text too. Nothing is read as markup."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)  # in a file no path is folded
     console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
     table = Table(show_header=any(columns), box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for number, column in enumerate(columns):
         table.add_column(escape(column), justify="right" if number and figures else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(visible(cell)) for cell in row))
     console.print(table)
 
 
 def say(text: str = "") -> None:
     """A line of the result on stdout."""
-    click.echo(text)
+    click.echo(visible(text))
 
 
 class _TerminalBar:
@@ -68,13 +69,13 @@ class ConsoleReporter:
     """Shows what the core reports, on stderr."""
 
     def step(self, text: str) -> None:
-        stderr.print(f"[bold]›[/bold] {escape(text)}")
+        stderr.print(f"[bold]›[/bold] {escape(visible(text))}")
 
     def note(self, text: str) -> None:
-        stderr.print(f"  {escape(text)}")
+        stderr.print(f"  {escape(visible(text))}")
 
     def warn(self, text: str) -> None:
-        stderr.print(f"[yellow]Warning:[/yellow] {escape(text)}")
+        stderr.print(f"[yellow]Warning:[/yellow] {escape(visible(text))}")
 
     @contextmanager
     def bar(self, label: str, total: float) -> Iterator[Bar]:

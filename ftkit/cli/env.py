@@ -77,13 +77,15 @@ def _version(name: str) -> str | None:
 def _ollama() -> dict[str, str | None]:
     import os
     import urllib.request
-    from urllib.parse import urlparse
 
-    host = os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
-    where = urlparse(host if "//" in host else f"http://{host}")
-    address = f"{where.scheme}://{where.hostname or '127.0.0.1'}:{where.port or (80 if '//' in host else 11434)}"
+    from ftkit import ollama
+    from ftkit.errors import RecipeError
+
     try:
+        address = ollama.address()
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{address}/api/version", timeout=2):
             return {"path": address, "found_by": "OLLAMA_HOST" if os.environ.get("OLLAMA_HOST") else "default", "bring": None}
+    except RecipeError as error:
+        return {"path": None, "found_by": None, "bring": f"{error.message} {error.hint}"}
     except (OSError, ValueError):
         return {"path": None, "found_by": None, "bring": "https://ollama.com/download, then: ollama serve"}

@@ -16,18 +16,22 @@ if TYPE_CHECKING:
 ollama_option = click.option(
     "--ollama/--no-ollama", "use_ollama", default=None, help="Register in Ollama, or do not.  [default: if a server answers]"
 )
+yes_option = click.option(
+    "--yes", "-y", "replace_model", is_flag=True, help="Replace a model of that name in Ollama which this run did not make."
+)
 
 
 @click.command(epilog="\b\nExamples:\n  ftkit ship\n  ftkit ship --set ship.quantization=Q5_K_M --ollama")
 @recipe_options
 @ollama_option
-def command(recipe: Path, as_json: bool, use_ollama: bool | None, **options: Any) -> None:
+@yes_option
+def command(recipe: Path, as_json: bool, use_ollama: bool | None, replace_model: bool, **options: Any) -> None:
     """Turn what RECIPE trained into a GGUF that answers as the trained model does, and register it in Ollama."""
     from ftkit import pipeline
 
     project = open_project(recipe, **options)
     with project.run:
-        show(project, pipeline.ship(project, use_ollama=use_ollama), as_json)
+        show(project, pipeline.ship(project, use_ollama=use_ollama, replace_model=replace_model), as_json)
 
 
 def show(project: Project, shipped: Shipped, as_json: bool) -> None:
