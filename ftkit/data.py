@@ -70,8 +70,10 @@ def read_rows(path: Path) -> list[Row]:
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {line}: not UTF-8 text.", f"iconv -f latin1 -t utf-8 '{path}' > fixed.jsonl") from None
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.", "name the dataset's file, as in --set data.train=train.jsonl") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+        raise DataError(
+            f"Cannot read {path}: {getattr(error, 'strerror', error)}.", "name the dataset's file, as in --set data.train=train.jsonl"
+        ) from None
     rows: list[Row] = []
     faults: list[str] = []
     unit = "row" if text.lstrip().startswith("[") else "line"
@@ -133,6 +135,8 @@ def _messages(value: Any) -> tuple[Message, ...]:
             raise ValueError(f"message {number} has role {role!r}; roles are {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
             raise ValueError(f"message {number} has no text")
+        if any("\ud800" <= character <= "\udfff" for character in message["content"]):
+            raise ValueError(f"message {number} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise ValueError("no answer: the last message must be the assistant's, and not empty")
     if not any(message["role"] == "user" for message in messages):
@@ -163,6 +167,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
 
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(
+            f"The model's chat template is broken, line {error.lineno}: {error.message}.", "take it again from the model's page"
+        ) from None
     except jinja2.TemplateError as error:
         raise ModelError(f"The model's chat template refuses {roles_text(messages)}: {error}.", "leave that role out of the data") from None
 

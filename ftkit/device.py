@@ -47,19 +47,20 @@ class Device:
 def find_gpus() -> list[Device]:
     """The GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves visible; empty without any. Does not import torch."""
     program, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not program or visible in ("", "-1"):
+    if not program or (visible is not None and visible.strip() in ("", "-1")):
         return []
+    wanted = [part.strip() for part in visible.split(",")] if visible else []
+    numbers = all(part.isdigit() for part in wanted)
     query = "name,memory.total,memory.free,compute_cap"
     try:
         done = subprocess.run(
-            [program, f"--query-gpu={query}", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20
-        )
+            [program, f"--query-gpu={query}", "--format=csv,noheader,nounits", *([] if numbers else [f"--id={','.join(wanted)}"])],  # by UUID
+            capture_output=True, text=True, timeout=20,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return []
     devices = parse_nvidia_smi(done.stdout) if done.returncode == 0 else []
-    if visible and all(part.isdigit() for part in visible.split(",")):
-        return [devices[int(part)] for part in visible.split(",") if int(part) < len(devices)]
-    return devices
+    return [devices[int(part)] for part in wanted if int(part) < len(devices)] if wanted and numbers else devices
 
 
 def parse_nvidia_smi(text: str) -> list[Device]:

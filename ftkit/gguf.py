@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftkit.errors import ModelError, ToolMissingError
+from ftkit.errors import ModelError
 from ftkit.progress import SILENT, Reporter
 from ftkit.tools import Found, call
 
@@ -26,13 +26,11 @@ class GgufFile:
     fallback_tensors: int  # 2-D tensors whose rows do not divide by the wanted type's block, so that another was taken
 
 
-def convert(model: Path, path: Path, quantization: str, converter: Found | None, reporter: Reporter = SILENT) -> None:
+def convert(model: Path, path: Path, quantization: str, converter: Found, reporter: Reporter = SILENT) -> None:
     """llama.cpp's converter, in a process of its own: its `gguf` package and PyPI's must not meet.
 
-    Raises ToolMissingError without a converter, ToolFailedError with its last lines.
+    Raises ToolFailedError with its last lines.
     """
-    if not converter:
-        raise ToolMissingError("llama.cpp's converter (convert_hf_to_gguf.py) is not here.", "ftkit setup converter")
     reporter.step(f"converting to {path.name}")
     libraries = [str(converter.path.parent)] + (
         [str(converter.path.parent / "gguf-py")] if (converter.path.parent / "gguf-py").is_dir() else []

@@ -46,10 +46,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder} has no tokenizer that transformers can load: {str(error).splitlines()[0]}.") from None
+        raise ModelError(
+            f"{folder} has no tokenizer that transformers can load: {_first_line(error)}",
+            "copy tokenizer.json and tokenizer_config.json beside config.json, from the model's page",
+        ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer  # type: ignore[no-any-return]
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: bool) -> PreTrainedModel:
@@ -58,6 +65,7 @@ def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: boo
     `full` gets float32 weights, since what is trained is kept in float32.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if bfloat16 and method != "full" else torch.float32
@@ -67,9 +75,15 @@ def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: boo
     if cuda:
         settings["device_map"] = {"": 0}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **settings)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}.") from None
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"transformers cannot load {folder}: {_first_line(error)}", "fetch or copy the model again, whole") from None
+    model, info = loaded
+    if lost := sorted({*map(str, info["missing_keys"]), *(str(key[0]) for key in info["mismatched_keys"])}):  # else filled at random
+        raise ModelError(
+            f"The weights in {folder} do not fit its config: {lost[0]} is missing or of another shape{f', and {len(lost) - 1} more' if len(lost) > 1 else ''}.",
+            "fetch or copy the model again, whole",
+        )
     if method == "qlora":
         _keep_gradients_after_evaluation(model)
     return model

@@ -24,7 +24,7 @@ MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}(:[a-z0-9][a-z0-9._-]{0,79})?
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Data(Part):
@@ -132,6 +132,13 @@ class Ship(Part):
             raise ValueError("use letters, digits, dot, dash and underscore, with an optional :tag")
         return value
 
+    @field_validator("system")
+    @classmethod
+    def _system(cls, value: str | None) -> str | None:
+        if value and '"""' in value:
+            raise ValueError('a Modelfile cannot hold """ inside a text; use single quotes in it')
+        return value
+
     @field_validator("quantization")
     @classmethod
     def _quantization(cls, value: str) -> str:
@@ -173,7 +180,7 @@ def load_recipe(path: Path, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe
         raise RecipeError(f"There is no recipe at {path}.", f"did you mean {near[0]}?" if near else "make one: ftkit init") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"Cannot read {path}: {error}.", "make one: ftkit init") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(
@@ -203,7 +210,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise RecipeError(f"`--set {text}` is not KEY=VALUE.", "as in --set training.max_length=512")
     try:
         return key, yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise RecipeError(f"`--set {text}`: the value is not YAML.", "put quotes around it") from None
 
 

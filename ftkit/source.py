@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from filelock import FileLock
 from ftkit.errors import ModelError, ToolMissingError
 from ftkit.progress import SILENT, Reporter
 from ftkit.run import file_fingerprint, fingerprint
-from ftkit.tools import cache_folder
+from ftkit.tools import make_cache_folder
 from ftkit.units import bytes_text
 
 HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[\w.-]+(@(?!.*\.\.)[\w.-]+(/[\w.-]+)*)?", re.ASCII | re.IGNORECASE)  # org/name, org/name@revision
@@ -122,13 +123,14 @@ def _locate_gguf(path: Path) -> Source:
 
 def _ollama_file(name: str) -> Path:
     """The GGUF behind a model of the local Ollama server, as `ollama show --modelfile` names it."""
+    import httpx
     import ollama
 
     try:
-        with ollama.Client() as client:
+        with ollama.Client(timeout=30) as client:
             modelfile = client.show(name).modelfile or ""
-    except ConnectionError:
-        raise ToolMissingError("No Ollama server answers.", "start it: ollama serve") from None
+    except (ConnectionError, httpx.HTTPError, ValueError):  # ValueError: OLLAMA_HOST is no address, or what answers speaks no JSON
+        raise ToolMissingError("No Ollama server answers.", "start it: ollama serve; ftkit env shows where it is looked for") from None
     except ollama.ResponseError as error:
         raise ModelError(f"Ollama does not have {name}: {error.error}.", "see what it has: ollama list") from None
     found = re.search(r"(?m)^FROM (/.+|[A-Za-z]:\\.+)$", modelfile)
@@ -310,8 +312,7 @@ def _dequantise(source: Source, reporter: Reporter) -> Path:
     What was quantised stays as coarse as it was; only the storage is 16-bit.
     """
     assert source.gguf
-    final = cache_folder() / "models" / f"gguf-{source.fingerprint}"
-    final.parent.mkdir(parents=True, exist_ok=True)
+    final = make_cache_folder("models") / f"gguf-{source.fingerprint}"
     with FileLock(final.with_suffix(".lock")):
         if final.is_dir():
             return final
@@ -337,7 +338,7 @@ def _write_checkpoint(path: Path, folder: Path) -> None:
             str(path.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **where
         )
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **where)
-    except (ValueError, NotImplementedError, KeyError, ImportError) as error:
+    except (ValueError, NotImplementedError, KeyError, IndexError, ImportError, struct.error) as error:
         raise ModelError(
             f"transformers cannot read {path.name} back: {error}.", "use the model's original safetensors instead: --model org/name"
         ) from None

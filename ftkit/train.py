@@ -16,7 +16,7 @@ import psutil
 
 from ftkit import hf
 from ftkit.data import Example, refuse_nothing_to_learn
-from ftkit.errors import InterruptedRunError
+from ftkit.errors import InterruptedRunError, TrainingDivergedError
 from ftkit.memory.inventory import lora_config
 from ftkit.memory.trace import quantization_tensors
 from ftkit.progress import SILENT, Bar, Reporter
@@ -50,6 +50,11 @@ class Point:
     validation_loss: float | None = None
     learning_rate: float | None = None
     gradient_norm: float | None = None
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether it is a validation point. Its loss is None where it was no number."""
+        return self.learning_rate is None
 
 
 @dataclass(frozen=True)
@@ -194,12 +199,17 @@ def train(
     done = trainer.state.global_step - (_step(resumed) if resumed else 0)
     tokens = round(done * tokens_per_row * recipe.training.effective_batch_size)
     losses = [point.validation_loss for point in curve if point.validation_loss is not None]
+    if not losses:
+        raise TrainingDivergedError(
+            "Training diverged: no validation loss is a number. Nothing is kept.",
+            f"--set training.learning_rate={recipe.training.learning_rate / 10:g}",
+        )
     best = min((p for p in curve if p.validation_loss is not None), key=lambda p: p.validation_loss or math.inf)
     return TrainResult(
         steps=trainer.state.global_step,
         best_step=best.step,
-        best_validation_loss=best.validation_loss or math.nan,
-        first_validation_loss=losses[0] or math.nan,
+        best_validation_loss=min(losses),
+        first_validation_loss=losses[0],
         trained_tokens=tokens,
         tokens_per_second=tokens / seconds,
         peak_bytes=torch.cuda.max_memory_allocated() if settings.cuda else watcher.peak_rss_bytes,
@@ -263,7 +273,11 @@ def peak_of(profiled: Any) -> int:
 
 def read_curve(curve: Sequence[Point]) -> str:
     """What the validation losses say, in words."""
-    losses = [point.validation_loss for point in curve if point.validation_loss is not None]
+    evaluated = [point for point in curve if point.evaluated]
+    losses = [point.validation_loss for point in evaluated if point.validation_loss is not None]
+    if len(losses) < len(evaluated):
+        first = next(point for point in evaluated if point.validation_loss is None)
+        return f"training diverged: at step {first.step} the validation loss is no number any more; try a lower learning rate"
     if len(losses) < 2:
         return "one evaluation only: too few to read a curve"
     best = losses.index(min(losses))
@@ -330,8 +344,15 @@ def _watcher(reporter: Reporter, bar_tokens: float) -> Any:
 def _point(entry: dict[str, Any]) -> Point:
     point = Point(step=entry["step"], epoch=round(entry["epoch"], 4))
     if "eval_loss" in entry:
-        return replace(point, validation_loss=float(entry["eval_loss"]))
-    return replace(point, loss=float(entry["loss"]), learning_rate=float(entry["learning_rate"]), gradient_norm=float(entry["grad_norm"]))
+        return replace(point, validation_loss=_finite(entry["eval_loss"]))
+    return replace(
+        point, loss=_finite(entry["loss"]), learning_rate=_finite(entry["learning_rate"]), gradient_norm=_finite(entry["grad_norm"])
+    )
+
+
+def _finite(value: Any) -> float | None:
+    """JSON has no NaN."""
+    return float(value) if math.isfinite(float(value)) else None
 
 
 def _step(checkpoint: Path) -> int:

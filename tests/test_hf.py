@@ -1,0 +1,47 @@
+"""Loading a model with transformers: what is not whole is refused, never filled with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+from ftkit import hf
+from ftkit.errors import ModelError
+
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny.make_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "full", None])
+def test_a_whole_model_is_loaded(model: Path, method: hf.Method | None) -> None:
+    assert hf.load_model(model, method, bfloat16=False, cuda=False)
+
+
+@pytest.mark.parametrize(("fault", "method"), [("missing", "qlora"), ("missing", "lora"), ("of another shape", "lora")])
+def test_a_weight_that_does_not_fit_is_refused(model: Path, fault: str, method: hf.Method) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file, name = model / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
+    weights = load_file(file)
+    if fault == "missing":
+        del weights[name]
+    else:
+        weights[name] = weights[name][:, :64].contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"down_proj|cannot load") as refused:
+        hf.load_model(model, method, bfloat16=False, cuda=False)
+    assert refused.value.hint
+
+
+def test_weights_that_end_too_early_are_refused(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match="cannot load") as refused:
+        hf.load_model(model, "lora", bfloat16=False, cuda=False)
+    assert "whole" in str(refused.value.hint)
