@@ -121,7 +121,7 @@ def test_a_wheel_in_an_empty_folder(demo_run: Path, tmp_path: Path) -> None:
     )
     assert Path(where.stdout.strip()).is_relative_to(installed)
     run_ftkit("init", cwd=folder, environment=environment)
-    done = run_ftkit("build", *SHORT, cwd=folder, environment=environment)
+    done = run_ftkit("build", *SHORT, "--set", "data.validation_share=0.01", cwd=folder, environment=environment)
     files = {path.name for path in (folder / "runs" / "recipe").glob("gguf-*/*")}
     assert files == {"c-reviewer-F16.gguf", "c-reviewer-Q8_0.gguf", "Modelfile"}
     assert "Q4_K_M was not made" in done.stdout
