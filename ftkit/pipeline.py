@@ -19,7 +19,7 @@ from ftkit.data import Example, Message, Row, TokenCounts
 from ftkit.device import Device
 from ftkit.errors import DoesNotFitError, ModelError, NameTakenError, ProofError, RecipeError, RunError, ToolMissingError
 from ftkit.memory import inventory, measured
-from ftkit.memory.later import ASK, TRAIN
+from ftkit.memory.later import ASK, OLLAMAS_MODELS, RUN_FOLDER, TRAIN
 from ftkit.memory.plan import MARGIN, MemoryPlan, make_plan
 from ftkit.parity import Score
 from ftkit.progress import SILENT, Reporter
@@ -51,6 +51,7 @@ class Plan:
 
     memory: MemoryPlan
     tokens: TokenCounts | None  # None: planned without a dataset
+    fetch_bytes: int = 0  # of the weights, those that are not on this machine yet
 
 
 @dataclass(frozen=True)
@@ -189,11 +190,10 @@ def plan(project: Project) -> Plan:
     rows = project.rows if project.has_data and not project.run.finished("plan") else None  # a fault in the data is found first
     chosen_device, recorded = project.device, _recorded_plan(project.run)
     extra_bytes = measured.extra_bytes(chosen_device)
-    speed = measured.tokens_per_second(chosen_device, recipe.training.method, recipe.model)
     free_bytes = chosen_device.free_bytes  # of a device that was found it changes from day to day, and seldom the choice
     if recorded and recorded.memory.holds_with(free_bytes):
         free_bytes = recorded.memory.device.free_bytes
-    wanted = [chosen_device.name, chosen_device.total_bytes >> 20, free_bytes, recipe.budget.vram, extra_bytes, speed]
+    wanted = [chosen_device.name, chosen_device.total_bytes >> 20, free_bytes, recipe.budget.vram, extra_bytes]
     inputs = [*project.training_inputs, recipe.ship.model_dump(), recipe.what_if.model_dump(), wanted, VERSIONS]
 
     def make(folder: Path) -> dict[str, Any]:
@@ -208,8 +208,7 @@ def plan(project: Project) -> Plan:
         project.reporter.step(f"tracing a training step of {config.model_type} at {length} tokens")
         memory = make_plan(
             config, recipe, chosen_device, length, [len(example.input_ids) for example in trained],
-            bfloat16=device.computes_bfloat16(chosen_device), extra_bytes=extra_bytes, tokens_per_second=speed,
-            labelled_share=labelled / length, fetch_bytes=source.bytes_to_fetch(opened),
+            bfloat16=device.computes_bfloat16(chosen_device), extra_bytes=extra_bytes, labelled_share=labelled / length,
         )  # fmt: skip
         result = {"memory": asdict(memory), "tokens": asdict(counts) if counts else None}
         (folder / PLAN_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -218,7 +217,8 @@ def plan(project: Project) -> Plan:
     project.run.ensure("plan", inputs, make)
     made = _recorded_plan(project.run)
     assert made
-    return replace(made, memory=made.memory.with_free(chosen_device.free_bytes))
+    speed = measured.tokens_per_second(chosen_device, recipe.training.method, recipe.model)
+    return replace(made, memory=made.memory.today(chosen_device.free_bytes, speed), fetch_bytes=source.bytes_to_fetch(project.source))
 
 
 def _recorded_plan(run: Run) -> Plan | None:
@@ -283,7 +283,7 @@ def train(project: Project) -> Step:
             "see what would fit, each change computed: ftkit plan",
         )
     if not project.run.finished("train", fingerprint("train", project.training_inputs)):
-        _refuse_shortages(project, planned.memory)
+        _refuse_shortages(project, planned)
         if earlier := project.run.finished("train"):
             project.reporter.note(f"an earlier training with other inputs stays in {earlier.folder}")
     recipe = project.recipe
@@ -379,7 +379,7 @@ def ship(project: Project, *, use_ollama: bool | None = None, replace_model: boo
         with ollama.connect(project.reporter) as client:
             _refuse_anothers_name(project, client, replace_model)
     if project.run.finished("plan") and not project.run.finished("prove"):
-        _refuse_shortages(project, plan(project).memory, trained=True)
+        _refuse_shortages(project, plan(project), trained=True)
     merged = _merge(project, trained)
     converted = _convert(project, merged)
     proven = _prove(project, merged, converted)
@@ -426,29 +426,33 @@ class Shortage:
         return f"the steps to come write {needed} to {self.what}, where {available} are free"
 
 
-def shortages(project: Project, memory: MemoryPlan, *, trained: bool = False) -> list[Shortage]:
+def shortages(project: Project, planned: Plan, *, trained: bool = False) -> list[Shortage]:
     """What the steps after the plan need and this machine does not have; `trained`: those after training alone."""
     found = []
     by_disk: dict[int, list[tuple[Path, Path, int]]] = {}  # a folder, what is there already of its path, bytes
-    folders = {"the run folder": project.run.folder, "Ollama's models": ollama.models_folder(), "the hub's cache": source.hub_cache()}
-    for place, size in memory.disk_by_place(trained=trained).items():
-        if folder := folders[place]:  # None: another machine's
+    sizes = planned.memory.disk_by_place(trained=trained)
+    for folder, size in (
+        (source.hub_cache(), 0 if trained else planned.fetch_bytes),
+        (project.run.folder, sizes[RUN_FOLDER]),
+        (ollama.models_folder(), sizes[OLLAMAS_MODELS]),
+    ):
+        if folder and size:  # None: another machine's
             there = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
             by_disk.setdefault(there.stat().st_dev, []).append((folder, there, size))
     for entries in by_disk.values():
         size, free = sum(size for _, _, size in entries), shutil.disk_usage(entries[0][1]).free
         if size > free:
-            found.append(Shortage(" and ".join(str(folder) for folder, _, size in entries if size), None, size, free))
+            found.append(Shortage(" and ".join(str(folder) for folder, _, _ in entries), None, size, free))
     total = device.processor().total_bytes
-    hungry = max((step for step in memory.later if step.name != TRAIN), key=lambda step: step.peak_ram_bytes)
+    hungry = max((step for step in planned.memory.later if step.name != TRAIN), key=lambda step: step.peak_ram_bytes)
     if hungry.peak_ram_bytes > total:
         found.append(Shortage("RAM", hungry.name, hungry.peak_ram_bytes, total))
     return found
 
 
-def _refuse_shortages(project: Project, memory: MemoryPlan, *, trained: bool = False) -> None:
+def _refuse_shortages(project: Project, planned: Plan, *, trained: bool = False) -> None:
     """Raise DoesNotFitError before long work whose result could not be shipped from here."""
-    if found := shortages(project, memory, trained=trained):
+    if found := shortages(project, planned, trained=trained):
         raise DoesNotFitError(
             f"This machine is too small for what follows: {'; '.join(shortage.words for shortage in found)}.",
             "free some space, put the run elsewhere with --run-dir, or --set a smaller model",

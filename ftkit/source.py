@@ -201,10 +201,10 @@ def _open_hub_weights(source: Source, reporter: Reporter) -> Source:
     return opened
 
 
-def bytes_to_fetch(opened: Source) -> int:
+def bytes_to_fetch(source: Source) -> int:
     """Bytes of the hub's weights that are not on this machine yet; 0 for every other source, and where it cannot be told."""
     try:
-        return sum(_missing_weights(opened).values()) if opened.kind == "hub" else 0
+        return sum(_missing_weights(open_config(source)).values()) if source.kind == "hub" else 0
     except ModelError:  # said once they are wanted; a plan does without
         return 0
 

@@ -114,6 +114,16 @@ def test_weights_are_those_of_the_index_and_fetched_once(hub: Hub) -> None:
     assert hub.asked() == []
 
 
+def test_what_is_still_to_be_fetched(hub: Hub) -> None:
+    hub.add(NAME, FILES)
+    assert source.bytes_to_fetch(locate()) == sum(len(FILES[name]) for name in SHARDS)
+    assert fetched(hub) == ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model"]
+    source.open_weights(locate())
+    assert source.bytes_to_fetch(locate()) == 0
+    hub.add("org/config", {"config.json": b"{}"})
+    assert source.bytes_to_fetch(locate("org/config")) == 0  # said once the weights are wanted
+
+
 def test_without_an_index_the_one_file(hub: Hub) -> None:
     hub.add(NAME, {"config.json": b"{}", "model.safetensors": b"1", "model.fp16.safetensors": b"2"})
     opened = source.open_weights(locate())

@@ -118,7 +118,7 @@ def test_an_earlier_probe_is_added() -> None:
 
 def test_work_and_padding_follow_from_the_rows() -> None:
     lengths = [64] * 90 + [128] * 10
-    made = make_plan(small(), recipe(num_train_epochs=2), card(8 * GIB), 128, lengths, bfloat16=True, tokens_per_second=1000.0)
+    made = make_plan(small(), recipe(num_train_epochs=2), card(8 * GIB), 128, lengths, bfloat16=True).today(8 * GIB, 1000.0)
     assert made.work
     assert made.work.steps == 2 * 13  # 100 rows by 8
     assert made.work.tokens == 2 * sum(lengths)

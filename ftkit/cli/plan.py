@@ -77,7 +77,7 @@ def command(
         if html:
             page.write_page(planned.memory, planned.tokens, html, title=f"Fine-tuning plan: {project.recipe.model}", asked=asked)
         probed = pipeline.probe(project) if probe else None
-        short = pipeline.shortages(project, planned.memory)
+        short = pipeline.shortages(project, planned)
     chosen = planned.memory.chosen
     if as_json:
         print_json({**as_record(planned, probed), "shortages": [asdict(entry) for entry in short]})
@@ -143,6 +143,7 @@ def as_record(planned: Plan, probed: Any) -> dict[str, Any]:
         **record,
         "disk_bytes": memory.disk_bytes,
         "tokens": planned.tokens and asdict(planned.tokens),
+        "fetch_bytes": planned.fetch_bytes,
         "probe": probed and asdict(probed),
     }
 
@@ -230,9 +231,11 @@ def show(planned: Plan) -> None:
         [step.name, *(bytes_text(size) if size else "–" for size in (step.peak_ram_bytes, step.vram_bytes, step.disk_bytes, step.read_bytes))]
         for step in memory.later
     ]  # fmt: skip
+    if planned.fetch_bytes:
+        later.insert(0, ["fetch the weights", "–", "–", bytes_text(planned.fetch_bytes), "–"])
     print_table("The steps to come", ["", "RAM", "VRAM", "disk", "read"], later)
     places = ", ".join(f"{bytes_text(size)} in {place}" for place, size in memory.disk_by_place().items() if size)
-    say(f"Disk, at most: {places}.")
+    say(f"Disk, at most: {places}{f', {bytes_text(planned.fetch_bytes)} in the hub’s cache' if planned.fetch_bytes else ''}.")
     sizes = ", ".join(f"{name} {bytes_text(memory.gguf_bytes[name])}" for name in ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M"))
     say(f"As GGUF: {sizes}" + (f" (estimates: {memory.gguf_estimated_because})." if memory.gguf_estimated_because else "."))
     for method, reason in memory.untraced.items():

@@ -290,8 +290,10 @@ QUANTIZE_BYTES = 16 << 20
 LLAMA_CPP_BYTES = 100 << 20  # compute buffers; 41 MiB for SmolLM2-135M, 86 MiB for a Llama of 1 B parameters
 HEADER_BYTES_A_TOKEN = 64  # of a GGUF file; 61 in Llama 3's and Gemma 4's vocabularies, 39 in Qwen 2.5's, 23 in Llama 2's
 CHECKPOINTS_KEPT = 3  # the best, the last, and while it is written one more: save_total_limit=2 in ftkit.train
-FETCH, TRAIN, ASK = "fetch the weights", "train", "ask"
-Place = Literal["the run folder", "Ollama's models", "the hub's cache"]
+TRAIN, ASK = "train", "ask"
+Place = Literal["the run folder", "Ollama's models"]
+RUN_FOLDER: Place = "the run folder"
+OLLAMAS_MODELS: Place = "Ollama's models"
 
 
 @dataclass(frozen=True)
@@ -311,11 +313,10 @@ class LaterStep:
     read_bytes: int
 
 
-def first_steps(counted: Inventory, peak_bytes: int, *, fetch_bytes: int, on_cuda: bool) -> tuple[LaterStep, ...]:
-    """Fetching the weights, where `fetch_bytes` of them are not here yet, and training, which peaks at `peak_bytes`."""
-    fetch = (LaterStep(FETCH, 0, 0, fetch_bytes, "the hub's cache", 0),) if fetch_bytes else ()
+def training_step(counted: Inventory, peak_bytes: int, *, on_cuda: bool) -> LaterStep:
+    """Training, which peaks at `peak_bytes` on its device."""
     ram, vram = (0, peak_bytes) if on_cuda else (peak_bytes, 0)
-    return (*fetch, LaterStep(TRAIN, ram, vram, CHECKPOINTS_KEPT * checkpoint_bytes(counted), "the run folder", 2 * counted.parameters))
+    return LaterStep(TRAIN, ram, vram, CHECKPOINTS_KEPT * checkpoint_bytes(counted), RUN_FOLDER, 2 * counted.parameters)
 
 
 def checkpoint_bytes(counted: Inventory) -> int:
@@ -342,7 +343,7 @@ def later_steps(
     answering = files[wanted] + 2 * ship.num_ctx * _cache_elements(model)  # the file and a 16-bit cache
     asking = asking_bytes(model, counted.parameters, length + ship.max_new_tokens, compute_bytes)
 
-    def step(name: str, ram: int, disk: int, read: int, *, vram: int = 0, place: Place = "the run folder") -> LaterStep:
+    def step(name: str, ram: int, disk: int, read: int, *, vram: int = 0, place: Place = RUN_FOLDER) -> LaterStep:
         return LaterStep(name, ram, vram, disk, place, read)
 
     if counted.method == "full":
@@ -363,7 +364,7 @@ def later_steps(
         ),
         step(f"prove {wanted}", FTKIT_BYTES + LLAMA_CPP_BYTES + answering, 0, files[wanted]),
         # read for its hash and for the upload; the server keeps a copy of its own, and answers with it
-        step("register in Ollama", LLAMA_CPP_BYTES + answering, files[wanted], 2 * files[wanted], place="Ollama's models"),
+        step("register in Ollama", LLAMA_CPP_BYTES + answering, files[wanted], 2 * files[wanted], place=OLLAMAS_MODELS),
     )
 
 

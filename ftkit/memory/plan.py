@@ -65,8 +65,12 @@ class Work:
     steps: int
     epochs: float
     tokens: int  # of the rows, padding left out, over all epochs
-    tokens_per_second: float | None
-    seconds: float | None
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+
+    def at(self, tokens_per_second: float | None) -> Work:
+        """The same work at a known speed."""
+        return replace(self, tokens_per_second=tokens_per_second, seconds=self.tokens / tokens_per_second if tokens_per_second else None)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class MemoryPlan:
         after: dict[str, int] = {}
         during: dict[str, int] = {}
         for step in self.later:
-            if step.name not in (later.FETCH, later.TRAIN):
+            if step.name != later.TRAIN:
                 after[step.disk_is] = after.get(step.disk_is, 0) + step.disk_bytes
             elif not trained:
                 during[step.disk_is] = during.get(step.disk_is, 0) + step.disk_bytes
@@ -130,11 +134,15 @@ class MemoryPlan:
             self.chosen.fits and self.chosen.peak.device_bytes <= limit < min(faster, default=math.inf)
         )
 
-    def with_free(self, free_bytes: int) -> MemoryPlan:
-        """The same choice against another budget, with which it holds."""
-        methods = tuple(replace(fit, budget_bytes=free_bytes) for fit in self.methods)
-        chosen = replace(self.chosen, budget_bytes=free_bytes)
-        return replace(self, device=replace(self.device, free_bytes=free_bytes), chosen=chosen, methods=methods)
+    def today(self, free_bytes: int, tokens_per_second: float | None) -> MemoryPlan:
+        """The same choice against another budget, with which it holds, and at the speed of the last training."""
+        return replace(
+            self,
+            device=replace(self.device, free_bytes=free_bytes),
+            chosen=replace(self.chosen, budget_bytes=free_bytes),
+            methods=tuple(replace(fit, budget_bytes=free_bytes) for fit in self.methods),
+            work=self.work and self.work.at(tokens_per_second),
+        )
 
     @classmethod
     def load(cls, record: dict[str, Any]) -> MemoryPlan:
@@ -353,13 +361,12 @@ def apply(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 
 def make_plan(
     config: Any, recipe: Recipe, device: Device, length: int, lengths: Sequence[int] = (), *,
-    bfloat16: bool, extra_bytes: int = 0, labelled_share: float = 1.0, tokens_per_second: float | None = None, fetch_bytes: int = 0,
+    bfloat16: bool, extra_bytes: int = 0, labelled_share: float = 1.0,
 ) -> MemoryPlan:  # fmt: skip
     """Plan a run for rows of up to `length` tokens; `lengths` are those of the training rows, where there is a dataset.
 
     `labelled_share` is the largest share of a batch's tokens that is learnt, `extra_bytes` what an earlier probe of this
-    device found beyond the trace, `tokens_per_second` an earlier training's speed, `fetch_bytes` what of the weights is not
-    on this machine yet.
+    device found beyond the trace.
     Counts are of the model on the meta device, peaks of traced steps. Raises ModelError where a step cannot be traced,
     RecipeError where the adapter's targets are wrong.
     """
@@ -388,11 +395,11 @@ def make_plan(
         batches=tuple(seen),
         changes=() if chosen.fits else planner.changes(chosen),
         batching=batching(lengths, batch, recipe.training.max_length, recipe.training.seed) if lengths else None,
-        work=work(recipe, lengths, tokens_per_second) if lengths else None,
+        work=work(recipe, lengths) if lengths else None,
         extra_bytes=planner.extra_bytes,
         timeline=step.timeline(),
         later=(
-            *later.first_steps(chosen.inventory, chosen.peak.device_bytes, fetch_bytes=fetch_bytes, on_cuda=device.kind == "cuda"),
+            later.training_step(chosen.inventory, chosen.peak.device_bytes, on_cuda=device.kind == "cuda"),
             *_after_training(gguf, chosen.inventory, recipe, length, device, DTYPE_BYTES[planner.dtype]),
         ),
         gguf_bytes=later.gguf_sizes(gguf),
@@ -410,10 +417,9 @@ def _after_training(
     return later.later_steps(model, counted, recipe, length, compute_bytes=compute_bytes, on_cuda=False)
 
 
-def work(recipe: Recipe, lengths: Sequence[int], tokens_per_second: float | None) -> Work:
-    """Steps, epochs, tokens and, at a known throughput, time of the training that the recipe asks for."""
+def work(recipe: Recipe, lengths: Sequence[int]) -> Work:
+    """Steps, epochs and tokens of the training that the recipe asks for."""
     training = recipe.training
     an_epoch = math.ceil(len(lengths) / training.effective_batch_size)
     steps = training.max_steps or math.ceil(an_epoch * training.num_train_epochs)
-    tokens = round(sum(lengths) * steps / an_epoch)
-    return Work(steps, round(steps / an_epoch, 3), tokens, tokens_per_second, tokens / tokens_per_second if tokens_per_second else None)
+    return Work(steps, round(steps / an_epoch, 3), round(sum(lengths) * steps / an_epoch))
