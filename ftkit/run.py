@@ -115,10 +115,7 @@ class Run:
         With a mark the one with this fingerprint, be it an earlier one that was kept. Without one the last, if the steps
         that it was made after are still the last of theirs: else it is out of date.
         """
-        manifest = self.manifest()
-        entry = manifest["steps"].get(name)
-        if mark and (not entry or entry["fingerprint"] != mark):
-            entry = manifest.get("kept", {}).get(name, {}).get(mark)
+        entry = self._entry(name, mark)
         if not entry:
             return None
         folder = self.folder / f"{name}-{entry['fingerprint']}"
@@ -143,8 +140,9 @@ class Run:
         Raises RunError where the disk is full or cannot be written.
         """
         mark = fingerprint(name, inputs)
-        if found := self.finished(name, mark):
-            self._record_step(found, self._entry(name, mark), keep)
+        found, entry = self.finished(name, mark), self._entry(name, mark)
+        if found and entry:
+            self._make_last(name, entry, keep=keep)
             return found
         final = self.folder / f"{name}-{mark}"
         partial = self.folder / f".{name}-{mark}.partial"
@@ -173,26 +171,30 @@ class Run:
             "after": {before.name: before.fingerprint for before in after},
             "result": result,
         }
-        self._record_step(step, entry, keep)
+        self._make_last(name, entry, keep=keep)
         for other in self.folder.iterdir() if not keep else ():
             if re.fullmatch(rf"{name}-[0-9a-f]{{16}}|\.{name}-[0-9a-f]{{16}}\.partial", other.name) and other != final and other.is_dir():
                 shutil.rmtree(other)
         return step
 
-    def _entry(self, name: str, mark: str) -> dict[str, Any]:
+    def _entry(self, name: str, mark: str | None) -> dict[str, Any] | None:
+        """What the manifest says of a step: of the last, or of the one with this fingerprint."""
         manifest = self.manifest()
-        entry: dict[str, Any] = manifest["steps"].get(name, {})
-        return entry if entry.get("fingerprint") == mark else manifest["kept"][name][mark]
+        last: dict[str, Any] | None = manifest["steps"].get(name)
+        if mark and (not last or last["fingerprint"] != mark):
+            kept: dict[str, Any] | None = manifest.get("kept", {}).get(name, {}).get(mark)
+            return kept
+        return last
 
-    def _record_step(self, step: Step, entry: dict[str, Any], keep: bool) -> None:
-        """Make this the last of its name; an earlier one that is kept stays on record."""
+    def _make_last(self, name: str, entry: dict[str, Any], *, keep: bool) -> None:
+        """Record this as the last step of its name; an earlier one that is kept stays on record."""
         manifest = self.manifest()
         steps, kept = manifest["steps"], manifest.get("kept", {})
-        before = steps.get(step.name)
-        if before and before["fingerprint"] == step.fingerprint:
+        before = steps.get(name)
+        if before == entry:
             return
-        if keep and before:
-            kept.setdefault(step.name, {})[before["fingerprint"]] = before
-        kept.get(step.name, {}).pop(step.fingerprint, None)
-        steps[step.name] = entry
+        if keep and before and before["fingerprint"] != entry["fingerprint"]:
+            kept.setdefault(name, {})[before["fingerprint"]] = before
+        kept.get(name, {}).pop(entry["fingerprint"], None)
+        steps[name] = entry
         self.record(steps=steps, **({"kept": kept} if kept else {}))

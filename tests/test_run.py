@@ -119,7 +119,10 @@ def test_a_step_whose_folder_was_deleted_is_made_again(tmp_path: Path) -> None:
         (step.folder / "file").unlink()
         step.folder.rmdir()
         assert run.finished("plan") is None
-        assert run.ensure("plan", 1, writes("x")).fresh
+        assert run.ensure("plan", 1, writes("y")).fresh
+        again = run.finished("plan")
+        assert again
+        assert again.result == {"text": "y"}
 
 
 def test_a_folder_that_was_never_recorded_is_not_trusted(tmp_path: Path) -> None:
