@@ -67,6 +67,7 @@ class Shipped:
     missing_quantization: str | None  # the wanted type, where llama-quantize is not here
     registered_as: str | None
     not_registered_because: str | None
+    register_with: str | None  # what to type for that
     fresh: bool
 
 
@@ -385,7 +386,7 @@ def ship(project: Project, *, use_ollama: bool | None = None, replace_model: boo
     proven = _prove(project, merged, converted)
     result = proven.result
     gguf = converted.folder / converted.result["ship"]
-    registered, because = None, None
+    registered, because, register_with = None, None, None
     if use_ollama is not False:
         try:
             with ollama.connect(project.reporter) as client:
@@ -394,7 +395,7 @@ def ship(project: Project, *, use_ollama: bool | None = None, replace_model: boo
         except (ToolMissingError, NameTakenError) as error:
             if use_ollama:
                 raise
-            because = f"{error.message} {error.hint}"
+            because, register_with = error.message, error.hint
     return Shipped(
         gguf=gguf,
         files=converted.result["files"],
@@ -405,6 +406,7 @@ def ship(project: Project, *, use_ollama: bool | None = None, replace_model: boo
         missing_quantization=converted.result["missing_quantization"],
         registered_as=registered,
         not_registered_because=because,
+        register_with=register_with,
         fresh=proven.fresh,
     )
 

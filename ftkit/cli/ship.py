@@ -72,7 +72,7 @@ def show(project: Project, shipped: Shipped, as_json: bool) -> None:
     else:
         if shipped.not_registered_because:
             say(f"Not registered: {shipped.not_registered_because}")
-        say("In Ollama:   ollama serve, then: ftkit ship --ollama")
+        say(f"In Ollama:   {shipped.register_with or 'start it: ollama serve'}, then: ftkit ship --ollama")
         say(f"             or by hand: ollama create {project.recipe.ship.name} -f {shipped.modelfile}")
 
 
