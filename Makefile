@@ -5,8 +5,8 @@ VENV   := .venv
 BIN    := $(CURDIR)/$(VENV)/bin
 READY  := $(VENV)/.ready
 DEMO   := demo
-# Threads that wait for each other soon go to sleep: on two quiet cores training runs at 209 tokens/s, with those that sleep
-# at once at 185 and with those that spin at 246; but where another program takes a core, at 115, 131 and below 20.
+# Threads that wait for each other soon go to sleep. One run each of 10 to 16 steps, on two quiet cores and beside a program that
+# takes one: sleeping at once 185 and 131 tokens/s, after 1000 turns 209 and 115, after 100000 turns 223 and 18.
 export GOMP_SPINCOUNT ?= 1000
 # Two processes of one thread each: a test seldom has work for two threads. A file's tests stay in one process, as its fixtures do.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
