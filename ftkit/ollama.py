@@ -200,12 +200,12 @@ def connect(reporter: Reporter = SILENT) -> Iterator[Client]:
     parts = urlparse(where)
     if parts.scheme == "http" and parts.hostname not in LOOPBACK:
         reporter.warn(f"{parts.hostname} is reached over plain http: model and prompts go unencrypted, and its API has no password")
-    try:
-        with ollama.Client(timeout=ANSWERS_WITHIN_SECONDS) as client:
+    with ollama.Client(timeout=ANSWERS_WITHIN_SECONDS) as client:
+        try:
             client.list()
-    except (ConnectionError, httpx.HTTPError, ollama.ResponseError, ValueError):  # ValueError: what answers speaks no JSON
-        raise ToolMissingError(f"No Ollama server answers at {where}.", "start it: ollama serve") from None
-    with ollama.Client() as client:  # creating and answering take as long as they take
+        except (ConnectionError, httpx.HTTPError, ollama.ResponseError, ValueError):  # ValueError: what answers speaks no JSON
+            raise ToolMissingError(f"No Ollama server answers at {where}.", "start it: ollama serve") from None
+        client._client.timeout = None  # creating and answering take as long as they take
         yield client
 
 

@@ -188,8 +188,9 @@ def plan(project: Project) -> Plan:
     Raises ModelError, DataError and RecipeError; a plan that does not fit is a result, not an error.
     """
     recipe = project.recipe
-    rows = project.rows if project.has_data and not project.run.finished("plan") else None  # a fault in the data is found first
-    chosen_device, recorded = project.device, _recorded_plan(project.run)
+    recorded = _recorded_plan(project.run)
+    rows = project.rows if project.has_data and not recorded else None  # a fault in the data is found first
+    chosen_device = project.device
     extra_bytes = measured.extra_bytes(chosen_device)
     free_bytes = chosen_device.free_bytes  # of a device that was found it changes from day to day, and seldom the choice
     if recorded and recorded.memory.holds_with(free_bytes):
@@ -215,8 +216,8 @@ def plan(project: Project) -> Plan:
         (folder / PLAN_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return {}
 
-    project.run.ensure("plan", inputs, make)
-    made = _recorded_plan(project.run)
+    step = project.run.ensure("plan", inputs, make)
+    made = _recorded_plan(project.run) if step.fresh else recorded
     assert made
     speed = measured.tokens_per_second(chosen_device, recipe.training.method, recipe.model)
     return replace(made, memory=made.memory.today(chosen_device.free_bytes, speed), fetch_bytes=source.bytes_to_fetch(project.source))
