@@ -13,7 +13,7 @@ from ftkit.errors import ModelError
 from ftkit.memory import later
 from ftkit.memory.fit import StepMemory
 from ftkit.memory.inventory import DTYPE_BYTES, Inventory, Skeleton
-from ftkit.memory.later import GgufModel, LaterStep
+from ftkit.memory.later import GgufModel, LaterStep, Place
 from ftkit.memory.step import Part, Peak, Timeline
 from ftkit.memory.trace import StepSettings
 from ftkit.recipe import Recipe
@@ -100,19 +100,21 @@ class MemoryPlan:
         """The most that all steps together keep on disk."""
         return sum(self.disk_by_place().values())
 
-    def disk_by_place(self, *, trained: bool = False) -> dict[str, int]:
+    def disk_by_place(self, *, trained: bool = False) -> dict[Place, int]:
         """The most that is kept in each place; the checkpoints are gone when the steps after training begin.
 
         `trained`: what those steps alone need.
         """
-        after: dict[str, int] = {}
-        during: dict[str, int] = {}
+        sizes = dict.fromkeys((later.RUN_FOLDER, later.OLLAMAS_MODELS), 0)
+        checkpoints = 0
         for step in self.later:
-            if step.name != later.TRAIN:
-                after[step.disk_is] = after.get(step.disk_is, 0) + step.disk_bytes
-            elif not trained:
-                during[step.disk_is] = during.get(step.disk_is, 0) + step.disk_bytes
-        return {place: max(after.get(place, 0), during.get(place, 0)) for place in {**during, **after}}
+            if step.name == later.TRAIN:
+                checkpoints = step.disk_bytes
+            else:
+                sizes[step.disk_is] += step.disk_bytes
+        if not trained:
+            sizes[later.RUN_FOLDER] = max(sizes[later.RUN_FOLDER], checkpoints)
+        return sizes
 
     def beside_tensors(self, fit: Fit) -> dict[str, int]:
         """What the device holds at the peak beside the step's tensors; with them it is `device_bytes`."""
