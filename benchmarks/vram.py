@@ -25,8 +25,8 @@ from ftkit.memory.fit import StepMemory
 from ftkit.memory.inventory import Skeleton, load_config
 from ftkit.memory.trace import StepSettings
 from ftkit.recipe import Lora
+from ftkit.units import GIB
 
-GIB = 1 << 30
 METRICS = {"max_memory_reserved": "reserved_bytes", "max_memory_allocated": "allocated_bytes", "nvidia-smi": "device_bytes"}
 
 

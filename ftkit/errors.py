@@ -14,6 +14,11 @@ def visible(text: str) -> str:
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says first, or its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 class FtkitError(click.ClickException):
     """An error that Click shows by itself, as `Error: …` and `Hint: …` on stderr, before exiting with `exit_code`."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit.data import Message, asked_together, render, token_ids
-from ftkit.errors import ModelError
+from ftkit.errors import ModelError, first_line
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Method
 
@@ -47,16 +47,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
-            f"{folder} has no tokenizer that transformers can load: {_first_line(error)}",
+            f"{folder} has no tokenizer that transformers can load: {first_line(error)}",
             "copy tokenizer.json and tokenizer_config.json beside config.json, from the model's page",
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer  # type: ignore[no-any-return]
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: bool) -> PreTrainedModel:
@@ -77,7 +73,7 @@ def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: boo
     try:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"transformers cannot load {folder}: {_first_line(error)}", "fetch or copy the model again, whole") from None
+        raise ModelError(f"transformers cannot load {folder}: {first_line(error)}", "fetch or copy the model again, whole") from None
     model, info = loaded
     if lost := sorted({*map(str, info["missing_keys"]), *(str(key[0]) for key in info["mismatched_keys"])}):  # else filled at random
         raise ModelError(

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ftkit.errors import ModelError, ToolMissingError
+from ftkit.errors import ModelError, ToolMissingError, first_line
 from ftkit.progress import SILENT, Reporter
 from ftkit.run import file_fingerprint, fingerprint
-from ftkit.tools import make_cache_folder
+from ftkit.tools import cache_folder, make_cache_folder
 from ftkit.units import bytes_text
 
 HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[\w.-]+(@(?!.*\.\.)[\w.-]+(/[\w.-]+)*)?", re.ASCII | re.IGNORECASE)  # org/name, org/name@revision
@@ -93,15 +93,16 @@ def _locate_folder(path: Path) -> Source:
         raise ModelError(f"{path} has no config.json.", "give the folder that holds config.json, the tokenizer and *.safetensors")
     weights = sorted(path.glob("*.safetensors"))
     if not weights and any(path.glob("*.bin")):
-        raise ModelError(
-            f"{path} holds only pickle weights (*.bin), which can run code when they are loaded.",
-            CONVERT_PICKLES,
-        )
+        raise _only_pickles(str(path))
     parts: list[object] = [(path / "config.json").read_text(encoding="utf-8", errors="replace")]
     for file in (*weights, *sorted(path.glob("*.jinja")), *sorted(path.glob("tokenizer*"))):
         stat = file.stat()
         parts.append([file.name, stat.st_size, stat.st_mtime_ns])
     return Source(str(path), "directory", fingerprint(parts), folder=path.resolve())
+
+
+def _only_pickles(where: str) -> ModelError:
+    return ModelError(f"{where} holds only pickle weights (*.bin), which can run code when they are loaded.", CONVERT_PICKLES)
 
 
 def _locate_config(path: Path) -> Source:
@@ -229,9 +230,7 @@ def _missing_weights(opened: Source) -> dict[str, int]:
         sizes = {file.path: file.size for file in get_cached_repo_tree(opened.reference.partition("@")[0], revision=opened.fingerprint)}
     if absent := [name for name in missing if name not in sizes]:
         if any(name.endswith(".bin") for name in sizes):
-            raise ModelError(
-                f"{opened.reference} holds only pickle weights (*.bin), which can run code when they are loaded.", CONVERT_PICKLES
-            )
+            raise _only_pickles(opened.reference)
         raise ModelError(f"{opened.reference} has no {absent[0]}.", "give a model with its weights in safetensors files")
     return {name: sizes[name] for name in missing}
 
@@ -269,7 +268,7 @@ def _hub_errors(reference: str) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise ModelError(f"{repository} has no revision {revision}.", f"see its branches and tags: {page}/tree/main") from None
     except errors.HFValidationError as error:
-        raise ModelError(f"{reference} is no hub id: {_first_line(error)}", "a hub id is org/name, or org/name@revision") from None
+        raise ModelError(f"{reference} is no hub id: {first_line(error)}", "a hub id is org/name, or org/name@revision") from None
     except (
         errors.HTTPError,  # type: ignore[attr-defined]  # httpx's or, in newer versions, httpx2's
         errors.RevisionResolutionError,
@@ -297,13 +296,9 @@ def _hub_errors(reference: str) -> Iterator[None]:
                 "make space there, or set HF_HOME to another folder",
             ) from None
         raise ModelError(
-            f"{reference} cannot be fetched from {constants.ENDPOINT}: {_first_line(cause)}",
+            f"{reference} cannot be fetched from {constants.ENDPOINT}: {first_line(cause)}",
             "check the network and give the same command again (whole files are kept), or give a local folder or .gguf file",
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _dequantise(source: Source, reporter: Reporter) -> Path:
@@ -312,7 +307,7 @@ def _dequantise(source: Source, reporter: Reporter) -> Path:
     What was quantised stays as coarse as it was; only the storage is 16-bit.
     """
     assert source.gguf
-    final = make_cache_folder("models") / f"gguf-{source.fingerprint}"
+    final = make_cache_folder(cache_folder() / "models") / f"gguf-{source.fingerprint}"
     with FileLock(final.with_suffix(".lock")):
         if final.is_dir():
             return final

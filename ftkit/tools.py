@@ -113,7 +113,8 @@ def bring(key: str, reporter: Reporter = SILENT) -> Path:
     if found := installed(key):
         return found
     package = PACKAGES[key]
-    final = make_cache_folder(*Path(package.folder).parts[:-1]) / Path(package.folder).name
+    final = cache_folder() / package.folder
+    make_cache_folder(final.parent)
     with FileLock(final.with_name(f".{final.name}.lock")):
         if found := installed(key):
             return found
@@ -205,9 +206,8 @@ def need_converter(llama_cpp_dir: Path | None = None) -> Found:
     raise ToolMissingError("llama.cpp's converter (convert_hf_to_gguf.py) is not here.", "ftkit setup converter")
 
 
-def make_cache_folder(*below: str) -> Path:
-    """A folder in the private one, made where it is missing. Raises RunError where that is refused."""
-    folder = cache_folder().joinpath(*below)
+def make_cache_folder(folder: Path) -> Path:
+    """A folder in the private one (or that itself), made where it is missing. Raises RunError where that is refused."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -30,6 +30,12 @@ class Project:
         self.rows = folder / "train.jsonl"
         self.run = run
 
+    def train(self) -> None:
+        """Record a finished training, so that what follows is asked for."""
+        opened = pipeline.open_project(self.recipe)
+        with opened.run as run:
+            run.ensure("train", opened.training_inputs, lambda folder: {})
+
     def refused(self, kind: type[errors.FtkitError], *words: str | Path, steps: tuple[str, ...] = ()) -> str:
         """Run a command that must fail with this kind of error; what stderr says."""
         result = self.run(*words)
@@ -184,9 +190,7 @@ def test_ship_before_training(project: Project) -> None:
 
 
 def test_ship_to_ollama_that_does_not_run(project: Project, no_ollama: str) -> None:
-    opened = pipeline.open_project(project.recipe)
-    with opened.run as run:
-        run.ensure("train", opened.training_inputs, lambda folder: {})
+    project.train()
     said = project.refused(errors.ToolMissingError, "ship", project.recipe, "--ollama", steps=("train",))
     assert f"No Ollama server answers at http://{no_ollama}" in said
     assert "ollama serve" in said
@@ -253,9 +257,7 @@ def test_a_private_folder_that_cannot_be_written(project: Project, monkeypatch: 
 def test_an_address_of_ollama_that_is_none(
     project: Project, host: str, monkeypatch: pytest.MonkeyPatch, ftkit: Callable[..., Result]
 ) -> None:
-    opened = pipeline.open_project(project.recipe)
-    with opened.run as run:
-        run.ensure("train", opened.training_inputs, lambda folder: {})
+    project.train()
     monkeypatch.setenv("OLLAMA_HOST", host)
     assert "OLLAMA_HOST is no address" in project.refused(errors.RecipeError, "ship", project.recipe, "--ollama", steps=("train",))
     assert "OLLAMA_HOST is no address" in ftkit("env", "--json").stdout
@@ -271,9 +273,7 @@ def test_what_answers_in_ollamas_place(project: Project, monkeypatch: pytest.Mon
         def log_message(self, *args: object) -> None:
             pass
 
-    opened = pipeline.open_project(project.recipe)
-    with opened.run as run:
-        run.ensure("train", opened.training_inputs, lambda folder: {})
+    project.train()
     with HTTPServer(("127.0.0.1", 0), Page) as server:
         monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{server.server_port}")
         thread = Thread(target=server.handle_request)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from ftkit.cli.common import absolute
+
 
 @click.command(epilog="\b\nExamples:\n  ftkit init\n  ftkit init mymodel --model HuggingFaceTB/SmolLM2-1.7B-Instruct")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default=Path())
@@ -47,10 +49,8 @@ def command(folder: Path, model: str | None, dry_run: bool, yes: bool) -> None:
         if model:
             import yaml
 
-            model = str(Path(model).resolve()) if Path(model).exists() else model
-
             recipe = recipe.replace(
-                "model: SmolLM2-135M-Instruct.Q4_1.gguf", f"model: {yaml.safe_dump(model, default_style=chr(34)).strip()}"
+                "model: SmolLM2-135M-Instruct.Q4_1.gguf", f"model: {yaml.safe_dump(absolute(model), default_style=chr(34)).strip()}"
             )
             (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
         elif brought and not (folder / brought.name).exists():

@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Hashable
 
-MIB = 1 << 20
+from ftkit.units import MIB
+
 # torch/csrc/cuda (c10/cuda/CUDACachingAllocator.cpp): kMinBlockSize, kSmallSize, kSmallBuffer, kLargeBuffer, kMinLargeAlloc, kRoundLarge
 MIN_BLOCK_BYTES = 512
 SMALL_BYTES = 1 * MIB

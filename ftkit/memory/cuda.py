@@ -9,7 +9,8 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-MIB = 1 << 20
+from ftkit.units import MIB
+
 HEAD_TILE_VOCABULARY = 32768  # TRL 1.16: vocabulary entries scored at a time (trl/trainer/utils.py)
 # An allowance for what nvidia-smi shows beyond PyTorch's own memory: the CUDA context and loaded kernels. Not a measurement.
 CONTEXT_BYTES = 500 * MIB

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit.errors import ModelError, RecipeError
+from ftkit.errors import ModelError, RecipeError, first_line
 from ftkit.recipe import Lora, Method
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def meta_model(config: Any, dtype: str = "bfloat16", attention: str | None = Non
                 copy.deepcopy(config), dtype=getattr(torch, dtype), attn_implementation=attention
             )
     except (ValueError, AttributeError, TypeError, KeyError, ImportError, RuntimeError, ArithmeticError) as error:
-        raise ModelError(f"The config does not build a language model: {str(error).splitlines()[0]}.") from None
+        raise ModelError(f"The config does not build a language model: {first_line(error)}.") from None
     model.tie_weights()
     return model
 
@@ -335,7 +335,7 @@ def inject(model: PreTrainedModel, lora: Lora, hint: str | None = None) -> Any:
         if hint is None and wanted in names:
             hint = f"a text is a pattern for whole names; give a list: --set 'lora.target_modules=[{wanted}]'"
         raise RecipeError(
-            f"lora.target_modules: PEFT cannot use {wanted!r}: {str(error).splitlines()[0]}",
+            f"lora.target_modules: PEFT cannot use {wanted!r}: {first_line(error)}",
             hint or f"give {'all-linear, or ' if wanted != 'all-linear' else ''}a list of some of: {', '.join(names)}",
         ) from None
 

@@ -9,19 +9,25 @@ from typing import Any
 from ftkit.device import Device
 from ftkit.memory.step import Peak
 from ftkit.run import write_atomically
-from ftkit.tools import cache_folder
+from ftkit.tools import cache_folder, make_cache_folder
 
 
 def _file() -> Path:
     return cache_folder() / "measured.json"
 
 
+def _all() -> dict[str, Any]:
+    """What is kept of every device, by its name. Empty where nothing was measured, or it cannot be read."""
+    try:
+        found = json.loads(_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def known(device: Device) -> dict[str, Any]:
     """`extra_bytes`: by how much the last probe's peak was above its plan (below: negative). Empty where nothing was measured."""
-    try:
-        found = json.loads(_file().read_text(encoding="utf-8")).get(device.name, {})
-    except (OSError, ValueError, AttributeError):
-        return {}
+    found = _all().get(device.name)
     return found if isinstance(found, dict) else {}
 
 
@@ -38,15 +44,10 @@ def remember(device: Device, planned: Peak, allocated_bytes: int, reserved_bytes
 
 
 def _update(device: Device, entry: dict[str, Any]) -> None:
-    path = _file()
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        kept = {}
-    kept = kept if isinstance(kept, dict) else {}
+    kept = _all()
     kept[device.name] = {**known(device), **entry}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(kept, indent=1) + "\n").encode())
+    make_cache_folder(_file().parent)
+    write_atomically(_file(), (json.dumps(kept, indent=1) + "\n").encode())
 
 
 def remember_speed(device: Device, method: str, model: str, tokens_per_second: float) -> None:

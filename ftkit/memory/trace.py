@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from ftkit.errors import ModelError
+from ftkit.errors import ModelError, first_line
 from ftkit.memory import cuda, fused_qkv, inventory
 from ftkit.memory.inventory import Skeleton, decoder_layers
 from ftkit.recipe import Lora, Method
@@ -175,7 +175,7 @@ class StepTracer:
             raise
         except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
             raise ModelError(
-                f"A training step of {self.model.config.model_type} cannot be traced: {type(error).__name__}: {str(error).splitlines()[0]}",
+                f"A training step of {self.model.config.model_type} cannot be traced: {type(error).__name__}: {first_line(error)}",
                 "nothing is guessed in its place; docs/plan.md names model types that are tested",
             ) from error
         finally:
