@@ -1,12 +1,9 @@
-"""Make a trace on CPU tensors allocate as the same step would on a CUDA GPU: attention kernels, workspaces, fixed costs."""
+"""What a training step allocates on a CUDA GPU and not on a CPU: attention kernels, workspaces, fixed costs."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from ftkit.units import MIB
@@ -44,58 +41,17 @@ def attention_backend(query: Any, key: Any, value: Any, mask: Any, gqa: bool, ca
     return "math"
 
 
-@contextlib.contextmanager
-def as_on_cuda(capability: tuple[int, int], repeat_kv: bool = False) -> Iterator[None]:
-    """Route attention, dropout and TRL's loss head to what runs on a GPU; the meta kernels are in every build of PyTorch.
+def attention(capability: tuple[int, int], repeat_kv: bool = False) -> Callable[..., Any]:
+    """`scaled_dot_product_attention` as a GPU of this capability runs it, on the meta kernels that every build of PyTorch has.
 
-    `repeat_kv` repeats grouped keys and values to all heads first, as LitGPT does. The functions are replaced, since a
-    function mode is not active while checkpointing recomputes.
+    `repeat_kv` repeats grouped keys and values to all heads first, as LitGPT does.
     """
-    import torch
-    from torch.nn import functional
-    from transformers.integrations import moe
-    from trl.kernels import chunked_logprob
-
-    replaced: list[tuple[Any, str, Any]] = [
-        (functional, "scaled_dot_product_attention", _attention(capability, repeat_kv)),
-        (functional, "dropout", _dropout),
-        # PyTorch's meta kernel takes bfloat16 alone; transformers' own operator allocates the same for the rest.
-        (moe, "_can_use_grouped_mm", lambda input, weight, offs: weight.dtype == torch.bfloat16),
-        # All tokens in one tile, whose size is capped later; the Triton kernels have no memory of their own.
-        (chunked_logprob, "TOKEN_CHUNK_SIZE", 1 << 40),
-        (chunked_logprob, "_forward_tile", lambda *args, **kwargs: None),
-        (chunked_logprob, "_backward_tile", lambda *args, **kwargs: None),
-        (chunked_logprob, "_addmm_fp32", lambda *args, **kwargs: None),
-    ]
-    # The head's backward pass asks TRL's trainer for a context that matters to DeepSpeed alone; importing it takes seconds.
-    stand_in = types.ModuleType("trl.trainer.utils")
-    stand_in.maybe_gather_lm_head_ctx = lambda *args: contextlib.nullcontext()  # type: ignore[attr-defined]
-    stands_in = sys.modules.setdefault(stand_in.__name__, stand_in) is stand_in
-    kept = [(place, name, getattr(place, name)) for place, name, _ in replaced]
-    for place, name, value in replaced:
-        setattr(place, name, value)
-    try:
-        yield
-    finally:
-        for place, name, value in kept:
-            setattr(place, name, value)
-        if stands_in:
-            del sys.modules[stand_in.__name__]
-
-
-def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    import torch
-
-    return torch.ops.aten.native_dropout(input, p, True)[0] if training and p > 0 else input
-
-
-def _attention(capability: tuple[int, int], repeat_kv: bool) -> Callable[..., Any]:
     import torch
     from torch.nn import functional
 
     aten = torch.ops.aten
 
-    def attention(
+    def attend(
         query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
         scale: float | None = None, enable_gqa: bool = False,
     ) -> Any:  # fmt: skip
@@ -134,30 +90,7 @@ def _attention(capability: tuple[int, int], repeat_kv: bool) -> Callable[..., An
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[0]
 
-    return attention
-
-
-@contextlib.contextmanager
-def answer_mask_questions(padded: bool) -> Iterator[None]:
-    """Answer what transformers asks of the mask's values, which fake tensors do not have.
-
-    Without an answer it builds the mask in full, whether a row is padded or not.
-    """
-    from transformers import masking_utils
-
-    answers: dict[str, Callable[..., Any]] = {
-        "is_tracing": lambda *args, **kwargs: False,
-        "fast_all": lambda mask: not padded,
-        "find_packed_sequence_indices": lambda *args, **kwargs: None,
-    }
-    asked = {name: getattr(masking_utils, name) for name in answers if hasattr(masking_utils, name)}
-    for name in asked:
-        setattr(masking_utils, name, answers[name])
-    try:
-        yield
-    finally:
-        for name, function in asked.items():
-            setattr(masking_utils, name, function)
+    return attend
 
 
 def prepare_bitsandbytes() -> None:

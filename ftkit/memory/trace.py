@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from ftkit import patches
 from ftkit.errors import ModelError, first_line
 from ftkit.memory import cuda, fused_qkv, inventory
 from ftkit.memory.inventory import Skeleton, decoder_layers
@@ -167,9 +168,11 @@ class StepTracer:
         for state in quantization_tensors(self.model):
             recorder.ignore(state)
         self._recorder = recorder
-        target = cuda.as_on_cuda(settings.capability, settings.fused_qkv) if settings.device == "cuda" else contextlib.nullcontext()
+        on_cuda = settings.device == "cuda"
+        traced = patches.Traced(cuda.attention(settings.capability, settings.fused_qkv) if on_cuda else None, padded)
+        when: tuple[patches.When, ...] = ("tracing", "tracing for CUDA") if on_cuda else ("tracing",)
         try:
-            with self._fake, target, cuda.answer_mask_questions(padded), recorder:
+            with self._fake, patches.without_trainer(), patches.applied(*when, to=traced), recorder:
                 self._step(recorder, batch, length)
         except ModelError:
             raise
