@@ -19,7 +19,7 @@ import tiny
 from click.testing import Result
 
 from ftkit import device, hf
-from ftkit.memory.cuda import CONTEXT_BYTES
+from ftkit.memory.kernels import CONTEXT_BYTES
 from ftkit.memory.plan import MARGIN
 from ftkit.units import GIB, MIB
 

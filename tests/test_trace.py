@@ -8,7 +8,7 @@ import measured
 import pytest
 
 from ftkit.errors import ModelError
-from ftkit.memory import cuda, trace
+from ftkit.memory import kernels, trace
 from ftkit.memory.fit import StepMemory
 from ftkit.memory.inventory import Skeleton
 from ftkit.memory.trace import StepSettings, StepTracer, optimizer_events
@@ -155,7 +155,8 @@ def test_the_attention_kernel_by_card_and_inputs(
 
     heads = torch.empty(1, 2, 8, head_dim, dtype=getattr(torch, dtype), device="meta")
     mask = torch.empty(1, 1, 8, 8, device="meta") if masked else None
-    assert cuda.attention_backend(heads, heads, heads, mask, grouped, capability) == backend
+    given = kernels.Heads(heads, heads, heads, mask, grouped, 0.0, True, None, capability)
+    assert kernels.kernel_for(given).name == backend
 
 
 def test_optimizers_keep_what_they_keep() -> None:

@@ -9,11 +9,10 @@ import numpy as np
 
 from ftkit.errors import ModelError
 from ftkit.memory.inventory import DTYPE_BYTES, Skeleton
+from ftkit.memory.kernels import MASK_ALIGNMENT
 from ftkit.memory.step import Order, Part, Step
 from ftkit.memory.trace import HEAD_TILE_TOKENS, StepSettings, StepTracer, labelled_tokens, optimizer_events
 from ftkit.memory.unroll import Ints, Layout, NotRepeating, unroll
-
-ALIGNMENT = 16  # the memory-efficient attention kernel pads a mask's rows to so many entries
 
 
 class Sizes:
@@ -99,7 +98,7 @@ class StepMemory:
 
     def _regime(self, batch: int, length: int) -> tuple[bool, bool, bool]:
         """Within one regime the order of events is the same: alone or in a batch, within a sliding window or beyond, aligned or not."""
-        return batch == 1, bool(self._window) and length >= self._window, length % ALIGNMENT == 0
+        return batch == 1, bool(self._window) and length >= self._window, length % MASK_ALIGNMENT == 0
 
     @property
     def _window(self) -> int:
@@ -124,9 +123,9 @@ class StepMemory:
             steps = (
                 (256, 512, 768)
                 if not window or regime[1]
-                else tuple(max(ALIGNMENT, window // 4 * n // ALIGNMENT * ALIGNMENT) for n in (1, 2, 3))
+                else tuple(max(MASK_ALIGNMENT, window // 4 * n // MASK_ALIGNMENT * MASK_ALIGNMENT) for n in (1, 2, 3))
             )
-            self._fits[regime] = self._fit([(b, start + s + (0 if regime[2] else ALIGNMENT // 2)) for s in steps for b in batches])
+            self._fits[regime] = self._fit([(b, start + s + (0 if regime[2] else MASK_ALIGNMENT // 2)) for s in steps for b in batches])
         return self._fits[regime]
 
     def _fit(self, points: list[tuple[int, int]], length: int | None = None) -> Fitted:

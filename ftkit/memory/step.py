@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ftkit.memory import cuda
+from ftkit.memory import kernels
 from ftkit.memory.allocator import MIN_BLOCK_BYTES, Allocator
 from ftkit.memory.trace import ALLOCATE, GRADIENT, WORKSPACE, OptimizerEvents
 from ftkit.memory.unroll import Ints, Layout
@@ -217,10 +217,10 @@ class Step:
         parts = sorted((Part(name, size) for name, size in sorted(held.items()) if size > 0), key=lambda part: -part.bytes)
         allocated = reserved = device = sum(held.values())
         if self.on_cuda:
-            room = None if limit_bytes is None else limit_bytes - cuda.CONTEXT_BYTES
+            room = None if limit_bytes is None else limit_bytes - kernels.CONTEXT_BYTES
             allocator = self.replay(None if room is not None and allocated > room else room)
             allocated, reserved = allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
-            device = reserved + cuda.CONTEXT_BYTES
+            device = reserved + kernels.CONTEXT_BYTES
         phase = next(name for name, first in reversed(last.phases) if first <= top)
         return Peak(allocated, reserved, device, phase, tuple(parts))
 
@@ -234,7 +234,7 @@ class Step:
         for number, part in enumerate(self.fixed):
             allocator.allocate(("fixed", number), part.bytes)
         if self.on_cuda:
-            allocator.allocate(CUBLAS, cuda.cublas_bytes(self.capability))
+            allocator.allocate(CUBLAS, kernels.cublas_bytes(self.capability))
         for changes in self.order.steps:
             changes.replay(allocator, self.sizes)
         return allocator
@@ -264,7 +264,7 @@ class Step:
         for part, size in zip(self.fixed, self._rounded(np.array([part.bytes for part in self.fixed])).tolist(), strict=True):
             held[part.name] = held.get(part.name, 0) + size
         if self.on_cuda:
-            held["cuBLAS workspace"] = cuda.cublas_bytes(self.capability)
+            held["cuBLAS workspace"] = kernels.cublas_bytes(self.capability)
         if len(self.order.states_at):
             held[OPTIMIZER_STATES] = int(self._rounded(self.sizes[self.order.states_at]).sum())
         return held

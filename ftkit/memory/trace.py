@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ftkit import patches
 from ftkit.errors import ModelError, first_line
-from ftkit.memory import cuda, fused_qkv, inventory
+from ftkit.memory import fused_qkv, inventory, kernels
 from ftkit.memory.inventory import Skeleton, decoder_layers
 from ftkit.recipe import Lora, Method
 
@@ -104,7 +104,7 @@ class StepTracer:
 
         self.settings = settings
         self.layers = skeleton.layers
-        cuda.prepare_bitsandbytes()
+        kernels.prepare_bitsandbytes()
         self.model = copy.deepcopy(skeleton.model)
         self.wrapped = prepare(self.model, settings)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -162,14 +162,14 @@ class StepTracer:
         """The events of one forward and backward pass over `batch` rows of `length` tokens."""
         settings = self.settings
         padded = settings.padded and batch > 1
-        recorder = _Recorder(cuda.workspaces(settings.capability) if settings.device == "cuda" else {})
+        recorder = _Recorder(kernels.workspaces() if settings.device == "cuda" else {})
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             recorder.ignore(tensor)
         for state in quantization_tensors(self.model):
             recorder.ignore(state)
         self._recorder = recorder
         on_cuda = settings.device == "cuda"
-        traced = patches.Traced(cuda.attention(settings.capability, settings.fused_qkv) if on_cuda else None, padded)
+        traced = patches.Traced(kernels.attention(settings.capability, settings.fused_qkv) if on_cuda else None, padded)
         when: tuple[patches.When, ...] = ("tracing", "tracing for CUDA") if on_cuda else ("tracing",)
         try:
             with self._fake, patches.without_trainer(), patches.applied(*when, to=traced), recorder:
@@ -241,7 +241,7 @@ class StepTracer:
         text = self.model.config.get_text_config()
         softcap = getattr(text, "final_logit_softcapping", None)
         scored = ChunkedLogProbFunction.apply(
-            hidden[rows, columns], head.weight, head.bias, labels[:, 1:][rows, columns], 1.0, cuda.HEAD_TILE_VOCABULARY, softcap, 1.0,
+            hidden[rows, columns], head.weight, head.bias, labels[:, 1:][rows, columns], 1.0, kernels.HEAD_TILE_VOCABULARY, softcap, 1.0,
             ("log_probs", "entropy", "is_top1"),
         )  # fmt: skip
         del hidden, rows, columns
@@ -367,7 +367,7 @@ class _Recorder:
             number = self._next
             self._next += 1
 
-            tiled = out.dim() == 2 and out.shape[1] == cuda.HEAD_TILE_VOCABULARY
+            tiled = out.dim() == 2 and out.shape[1] == kernels.HEAD_TILE_VOCABULARY
 
             def released(_: Any) -> None:
                 del self._live[address]
