@@ -17,7 +17,17 @@ from ftkit import gguf as gguf_files
 from ftkit import train as training
 from ftkit.data import Example, Message, Row, TokenCounts
 from ftkit.device import Device
-from ftkit.errors import DoesNotFitError, ModelError, NameTakenError, ProofError, RecipeError, RunError, ToolMissingError
+from ftkit.errors import (
+    DoesNotFitError,
+    FtkitError,
+    ModelError,
+    NameTakenError,
+    ProofError,
+    RecipeError,
+    RunError,
+    ToolMissingError,
+    first_line,
+)
 from ftkit.memory import inventory, measured
 from ftkit.memory.later import ASK, OLLAMAS_MODELS, RUN_FOLDER, TRAIN
 from ftkit.memory.plan import MARGIN, MemoryPlan, make_plan
@@ -164,7 +174,7 @@ def open_project(
     path = path / "recipe.yaml" if path.is_dir() else path
     recipe = load_recipe(path, overrides)
     folder = path.parent.resolve()
-    return Project(recipe, folder, Run(run_dir or folder / "runs" / path.stem), gpu=gpu, reporter=reporter)
+    return Project(recipe, folder, Run(run_dir or folder / "runs" / path.stem, reporter), gpu=gpu, reporter=reporter)
 
 
 def open_without_recipe(overrides: Sequence[tuple[str, Any]], *, gpu: str | None = None, reporter: Reporter = SILENT) -> Project:
@@ -309,16 +319,26 @@ def train(project: Project) -> Step:
             data.cut(project.tokenised(rows.validation, tokenizer), max_length),
             folder, project.reporter,
         )  # fmt: skip
-        real = device.choose()
-        if planned.memory.device.name == real.name:
-            measured.remember_speed(real, recipe.training.method, recipe.model, result.tokens_per_second)
         peak = fit.peak
         return {
             **result.record(), "planned_allocated_bytes": peak.allocated_bytes, "planned_reserved_bytes": peak.reserved_bytes,
             "planned_device_bytes": peak.device_bytes, "planned_for": planned.memory.device.name,
         }  # fmt: skip
 
-    return project.run.ensure("train", project.training_inputs, make, resumable=True, keep=True)
+    step = project.run.ensure("train", project.training_inputs, make, resumable=True, keep=True)
+    if step.fresh and step.result["tokens_per_second"]:
+        _remember_speed(project, planned, step.result["tokens_per_second"])
+    return step
+
+
+def _remember_speed(project: Project, planned: Plan, tokens_per_second: float) -> None:
+    """Keep a training's speed for the next plan, if it ran on the device that it was planned for. Training does not fail by this."""
+    try:
+        real = device.choose()
+        if planned.memory.device.name == real.name:
+            measured.remember_speed(real, project.recipe.training.method, project.recipe.model, tokens_per_second)
+    except (OSError, FtkitError) as error:
+        project.reporter.warn(f"the speed of this training is not kept for the next plan: {first_line(error)}")
 
 
 def refuse_probe(project: Project) -> None:

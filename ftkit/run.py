@@ -1,4 +1,4 @@
-"""The run directory: finished steps under their fingerprints, a manifest, and nothing half-made under a final name."""
+"""The run directory: finished steps under their fingerprints, an index of them, and nothing half-made under a final name."""
 
 from __future__ import annotations
 
@@ -9,16 +9,29 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ftkit.errors import RunError
+from ftkit.errors import FtkitError, RunError
+from ftkit.progress import SILENT, Reporter
 
 MANIFEST = "manifest.json"
+RECORD = "step.json"  # what a finished step says of itself, in its own folder
+CHECKPOINTS = "checkpoints"  # in the folder of a resumable step: what it goes on from, `checkpoint-N` after N of its own steps
+FINISHED = re.compile(r"([a-z]+)-([0-9a-f]{16})")
+BEGUN = re.compile(r"\.([a-z]+)-([0-9a-f]{16})\.partial")
+# beside the steps: what was written when ftkit was killed, and answers that failed a proof
+LEFT_BEHIND = re.compile(r"\.probe-[a-z0-9_]{8}|\.(manifest|failed-proof)\.json\.\d+\.partial")
+FAILED = re.compile(r"failed-proof\.json")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+Entry = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,17 @@ class Step:
     fresh: bool  # made just now, not found finished
 
 
+@dataclass(frozen=True)
+class Held:
+    """A folder or file of ftkit's own in a run."""
+
+    path: Path
+    what: str  # for a person
+    last_step: int | None  # of what is begun: that of its last checkpoint
+    size_bytes: int
+    needed: bool  # by the steps that are up to date or begun; what is not, can go
+
+
 def fingerprint(*parts: object) -> str:
     """A hash of JSON-able parts; equal inputs give equal names."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
@@ -45,7 +69,7 @@ def file_fingerprint(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` as a whole: a reader sees the old or the new content, never a part."""
+    """Replace `path` as a whole: a reader sees the old or the new content, never a part, also after the power failed."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -53,20 +77,69 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk. Windows cannot be asked to, and does not need to be."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_files(folder: Path) -> None:
+    """Have all files below a folder on the disk."""
+    mode, needed = ("rb+", os.W_OK) if os.name == "nt" else ("rb", os.R_OK)  # Windows syncs only what may be written
+    for place, _, files in os.walk(folder):
+        for name in files:
+            path = Path(place, name)
+            if path.is_file() and os.access(path, needed):
+                with open(path, mode) as file:
+                    os.fsync(file.fileno())
+        sync_folder(Path(place))
+
+
+def size_bytes(path: Path) -> int:
+    """Of a file, or of all files below a folder; links count as themselves."""
+    if not path.is_dir():
+        return path.lstat().st_size
+    return sum(Path(place, name).lstat().st_size for place, _, files in os.walk(path) for name in files)
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """Why the disk took no more, where this error comes from that; the writers of torch and safetensors have errors of their own."""
+    seen: BaseException | None = error
+    while seen:
+        if isinstance(seen, OSError) and seen.errno in DISK_ERRORS:
+            return os.strerror(seen.errno)
+        if found := re.search(r"\(os error (\d+)\)", str(seen)):  # safetensors
+            if int(found[1]) in DISK_ERRORS:
+                return os.strerror(int(found[1]))
+        elif re.search(r"PytorchStreamWriter failed writing|inline_container.*unexpected pos", str(seen)):  # torch
+            return "torch could not write a whole file"
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 class Run:
     """A directory in which each step is made once.
 
-    `ensure` names a step by the fingerprint of its inputs, makes it in `.NAME-FINGERPRINT.partial/`, renames that to
-    `NAME-FINGERPRINT/` and then records it: a step counts as finished only with both.
+    `ensure` names a step by the fingerprint of its inputs, makes it in `.NAME-FINGERPRINT.partial/`, writes its record into
+    that folder and renames it to `NAME-FINGERPRINT/`. The rename alone finishes a step. The manifest is an index: which step
+    is the last of its name, which was begun, and what Ollama has. What is missing in it is taken from the folders.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.lock = FileLock(folder / ".lock", timeout=0)
+    def __init__(self, folder: Path, reporter: Reporter = SILENT) -> None:
+        self.folder = folder.absolute()  # it is kept in the trainer's files
+        self.reporter = reporter
+        self.lock = FileLock(self.folder / ".lock", timeout=0)
+        self._told: set[str] = set()
 
     def open(self) -> Run:
         """Create the directory where it is missing. Raises RunError where it cannot be written."""
@@ -77,6 +150,10 @@ class Run:
             raise RunError(f"Another ftkit works in {self.folder}.", "wait for it, or choose another --run-dir") from None
         except OSError as error:
             raise RunError(f"Cannot write to {self.folder}: {error.strerror or error}.", "choose another folder with --run-dir") from None
+        for partial, name, mark in list(self._folders(BEGUN)):
+            final = self.folder / f"{name}-{mark}"
+            if _record(partial, name, mark) and not final.exists():  # all of it was there when ftkit was stopped
+                partial.rename(final)
         return self
 
     def close(self) -> None:
@@ -89,24 +166,46 @@ class Run:
         self.close()
 
     def manifest(self) -> dict[str, Any]:
-        """What was recorded; empty for a new run. Raises RunError where it is unreadable."""
+        """The index; empty for a new run. What it lacks is taken from the folders, and said. Raises RunError where it cannot be read."""
         path = self.folder / MANIFEST
-        if not path.exists():
-            return {"steps": {}}
+        index: dict[str, Any] = {"steps": {}}
+        damaged = False
         try:
-            loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            for entry in loaded["steps"].values():
-                entry["fingerprint"], entry["result"], entry["seconds"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise RunError(
-                f"{path} is damaged.", f"delete it: finished steps are made again, your data is untouched (rm '{path}')"
-            ) from None
-        return loaded
+            index = json.loads(path.read_text(encoding="utf-8"))
+            damaged = not _is_index(index)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise RunError(f"Cannot read {path}: {error.strerror or error}.", "choose another folder with --run-dir") from None
+        except (ValueError, RecursionError):
+            damaged = True
+        if damaged:
+            index = {"steps": {}}
+        steps, kept = index["steps"], index.get("kept", {})
+        found = []
+        for folder, name, mark in self._folders(FINISHED):
+            listed = mark in kept.get(name, {}) or steps.get(name, {}).get("fingerprint") == mark
+            record = None if listed else _record(folder, name, mark)
+            if record:
+                found.append(record)
+        for record in sorted(found, key=_finished_at):
+            last = steps.get(record["name"])
+            if last and _finished_at(last) > _finished_at(record):
+                kept.setdefault(record["name"], {})[record["fingerprint"]] = record
+            else:
+                _put_last(steps, kept, record, keep=True)
+        if damaged:
+            self._tell(f"{path} is damaged: the steps' own records are read instead; what Ollama has of this run is not known any more")
+        elif found:
+            names = ", ".join(f"{record['name']}-{record['fingerprint']}" for record in found)
+            self._tell(f"{path} does not name all finished steps: {names} taken from the folders")
+        return {**index, "steps": steps, **({"kept": kept} if kept else {})}
 
     def record(self, **entries: Any) -> None:
-        """Merge entries into the manifest."""
-        manifest = self.manifest()
-        manifest.update(entries)
+        """Merge entries into the index."""
+        self._write({**self.manifest(), **entries})
+
+    def _write(self, manifest: dict[str, Any]) -> None:
         write_atomically(self.folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
 
     def finished(self, name: str, mark: str | None = None) -> Step | None:
@@ -135,66 +234,197 @@ class Run:
         """The finished step `name` for these inputs, made by `make(folder)` if it is not there.
 
         A partial folder that a killed run left is thrown away, unless the step is `resumable`: then `make` finds it
-        as it was. Folders of the same step with other inputs are removed once the new one is recorded, unless `keep` says
+        as it was, and its CHECKPOINTS stay until nothing is left that can fail. Folders of the same step with other inputs are removed once the new one is recorded, unless `keep` says
         that they took too long to make: then they stay, and are found again. `after` are the steps that it follows from.
         Raises RunError where the disk is full or cannot be written.
         """
         mark = fingerprint(name, inputs)
-        found, entry = self.finished(name, mark), self._entry(name, mark)
-        if found and entry:
-            self._make_last(name, entry, keep=keep)
-            return found
         final = self.folder / f"{name}-{mark}"
+        step = self.finished(name, mark)
+        if not step:
+            step = self._make(name, mark, final, make, after, resumable=resumable)
+        entry = self._entry(name, mark)
+        assert entry
+        self._make_last(entry, keep=keep)
+        if resumable:
+            shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
+        for pattern in () if keep else (FINISHED, BEGUN):
+            for other, of, _ in list(self._folders(pattern)):
+                if of == name and other != final:
+                    discard(other)
+        return step
+
+    def holds(self, names: Sequence[str]) -> list[Held]:
+        """What lies here of the steps of these names, and beside them. What has no name of ftkit's own is left out.
+
+        Of what is begun, the last of its name is needed, unless the step was finished since.
+        """
+        found = []
+        manifest = self.manifest()
+        begun = manifest.get("begun", {})
+        for folder, name, mark in self._folders(FINISHED):
+            if name in names:
+                step, last = self.finished(name, mark), self.finished(name)
+                needed = bool(step and last and last.fingerprint == mark)
+                if needed:
+                    what = "finished"
+                elif not step:
+                    what = "not finished, and not to be gone on with"
+                else:
+                    what = "out of date" if manifest["steps"][name]["fingerprint"] == mark else "finished, with other settings"
+                found.append(Held(folder, what, None, size_bytes(folder), needed))
+        for folder, name, mark in self._folders(BEGUN):
+            if name in names:
+                others = [other for other, of, _ in self._folders(BEGUN) if of == name]
+                newest = max(others, key=lambda other: other.stat().st_mtime)
+                needed = begun[name] == mark if name in begun else name not in manifest["steps"] and folder == newest
+                steps = [int(path.name[11:]) for path in (folder / CHECKPOINTS).glob("checkpoint-*") if path.name[11:].isdecimal()]
+                what = "begun" if needed else "begun, with other settings"
+                found.append(Held(folder, what, max(steps, default=None), size_bytes(folder), needed))
+        proven = self.finished("prove")
+        for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+            if LEFT_BEHIND.fullmatch(path.name):
+                found.append(Held(path, "left behind by a killed ftkit", None, size_bytes(path), needed=False))
+            elif FAILED.fullmatch(path.name):
+                found.append(Held(path, "failed proof", None, size_bytes(path), needed=not proven))
+        return found
+
+    def remove(self, held: Held) -> None:
+        """Remove one of `holds`, and its entry in the index. Raises RunError where the disk refuses."""
+        try:
+            if match := FINISHED.fullmatch(held.path.name) or BEGUN.fullmatch(held.path.name):
+                name, mark = match[1], match[2]
+                manifest = self.manifest()
+                manifest.get("kept", {}).get(name, {}).pop(mark, None)
+                if manifest["steps"].get(name, {}).get("fingerprint") == mark:
+                    del manifest["steps"][name]
+                self._write(manifest)
+            if held.path.is_dir():
+                discard(held.path)
+            else:
+                held.path.unlink()
+        except OSError as error:
+            raise RunError(f"Cannot remove {held.path}: {error.strerror or error}.") from None
+
+    def _make(
+        self, name: str, mark: str, final: Path, make: Callable[[Path], dict[str, Any]], after: Sequence[Step], *, resumable: bool
+    ) -> Step:
         partial = self.folder / f".{name}-{mark}.partial"
         if partial.exists() and not resumable:
             shutil.rmtree(partial)
-        if final.exists():  # renamed, but killed before it was recorded: never trusted
+        if final.exists():  # without a record: never trusted
             shutil.rmtree(final)
-        partial.mkdir(exist_ok=True)
         started = time.monotonic()
         try:
+            partial.mkdir(exist_ok=True)
+            self.record(begun={**self.manifest().get("begun", {}), name: mark})
             result = make(partial)
+            step = Step(name, mark, final, result, time.monotonic() - started, fresh=True)
+            record = {
+                "name": name,
+                "fingerprint": mark,
+                "seconds": round(step.seconds, 3),
+                "finished_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "after": {before.name: before.fingerprint for before in after},
+                "result": result,
+            }
+            sync_files(partial)
+            write_atomically(partial / RECORD, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
         except BaseException as error:
             if not resumable:
-                shutil.rmtree(partial)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                partial.rmdir()  # nothing was made
+            fault = None if isinstance(error, FtkitError) else disk_fault(error)
+            if fault:
                 raise RunError(
-                    f"`{name}` cannot write to {self.folder}: {error.strerror}.", "free some space, or put the run elsewhere with --run-dir"
-                ) from None
+                    f"`{name}` cannot write to {self.folder}: {fault}.", "free some space, or put the run elsewhere with --run-dir"
+                ) from error
             raise
         partial.rename(final)
-        step = Step(name, mark, final, result, time.monotonic() - started, fresh=True)
-        entry = {
-            "fingerprint": mark,
-            "seconds": round(step.seconds, 3),
-            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "after": {before.name: before.fingerprint for before in after},
-            "result": result,
-        }
-        self._make_last(name, entry, keep=keep)
-        for other in self.folder.iterdir() if not keep else ():
-            if re.fullmatch(rf"{name}-[0-9a-f]{{16}}|\.{name}-[0-9a-f]{{16}}\.partial", other.name) and other != final and other.is_dir():
-                shutil.rmtree(other)
+        sync_folder(self.folder)
         return step
 
-    def _entry(self, name: str, mark: str | None) -> dict[str, Any] | None:
-        """What the manifest says of a step: of the last, or of the one with this fingerprint."""
+    def _entry(self, name: str, mark: str | None) -> Entry | None:
+        """What is recorded of a step: of the last, or of the one with this fingerprint."""
         manifest = self.manifest()
-        last: dict[str, Any] | None = manifest["steps"].get(name)
+        last: Entry | None = manifest["steps"].get(name)
         if mark and (not last or last["fingerprint"] != mark):
-            kept: dict[str, Any] | None = manifest.get("kept", {}).get(name, {}).get(mark)
-            return kept
-        return last
+            last = manifest.get("kept", {}).get(name, {}).get(mark)
+        if not last:
+            return None
+        return _record(self.folder / f"{name}-{last['fingerprint']}", name, last["fingerprint"]) or {**last, "name": name}
 
-    def _make_last(self, name: str, entry: dict[str, Any], *, keep: bool) -> None:
-        """Record this as the last step of its name; an earlier one that is kept stays on record."""
+    def _make_last(self, entry: Entry, *, keep: bool) -> None:
+        """Have the index name this as the last step of its name; an earlier one that is kept stays in it."""
         manifest = self.manifest()
-        steps, kept = manifest["steps"], manifest.get("kept", {})
-        before = steps.get(name)
-        if before == entry:
-            return
-        if keep and before and before["fingerprint"] != entry["fingerprint"]:
-            kept.setdefault(name, {})[before["fingerprint"]] = before
-        kept.get(name, {}).pop(entry["fingerprint"], None)
-        steps[name] = entry
-        self.record(steps=steps, **({"kept": kept} if kept else {}))
+        before = json.dumps(manifest)
+        _put_last(manifest["steps"], manifest.setdefault("kept", {}), entry, keep=keep)
+        manifest.get("begun", {}).pop(entry["name"], None)
+        for group in ("kept", "begun"):
+            if not manifest.get(group, True):
+                del manifest[group]
+        if json.dumps(manifest) != before or not (self.folder / MANIFEST).exists():
+            self._write(manifest)
+
+    def _folders(self, pattern: re.Pattern[str]) -> Iterator[tuple[Path, str, str]]:
+        """Folders of steps, each with the step's name and fingerprint."""
+        for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+            if (match := pattern.fullmatch(folder.name)) and folder.is_dir():
+                yield folder, match[1], match[2]
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self.reporter.note(text)
+
+
+def discard(folder: Path) -> None:
+    """Remove a step's folder. Its record goes first: what is left of it, should ftkit be killed, is no finished step."""
+    (folder / RECORD).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _record(folder: Path, name: str, mark: str) -> Entry | None:
+    """What a finished step's folder says of itself. None where it says nothing, or is another's: runs of ftkit before 0.2 did not."""
+    try:
+        record: Entry = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return record if _is_entry(record) and (record["name"], record["fingerprint"]) == (name, mark) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("fingerprint"), str)
+        and isinstance(entry.get("result"), dict)
+        and isinstance(entry.get("seconds"), (int, float))
+        and isinstance(entry.get("after", {}), dict)
+    )
+
+
+def _is_index(index: Any) -> bool:
+    if not isinstance(index, dict) or not all(isinstance(index.get(key, {}), dict) for key in ("kept", "begun", "ollama")):
+        return False
+    groups = [index.get("steps"), *index.get("kept", {}).values()]
+    return all(isinstance(group, dict) and all(_is_entry(entry) for entry in group.values()) for group in groups)
+
+
+def _finished_at(entry: Entry) -> datetime:
+    try:
+        return datetime.fromisoformat(entry["finished_at"]).astimezone(UTC)
+    except (KeyError, ValueError, TypeError, OverflowError):
+        return datetime.min.replace(tzinfo=UTC)
+
+
+def _put_last(steps: dict[str, Entry], kept: dict[str, dict[str, Entry]], entry: Entry, *, keep: bool) -> None:
+    """Make this the last step of its name; the one that was, stays in `kept` if it is to be found again."""
+    name, mark = entry["name"], entry["fingerprint"]
+    before = steps.get(name)
+    if keep and before and before["fingerprint"] != mark:
+        kept.setdefault(name, {})[before["fingerprint"]] = before
+    kept.get(name, {}).pop(mark, None)
+    if name in kept and not kept[name]:
+        del kept[name]
+    steps[name] = entry

@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 
 from ftkit import hf, llamacpp, parity, source, tools
 from ftkit.data import token_ids
-from ftkit.run import Run
+from ftkit.run import RECORD, Run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -124,6 +124,6 @@ def test_a_wheel_in_an_empty_folder(demo_run: Path, tmp_path: Path) -> None:
     run_ftkit("init", cwd=folder, environment=environment)
     done = run_ftkit("build", *SHORT, "--set", "data.validation_share=0.01", cwd=folder, environment=environment)
     files = {path.name for path in (folder / "runs" / "recipe").glob("gguf-*/*")}
-    assert files == {"c-reviewer-F16.gguf", "c-reviewer-Q8_0.gguf", "Modelfile"}
+    assert files == {"c-reviewer-F16.gguf", "c-reviewer-Q8_0.gguf", "Modelfile", RECORD}
     assert "Q4_K_M was not made" in done.stdout
     assert "ftkit setup llama.cpp" in done.stdout

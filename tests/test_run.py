@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 
 from ftkit.errors import RunError
-from ftkit.run import MANIFEST, Run, file_fingerprint, fingerprint, write_atomically
+from ftkit.progress import SilentReporter
+from ftkit.run import MANIFEST, RECORD, Run, Step, disk_fault, file_fingerprint, fingerprint, write_atomically
 
 Make = Callable[[Path], dict[str, Any]]
 
@@ -116,8 +118,7 @@ def test_a_full_disk_is_told_with_the_step(tmp_path: Path) -> None:
 def test_a_step_whose_folder_was_deleted_is_made_again(tmp_path: Path) -> None:
     with Run(tmp_path) as run:
         step = run.ensure("plan", 1, writes("x"))
-        (step.folder / "file").unlink()
-        step.folder.rmdir()
+        shutil.rmtree(step.folder)
         assert run.finished("plan") is None
         assert run.ensure("plan", 1, writes("y")).fresh
         again = run.finished("plan")
@@ -131,7 +132,7 @@ def test_a_folder_that_was_never_recorded_is_not_trusted(tmp_path: Path) -> None
     (final / "stray").touch()
     with Run(tmp_path) as run:
         assert run.ensure("plan", 1, writes("x")).fresh
-    assert [path.name for path in final.iterdir()] == ["file"]
+    assert sorted(path.name for path in final.iterdir()) == ["file", RECORD]
 
 
 def kill_in_step(folder: Path) -> None:
@@ -215,16 +216,184 @@ def test_record_keeps_the_rest(tmp_path: Path) -> None:
     assert list(manifest["steps"]) == ["plan"]
 
 
+class Notes(SilentReporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def two_trainings(folder: Path) -> tuple[Step, Step, Step]:
+    """A run with an earlier training, the last one and what was merged of it."""
+    with Run(folder) as run:
+        earlier = run.ensure("train", 1, writes("1"), keep=True)
+        last = run.ensure("train", 2, writes("2"), keep=True)
+        merged = run.ensure("merge", [last.fingerprint], writes("merged"), after=[last])
+    return earlier, last, merged
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", "{}", '{"steps": []}', '{"steps": {"plan": 3}}', '{"steps": {"plan": {"fingerprint": "a"}}}'],
-)
-def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / "plan-a").mkdir()
-    (tmp_path / MANIFEST).write_text(text, encoding="utf-8")
-    with pytest.raises(RunError, match="is damaged") as caught:
+    [None, "", "{", "[]", "null", "{}", '{"steps": []}', '{"steps": {"plan": 3}}', '{"steps": {"plan": {"fingerprint": "a"}}}',
+     '{"steps": {}, "kept": []}', '{"steps": {}}', "[" * 100_000],
+)  # fmt: skip
+def test_a_missing_or_damaged_manifest_is_made_again_from_the_folders(tmp_path: Path, text: str | None) -> None:
+    earlier, last, merged = two_trainings(tmp_path)
+    wanted = json.loads((tmp_path / MANIFEST).read_text(encoding="utf-8"))
+    (tmp_path / MANIFEST).unlink()
+    if text is not None:
+        (tmp_path / MANIFEST).write_text(text, encoding="utf-8")
+    notes = Notes()
+    run = Run(tmp_path, notes)
+    for name, step in (("train", last), ("merge", merged)):
+        found = run.finished(name)
+        assert found
+        assert (found.fingerprint, found.result) == (step.fingerprint, step.result)
+    assert run.finished("train", earlier.fingerprint)
+    assert len(notes.said) == 1
+    assert str(tmp_path / MANIFEST) in notes.said[0]
+    with run:
+        assert not run.ensure("train", 2, never, keep=True).fresh
+        assert not run.ensure("train", 1, never, keep=True).fresh
+        run.ensure("train", 2, never, keep=True)
+    assert json.loads((tmp_path / MANIFEST).read_text(encoding="utf-8")) == wanted
+
+
+def test_a_manifest_that_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).mkdir()
+    with pytest.raises(RunError, match="Cannot read") as refused:
         Run(tmp_path).finished("plan")
-    assert str(tmp_path / MANIFEST) in caught.value.message
+    assert "--run-dir" in str(refused.value.hint)
+
+
+def test_steps_of_an_older_ftkit_count_by_the_manifest_alone(tmp_path: Path) -> None:
+    steps = two_trainings(tmp_path)
+    for step in steps:
+        (step.folder / RECORD).unlink()
+    manifest = json.loads((tmp_path / MANIFEST).read_text(encoding="utf-8"))
+    for entry in (manifest["steps"]["train"], manifest["steps"]["merge"], *manifest["kept"]["train"].values()):
+        del entry["name"]
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    assert Run(tmp_path).finished("merge")
+    with Run(tmp_path) as run:
+        assert [run.ensure("train", n, never, keep=True).result for n in (2, 1)] == [{"text": "2"}, {"text": "1"}]
+        assert run.finished("merge") is None
+        assert not run.ensure("train", 2, never, keep=True).fresh
+        assert run.finished("merge")
+
+
+def test_a_record_of_another_step_is_not_trusted(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        step = run.ensure("plan", 1, writes("x"))
+    (tmp_path / MANIFEST).unlink()
+    step.folder.rename(tmp_path / "plan-0123456789abcdef")
+    assert Run(tmp_path).finished("plan") is None
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from ftkit import run as room
+point, folder = sys.argv[1:]
+def die(*_, **__): os.kill(os.getpid(), 9)
+def make(partial):
+    (partial / "checkpoints").mkdir()
+    (partial / "weights").write_bytes(b"learnt")
+    if point == "before the record": room.write_atomically = die
+    return {"steps": 4}
+if point == "before the rename":
+    write = room.write_atomically
+    room.write_atomically = lambda path, content: (write(path, content), path.name == room.RECORD and die())
+if point == "after the rename": room.Run._make_last = die
+if point == "in the index": room._put_last = die
+if point == "before the checkpoints go": room.shutil.rmtree = die
+room.Run(Path(folder)).open().ensure("train", 1, make, resumable=True, keep=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.parametrize(
+    "point", ["before the record", "before the rename", "after the rename", "in the index", "before the checkpoints go"]
+)
+def test_a_step_that_was_made_is_not_lost_wherever_ftkit_is_killed(tmp_path: Path, point: str) -> None:
+    """Checkpoints stay until the step counts as finished; from then on nothing is made again."""
+    assert subprocess.run([sys.executable, "-c", KILLED, point, tmp_path]).returncode == -9
+    assert list(tmp_path.rglob("checkpoints"))
+
+    def make(folder: Path) -> dict[str, Any]:
+        assert point == "before the record"
+        assert (folder / "checkpoints").is_dir()
+        return {"steps": 4}
+
+    with Run(tmp_path) as run:
+        step = run.ensure("train", 1, make, resumable=True, keep=True)
+    assert step.fresh == (point == "before the record")
+    assert step.result == {"steps": 4}
+    assert (step.folder / "weights").read_bytes() == b"learnt"
+    assert names(tmp_path) == [step.folder.name]
+    assert not list(tmp_path.rglob("checkpoints"))
+    assert Run(tmp_path).finished("train") == replace(step, fresh=False, seconds=round(step.seconds, 3))
+
+
+def test_a_step_half_removed_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Run(tmp_path) as run:
+        old = run.ensure("plan", 1, writes("x"))
+        monkeypatch.setattr(shutil, "rmtree", lambda folder: (folder / "file").unlink())  # killed in the middle of it
+        run.ensure("plan", 2, writes("y"))
+    assert old.folder.exists()
+    (tmp_path / MANIFEST).unlink()
+    assert Run(tmp_path).finished("plan", old.fingerprint) is None
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from ftkit.errors import RunError
+from ftkit.run import Run
+def make(partial):
+    import torch
+    (partial / "earlier").write_bytes(b"kept")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    value = torch.zeros(1_000_000)
+    if sys.argv[2] == "torch":
+        torch.save({"a": value}, partial / "file")
+    else:
+        from safetensors.torch import save_file
+        save_file({"a": value}, partial / "file")
+try:
+    Run(Path(sys.argv[1])).open().ensure("train", 1, make, resumable=True)
+except RunError as error:
+    print(error.message, error.hint)
+"""
+
+
+@pytest.mark.torch
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+@pytest.mark.parametrize("writer", ["torch", "safetensors"])
+def test_a_disk_that_is_full_for_torch_and_safetensors(tmp_path: Path, writer: str) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL, tmp_path, writer], check=True, capture_output=True, encoding="utf-8")
+    assert f"`train` cannot write to {tmp_path}" in done.stdout
+    assert "--run-dir" in done.stdout
+    assert (next(tmp_path.glob(".train-*.partial")) / "earlier").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "x"), True),
+        (OSError(errno.EACCES, "x"), False),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), True),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), True),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (RuntimeError("I/O error: No such file or directory (os error 2)"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_which_errors_come_from_the_disk(error: Exception, full: bool) -> None:
+    assert bool(disk_fault(error)) == full
 
 
 def test_fingerprints_tell_inputs_apart() -> None:
