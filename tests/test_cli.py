@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -22,7 +23,7 @@ from click.testing import Result
 from ftkit import __version__, source
 from ftkit import cli as cli_package
 from ftkit.cli import COMMANDS
-from ftkit.errors import InterruptedRunError
+from ftkit.errors import InterruptedRunError, RunError
 from ftkit.recipe import load_recipe
 from ftkit.run import Run
 
@@ -231,3 +232,111 @@ def test_status_tells_what_is_done_and_what_comes_next(ftkit: Ftkit, tmp_path: P
         "folder": str(step.folder),
     }
     assert steps["merge"] == {"finished": False, "begun": True, "seconds": None, "folder": None}
+
+
+@pytest.fixture
+def full_run(tmp_path: Path) -> Path:
+    """A run with an earlier training, two that were begun, a proof that failed, leftovers of kills, and the user's own files."""
+
+    def fail(folder: Path) -> dict[str, Any]:
+        (folder / "checkpoints" / "checkpoint-40").mkdir(parents=True)
+        (folder / "checkpoints" / "checkpoint-8").mkdir()
+        (folder / "checkpoints" / "checkpoint-40" / "weights").write_bytes(bytes(2000))
+        raise RunError("killed")
+
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / "weights").write_bytes(bytes(1000))
+        return {}
+
+    with Run(tmp_path / "run") as run:
+        run.ensure("plan", 1, make)
+        for number in (1, 2):
+            with pytest.raises(RunError):
+                run.ensure("train", f"begun {number}", fail, resumable=True, keep=True)
+        for number in (1, 2):
+            trained = run.ensure("train", number, make, resumable=True, keep=True)
+        run.ensure("merge", 1, make, after=[trained])
+        with pytest.raises(RunError):
+            run.ensure("train", "begun last", fail, resumable=True, keep=True)
+    for name in ("failed-proof.json", "notes.txt", ".manifest.json.123.partial"):
+        (run.folder / name).write_bytes(bytes(10))
+    for name in (".probe-abcd1234", "train-notes", "other-0123456789abcdef", ".mine.partial"):
+        (run.folder / name).mkdir()
+    return run.folder
+
+
+NOT_NEEDED = [".manifest.json.123.partial", ".probe-abcd1234", *[".train-…, step 40"] * 2, "train-…"]
+
+
+def short(entry: dict[str, Any]) -> str:
+    """An entry of what a run holds, without its fingerprint."""
+    name = re.sub(r"-[0-9a-f]{16}(\.partial)?$", "-…", Path(entry["path"]).name)
+    return name + (f", step {entry['last_step']}" if entry["last_step"] else "")
+
+
+def test_status_shows_what_a_run_holds_and_what_can_go(ftkit: Ftkit, full_run: Path) -> None:
+    held = json.loads(ftkit("status", full_run, "--json").stdout)["held"]
+    assert sorted(short(entry) for entry in held if not entry["needed"]) == NOT_NEEDED
+    needed = sorted(short(entry) for entry in held if entry["needed"])
+    assert needed == [".train-…, step 40", "failed-proof.json", "merge-…", "plan-…", "train-…"]
+    assert {entry["size_bytes"] for entry in held if short(entry) == ".train-…, step 40"} == {2000}
+    shown = ftkit("status", full_run).stdout
+    assert shown.count("can go") == len(NOT_NEEDED)
+    assert shown.count("begun, with other settings; its last checkpoint is of step 40") == 2
+    assert f"ftkit clean {full_run}" in shown
+
+
+def test_clean_removes_what_is_not_needed_and_nothing_else(ftkit: Ftkit, full_run: Path) -> None:
+    before = files(full_run)
+    wanted = [Path(e["path"]).name for e in json.loads(ftkit("status", full_run, "--json").stdout)["held"] if not e["needed"]]
+    dry = ftkit("clean", full_run, "--dry-run")
+    assert dry.exit_code == 0
+    assert "Would free" in dry.stdout
+    refused = ftkit("clean", full_run, stdin="y\n")  # no terminal: nobody was asked
+    assert refused.exit_code == 2
+    assert "--yes" in refused.stderr
+    assert files(full_run) == before
+    done = json.loads(ftkit("clean", full_run, "--yes", "--json").stdout)
+    assert (done["removed"], sorted(map(short, done["entries"]))) == (True, NOT_NEEDED)
+    assert set(before) - set(files(full_run)) == set(wanted)
+    assert ftkit("clean", full_run, "--yes").stdout == f"{full_run} holds nothing that can go.\n"
+    run = Run(full_run)
+    assert all(run.finished(name) for name in ("plan", "train", "merge"))
+    assert "kept" not in run.manifest() or not run.manifest()["kept"].get("train")
+
+
+def test_clean_removes_only_what_is_named(ftkit: Ftkit, full_run: Path) -> None:
+    held = json.loads(ftkit("status", full_run, "--json").stdout)["held"]
+    earlier = next(Path(e["path"]) for e in held if short(e) == "train-…" and not e["needed"])
+    last = next(Path(e["path"]) for e in held if short(e) == "train-…" and e["needed"])
+    for name, said in ((last.name, "is needed"), ("notes.txt", "nothing that can go"), ("../run", "nothing that can go")):
+        refused = ftkit("clean", full_run, earlier.name, name, "--yes")
+        assert (refused.exit_code, said in refused.stderr) == (2, True)
+    before = files(full_run)
+    assert ftkit("clean", full_run, earlier.name, "--yes").exit_code == 0
+    assert set(before) - set(files(full_run)) == {earlier.name}
+
+
+def test_clean_of_what_is_no_run_makes_none(ftkit: Ftkit, tmp_path: Path) -> None:
+    refused = ftkit("clean", tmp_path / "zzz", "--yes")
+    assert (refused.exit_code, "is no run directory" in refused.stderr) == (1, True)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("n\n", 2)])
+def test_clean_asks(full_run: Path, answer: str, code: int) -> None:
+    import pty
+
+    before = files(full_run)
+    ours, theirs = pty.openpty()
+    os.write(ours, answer.encode())
+    with subprocess.Popen(
+        [sys.executable, "-m", "ftkit", "clean", full_run], stdin=theirs, stderr=subprocess.PIPE, encoding="utf-8"
+    ) as process:
+        _, said = process.communicate(timeout=20)
+    os.close(ours)
+    os.close(theirs)
+    assert process.returncode == code
+    assert "Remove these" in said
+    assert (files(full_run) == before) == (code == 2)

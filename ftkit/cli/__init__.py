@@ -21,7 +21,8 @@ COMMANDS = {
     "ship": "Merge, convert, quantise, prove, and register in Ollama.",
     "build": "plan, train and ship in one go.",
     "chat": "Ask the model that a run shipped.",
-    "status": "Show which steps of a run are done.",
+    "status": "Show which steps of a run are done, and what it holds.",
+    "clean": "Remove what a run does not need any more.",
     "env": "Show versions, GPU and tools, and what is missing.",
     "setup": "Bring llama.cpp's programs, its converter or a small model.",
 }

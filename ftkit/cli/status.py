@@ -1,12 +1,17 @@
-"""`ftkit status`: which steps of a run are done."""
+"""`ftkit status`: which steps of a run are done, what it holds on disk, and what of that can go."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ftkit.cli.common import json_option
+
+if TYPE_CHECKING:
+    from ftkit.run import Held, Run
 
 STEPS = {"plan": "ftkit plan", "train": "ftkit train", "merge": "ftkit ship", "gguf": "ftkit ship", "prove": "ftkit ship"}
 
@@ -15,25 +20,22 @@ STEPS = {"plan": "ftkit plan", "train": "ftkit train", "merge": "ftkit ship", "g
 @click.argument("run", type=click.Path(path_type=Path, file_okay=False))
 @json_option
 def command(run: Path, as_json: bool) -> None:
-    """Show the steps of RUN: finished, begun or still to do, and the command that does the next one."""
+    """Show the steps of RUN: finished, begun or still to do, the command that does the next one, and what lies on the disk."""
     from ftkit.cli.console import print_json, print_table, say
-    from ftkit.errors import RunError
-    from ftkit.run import MANIFEST, Run
-    from ftkit.units import seconds_text
+    from ftkit.units import bytes_text, seconds_text
 
-    if not (run / MANIFEST).exists() and not any(run.glob(".*.partial")):
-        raise RunError(f"{run} is no run directory.", "a run is made by ftkit plan, train or build, in runs/RECIPE")
-    opened = Run(run)
+    opened = open_run(run)
     steps = {name: opened.finished(name) for name in STEPS}
     begun = {name: any(run.glob(f".{name}-*.partial")) for name in STEPS}
     ollama, converted = opened.manifest().get("ollama", {}), steps["gguf"]
     registered = ollama.get("name") if converted and ollama.get("converted") == converted.fingerprint else None
+    held = opened.holds([*STEPS])
     if as_json:
         states = {
             n: {"finished": bool(s), "begun": begun[n], "seconds": s.seconds if s else None, "folder": s and str(s.folder)}
             for n, s in steps.items()
         }
-        print_json({"steps": states, "registered_as": registered})
+        print_json({"steps": states, "registered_as": registered, "held": [as_record(entry) for entry in held]})
         return
     rows = [
         [name, "done" if step else "begun, not finished" if begun[name] else "to do", seconds_text(step.seconds) if step else ""]
@@ -45,5 +47,50 @@ def command(run: Path, as_json: bool) -> None:
         [*rows, ["ollama", f"registered as {registered}" if registered else "to do", ""]],
         figures=False,
     )
+    if held:
+        say()
+        show_held(held, "On the disk")
+    free = sum(entry.size_bytes for entry in held if not entry.needed)
+    if any(not entry.needed for entry in held):
+        say(f"\nWhat is not needed takes {bytes_text(free)}: ftkit clean {run}")
     following = next((STEPS[name] for name, step in steps.items() if not step), None if registered else "ftkit ship --ollama")
     say(f"\nNext: {following or f'ollama run {registered}'}")
+
+
+def open_run(folder: Path) -> Run:
+    """The run in this folder, not locked. Raises RunError where there is none."""
+    from ftkit.cli.console import ConsoleReporter
+    from ftkit.errors import RunError
+    from ftkit.run import MANIFEST, Run
+
+    run = Run(folder, ConsoleReporter())
+    if not (folder / MANIFEST).exists() and not any(folder.glob(".*.partial")) and not run.holds([*STEPS]):
+        raise RunError(f"{folder} is no run directory.", "a run is made by ftkit plan, train or build, in runs/RECIPE")
+    return run
+
+
+def show_held(held: Sequence[Held], title: str) -> None:
+    """What lies on the disk, an entry a line."""
+    from ftkit.cli.console import print_table
+    from ftkit.units import bytes_text
+
+    rows = [
+        [
+            entry.path.name,
+            entry.what + (f"; its last checkpoint is of step {entry.last_step}" if entry.last_step else ""),
+            bytes_text(entry.size_bytes),
+            "" if entry.needed else "can go",
+        ]
+        for entry in held
+    ]
+    print_table(title, ["", "", "", ""], rows, figures=False)
+
+
+def as_record(entry: Held) -> dict[str, Any]:
+    return {
+        "path": str(entry.path),
+        "what": entry.what,
+        "last_step": entry.last_step,
+        "size_bytes": entry.size_bytes,
+        "needed": entry.needed,
+    }
