@@ -39,8 +39,7 @@ from ftkit.source import Source
 from ftkit.train import Probe
 from ftkit.units import bytes_text
 
-# A plan holds for these.
-VERSIONS = {name: version(name) for name in ("accelerate", "bitsandbytes", "ftkit", "gguf", "peft", "torch", "transformers", "trl")}
+PLAN_HOLDS_FOR = ("accelerate", "bitsandbytes", "ftkit", "gguf", "peft", "torch", "transformers", "trl")  # in these versions
 PLAN_FILE, FAILED_PROOF = "plan.json", "failed-proof.json"
 PLANS_KEPT = 50  # of those without a recipe, each a fifth of a megabyte
 OLLAMA_ROWS = 20  # held-out questions that a server is asked after registering; the proof has asked them all
@@ -206,7 +205,13 @@ def plan(project: Project) -> Plan:
     if recorded and recorded.memory.holds_with(free_bytes):
         free_bytes = recorded.memory.device.free_bytes
     wanted = [chosen_device.name, chosen_device.total_bytes >> 20, free_bytes, recipe.budget.vram, extra_bytes]
-    inputs = [*project.training_inputs, recipe.ship.model_dump(), recipe.what_if.model_dump(), wanted, VERSIONS]
+    inputs = [
+        *project.training_inputs,
+        recipe.ship.model_dump(),
+        recipe.what_if.model_dump(),
+        wanted,
+        {name: version(name) for name in PLAN_HOLDS_FOR},
+    ]
 
     def make(folder: Path) -> dict[str, Any]:
         opened = source.open_config(project.source, project.reporter)

@@ -45,6 +45,7 @@ def open_project(
     recipe: Path, model: str | None, settings: tuple[str, ...], vram: str | None, gpu: str | None, run_dir: Path | None
 ) -> Project:
     """The project that the options name, reporting to the screen."""
+    need_training_stack()
     be_quiet()
     from ftkit import pipeline
     from ftkit.cli.console import ConsoleReporter
@@ -68,6 +69,31 @@ def absolute(reference: str) -> str:
     """A path that exists from here, so that the recipe's folder does not matter; anything else as it is."""
     path = Path(reference).expanduser()
     return str(path.resolve()) if path.exists() else reference
+
+
+def need_training_stack() -> None:
+    """Raise ToolMissingError where a package of the extra `train` is not installed: found before anything is imported."""
+    from ftkit.errors import ToolMissingError
+
+    if missing := [name for name, version in training_stack().items() if version is None]:
+        raise ToolMissingError(f"Not installed: {', '.join(missing)}.", "bring what training needs: pip install 'ftkit[train]'")
+
+
+def training_stack() -> dict[str, str | None]:
+    """The packages of the extra `train`, as ftkit's own metadata names them, and the version of each that is installed."""
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(text) for text in metadata.requires("ftkit") or ()]
+    names = [r.name for r in wanted if r.marker and r.marker.evaluate({"extra": "train"}) and not r.marker.evaluate({"extra": ""})]
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
 
 
 def be_quiet() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from ftkit.cli.common import json_option
+from ftkit.cli.common import json_option, training_stack
 
-PACKAGES = ("ftkit", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "gguf", "xllamacpp", "ollama")
+PACKAGES = ("ftkit", "gguf", "xllamacpp", "ollama")  # and those of the extra `train`
 PROGRAMS = ("llama-quantize", "llama-server", "llama-imatrix", "llama-perplexity")
 
 
@@ -27,7 +27,7 @@ def command(as_json: bool) -> None:
     print_table(
         "Packages",
         ["", ""],
-        [[name, version or "missing: pip install " + name] for name, version in found["packages"].items()],
+        [[name, version or "missing: pip install 'ftkit[train]'"] for name, version in found["packages"].items()],
         figures=False,
     )
     print_table("\nDevice", ["", ""], [[d["name"], d["memory"]] for d in found["devices"]], figures=False)
@@ -52,7 +52,7 @@ def look() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {**{name: metadata.version(name) for name in PACKAGES}, **training_stack()},
         "devices": [
             {
                 "name": d.name,
@@ -65,13 +65,6 @@ def look() -> dict[str, Any]:
         "tools": entries,
         "cache_folder": str(tools.cache_folder()),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _ollama() -> dict[str, str | None]:

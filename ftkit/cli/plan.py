@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ftkit.cli.common import absolute, be_quiet, json_option, overrides
+from ftkit.cli.common import absolute, be_quiet, json_option, need_training_stack, overrides
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +57,7 @@ def command(
 
     Without RECIPE (default: recipe.yaml, where there is one) --model or --config is planned with default settings.
     """
+    need_training_stack()
     from ftkit import page, pipeline
     from ftkit.cli.console import print_json
     from ftkit.errors import DoesNotFitError
