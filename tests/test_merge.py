@@ -108,14 +108,92 @@ def test_onto_the_dequantised_base_is_what_training_computed(base: Path, tmp_pat
     assert off["dequantised"] < off["source"] / 4
 
 
-@pytest.mark.parametrize(("key", "value"), [("use_dora", True), ("rank_pattern", {"q_proj": 8}), ("modules_to_save", ["lm_head"])])
-def test_what_it_does_not_do_is_refused_by_name(key: str, value: Any, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("use_dora", {"use_dora": True}),
+        ("rank_pattern", {"rank_pattern": {"q_proj": 8}}),
+        ("alpha_pattern", {"alpha_pattern": {"q_proj": 8}}),
+        ("modules_to_save", {"modules_to_save": ["lm_head"]}),
+        ("trainable_token_indices", {"trainable_token_indices": [1]}),
+        ("target_parameters", {"target_parameters": ["experts.down_proj"]}),
+        ("layer_replication", {"layer_replication": [(0, 2), (1, 2)]}),
+        ("fan_in_fan_out", {"fan_in_fan_out": True}),
+        ("bias", {"bias": "all"}),
+        ("lora_bias", {"lora_bias": True}),
+        ("use_qalora", {"use_qalora": True}),
+        ("alora_invocation_tokens", {"alora_invocation_tokens": [1, 2]}),
+        ("loftq_config", {"init_lora_weights": "loftq", "loftq_config": "LoftQConfig"}),
+        ("eva_config", {"init_lora_weights": "eva", "eva_config": "EvaConfig"}),
+        ("corda_config", {"init_lora_weights": "corda", "corda_config": "CordaConfig"}),
+        *[("init_lora_weights", {"init_lora_weights": start}) for start in ("pissa", "pissa_niter_4", "olora", "orthogonal")],
+    ],
+)
+def test_what_it_does_not_do_is_refused_by_name(key: str, settings: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    """Each as PEFT itself writes it. PiSSA, OLoRA, LoftQ and CorDA change the base to which their A and B are added."""
+    import peft
+
+    make_adapter(base, tmp_path / "adapter")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    for name, value in settings.items():  # set later, since LoftQ wants scipy when it is asked for
+        setattr(config, name, getattr(peft.tuners.lora.config, value)() if name.endswith("_config") else value)
+    config.save_pretrained(tmp_path / "adapter")
+    refused(base, tmp_path, rf"uses .*\b{key}=.* does not do")
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian"])
+def test_how_a_plain_adapter_began_does_not_matter(start: bool | str, base: Path, tmp_path: Path) -> None:
+    make_adapter(base, tmp_path / "adapter", init_lora_weights=start, lora_dropout=0.1, exclude_modules=["v_proj"])
+    (tmp_path / "merged").mkdir()
+    assert merge.merge(base, tmp_path / "adapter", tmp_path / "merged").merged_tensors == 6 * 2
+
+
+@pytest.mark.parametrize(("key", "value"), [("peft_type", "LOHA"), ("use_next_years_trick", True)])
+def test_another_kind_or_a_key_that_peft_does_not_know_is_refused(key: str, value: Any, base: Path, tmp_path: Path) -> None:
     make_adapter(base, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    (tmp_path / "merged").mkdir()
-    with pytest.raises(ModelError, match=key):
-        merge.merge(base, tmp_path / "adapter", tmp_path / "merged")
+    refused(base, tmp_path, rf"uses {key}=.* does not do")
+
+
+@pytest.mark.parametrize("kind", ["A", "B"])
+def test_an_adapter_with_half_a_pair_is_refused(kind: str, base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    make_adapter(base, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors[next(name for name in sorted(tensors) if f"lora_{kind}" in name)]
+    save_file(tensors, path)
+    refused(base, tmp_path, r"layers\.0\.mlp\.down_proj\.weight is not whole: [AB] is \(")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("adapter_config.json", b"["),
+        ("adapter_config.json", b"[]"),
+        ("adapter_config.json", b"[" * 100_000),
+        ("adapter_config.json", b"{}"),
+        ("adapter_config.json", b'{"r": 0, "lora_alpha": 1}'),
+        ("adapter_config.json", b'{"r": "x", "lora_alpha": 1}'),
+        ("adapter_config.json", b"\xff\xfe"),
+        ("adapter_model.safetensors", b""),
+        ("adapter_model.safetensors", b"\x10\0\0\0\0\0\0\0{}"),
+    ],
+)
+def test_a_damaged_adapter_is_refused(file: str, content: bytes, base: Path, tmp_path: Path) -> None:
+    make_adapter(base, tmp_path / "adapter")
+    (tmp_path / "adapter" / file).write_bytes(content)
+    refused(base, tmp_path, "cannot be read")
+
+
+def refused(base: Path, folder: Path, words: str) -> None:
+    """The merge of `folder`/adapter raises ModelError with these words and a way out."""
+    (folder / "merged").mkdir()
+    with pytest.raises(ModelError, match=words) as caught:
+        merge.merge(base, folder / "adapter", folder / "merged")
+    assert caught.value.hint
 
 
 def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:
