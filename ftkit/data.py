@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
+import reprlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,20 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 ROLES = ("system", "user", "assistant")
 FORMATS = 'ftkit reads {"messages": [...]}, {"prompt", "completion"}, {"instruction", "input", "output"} and {"conversations": [...]}'
+
+# Files that hold rows too and are not read yet, by their first bytes or their name: what they are, and what makes JSON lines of them.
+_CSV = (
+    """python -c "import csv, json, sys; rows = csv.DictReader(open(sys.argv[1], newline='', encoding='utf-8-sig'){more}); """
+    """[print(json.dumps(row)) for row in rows]" {file} > {lines}"""
+)
+OTHER_FILES: tuple[tuple[bytes, str, str, str], ...] = (
+    (b"PAR1", ".parquet", "a Parquet file",
+     """python -c "import sys, datasets; datasets.Dataset.from_parquet(sys.argv[1]).to_json(sys.argv[2])" {file} {lines}"""),
+    (b"\x1f\x8b", ".gz", "packed with gzip", "gzip -dc {file} > {lines}"),
+    (b"PK\x03\x04", ".zip", "a zip archive (or a workbook)", "unpack it; of a workbook save a sheet as CSV UTF-8, then give that to ftkit"),
+    (b"", ".csv", "CSV", _CSV.replace("{more}", "")),
+    (b"", ".tsv", "CSV with tabs", _CSV.replace("{more}", ", delimiter=chr(9)")),
+)  # fmt: skip
 
 Message = dict[str, str]  # {"role": one of ROLES, "content": text}
 
@@ -63,17 +80,15 @@ class TokenCounts:
 def read_rows(path: Path) -> list[Row]:
     """The rows of a `.jsonl` or `.json` file. Raises DataError with file and line for the first faults of each kind."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json*")] if path.parent.is_dir() else [], 1)
         raise DataError(f"There is no dataset at {path}.", f"did you mean {path.parent / near[0]}?" if near else FORMATS) from None
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 text.", f"iconv -f latin1 -t utf-8 '{path}' > fixed.jsonl") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
         raise DataError(
             f"Cannot read {path}: {getattr(error, 'strerror', error)}.", "name the dataset's file, as in --set data.train=train.jsonl"
         ) from None
+    text = _text(path, content)
     rows: list[Row] = []
     faults: list[str] = []
     unit = "row" if text.lstrip().startswith("[") else "line"
@@ -90,18 +105,40 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def _text(path: Path, content: bytes) -> str:
+    """UTF-8, or UTF-16 or UTF-32 where the first bytes say so. Raises DataError for other text, and for files that are not JSON."""
+    lines = f"{path.name.split('.')[0] or 'rows'}.jsonl"
+    for first, suffix, what, to_lines in OTHER_FILES:
+        if content.startswith(first) if first else path.suffix.lower() == suffix:
+            hint = to_lines.format(file=shlex.quote(str(path)), lines=shlex.quote(lines))
+            raise DataError(f"{path} is {what}, which ftkit does not read yet; it reads JSON lines.", hint)
+    encoding = json.detect_encoding(content)
+    try:
+        return io.TextIOWrapper(io.BytesIO(content), encoding).read()  # with line ends made one
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        if encoding.startswith("utf-8"):
+            hint = f"if it is Latin-1: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > fixed.jsonl"
+            raise DataError(f"{path}, line {line}: not UTF-8 text.", hint) from None
+        raise DataError(f"{path} begins as {encoding.upper()} text, and is not: {error.reason}.", "write it as UTF-8") from None
+
+
 def _values(path: Path, text: str, faults: list[str]) -> list[tuple[int, Any]]:
     if text.lstrip().startswith("["):
         try:
             return list(enumerate(json.loads(text), 1))
+        except RecursionError:
+            faults.append(f"{path}: not JSON that can be read: nested too deeply")
         except ValueError as error:
             faults.append(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON: {getattr(error, 'msg', error)}")
-            return []
+        return []
     values = []
     for line, content in enumerate(text.split("\n"), 1):
         if content.strip():
             try:
                 values.append((line, json.loads(content)))
+            except RecursionError:
+                faults.append(f"{path}, line {line}: nested too deeply")
             except ValueError as error:
                 faults.append(f"{path}, line {line}: not JSON: {getattr(error, 'msg', error)} (column {getattr(error, 'colno', 1)})")
     return values
@@ -132,13 +169,15 @@ def _messages(value: Any) -> tuple[Message, ...]:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             role = message.get("role") if isinstance(message, dict) else message
-            raise ValueError(f"message {number} has role {role!r}; roles are {', '.join(ROLES)}")
+            raise ValueError(f"message {number} has role {reprlib.repr(role)}; roles are {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
             raise ValueError(f"message {number} has no text")
         if any("\ud800" <= character <= "\udfff" for character in message["content"]):
             raise ValueError(f"message {number} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
-    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise ValueError("no answer: the last message must be the assistant's, and not empty")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"no answer: the last message is the {messages[-1]['role']}'s; it must be the assistant's")
+    if not messages[-1]["content"].strip():
+        raise ValueError("no answer: the last message is empty")
     if not any(message["role"] == "user" for message in messages):
         raise ValueError("no question: a user message is missing")
     return tuple({"role": message["role"], "content": message["content"]} for message in messages)

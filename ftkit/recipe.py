@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,10 @@ QUANTIZATIONS = (
     "Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "IQ4_XS", "IQ4_NL", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
 )  # fmt: skip
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}(:[a-z0-9][a-z0-9._-]{0,79})?", re.IGNORECASE)
+
+
+SHORT = reprlib.Repr()  # values as an error shows them: YAML's aliases can make one of any size
+SHORT.maxstring = SHORT.maxother = 80
 
 
 class Part(BaseModel):
@@ -47,7 +52,7 @@ class Lora(Part):
     @classmethod
     def _names(cls, value: Any) -> Any:
         if not isinstance(value, str) and not (isinstance(value, list) and value and all(isinstance(name, str) for name in value)):
-            raise ValueError(f"a name, a pattern or a list of names is wanted (got {value!r})")
+            raise ValueError(f"a name, a pattern or a list of names is wanted (got {SHORT.repr(value)})")
         return value
 
 
@@ -129,7 +134,7 @@ class Ship(Part):
     @classmethod
     def _name(cls, value: str) -> str:
         if not MODEL_NAME.fullmatch(value):
-            raise ValueError("use letters, digits, dot, dash and underscore, with an optional :tag")
+            raise ValueError("use letters, digits, dot, dash and underscore, with an optional :tag, each at most 80 characters")
         return value
 
     @field_validator("system")
@@ -168,6 +173,9 @@ class Recipe(Part):
     tools: Tools = Tools()
 
 
+GROUPS = [name for name, field in Recipe.model_fields.items() if isinstance(field.default, Part)]  # each may stand there without keys
+
+
 def load_recipe(path: Path, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe:
     """Read a recipe and apply overrides, each a dotted key and its value.
 
@@ -180,6 +188,8 @@ def load_recipe(path: Path, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe
         raise RecipeError(f"There is no recipe at {path}.", f"did you mean {near[0]}?" if near else "make one: ftkit init") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"Cannot read {path}: {error}.", "make one: ftkit init") from None
+    except RecursionError:
+        raise RecipeError(f"{path} is nested too deeply.", "see docs/recipe.md for a whole recipe") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -193,7 +203,7 @@ def load_recipe(path: Path, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe
 
 def make_recipe(overrides: Sequence[tuple[str, Any]], loaded: dict[str, Any] | None = None, name: str = "the settings") -> Recipe:
     """The recipe of a loaded mapping (or of nothing but defaults) with overrides applied. Raises RecipeError."""
-    loaded = loaded or {}
+    loaded = {key: {} if value is None and key in GROUPS else value for key, value in (loaded or {}).items()}
     for key, value in overrides:
         _set(loaded, key, value)
     try:
@@ -210,8 +220,8 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise RecipeError(f"`--set {text}` is not KEY=VALUE.", "as in --set training.max_length=512")
     try:
         return key, yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError):
-        raise RecipeError(f"`--set {text}`: the value is not YAML.", "put quotes around it") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise RecipeError(f"`--set {text[:80]}`: the value is not YAML.", "put quotes around it") from None
 
 
 def _set(loaded: dict[str, Any], key: str, value: Any) -> None:
@@ -236,4 +246,4 @@ def _fault(entry: Any) -> str:
     if entry["type"] == "missing":
         return f"{dotted}: missing"
     message = entry["msg"].removeprefix("Value error, ")
-    return f"{dotted}: {message}" + ("" if entry["type"] == "value_error" else f" (got {entry['input']!r})")
+    return f"{dotted}: {message}" + ("" if entry["type"] == "value_error" else f" (got {SHORT.repr(entry['input'])})")

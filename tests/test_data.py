@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,8 +79,10 @@ def test_a_json_list_is_read_too(tmp_path: Path, rows: list[dict[str, Any]]) -> 
         ({"messages": [ASKED, {"role": "tool", "content": "4"}]}, "message 2 has role 'tool'; roles are system, user, assistant"),
         ({"messages": [{"role": "user", "content": None}, ANSWERED]}, "message 1 has no text"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}, ANSWERED]}, "message 1 has no text"),
-        ({"messages": [ASKED]}, "no answer"),
-        ({"messages": [ASKED, {**ANSWERED, "content": " \n"}]}, "no answer"),
+        ({"messages": [ASKED]}, "no answer: the last message is the user's; it must be the assistant's"),
+        ({"messages": [ASKED, ANSWERED, ASKED, ASKED]}, "no answer: the last message is the user's"),
+        ({"messages": [ASKED, {**ANSWERED, "content": " \n"}]}, "no answer: the last message is empty"),
+        ({"messages": [{"role": ["x" * 9] * 999, "content": "x"}, ANSWERED]}, "message 1 has role ['xxxxxxxxx', 'xxxxxxxxx', "),
         ({"messages": [ANSWERED]}, "no question"),
         ({"prompt": 5, "completion": "4"}, "message 1 has no text"),
         ({"instruction": 5, "input": "", "output": "4"}, "message 1 has no text"),
@@ -120,6 +124,13 @@ def test_a_fault_in_a_json_list_is_not_put_on_another_line(tmp_path: Path) -> No
         (b"[]", "has no rows"),
         (b'[{"prompt": "x"},\n{"prompt"]', "line 2: not JSON"),
         (b'{"prompt": "x", "completion": "y"}\n{"prompt": "caf\xe9"}\n', "line 2: not UTF-8 text"),
+        ('{"prompt": "x"}'.encode("utf-16")[:-1], "begins as UTF-16 text, and is not"),
+        (b'{"prompt": "x", "completion": "y"}\n' + b"[" * 100_000, "line 2: nested too deeply"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "line 1: not JSON: Exceeds the limit"),
+        (b"PAR1", "is a Parquet file, which ftkit does not read yet"),
+        (b"\x1f\x8b\x08", "is packed with gzip"),
+        (b"PK\x03\x04", "is a zip archive"),
     ],
 )
 def test_a_file_that_is_no_dataset(tmp_path: Path, content: bytes, message: str) -> None:
@@ -129,6 +140,37 @@ def test_a_file_that_is_no_dataset(tmp_path: Path, content: bytes, message: str)
         data.read_rows(path)
     assert str(path) in caught.value.message
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be", "utf-8-sig"])
+def test_text_as_windows_writes_it(tmp_path: Path, encoding: str) -> None:
+    text = json.dumps({"prompt": "ä 2 + 2?", "completion": "4 €"}, ensure_ascii=False)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(f"{text}\r\n{text}\r\n".encode(encoding))
+    assert [(row.question[0]["content"], row.answer, row.line) for row in data.read_rows(path)] == [("ä 2 + 2?", "4 €", n) for n in (1, 2)]
+
+
+@pytest.mark.parametrize(("suffix", "between"), [(".csv", ","), (".tsv", "\t")])
+def test_of_a_csv_the_hint_makes_rows(tmp_path: Path, suffix: str, between: str) -> None:
+    path = tmp_path / f"my rows{suffix}"
+    path.write_text(f'prompt{between}completion\n"2 + 2?"{between}4\n"3 + 3? ä"{between}6\n', encoding="utf-8-sig")
+    with pytest.raises(DataError, match=r"is CSV.*which ftkit does not read yet") as caught:
+        data.read_rows(path)
+    subprocess.run(["/bin/sh", "-c", str(caught.value.hint).replace("python", sys.executable, 1)], check=True, cwd=tmp_path)
+    assert [(row.question[0]["content"], row.answer) for row in data.read_rows(tmp_path / "my rows.jsonl")] == [
+        ("2 + 2?", "4"),
+        ("3 + 3? ä", "6"),
+    ]
+
+
+def test_of_a_parquet_the_hint_makes_rows(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list([{"prompt": "2 + 2?", "completion": "4"}]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="is a Parquet file") as caught:
+        data.read_rows(tmp_path / "rows.parquet")
+    subprocess.run(["/bin/sh", "-c", str(caught.value.hint).replace("python", sys.executable, 1)], check=True, cwd=tmp_path)
+    assert data.read_rows(tmp_path / "rows.jsonl") == [Row((ASKED, ANSWERED), 1)]
 
 
 def make_rows(count: int) -> list[Row]:

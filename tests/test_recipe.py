@@ -37,6 +37,30 @@ def test_without_a_model_there_is_no_recipe(tmp_path: Path) -> None:
     assert faults(path)[1:] == ["  model: missing"]
 
 
+def test_a_group_with_every_key_commented_out_has_its_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: org/name\nlora:\n  # r: 8\ntraining:\n  # seed: 1\nship:\nwhat_if: ~\n", encoding="utf-8")
+    assert load_recipe(path) == Recipe(model="org/name")
+    assert load_recipe(path, [("lora.r", 8)]).lora.r == 8
+
+
+@pytest.mark.parametrize("text", ["model: " + "[" * 3000 + "]" * 3000, "".join(f"{' ' * n}a:\n" for n in range(1500))])
+def test_a_recipe_that_is_nested_too_deeply(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert faults(path) == [f"{path} is nested too deeply."]
+    with pytest.raises(RecipeError, match="the value is not YAML"):
+        parse_override("model=" + "[" * 3000)
+
+
+def test_a_value_of_any_size_is_shown_in_short(tmp_path: Path) -> None:
+    """YAML's aliases make a value of 10^9 items of a file of ten lines."""
+    path = tmp_path / "recipe.yaml"
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10))]
+    path.write_text("\n".join([*lines, "model: *a9", "lora: {target_modules: *a9, r: " + "9" * 5000 + "}"]), encoding="utf-8")
+    assert sum(map(len, faults(path))) < 5000
+
+
 @pytest.mark.parametrize("path", sorted(templates.folder().glob("*/recipe.yaml")), ids=lambda path: path.parent.name)
 def test_the_starter_recipes_load_and_their_data_is_there(path: Path) -> None:
     data = load_recipe(path).data
