@@ -184,8 +184,12 @@ def address() -> str:
 
 
 def models_folder() -> Path | None:
-    """Where this machine's server keeps its models, None where OLLAMA_HOST names another machine."""
-    if urlparse(address()).hostname not in LOOPBACK:
+    """Where this machine's server keeps its models, None where OLLAMA_HOST names another machine, or none."""
+    try:
+        here = urlparse(address()).hostname in LOOPBACK
+    except RecipeError:  # said where Ollama is asked for
+        return None
+    if not here:
         return None
     return Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
 

@@ -98,7 +98,7 @@ class Project:
         """The recipe's own llama.cpp. Raises RecipeError where it names a folder that is not there."""
         if not self.recipe.tools.llama_cpp_dir:
             return None
-        folder = self.folder / Path(self.recipe.tools.llama_cpp_dir).expanduser()
+        folder = self.folder / tools.user_path(self.recipe.tools.llama_cpp_dir)
         if not folder.is_dir():
             raise RecipeError(f"tools.llama_cpp_dir: there is no folder {folder}.", "leave it out to look in LLAMA_CPP_DIR and PATH")
         return folder
@@ -117,7 +117,7 @@ class Project:
         if not self.has_data:
             return {}
         named = {"train": self.recipe.data.train, "validation": self.recipe.data.validation, "test": self.recipe.data.test}
-        return {purpose: self.folder / Path(name).expanduser() for purpose, name in named.items() if name}
+        return {purpose: self.folder / tools.user_path(name) for purpose, name in named.items() if name}
 
     @cached_property
     def rows(self) -> Rows:

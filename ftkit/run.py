@@ -118,7 +118,7 @@ def disk_fault(error: BaseException) -> str | None:
     while seen:
         if isinstance(seen, OSError) and seen.errno in DISK_ERRORS:
             return os.strerror(seen.errno)
-        if found := re.search(r"\(os error (\d+)\)", str(seen)):  # safetensors
+        if found := re.search(r"(?:\(os error |\[Errno )(\d+)[)\]]", str(seen)):  # safetensors; a program in Python
             if int(found[1]) in DISK_ERRORS:
                 return os.strerror(int(found[1]))
         elif re.search(r"PytorchStreamWriter failed writing|inline_container.*unexpected pos", str(seen)):  # torch

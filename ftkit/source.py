@@ -18,7 +18,7 @@ from filelock import FileLock
 from ftkit.errors import ModelError, ToolMissingError, first_line
 from ftkit.progress import SILENT, Reporter
 from ftkit.run import file_fingerprint, fingerprint
-from ftkit.tools import cache_folder, make_cache_folder
+from ftkit.tools import cache_folder, make_cache_folder, user_path
 from ftkit.units import bytes_text
 
 HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[\w.-]+(@(?!.*\.\.)[\w.-]+(/[\w.-]+)*)?", re.ASCII | re.IGNORECASE)  # org/name, org/name@revision
@@ -53,7 +53,7 @@ def locate(reference: str, relative_to: Path) -> Source:
     """
     if reference.startswith("ollama:"):
         return replace(_locate_gguf(_ollama_file(reference.removeprefix("ollama:"))), reference=reference)
-    path = Path(reference).expanduser()
+    path = user_path(reference)
     path = path if path.is_absolute() else relative_to / path
     if path.is_dir():
         return _locate_folder(path)
@@ -110,7 +110,7 @@ def _locate_config(path: Path) -> Source:
     try:
         if not isinstance(json.loads(text), dict):
             raise ValueError("it holds no object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is no config: {error}.", "on the model's page open config.json and take its download link") from None
     return Source(str(path), "config", fingerprint("config", text), folder=path.parent.resolve())
 
@@ -183,7 +183,7 @@ def indexed_files(folder: Path) -> list[str] | None:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         elsewhere = sorted(name for name in names if name != Path(name).name or not name.endswith(".safetensors"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index} cannot be read: {error!r}.", "fetch or copy the model again") from None
     if elsewhere:
         hint = CONVERT_PICKLES if elsewhere[0].endswith(".bin") else "take the model from where it was first published"

@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
 
-from ftkit.errors import RunError, ToolFailedError, ToolMissingError
+from ftkit.errors import RecipeError, RunError, ToolFailedError, ToolMissingError
 from ftkit.progress import SILENT, Reporter
 
 HERE = Path(__file__).parent
@@ -87,10 +87,18 @@ PACKAGES: dict[str, Package] = {
 }
 
 
+def user_path(text: str) -> Path:
+    """A path as a user writes it, `~` for the home folder. Raises RecipeError for the home of a user that is not there."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise RecipeError(f"{text}: there is no such user's home folder.", "write the path in full") from None
+
+
 def cache_folder() -> Path:
     """ftkit's private folder: `FTKIT_CACHE_DIR`, or where this system keeps a user's caches."""
     chosen = os.environ.get("FTKIT_CACHE_DIR")
-    return Path(chosen).expanduser() if chosen else user_cache_path("ftkit", appauthor=False)
+    return user_path(chosen) if chosen else user_cache_path("ftkit", appauthor=False)
 
 
 def call(command: Sequence[str | Path], *, environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
@@ -215,7 +223,7 @@ def _places(llama_cpp_dir: Path | None) -> list[tuple[str, Path]]:
     if llama_cpp_dir:
         places.append(("the recipe's tools.llama_cpp_dir", llama_cpp_dir))
     if chosen := os.environ.get("LLAMA_CPP_DIR"):
-        places.append(("LLAMA_CPP_DIR", Path(chosen).expanduser()))
+        places.append(("LLAMA_CPP_DIR", user_path(chosen)))
     return places
 
 

@@ -313,3 +313,40 @@ def test_init_over_files_without_a_terminal(project: Project) -> None:
 
 def test_init_under_a_file(project: Project) -> None:
     project.refused(errors.RunError, "init", project.rows / "new", "--model", "org/name")
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (errors.RunError, ("plan", "RECIPE", "--model", LONG)),
+        (errors.RunError, ("plan", "RECIPE", "--set", f"model={LONG}")),
+        (errors.RecipeError, ("plan", "RECIPE", "--set", f"ship.name={LONG}")),
+        (errors.DataError, ("plan", "RECIPE", "--set", f"data.train={LONG}")),
+        (errors.RunError, ("plan", "RECIPE", "--set", f"tools.llama_cpp_dir={LONG}")),
+        (errors.RunError, ("plan", "RECIPE", "--run-dir", f"FOLDER/{LONG}")),
+        (errors.RunError, ("plan", f"FOLDER/{LONG}")),
+        (errors.RunError, ("status", f"FOLDER/{LONG}")),
+        (errors.RunError, ("chat", f"FOLDER/{LONG}")),
+        (errors.RunError, ("init", f"FOLDER/{LONG}", "--model", "org/name")),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
+)
+def test_a_name_of_300_characters(project: Project, kind: type[errors.FtkitError], words: tuple[str, ...]) -> None:
+    places = {"RECIPE": str(project.recipe), "FOLDER": str(project.folder)}
+    said = project.refused(kind, *(places.get(word, word.replace("FOLDER", str(project.folder))) for word in words))
+    assert len(said) < 1500
+
+
+@pytest.mark.parametrize("setting", ["model=~nobody-here/model", "data.train=~nobody-here/a.jsonl", "tools.llama_cpp_dir=~nobody-here"])
+def test_the_home_of_nobody(project: Project, setting: str) -> None:
+    assert "no such user's home folder" in project.refused(errors.RecipeError, "build", project.recipe, "--set", setting)
+
+
+def test_a_bad_address_of_ollama_is_nothing_to_a_run_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ftkit import ollama
+
+    monkeypatch.setenv("OLLAMA_HOST", "localhost:abc")
+    assert ollama.models_folder() is None

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ftkit.errors import RunError
+from ftkit.errors import RunError, ToolFailedError
 from ftkit.progress import SilentReporter
 from ftkit.run import MANIFEST, RECORD, Run, Step, disk_fault, file_fingerprint, fingerprint, write_atomically
 
@@ -384,6 +384,7 @@ def test_a_disk_that_is_full_for_torch_and_safetensors(tmp_path: Path, writer: s
     ("error", "full"),
     [
         (OSError(errno.ENOSPC, "x"), True),
+        (ToolFailedError("convert_hf_to_gguf.py failed with exit code 1:\n  OSError: [Errno 28] No space left on device"), True),
         (OSError(errno.EACCES, "x"), False),
         (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), True),
         (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import io
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import click
 
 from ftkit import __version__
-from ftkit.errors import InterruptedRunError
+from ftkit.errors import InterruptedRunError, RunError
 
 # Name → what `ftkit --help` says of it; the command is `command` in ftkit/cli/NAME.py.
 COMMANDS = {
@@ -25,6 +26,20 @@ COMMANDS = {
     "clean": "Remove what a run does not need any more.",
     "env": "Show versions, GPU and tools, and what is missing.",
     "setup": "Bring llama.cpp's programs, its converter or a small model.",
+}
+
+
+# What the system does not let ftkit do with a file that was named, and what to do then. Any other OSError is a fault of ftkit.
+_CHECK = "check who owns it and who may read and write it"
+REFUSED_BY_THE_SYSTEM = {
+    errno.ENAMETOOLONG: "names of files and folders have at most 255 characters",
+    errno.EACCES: _CHECK,
+    errno.EPERM: _CHECK,
+    errno.EROFS: "choose a folder that can be written",
+    errno.ELOOP: "check where its links lead",
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some space there",
+    errno.EIO: "check the disk",
 }
 
 
@@ -54,6 +69,12 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise InterruptedRunError("Interrupted.", "the same command goes on from the last finished step") from None
+        except OSError as error:
+            hint = REFUSED_BY_THE_SYSTEM.get(error.errno or 0)
+            if not hint or error.filename is None:
+                raise
+            name = str(error.filename)
+            raise RunError(f"Cannot use {name if len(name) < 200 else name[:80] + '…'}: {error.strerror}.", hint) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -67,7 +67,9 @@ def overrides(model: str | None, settings: tuple[str, ...], vram: str | None) ->
 
 def absolute(reference: str) -> str:
     """A path that exists from here, so that the recipe's folder does not matter; anything else as it is."""
-    path = Path(reference).expanduser()
+    from ftkit.tools import user_path
+
+    path = user_path(reference)
     return str(path.resolve()) if path.exists() else reference
 
 

@@ -90,7 +90,7 @@ def load_config(folder: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
         said = " ".join(str(error).split())
         raise ModelError(
             f"transformers cannot read the config in {folder}: {said}.", "check model_type and sizes in its config.json"
