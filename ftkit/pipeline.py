@@ -138,7 +138,7 @@ class Project:
         recipe = self.recipe
         return [
             self.source.fingerprint, {purpose: mark for purpose, mark in self.data_fingerprints.items() if purpose != "test"},
-            recipe.data.model_dump(exclude={"test"}), recipe.training.model_dump(), recipe.lora.model_dump(),
+            recipe.data.model_dump(exclude={"test"}), recipe.training.model_dump(exclude={"save_minutes"}), recipe.lora.model_dump(),
         ]  # fmt: skip
 
     @cached_property

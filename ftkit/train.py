@@ -6,8 +6,11 @@ import gc
 import json
 import math
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +19,19 @@ import psutil
 
 from ftkit import hf
 from ftkit.data import Example, refuse_nothing_to_learn
-from ftkit.errors import InterruptedRunError, TrainingDivergedError
+from ftkit.errors import InterruptedRunError, RunError, TrainingDivergedError
 from ftkit.memory.inventory import lora_config
 from ftkit.memory.trace import quantization_tensors
 from ftkit.progress import SILENT, Bar, Reporter
 from ftkit.recipe import Recipe
+from ftkit.run import CHECKPOINTS, sync_files, write_atomically
 from ftkit.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHECKPOINTS = "checkpoints"
+TRAINER_STATE = "trainer_state.json"  # of a checkpoint; the trainer writes it last
+WATCHED = "watched.json"  # beside it, and ftkit's own
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ class TrainResult:
     best_validation_loss: float
     first_validation_loss: float
     trained_tokens: int
-    tokens_per_second: float
+    seconds: float  # of training and evaluating, all parts of an interrupted training together
+    tokens_per_second: float | None  # None: not known of a training that an earlier ftkit began
     peak_bytes: int
     peak_is: str  # "allocated on the GPU" or "resident in RAM"
     resumed_from_step: int
@@ -163,56 +169,67 @@ def train(
 ) -> TrainResult:
     """Train into `folder`: `adapter/` (or `model/` for full fine-tuning) of the best validation loss, and `curve.json`.
 
-    Checkpoints of an earlier, killed call with the same folder are taken up. Raises InterruptedRunError on Ctrl-C.
+    Checkpoints of an earlier, killed call with the same folder are taken up, and stay in CHECKPOINTS for the caller to remove.
+    Raises InterruptedRunError on Ctrl-C and SIGTERM, after a checkpoint was saved.
     """
     import torch
     from transformers import EarlyStoppingCallback
 
-    _drop_broken_checkpoints(folder / CHECKPOINTS)
-    resumed = _last_checkpoint(folder / CHECKPOINTS)
-    tokens_per_row = sum(len(example.input_ids) for example in training) / max(1, len(training))
-    watcher = _watcher(reporter, bar_tokens=tokens_per_row * recipe.training.effective_batch_size)
-    stopper = EarlyStoppingCallback(recipe.training.early_stopping_patience)
-    trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, folder, [watcher, stopper])
+    checkpoints = folder.absolute() / CHECKPOINTS  # the trainer keeps their paths
+    _drop_broken_checkpoints(checkpoints)
+    resumed = _last_checkpoint(checkpoints)
     if resumed:
-        reporter.note(f"resuming from step {_step(resumed)}")
-    started = time.monotonic()
+        _mend_best(resumed, reporter)
+    tokens_per_row = sum(len(example.input_ids) for example in training) / max(1, len(training))
+    tokens_per_step = tokens_per_row * recipe.training.effective_batch_size
+    watcher = _watcher(reporter, tokens_per_step, recipe.training.save_minutes * 60, _watched(resumed), cuda=settings.cuda)
+    stopper = EarlyStoppingCallback(recipe.training.early_stopping_patience)
+    trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, checkpoints.parent, [watcher, stopper])
     if settings.cuda:
         torch.cuda.reset_peak_memory_stats()
-    with reporter.bar("training", trainer.args.max_steps) as bar:
-        watcher.bar = bar
-        try:
-            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        except KeyboardInterrupt:
-            raise InterruptedRunError("Training was interrupted.", "the same command goes on from the last checkpoint") from None
-    seconds = time.monotonic() - started
-    full = recipe.training.method == "full"
-    target = folder / ("model" if full else "adapter")
-    if full:
-        trainer.model.to(torch.bfloat16)
-    trainer.model.save_pretrained(target)
-    if full:
-        tokenizer.save_pretrained(target)
+    if resumed and _is_over(resumed, trainer.args.max_steps):
+        reporter.note(f"all was trained before: taking up the checkpoint of step {_step(resumed)}")
+        _take_up(trainer, resumed)
+    else:
+        if resumed:
+            reporter.note(f"resuming from step {_step(resumed)}")
+        with reporter.bar("training", trainer.args.max_steps) as bar, _stop_after_a_checkpoint(watcher, reporter):
+            watcher.bar = bar
+            try:
+                trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            except KeyboardInterrupt:
+                raise _interrupted(checkpoints) from None
+            finally:
+                _drop_broken_checkpoints(checkpoints)  # a full disk leaves one
+        if watcher.stop:  # asked for after the last step
+            raise _interrupted(checkpoints)
     curve = [_point(entry) for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-    (folder / "curve.json").write_text(json.dumps([asdict(point) for point in curve], indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    done = trainer.state.global_step - (_step(resumed) if resumed else 0)
-    tokens = round(done * tokens_per_row * recipe.training.effective_batch_size)
     losses = [point.validation_loss for point in curve if point.validation_loss is not None]
-    if not losses:
+    if trainer.state.best_global_step is None or not losses:
+        shutil.rmtree(checkpoints, ignore_errors=True)
         raise TrainingDivergedError(
             "Training diverged: no validation loss is a number. Nothing is kept.",
             f"--set training.learning_rate={recipe.training.learning_rate / 10:g}",
         )
-    best = min((p for p in curve if p.validation_loss is not None), key=lambda p: p.validation_loss or math.inf)
+    full = recipe.training.method == "full"
+    target = folder / ("model" if full else "adapter")
+    shutil.rmtree(target, ignore_errors=True)
+    if full:
+        trainer.model.to(torch.bfloat16)
+        tokenizer.save_pretrained(target)
+    trainer.model.save_pretrained(target)
+    _refuse_other_weights(target, checkpoints / f"checkpoint-{trainer.state.best_global_step}")
+    (folder / "curve.json").write_text(json.dumps([asdict(point) for point in curve], indent=1) + "\n", encoding="utf-8")
+    watched = watcher.watched(trainer.state.global_step)
     return TrainResult(
         steps=trainer.state.global_step,
-        best_step=best.step,
-        best_validation_loss=min(losses),
+        best_step=trainer.state.best_global_step,
+        best_validation_loss=float(trainer.state.best_metric),
         first_validation_loss=losses[0],
-        trained_tokens=tokens,
-        tokens_per_second=tokens / seconds,
-        peak_bytes=torch.cuda.max_memory_allocated() if settings.cuda else watcher.peak_rss_bytes,
+        trained_tokens=round(trainer.state.global_step * tokens_per_step),
+        seconds=watched.seconds,
+        tokens_per_second=watched.steps * tokens_per_step / watched.seconds if watched.seconds else None,
+        peak_bytes=watched.peak_bytes,
         peak_is="allocated on the GPU" if settings.cuda else "resident in RAM",
         resumed_from_step=_step(resumed) if resumed else 0,
         verdict=read_curve(curve),
@@ -306,15 +323,48 @@ def _score_answers_only() -> None:
         utils._use_triton = lambda device: True
 
 
-def _watcher(reporter: Reporter, bar_tokens: float) -> Any:
-    """A callback that moves the bar and watches memory."""
+@dataclass(frozen=True)
+class Watched:
+    """What was seen of a training up to a checkpoint, in all its parts. Steps that were done again count once."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+def _watched(checkpoint: Path | None) -> Watched:
+    """What a checkpoint's part of the training told; nothing where it was killed before it was written."""
+    if checkpoint:
+        try:
+            return Watched(**json.loads((checkpoint / WATCHED).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            pass
+    return Watched()
+
+
+def _watcher(reporter: Reporter, tokens_per_step: float, save_seconds: float, before: Watched, *, cuda: bool) -> Any:
+    """A callback that moves the bar, watches memory, and asks for a checkpoint in time: every `save_seconds`, and once it is to stop."""
+    import torch
     from transformers import TrainerCallback
 
     class Watcher(TrainerCallback):  # type: ignore[misc]
         bar: Bar | None = None
-        peak_rss_bytes = 0
+        stop = False
         loss = ""
+        peak_bytes = before.peak_bytes
         first: tuple[float, int] | None = None
+        saved_at = began_at = time.monotonic()
+        began_with: int | None = None
+
+        def watched(self, step: int) -> Watched:
+            """All of the training, now that this step is done."""
+            if self.began_with is None:
+                return before
+            return Watched(before.steps + step - self.began_with, before.seconds + time.monotonic() - self.began_at, self.peak_bytes)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.began_at = self.saved_at = time.monotonic()
+            self.began_with = state.global_step
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.first = self.first or (time.monotonic(), state.global_step)
@@ -326,19 +376,63 @@ def _watcher(reporter: Reporter, bar_tokens: float) -> Any:
                 self.loss = f"{float(logs['loss']):.3f}"
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.peak_rss_bytes = max(self.peak_rss_bytes, psutil.Process().memory_info().rss)
+            rss_bytes = psutil.Process().memory_info().rss
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() if cuda else rss_bytes)
             if self.bar and self.first:
                 since = time.monotonic() - self.first[0]
                 done = state.global_step - self.first[1]
                 self.bar.update(
                     state.global_step,
                     loss=self.loss or "–",
-                    speed=f"{done * bar_tokens / since:.0f} tokens/s",
+                    speed=f"{done * tokens_per_step / since:.0f} tokens/s",
                     left=seconds_text((state.max_steps - state.global_step) * since / max(1, done)),
-                    memory=bytes_text(self.peak_rss_bytes),
+                    memory=bytes_text(rss_bytes),
                 )
+            if self.stop or time.monotonic() - self.saved_at >= save_seconds:
+                control.should_save = True
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (checkpoint / WATCHED).write_text(json.dumps(asdict(self.watched(state.global_step))) + "\n", encoding="utf-8")
+            sync_files(checkpoint)
+            self.saved_at = time.monotonic()
+            if self.stop:
+                raise _interrupted(checkpoint.parent)
 
     return Watcher()
+
+
+@contextmanager
+def _stop_after_a_checkpoint(watcher: Any, reporter: Reporter) -> Iterator[None]:
+    """Ctrl-C, and SIGTERM, let training end with a checkpoint at the end of its step; the second one ends it at once.
+
+    A signal that is ignored, as in a command started in the background, stays so. Only a main thread hears signals.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        if watcher.stop:
+            raise KeyboardInterrupt
+        watcher.stop = True
+        said = "stopping: a checkpoint is saved at the end of this step; Ctrl-C once more ends at once"
+        threading.Thread(target=reporter.note, args=(said,)).start()  # this may have interrupted the writing of another line
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, stop) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupted(checkpoints: Path) -> InterruptedRunError:
+    _drop_broken_checkpoints(checkpoints)
+    last = _last_checkpoint(checkpoints)
+    where = f"goes on from step {_step(last)}" if last else "begins again: there was no checkpoint yet"
+    return InterruptedRunError("Training was interrupted.", f"the same command {where}")
 
 
 def _point(entry: dict[str, Any]) -> Point:
@@ -371,6 +465,70 @@ def _drop_broken_checkpoints(folder: Path) -> None:
     """Remove checkpoints that a kill left half-written: the trainer writes trainer_state.json last."""
     for checkpoint in _checkpoints(folder):
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            _state(checkpoint)
         except (OSError, ValueError):
             shutil.rmtree(checkpoint)
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def _mend_best(checkpoint: Path, reporter: Reporter) -> None:
+    """Write into a checkpoint where the best of those that are here lies.
+
+    The trainer notes its path, which is another one once the run was moved; it would then forget the best weights and end
+    with the last.
+    """
+    state = _state(checkpoint)
+    here = [_step(other) for other in _checkpoints(checkpoint.parent)]
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    best = min((step for step in here if math.isfinite(losses.get(step, math.nan))), key=lambda step: losses[step], default=None)
+    if best != state["best_global_step"]:
+        reporter.warn(f"the best checkpoint so far, of step {state['best_global_step']}, is gone; kept is the best of the others")
+    path = None if best is None else str(checkpoint.with_name(f"checkpoint-{best}"))
+    mended = {"best_global_step": best, "best_metric": losses.get(best), "best_model_checkpoint": path}
+    if mended.items() <= state.items():
+        return
+    write_atomically(checkpoint / TRAINER_STATE, (json.dumps({**state, **mended}, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _is_over(checkpoint: Path, max_steps: int) -> bool:
+    """Whether nothing is left to train after this checkpoint: it was the last step, or training was stopped early."""
+    state = _state(checkpoint)
+    control = state["stateful_callbacks"].get("TrainerControl", {}).get("args", {})
+    return state["global_step"] >= max_steps or bool(control.get("should_training_stop"))
+
+
+def _take_up(trainer: Any, checkpoint: Path) -> None:
+    """Bring the trainer to where `trainer.train` ended: its state, and the best weights."""
+    from transformers import TrainerState
+
+    trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+    if trainer.state.best_model_checkpoint:
+        trainer._load_best_model()
+
+
+def _refuse_other_weights(saved: Path, checkpoint: Path) -> None:
+    """Raise RunError unless `saved` holds the weights of this checkpoint, rounded to its own format. A tensor at a time."""
+    import torch
+
+    wanted, found = _tensors(checkpoint), _tensors(saved)
+    if wanted.keys() != found.keys() or not wanted:
+        raise RunError(f"{saved} does not hold the same tensors as {checkpoint}.", "the checkpoints are kept; this is a fault of ftkit's")
+    for name, load in found.items():
+        tensor = load(name)
+        if not torch.equal(tensor, wanted[name](name).to(tensor.dtype)):
+            raise RunError(f"{saved} does not hold the weights of {checkpoint}: {name} differs.", "the checkpoints are kept: run it again")
+
+
+def _tensors(folder: Path) -> dict[str, Callable[[str], Any]]:
+    """What loads each tensor of a folder's safetensors files, by its name."""
+    from safetensors import safe_open
+
+    found: dict[str, Callable[[str], Any]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        file: Any = safe_open(path, "pt")
+        found |= dict.fromkeys(file.keys(), file.get_tensor)
+    return found

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ipaddress
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,17 @@ def ftkit() -> Callable[..., Result]:
     return run
 
 
-@pytest.fixture
-def rows() -> list[dict[str, Any]]:
-    """Twelve small conversations."""
+def conversations() -> list[dict[str, Any]]:
+    """Twelve small ones."""
     return [
         {"messages": [{"role": "user", "content": f"What is {n} plus {n}?"}, {"role": "assistant", "content": f"It is {2 * n}."}]}
         for n in range(12)
     ]
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    return conversations()
 
 
 @pytest.fixture
@@ -93,3 +98,20 @@ def demo_run() -> Path:
     if not (folder / "manifest.json").exists():
         pytest.fail("these tests look at the demo's run: make demo")
     return folder
+
+
+@pytest.fixture
+def small_files() -> Callable[[int], AbstractContextManager[None]]:
+    """A context in which no file grows beyond so many bytes, as on a disk that is full."""
+    resource = pytest.importorskip("resource", reason="needs a limit on the size of files")
+
+    @contextmanager
+    def limit(size_bytes: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from click.testing import Result
+from conftest import conversations
 
 from ftkit import data, hf, merge
 from ftkit.data import IGNORED, Example, Row
-from ftkit.errors import InterruptedRunError, TrainingDivergedError
+from ftkit.errors import InterruptedRunError, RunError, TrainingDivergedError
 from ftkit.memory.inventory import Skeleton
 from ftkit.memory.later import checkpoint_bytes
 from ftkit.progress import Bar, SilentReporter
+from ftkit.run import RECORD, Run, file_fingerprint
 from ftkit.train import Point, build_trainer, read_curve, train
 
 pytestmark = [
@@ -189,7 +195,235 @@ def test_an_interrupted_training_resumes_to_the_same_bits(
     first, second = (load_file(folder / weights) for folder in folders)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not (folders[0] / "checkpoints").exists()
+    assert (whole.trained_tokens, whole.best_step) == (resumed.trained_tokens, resumed.best_step)
+
+
+class Signals(SilentReporter):
+    """Sends these signals in the middle of a step, and stands in their way where they would hit the test."""
+
+    def __init__(self, step: int, *numbers: int) -> None:
+        self.step, self.numbers = step, numbers
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+    @contextmanager
+    def bar(self, label: str, total: float) -> Iterator[Bar]:
+        step, numbers = self.step, self.numbers
+
+        class _Bar:
+            def update(self, done: float, **fields: str) -> None:
+                if done == step:
+                    for number in numbers:
+                        signal.raise_signal(number)
+
+        yield _Bar()
+
+
+@pytest.fixture
+def listens() -> Iterator[None]:
+    """Where the tests were started in the background, Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def unstopped(model: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The hash of the adapter that four steps give without a stop."""
+    import torch
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("unstopped")
+    rows = [data.tokenise(tokenizer, Row(tuple(row["messages"]), n)) for n, row in enumerate(conversations(), 1)]
+    train(tiny.recipe(model, method="lora"), tiny.SETTINGS, model, tokenizer, rows[2:], rows[:2], folder)
+    return adapter_hash(folder)
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)], ids=["ctrl-c", "term", "twice"])
+def test_ctrl_c_saves_a_checkpoint_and_tells_where_the_next_call_goes_on(
+    numbers: tuple[int, ...], model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path, listens: None, unstopped: str
+) -> None:
+    recipe = tiny.recipe(model, method="lora")
+    handlers = [signal.getsignal(number) for number in numbers]
+    reporter = Signals(3, *numbers)
+    with pytest.raises(InterruptedRunError) as stopped:
+        train(recipe, tiny.SETTINGS, model, tokenizer, examples[2:], examples[:2], tmp_path, reporter)
+    reached = 2 if len(numbers) == 2 else 3  # evaluated, and so saved, at 2 and 4
+    assert stopped.value.exit_code == 130
+    assert stopped.value.hint == f"the same command goes on from step {reached}"
+    assert any("Ctrl-C once more" in text for text in reporter.said)
+    assert [signal.getsignal(number) for number in numbers] == handlers
+    again = train(recipe, tiny.SETTINGS, model, tokenizer, examples[2:], examples[:2], tmp_path)
+    assert again.resumed_from_step == reached
+    assert adapter_hash(tmp_path) == unstopped
+
+
+def test_an_ignored_ctrl_c_stays_ignored(model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path, listens: None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    recipe = tiny.recipe(model, method="lora", max_steps=2)
+    assert train(recipe, tiny.SETTINGS, model, tokenizer, examples[2:], examples[:2], tmp_path, Signals(1, signal.SIGINT)).steps == 2
+
+
+def adapter_hash(folder: Path) -> str:
+    return file_fingerprint(folder / "adapter" / "adapter_model.safetensors")
+
+
+def worse(tokenizer: Any) -> list[Example]:
+    """Validation rows whose loss rises while `examples` are learnt."""
+    question, answer = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "QXZ#~"}
+    return [data.tokenise(tokenizer, Row((question, answer), n)) for n in (1, 2)]  # type: ignore[arg-type]
+
+
+RISES = {"lora": 1e-2, "full": 1e-2}  # learning rates by which it does, from the first evaluation on
+
+
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_a_moved_training_ends_with_the_weights_of_its_best_step(
+    method: str, model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a checkpoint after each step: none takes the place of the best. Resumed from another folder, by a relative path."""
+    import torch
+    from safetensors.torch import load_file
+
+    validation = worse(tokenizer)
+    recipe = tiny.recipe(
+        model, method=method, max_steps=6, learning_rate=RISES[method], lr_scheduler_type="constant", warmup_share=0, save_minutes=1e-6
+    )
+    folder = tmp_path / "here" / "run"
+    folder.mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InterruptedRunError):
+        train(recipe, tiny.SETTINGS, model, tokenizer, examples, validation, Path("run"), StopAt(6))
+    assert sorted(path.name for path in (folder / "checkpoints").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-5"]
+    best = tmp_path / "best"
+    shutil.copytree(folder / "checkpoints" / "checkpoint-2", best)
+    folder.rename(tmp_path / "there" / "moved")
+    monkeypatch.chdir(tmp_path)
+    moved = Path("there", "moved")
+    result = train(recipe, tiny.SETTINGS, model, tokenizer, examples, validation, moved)
+    losses = {point.step: point.validation_loss for point in result.curve if point.evaluated}
+    assert (result.resumed_from_step, result.best_step) == (5, 2)
+    assert result.best_validation_loss == losses[2] == min(loss for loss in losses.values() if loss)
+    if method == "lora":
+        assert file_fingerprint(best / "adapter_model.safetensors") == adapter_hash(moved)
+    else:
+        wanted, saved = load_file(best / "model.safetensors"), load_file(moved / "model" / "model.safetensors")
+        assert wanted.keys() == saved.keys()
+        assert all(torch.equal(tensor.to(torch.bfloat16), saved[name]) for name, tensor in wanted.items())
+
+
+def test_a_best_checkpoint_that_is_gone_is_told(model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path) -> None:
+    said: list[str] = []
+    reporter = SilentReporter()
+    reporter.warn = said.append  # type: ignore[method-assign]
+    validation = worse(tokenizer)
+    recipe = tiny.recipe(model, method="lora", max_steps=6, learning_rate=1e-2, lr_scheduler_type="constant", warmup_share=0)
+    with pytest.raises(InterruptedRunError):
+        train(recipe, tiny.SETTINGS, model, tokenizer, examples, validation, tmp_path, StopAt(5))
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-2")
+    result = train(recipe, tiny.SETTINGS, model, tokenizer, examples, validation, tmp_path, reporter)
+    assert result.best_step == 4
+    assert file_fingerprint(tmp_path / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors") == adapter_hash(tmp_path)
+    assert len(said) == 1
+    assert "of step 2, is gone" in said[0]
+
+
+def test_other_weights_than_the_best_are_refused(
+    model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    monkeypatch.setattr(Trainer, "_load_best_model", lambda self: None)  # as it does where it finds no checkpoint
+    recipe = tiny.recipe(model, method="lora", learning_rate=1e-2, lr_scheduler_type="constant", warmup_share=0)
+    with pytest.raises(RunError, match=r"does not hold the weights of .*checkpoint-2"):
+        train(recipe, tiny.SETTINGS, model, tokenizer, examples, worse(tokenizer), tmp_path)
+    assert (tmp_path / "checkpoints" / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize("fails", ["_point", "_refuse_other_weights", "read_curve"])
+def test_a_failure_after_the_last_step_loses_nothing(
+    fails: str, model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, between and after saving the weights; the next call finds the run in another place.
+
+    Four steps of the five in an epoch: the trainer alone would go on to a fifth, or forget where the best lay.
+    """
+    recipe = tiny.recipe(model, method="lora", learning_rate=1e-2)
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    folder.mkdir()
+    arguments = (recipe, tiny.SETTINGS, model, tokenizer, examples[2:], worse(tokenizer))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no luck")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"ftkit.train.{fails}", fail)
+        with pytest.raises(OSError, match="no luck"):
+            train(*arguments, folder)
+    folder.rename(moved)
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.Trainer.train", fail)
+        result = train(*arguments, moved)
+    assert (result.steps, result.best_step) == (4, 2)
+    assert adapter_hash(moved) == file_fingerprint(moved / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors")
+    assert result.seconds > 0
+    assert result.tokens_per_second
+    assert [point.step for point in result.curve if not point.evaluated] == [1, 2, 3, 4]
+
+
+def test_a_disk_that_is_full_at_a_checkpoint(
+    model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path, small_files: Any
+) -> None:
+    recipe = tiny.recipe(model, method="lora", max_steps=6)
+
+    class Fills(SilentReporter):
+        @contextmanager
+        def bar(self, label: str, total: float) -> Iterator[Bar]:
+            with ExitStack() as stack:
+
+                class _Bar:
+                    def update(self, done: float, **fields: str) -> None:
+                        if done == 3:
+                            stack.enter_context(small_files(20_000))
+
+                yield _Bar()
+
+    def make(reporter: SilentReporter) -> Callable[[Path], dict[str, Any]]:
+        return lambda folder: train(recipe, tiny.SETTINGS, model, tokenizer, examples[2:], examples[:2], folder, reporter).record()
+
+    with Run(tmp_path) as run:
+        with pytest.raises(RunError, match=r"`train` cannot write to .*too large") as refused:
+            run.ensure("train", 1, make(Fills()), resumable=True, keep=True)
+        assert "free some space" in str(refused.value.hint)
+        assert [path.name for path in tmp_path.glob(".train-*/checkpoints/checkpoint-*")] == ["checkpoint-2"]
+        step = run.ensure("train", 1, make(SilentReporter()), resumable=True, keep=True)
+    assert step.result["resumed_from_step"] == 2
+    assert not (step.folder / "checkpoints").exists()
+
+
+def test_what_cannot_be_kept_of_a_training_does_not_fail_it(
+    tmp_path: Path, rows: list[Any], write_rows: Any, ftkit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A private folder that cannot be written. And how often a checkpoint is written is no reason to train again."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FTKIT_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    tiny.make_model(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", rows)
+    (tmp_path / "recipe.yaml").write_text(
+        "model: model\ntraining: {method: lora, max_steps: 2, effective_batch_size: 2, max_length: 128}\nlora: {r: 4}\n", encoding="utf-8"
+    )
+    done = ftkit("train", tmp_path, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "the speed of this training is not kept" in done.stderr
+    assert "FTKIT_CACHE_DIR" not in done.stdout
+    folder = Path(json.loads(done.stdout)["folder"])
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "curve.json", RECORD]
+    again = ftkit("train", tmp_path, "--set", "training.save_minutes=1")
+    assert "Up to date" in again.stdout
 
 
 def test_loss_falls_and_the_best_checkpoint_is_kept(

@@ -13,7 +13,10 @@ from ftkit.cli.common import open_project, recipe_options
 @click.command(epilog="\b\nExamples:\n  ftkit train\n  ftkit train --set training.method=lora --set training.learning_rate=1e-4")
 @recipe_options
 def command(recipe: Path, as_json: bool, **options: Any) -> None:
-    """Train RECIPE as planned. The best checkpoint by validation loss is kept; a killed run is taken up again."""
+    """Train RECIPE as planned. The best checkpoint by validation loss is kept; a killed run is taken up again.
+
+    Ctrl-C saves a checkpoint at the end of the step and stops; a second one stops at once. The same command goes on.
+    """
     from ftkit import pipeline
     from ftkit.cli.console import print_json, say
     from ftkit.units import bytes_text, seconds_text
@@ -25,8 +28,9 @@ def command(recipe: Path, as_json: bool, **options: Any) -> None:
     if as_json:
         print_json({**result, "folder": str(step.folder), "seconds": step.seconds})
         return
+    speed = f", {result['tokens_per_second']:.0f} tokens/s" if result["tokens_per_second"] else ""
     say(
-        f"{'Trained' if step.fresh else 'Up to date: trained'} in {seconds_text(step.seconds)}, {result['steps']} steps, {result['tokens_per_second']:.0f} tokens/s."
+        f"{'Trained' if step.fresh else 'Up to date: trained'} in {seconds_text(result.get('seconds') or step.seconds)}, {result['steps']} steps{speed}."
     )
     say(
         f"Validation loss {result['first_validation_loss']:.4f} → {result['best_validation_loss']:.4f} (best, step {result['best_step']}): {result['verdict']}."
