@@ -24,6 +24,6 @@ def command(recipe: Path, as_json: bool, use_ollama: bool | None, replace_model:
     with project.run:
         pipeline.refuse_missing_tools(project)
         if not as_json:
-            plan_command.show(pipeline.plan(project))
+            plan_command.show(pipeline.plan(project), project.recipe.training.save_minutes)
         shipped = pipeline.build(project, use_ollama=use_ollama, replace_model=replace_model)
         ship_command.show(project, shipped, as_json)

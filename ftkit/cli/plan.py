@@ -83,7 +83,7 @@ def command(
     if as_json:
         print_json({**as_record(planned, probed), "shortages": [asdict(entry) for entry in short]})
     else:
-        show(planned)
+        show(planned, project.recipe.training.save_minutes)
         for entry in short:
             click.echo(f"Not on this machine: {entry.words}.")
         if probed:
@@ -130,6 +130,8 @@ def _open(
 
 def as_record(planned: Plan, probed: Any) -> dict[str, Any]:
     """Every number on the screen, with its unit in the key; docs/plan.md describes it."""
+    from ftkit.memory.later import checkpoint_bytes
+
     memory = planned.memory
     record = asdict(memory)
     for entry, fit in ((record["chosen"], memory.chosen), *zip(record["methods"], memory.methods, strict=True)):
@@ -143,15 +145,17 @@ def as_record(planned: Plan, probed: Any) -> dict[str, Any]:
     return {
         **record,
         "disk_bytes": memory.disk_bytes,
+        "checkpoint_bytes": checkpoint_bytes(memory.chosen.inventory),
         "tokens": planned.tokens and asdict(planned.tokens),
         "fetch_bytes": planned.fetch_bytes,
         "probe": probed and asdict(probed),
     }
 
 
-def show(planned: Plan) -> None:
+def show(planned: Plan, save_minutes: float) -> None:
     """The plan on one screen."""
     from ftkit.cli.console import print_table, say
+    from ftkit.memory.later import CHECKPOINTS_KEPT, checkpoint_bytes
     from ftkit.memory.plan import MARGIN
     from ftkit.units import bytes_text, count_text, seconds_text
 
@@ -235,6 +239,10 @@ def show(planned: Plan) -> None:
     if planned.fetch_bytes:
         later.insert(0, ["fetch the weights", "–", "–", bytes_text(planned.fetch_bytes), "–"])
     print_table("The steps to come", ["", "RAM", "VRAM", "disk", "read"], later)
+    say(
+        f"Training waits while a checkpoint of {bytes_text(checkpoint_bytes(counted))} is written: at each evaluation, and every "
+        f"{save_minutes:g} minutes (training.save_minutes); {CHECKPOINTS_KEPT} take room at most."
+    )
     places = ", ".join(f"{bytes_text(size)} in {place}" for place, size in memory.disk_by_place().items() if size)
     say(f"Disk, at most: {places}{f', {bytes_text(planned.fetch_bytes)} in the hub’s cache' if planned.fetch_bytes else ''}.")
     sizes = ", ".join(f"{name} {bytes_text(memory.gguf_bytes[name])}" for name in ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M"))
