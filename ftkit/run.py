@@ -140,6 +140,7 @@ class Run:
         self.reporter = reporter
         self.lock = FileLock(self.folder / ".lock", timeout=0)
         self._told: set[str] = set()
+        self._made: set[str] = set()  # fingerprints of steps that were renamed here, and are about to be put into the index
 
     def open(self) -> Run:
         """Create the directory where it is missing. Raises RunError where it cannot be written."""
@@ -196,8 +197,8 @@ class Run:
                 _put_last(steps, kept, record, keep=True)
         if damaged:
             self._tell(f"{path} is damaged: the steps' own records are read instead; what Ollama has of this run is not known any more")
-        elif found:
-            names = ", ".join(f"{record['name']}-{record['fingerprint']}" for record in found)
+        elif lost := [record for record in found if record["fingerprint"] not in self._made]:
+            names = ", ".join(f"{record['name']}-{record['fingerprint']}" for record in lost)
             self._tell(f"{path} does not name all finished steps: {names} taken from the folders")
         return {**index, "steps": steps, **({"kept": kept} if kept else {})}
 
@@ -341,6 +342,7 @@ class Run:
                     f"`{name}` cannot write to {self.folder}: {fault}.", "free some space, or put the run elsewhere with --run-dir"
                 ) from error
             raise
+        self._made.add(mark)
         partial.rename(final)
         sync_folder(self.folder)
         return step

@@ -226,6 +226,15 @@ class Notes(SilentReporter):
         self.said.append(text)
 
 
+def test_a_step_that_goes_well_is_no_news(tmp_path: Path) -> None:
+    notes = Notes()
+    with Run(tmp_path, notes) as run:
+        for number in (1, 2, 1):
+            run.ensure("train", number, writes("x"), resumable=True, keep=True)
+            run.ensure("plan", number, writes("x"))
+    assert notes.said == []
+
+
 def two_trainings(folder: Path) -> tuple[Step, Step, Step]:
     """A run with an earlier training, the last one and what was merged of it."""
     with Run(folder) as run:

@@ -175,22 +175,23 @@ def test_an_interrupted_training_resumes_to_the_same_bits(
 
     torch.set_num_threads(1)
     recipe = tiny.recipe(model, method=method)
+    often = tiny.recipe(model, method=method, save_minutes=1e-6)  # between evaluations too
     weights = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
     folders = [tmp_path / "whole", tmp_path / "interrupted"]
     for folder in folders:
         folder.mkdir()
     whole = train(recipe, tiny.SETTINGS, model, tokenizer, examples[2:], examples[:2], folders[0])
     with pytest.raises(InterruptedRunError) as stopped:
-        train(recipe, tiny.SETTINGS, model, tokenizer, examples[2:], examples[:2], folders[1], StopAt(3))
+        train(often, tiny.SETTINGS, model, tokenizer, examples[2:], examples[:2], folders[1], StopAt(4))
     assert stopped.value.exit_code == 130
     checkpoint = folders[1] / "checkpoints" / "checkpoint-2"
     kept = sum((checkpoint / name).stat().st_size for name in (Path(file).name for file in ("optimizer.pt", weights)))
     planned = checkpoint_bytes(Skeleton(tiny.config()).count(recipe.training.method, recipe.lora, "adamw_torch", "float32"))
     assert planned < kept < planned + 30_000  # names and shapes
-    half_written = checkpoint.with_name("checkpoint-3")  # as a kill in the middle of saving leaves it
+    half_written = checkpoint.with_name("checkpoint-4")  # as a kill in the middle of saving leaves it
     half_written.mkdir()
     resumed = train(recipe, tiny.SETTINGS, model, tokenizer, examples[2:], examples[:2], folders[1])
-    assert (whole.resumed_from_step, resumed.resumed_from_step) == (0, 2)
+    assert (whole.resumed_from_step, resumed.resumed_from_step) == (0, 3)
     assert (whole.steps, resumed.steps) == (4, 4)
     first, second = (load_file(folder / weights) for folder in folders)
     assert first.keys() == second.keys()
