@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftkit import template
 from ftkit.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -224,35 +225,56 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def pieces(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[tuple[str, bool]]:
+    """A rendered row cut into (text, learnt): prompts, and what the assistant says up to and including its end of turn.
+
+    A turn is what the template adds after the prompt that ends in it, up to the first special token behind its text; where
+    there is none, up to where the row goes on. What follows the last turn teaches nothing and is left out. Raises
+    DataError where the template does not render a prompt as the beginning of the whole.
+    """
+    whole = render(tokenizer, row.messages, ask=False)
+    cut_up: list[tuple[str, bool]] = []
+    cursor = 0
+    for number, message in enumerate(row.messages):
+        if message["role"] == "assistant":
+            prompt = render(tokenizer, row.messages[:number], ask=True)
+            if not whole.startswith(prompt):
+                raise DataError(f"line {row.line}: the chat template renders the prompt differently once the answer is there.")
+            said = message["content"].strip()
+            at = whole.find(said, len(prompt))
+            end = template.answer_end(tokenizer, whole, at + len(said) if at >= 0 else len(prompt))
+            if end is None:
+                alone = render(tokenizer, row.messages[: number + 1], ask=False)
+                end = next((n for n, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), min(len(whole), len(alone)))
+            cut_up += [(whole[cursor : len(prompt)], False), (whole[len(prompt) : end], True)]
+            cursor = end
+    return cut_up
+
+
 def tokenise(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
     """Token ids and labels of a row: each assistant turn is learnt up to and including its end-of-turn token.
 
-    A turn is what the template adds after the prompt that ends in it. Raises DataError where the template does not render
-    the prompt as the beginning of the whole.
+    Each piece is tokenised by itself, so that the tokens before an answer are those of the prompt at inference.
     """
-    whole = render(tokenizer, row.messages, ask=False)
-    spans = []
-    for number, message in enumerate(row.messages):
-        if message["role"] == "assistant":
-            start = len(render(tokenizer, row.messages[:number], ask=True))
-            end = len(render(tokenizer, row.messages[: number + 1], ask=False))
-            if whole[:start] != render(tokenizer, row.messages[:number], ask=True):
-                raise DataError(f"line {row.line}: the chat template renders the prompt differently once the answer is there.")
-            spans.append((start, end))
-    # Each piece is tokenised by itself, so that the tokens before an answer are those of the prompt at inference.
     input_ids: list[int] = []
     labels: list[int] = []
-    cursor = 0
-    for start, end in spans:
-        prompt, answer = token_ids(tokenizer, whole[cursor:start]), token_ids(tokenizer, whole[start:end])
-        stop = max((n for n, token in enumerate(answer) if token == tokenizer.eos_token_id), default=len(answer) - 1)
-        input_ids += prompt + answer
-        labels += [IGNORED] * len(prompt) + answer[: stop + 1] + [IGNORED] * (len(answer) - stop - 1)
-        cursor = end
-    while labels and labels[-1] == IGNORED:  # what follows the last end of turn teaches nothing
-        labels.pop()
-        input_ids.pop()
+    for text, learnt in pieces(tokenizer, row):
+        ids = token_ids(tokenizer, text)
+        input_ids += ids
+        labels += ids if learnt else [IGNORED] * len(ids)
     return Example(input_ids, labels)
+
+
+def before_answer(tokenizer: PreTrainedTokenizerBase, row: Row, number: int) -> tuple[list[int], str]:
+    """What training saw of a row before the answer that is its message `number`, in ids, and that answer as it was learnt."""
+    seen: list[int] = []
+    answers = sum(message["role"] == "assistant" for message in row.messages[:number])
+    for text, learnt in pieces(tokenizer, row):
+        if learnt and not answers:
+            return seen, text
+        answers -= learnt
+        seen += token_ids(tokenizer, text)
+    raise IndexError(number)
 
 
 def count_tokens(examples: Sequence[Example], max_length: int) -> TokenCounts:

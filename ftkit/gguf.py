@@ -71,3 +71,21 @@ def read_back(path: Path, quantization: str, chat_template: str | None) -> GgufF
             len(tensor.shape) > 1 and bool(tensor.shape[0] % block) for tensor in reader.tensors if quantization not in ("F16", "BF16")
         ),
     )
+
+
+def add_end_of_turn(path: Path, token: int) -> None:
+    """Name the end-of-turn token in a finished file: llama.cpp knows some by their text, and asks on beyond any other.
+
+    The file is written anew beside itself and takes its place, since metadata stands before the tensors.
+    """
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+    from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+
+    reader = GGUFReader(path)
+    architecture = reader.get_field("general.architecture")
+    assert architecture
+    partial = path.with_suffix(".rewritten")
+    writer = GGUFWriter(partial, arch=architecture.contents(), endianess=reader.endianess)
+    new = {"tokenizer.ggml.eot_token_id": MetadataDetails(GGUFValueType.UINT32, token)}
+    copy_with_new_metadata(reader, writer, new, [])
+    partial.replace(path)

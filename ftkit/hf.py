@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftkit import template
 from ftkit.data import Message, asked_together, render, token_ids
-from ftkit.errors import ModelError, first_line
+from ftkit.errors import DoesNotFitError, ModelError, first_line
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Method
 
@@ -39,8 +41,8 @@ def refuse_wrong_versions(model_type: str) -> None:
             raise ModelError(f"{library} {version(library)} trains {architecture} wrongly: {what}.", f"pip install '{library}>={fixed}'")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises ModelError where there is none."""
+def load_tokenizer(folder: Path, day: date | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, its template with `day` in place of today. Raises ModelError where there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -52,6 +54,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if day and isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = template.fix_date(tokenizer.chat_template, day)
     return tokenizer  # type: ignore[no-any-return]
 
 
@@ -114,7 +118,10 @@ def answer(
     label: str = "asking",
     reporter: Reporter = SILENT,
 ) -> list[str]:
-    """Greedy answers, in the order of the questions; similar lengths go through together."""
+    """Greedy answers, in the order of the questions; similar lengths go through together, fewer where memory runs out.
+
+    Raises DoesNotFitError where one question alone is too much for the GPU.
+    """
     import torch
 
     prompts = [render(tokenizer, question, ask=True) for question in questions]
@@ -123,25 +130,30 @@ def answer(
     batch = asked_together(longest + max_new_tokens)
     answers = [""] * len(prompts)
     model.eval()
-    stops = _end_tokens(model, tokenizer)
+    stops = template.stops(tokenizer, model.generation_config.eos_token_id)
+    done = 0
     with torch.inference_mode(), reporter.bar(label, len(prompts)) as bar:
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
+        while done < len(order):
+            chosen = order[done : done + batch]
             inputs = tokenizer(
                 [prompts[n] for n in chosen], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
             ).to(model.device)
-            output = model.generate(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
-                do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
-                eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, use_cache=True,
-            )  # fmt: skip
+            try:
+                output = model.generate(
+                    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
+                    do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
+                    eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, use_cache=True,
+                )  # fmt: skip
+            except torch.OutOfMemoryError:
+                if batch == 1:
+                    raise DoesNotFitError(
+                        "One question at a time does not fit on the GPU.", "--set a smaller ship.max_new_tokens"
+                    ) from None
+                batch = max(1, batch // 2)
+                torch.cuda.empty_cache()
+                continue
             for n, ids in zip(chosen, output[:, inputs["input_ids"].shape[1] :], strict=True):
                 answers[n] = tokenizer.decode(ids, skip_special_tokens=True)
-            bar.update(start + len(chosen))
+            done += len(chosen)
+            bar.update(done)
     return answers
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in (*ids, tokenizer.eos_token_id) if token is not None})

@@ -17,6 +17,8 @@ from ftkit.device import asked_threads
 from ftkit.errors import ToolFailedError, ToolMissingError
 from ftkit.progress import SILENT, Reporter
 
+ANSWERS_WITHIN_SECONDS = 3600.0  # a large model on a slow disk
+
 
 class Engine:
     """A loaded GGUF. Use `load` to get one."""
@@ -24,22 +26,39 @@ class Engine:
     def __init__(self, server: Any) -> None:
         self._server = server
 
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text in which special tokens are written out; none is added."""
-        return list(self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"])
+    def tokenize(self, text: str, *, begins: bool = False) -> list[int]:
+        """Ids of a text in which special tokens are written out; with `begins` the BOS that the file says to add comes first."""
+        return list(self._post("/tokenize", {"content": text, "add_special": begins, "parse_special": True})["tokens"])
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt that the file's own chat template makes, ending where the assistant begins."""
+        """The prompt that the file's own chat template makes, ending where the assistant begins.
+
+        Without the BOS that llama.cpp adds itself when it tokenises a prompt (`tokenizer.ggml.add_bos_token`).
+        """
         return str(self._post("/apply-template", {"messages": list(messages)})["prompt"])
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """What the model reads before it answers: the rendered prompt and what llama.cpp adds to it."""
+        return self.tokenize(self.render(messages), begins=True)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of ids, for a person to read."""
+        return str(self._post("/detokenize", {"tokens": list(ids)})["content"])
+
+    def stops_at(self, token: int) -> bool:
+        """Whether an answer ends with this token: the model is made to say it, and either goes on or does not."""
+        request = {"prompt": [token], "n_predict": 2, "temperature": 0, "logit_bias": [[token, 1e4]], "cache_prompt": False}
+        return self._post("/completion", request).get("stop_type") == "eos"
 
     def answer(
         self, questions: Sequence[list[Message]], max_new_tokens: int, *, label: str = "asking", reporter: Reporter = SILENT
     ) -> list[str]:
-        """Greedy answers through the file's own chat template, in the order of the questions."""
+        """Greedy answers through the file's own chat template, in the order of the questions, as text: nothing is parsed."""
         answers = []
         with reporter.bar(label, len(questions)) as bar:
             for number, question in enumerate(questions, 1):
-                answers.append(self.chat(question, max_new_tokens))
+                request = {"prompt": self.prompt_ids(question), "n_predict": max_new_tokens, "temperature": 0, "cache_prompt": True}
+                answers.append(str(self._post("/completion", request)["content"]))
                 bar.update(number)
         return answers
 
@@ -56,7 +75,7 @@ class Engine:
             self._server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as reply:
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=ANSWERS_WITHIN_SECONDS) as reply:
                 loaded: dict[str, Any] = json.load(reply)
         except (urllib.error.URLError, OSError) as error:
             raise ToolFailedError(f"llama.cpp did not take {path}: {error}.") from None

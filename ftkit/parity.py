@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ftkit.data import Message
+from ftkit.check import Check, failed, not_made, passed
 from ftkit.errors import ProofError
 
 Match = Literal["first_line", "last_line", "whole"]
@@ -55,27 +55,43 @@ def same(first: Sequence[str], second: Sequence[str]) -> Score:
 
 def compare_tokens(texts: Sequence[str], ours: Callable[[str], list[int]], theirs: Callable[[str], list[int]], what: str) -> int:
     """How many texts were compared. Raises ProofError at the first that gets other token ids."""
-    for text in texts:
-        a, b = ours(text), theirs(text)
-        if a != b:
-            at = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-            raise ProofError(
-                f"{what} tokenises differently from the trained model, from token {at} of {text[:80]!r} on:\n"
-                f"  trained {a[at : at + 6]}\n  shipped {b[at : at + 6]}",
-                "its pre-tokenizer is not what the file says: use the model's original safetensors as the base",
-            )
+    check = same_ids("token ids", ((text, ours(text), theirs(text)) for text in texts), "texts")
+    if check.outcome == "failed":
+        raise ProofError(
+            f"{what} tokenises differently from the trained model, {check.detail}",
+            "its pre-tokenizer is not what the file says: use the model's original safetensors as the base",
+        )
     return len(texts)
 
 
-def compare_prompts(
-    conversations: Sequence[Sequence[Message]],
-    ours: Callable[[Sequence[Message]], str],
-    theirs: Callable[[Sequence[Message]], str],
-    what: str,
-) -> int:
-    """How many conversations were compared. Raises ProofError at the first that renders differently."""
-    for messages in conversations:
-        a, b = ours(messages), theirs(messages)
-        if a != b:
-            raise ProofError(f"{what} renders another prompt than the trained model:\n  trained on {a[-300:]!r}\n  shipped    {b[-300:]!r}")
-    return len(conversations)
+def same_ids(name: str, compared: Iterable[tuple[str, list[int], list[int]]], what: str) -> Check:
+    """A check of (text, trained ids, shipped ids): at the first difference it failed; without any text it is not made."""
+    count = 0
+    for text, ours, theirs in compared:
+        count += 1
+        if ours != theirs:
+            at = next((n for n, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y), min(len(ours), len(theirs)))
+            return failed(name, f"from token {at} of {text[:80]!r} on:\n  trained {ours[at : at + 6]}\n  shipped {theirs[at : at + 6]}")
+    return passed(name, f"{count:,} {what}") if count else not_made(name, f"there are no {what}")
+
+
+def judge_answers(scores: Mapping[str, Score], shipped: str, alike: Score, limit: float) -> Check:
+    """Whether the file `shipped` keeps what the trained model answers right, up to `limit` points.
+
+    Not made where a loss could not be seen: where the trained model gets no more right than may be lost.
+    """
+    name = "answers"
+    if "trained" not in scores or shipped not in scores:
+        return not_made(name, f"the {'trained model' if 'trained' not in scores else 'shipped file'} could not be asked")
+    trained, after = scores["trained"], scores[shipped]
+    lost = trained.percent - after.percent
+    figures = f"{after.right} of {after.rows} right, as trained {trained.right}; {alike.right} of {alike.rows} are the same text"
+    if trained.right == 0:
+        return not_made(name, f"as trained no answer of {trained.rows} is right, so that a loss cannot be seen; {figures}")
+    if trained.percent <= limit:
+        return not_made(
+            name, f"as trained {trained.percent:.1f} % are right, and {limit:g} points may be lost, so that no loss is too much; {figures}"
+        )
+    if lost > limit:
+        return failed(name, f"{lost:.1f} points are lost, {limit:g} are allowed; {figures}")
+    return passed(name, figures)

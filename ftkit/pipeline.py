@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ftkit import data, device, hf, llamacpp, merge, ollama, parity, source, tools
+from ftkit import data, device, hf, llamacpp, merge, ollama, parity, source, template, tools
 from ftkit import gguf as gguf_files
 from ftkit import train as training
+from ftkit.check import Check, failed, passed
 from ftkit.data import Example, Message, Row, TokenCounts
 from ftkit.device import Device
 from ftkit.errors import (
@@ -29,18 +31,21 @@ from ftkit.errors import (
     first_line,
 )
 from ftkit.memory import inventory, measured
-from ftkit.memory.later import ASK, OLLAMAS_MODELS, RUN_FOLDER, TRAIN
+from ftkit.memory.later import FTKIT_BYTES, OLLAMAS_MODELS, RUN_FOLDER, TRAIN, LaterStep
 from ftkit.memory.plan import MARGIN, MemoryPlan, make_plan
 from ftkit.parity import Score
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Recipe, load_recipe, make_recipe
-from ftkit.run import Run, Step, file_fingerprint, fingerprint
+from ftkit.run import Run, Step, file_fingerprint, fingerprint, write_atomically
 from ftkit.source import Source
 from ftkit.train import Probe
 from ftkit.units import bytes_text
 
 PLAN_HOLDS_FOR = ("accelerate", "bitsandbytes", "ftkit", "gguf", "peft", "torch", "transformers", "trl")  # in these versions
-PLAN_FILE, FAILED_PROOF = "plan.json", "failed-proof.json"
+PLAN_FILE, ANSWERS, PROOF, FAILED_PROOF = "plan.json", "answers.json", "proof.json", "failed-proof.json"
+SOURCE, DEQUANTISED = "source", "dequantised"  # what an adapter is merged into
+ALWAYS_MADE = ("F16", "Q8_0")
+ROWS_COMPARED = 1000  # training rows whose ids are compared, the first
 PLANS_KEPT = 50  # of those without a recipe, each a fifth of a megabyte
 OLLAMA_ROWS = 20  # held-out questions that a server is asked after registering; the proof has asked them all
 
@@ -71,13 +76,26 @@ class Shipped:
     files: list[dict[str, Any]]
     modelfile: Path
     merged_onto: str
+    checks: list[Check]
     scores: dict[str, Score]
+    proof_file: Path
+    same_answers: Score | None  # of the trained model and the shipped file; None where the trained model could not be asked
     examples: list[dict[str, str]]
     missing_quantization: str | None  # the wanted type, where llama-quantize is not here
     registered_as: str | None
     not_registered_because: str | None
     register_with: str | None  # what to type for that
     fresh: bool
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The checks of the shipped file, and the figures behind that of its answers."""
+
+    checks: list[Check]
+    scores: dict[str, Score]
+    same_answers: Score | None
+    examples: list[dict[str, str]]
 
 
 class Project:
@@ -262,7 +280,7 @@ def _examples(project: Project, opened: Source, rows: Rows) -> tuple[TokenCounts
         )
         return None, [], []
     assert opened.folder
-    tokenizer, max_length = hf.load_tokenizer(opened.folder), project.recipe.training.max_length
+    tokenizer, max_length = hf.load_tokenizer(opened.folder, project.recipe.data.day), project.recipe.training.max_length
     project.reporter.step("counting the dataset's tokens")
     examples, held_out = project.tokenised(rows.train, tokenizer), project.tokenised(rows.validation, tokenizer)
     trained, validated = data.cut(examples, max_length), data.cut(held_out, max_length)
@@ -289,8 +307,15 @@ def _check_config(config: Any, recipe: Recipe, length: int) -> None:
     hf.refuse_wrong_versions(config.model_type)
 
 
+def is_trained(project: Project) -> bool:
+    """Whether the run holds the finished training of this recipe, data and model."""
+    return project.run.finished("train", fingerprint("train", project.training_inputs)) is not None
+
+
 def train(project: Project) -> Step:
     """Train as planned. Raises DoesNotFitError before anything is loaded, InterruptedRunError on Ctrl-C."""
+    if is_trained(project):
+        return _train(project, None)  # up to date: nothing has to fit any more
     planned = plan(project)
     fit = planned.memory.chosen
     if not fit.fits:
@@ -299,15 +324,21 @@ def train(project: Project) -> Step:
             f"{planned.memory.device.name} has {bytes_text(fit.budget_bytes)}, of which {MARGIN:.0%} is kept free.",
             "see what would fit, each change computed: ftkit plan",
         )
-    if not project.run.finished("train", fingerprint("train", project.training_inputs)):
-        _refuse_shortages(project, planned)
-        if earlier := project.run.finished("train"):
-            project.reporter.note(f"an earlier training with other inputs stays in {earlier.folder}")
+    _refuse_shortages(project, planned)
+    if earlier := project.run.finished("train"):
+        project.reporter.note(f"an earlier training with other inputs stays in {earlier.folder}")
+    return _train(project, planned)
+
+
+def _train(project: Project, planned: Plan | None) -> Step:
+    """The training step; `planned` is None where it is finished."""
     recipe = project.recipe
 
     def make(folder: Path) -> dict[str, Any]:
+        assert planned
+        fit = planned.memory.chosen
         base, rows = project.base_folder, project.rows
-        tokenizer = hf.load_tokenizer(base)
+        tokenizer = hf.load_tokenizer(base, recipe.data.day)
         if project.base.gguf:
             _check_recovered_tokenizer(project, project.base.gguf, tokenizer)
         cuda, bfloat16 = project.computes_on
@@ -331,7 +362,7 @@ def train(project: Project) -> Step:
         }  # fmt: skip
 
     step = project.run.ensure("train", project.training_inputs, make, resumable=True, keep=True)
-    if step.fresh and step.result["tokens_per_second"]:
+    if step.fresh and planned and step.result["tokens_per_second"]:
         _remember_speed(project, planned, step.result["tokens_per_second"])
     return step
 
@@ -364,7 +395,7 @@ def probe(project: Project) -> Probe:
     settings = training.Settings(
         fit.per_device_train_batch_size, fit.gradient_accumulation_steps, fit.gradient_checkpointing, bfloat16, cuda
     )
-    tokenizer = hf.load_tokenizer(project.base_folder)
+    tokenizer = hf.load_tokenizer(project.base_folder, recipe.data.day)
     examples = data.cut(project.tokenised(project.rows.train, tokenizer), recipe.training.max_length)
     project.reporter.step("probing: two real steps")
     with tempfile.TemporaryDirectory(dir=project.run.folder, prefix=".probe-") as folder:
@@ -405,36 +436,51 @@ def ship(project: Project, *, use_ollama: bool | None = None, replace_model: boo
     if use_ollama:  # asked for: that it is missing is said before the long work too
         with ollama.connect(project.reporter) as client:
             _refuse_anothers_name(project, client, replace_model)
-    if project.run.finished("plan") and not project.run.finished("prove"):
-        _refuse_shortages(project, plan(project), trained=True)
-    merged = _merge(project, trained)
-    converted = _convert(project, merged)
-    proven = _prove(project, merged, converted)
-    result = proven.result
-    gguf = converted.folder / converted.result["ship"]
+    recorded = _recorded_plan(project.run)
+    if recorded and not project.run.finished("prove"):
+        _refuse_shortages(project, recorded, trained=True)
+    asked = _ask(project, trained)
+    merged, converted, told = _merged(project, trained, asked)
+    shipped, record, missing = _quantise(project, converted, merged)
+    proven = _prove(project, merged, asked, shipped)
+    modelfile = _write_modelfile(project, merged, shipped)
+    project.run.record(shipped=_shipped_record(project, shipped, modelfile))
+    proof = _judge(project, asked, told, proven, shipped)
     registered, because, register_with = None, None, None
     if use_ollama is not False:
         try:
             with ollama.connect(project.reporter) as client:
                 _refuse_anothers_name(project, client, replace_model)
-                registered = _register(project, client, converted, merged)
+                registered = _register(project, client, shipped, merged, asked)
         except (ToolMissingError, NameTakenError) as error:
             if use_ollama:
                 raise
             because, register_with = error.message, error.hint
     return Shipped(
-        gguf=gguf,
-        files=converted.result["files"],
-        modelfile=converted.folder / "Modelfile",
+        gguf=shipped.path,
+        files=[*(entry for entry in converted.result["files"] if entry["path"] != record["path"]), record],
+        modelfile=modelfile,
         merged_onto=merged.result["onto"],
-        scores={name: Score(**entry) for name, entry in result["scores"].items()},
-        examples=result["examples"],
-        missing_quantization=converted.result["missing_quantization"],
+        checks=proof.checks,
+        scores=proof.scores,
+        same_answers=proof.same_answers,
+        proof_file=proven.folder / PROOF,
+        examples=proof.examples[:3],
+        missing_quantization=missing,
         registered_as=registered,
         not_registered_because=because,
         register_with=register_with,
         fresh=proven.fresh,
     )
+
+
+def _shipped_record(project: Project, shipped: GgufModel, modelfile: Path) -> dict[str, Any]:
+    """What `chat`, `status` and registering read: which file ships, with which sampling values."""
+    ship = project.recipe.ship
+    return {
+        "step": shipped.step.name, "gguf": str(shipped.path.relative_to(project.run.folder).as_posix()), "system": ship.system,
+        "num_ctx": ship.num_ctx, "mark": fingerprint(shipped.step.fingerprint, shipped.quantization, modelfile.read_text(encoding="utf-8")),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -471,11 +517,15 @@ def shortages(project: Project, planned: Plan, *, trained: bool = False) -> list
         size, free = sum(size for _, _, size in entries), shutil.disk_usage(entries[0][1]).free
         if size > free:
             found.append(Shortage(" and ".join(str(folder) for folder, _, _ in entries), None, size, free))
-    total = device.processor().total_bytes
-    hungry = max((step for step in planned.memory.later if step.name != TRAIN), key=lambda step: step.peak_ram_bytes)
-    if hungry.peak_ram_bytes > total:
-        found.append(Shortage("RAM", hungry.name, hungry.peak_ram_bytes, total))
+    if hungry := ram_shortage(planned.memory.later, device.processor().total_bytes):
+        found.append(hungry)
     return found
+
+
+def ram_shortage(later: Sequence[LaterStep], total_bytes: int) -> Shortage | None:
+    """The step after training that needs more RAM than there is, if one does. Asking can be slow or left out, and is none."""
+    hungry = max((step for step in later if step.name != TRAIN and step.needed), key=lambda step: step.peak_ram_bytes)
+    return Shortage("RAM", hungry.name, hungry.peak_ram_bytes, total_bytes) if hungry.peak_ram_bytes > total_bytes else None
 
 
 def _refuse_shortages(project: Project, planned: Plan, *, trained: bool = False) -> None:
@@ -487,114 +537,210 @@ def _refuse_shortages(project: Project, planned: Plan, *, trained: bool = False)
         )
 
 
-def _merge(project: Project, trained: Step) -> Step:
-    """Merge into the 16-bit source and ask the held-out questions before, as trained and merged.
+@dataclass(frozen=True)
+class GgufModel:
+    """A GGUF file that may ship, and the step that made it."""
 
-    Where QLoRA's gain is lost by it – an adapter learns around the 4-bit base – merge onto the dequantised base instead,
-    if that answers better, and record both figures.
+    path: Path
+    quantization: str
+    step: Step
+
+
+def _ask(project: Project, trained: Step) -> Step:
+    """Ask the held-out questions before and as trained: on what was trained on, so that no more memory is needed.
+
+    An adapter's base is loaded once, as training loaded it (with QLoRA in 4 bits), and asked without and with the adapter.
+    Answers that could not be had are left out, and it is said.
     """
     recipe = project.recipe
-    inputs = [trained.fingerprint, project.data_fingerprints.get("test"), recipe.ship.match, recipe.ship.max_loss_points,
-              recipe.ship.test_rows, recipe.ship.max_new_tokens]  # fmt: skip
+    inputs = [trained.fingerprint, project.data_fingerprints.get("test"), recipe.ship.test_rows, recipe.ship.max_new_tokens]
 
     def make(folder: Path) -> dict[str, Any]:
         base, rows = project.base_folder, project.rows.test
         cuda, bfloat16 = project.computes_on
-        asking = next(step for step in plan(project).memory.later if step.name == ASK)
-        if cuda and not 0 < asking.vram_bytes <= device.choose().total_bytes:
-            cuda = False
-            project.reporter.note("the 16-bit model does not fit on the GPU beside its questions: they are asked on the CPU, which is slow")
-        tokenizer = hf.load_tokenizer(base)
+        tokenizer = hf.load_tokenizer(base, recipe.data.day)
         hf.refuse_lost_gradients()
-        questions, expected = [row.question for row in rows], [row.answer for row in rows]
-        method = recipe.training.method
+        questions, method = [row.question for row in rows], recipe.training.method
+        answers: dict[str, list[str]] = {}
 
-        def ask(label: str, folder: Path, *, adapter: Path | None = None) -> list[str]:
-            loaded: Any = hf.load_model(folder, method if adapter else None, bfloat16=bfloat16, cuda=cuda)
-            if adapter:
-                from peft import PeftModel
+        def ask(name: str, model: Any, label: str) -> None:
+            try:
+                answers[name] = hf.answer(model, tokenizer, questions, recipe.ship.max_new_tokens, label=label, reporter=project.reporter)
+            except DoesNotFitError as error:
+                project.reporter.warn(f"{label} was left out: {error.message}")
 
-                loaded = PeftModel.from_pretrained(loaded, adapter)
-            return hf.answer(loaded, tokenizer, questions, recipe.ship.max_new_tokens, label=label, reporter=project.reporter)
+        if method == "full":
+            ask("before", hf.load_model(base, None, bfloat16=bfloat16, cuda=cuda), "asking the base model")
+            ask("trained", hf.load_model(trained.folder / "model", None, bfloat16=bfloat16, cuda=cuda), "asking the trained model")
+        else:
+            from peft import PeftModel
 
-        def points(answers: list[str]) -> float:
-            return parity.score(expected, answers, recipe.ship.match).percent
+            model: Any = PeftModel.from_pretrained(hf.load_model(base, method, bfloat16=bfloat16, cuda=cuda), trained.folder / "adapter")
+            with model.disable_adapter():
+                ask("before", model, "asking the base model")
+            ask("trained", model, "asking base and adapter")
+        _write_json(folder / ANSWERS, {"questions": questions, "expected": [row.answer for row in rows], "answers": answers})
+        return {}
 
-        answers = {"before": ask("asking the base model", base)}
-        target = folder / "model"
+    return project.run.ensure("ask", inputs, make, after=[trained])
+
+
+def _read_answers(step: Step) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((step.folder / ANSWERS).read_text(encoding="utf-8"))
+    return loaded
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _merged(project: Project, trained: Step, asked: Step) -> tuple[Step, Step, Step]:
+    """The merge that ships, its F16 and Q8_0 files, and its answers.
+
+    Where QLoRA's gain is lost by merging into the 16-bit source – an adapter learns around the 4-bit base – the merge is made
+    onto the dequantised base instead. One that was made so stays: a wider limit takes nothing back.
+    """
+    recipe = project.recipe
+    if project.run.finished("merge", fingerprint("merge", _merge_inputs(trained, DEQUANTISED))):
+        onto = DEQUANTISED
+    else:
+        onto = SOURCE
+        if recipe.training.method == "qlora":
+            told = project.run.finished("ask_merged", fingerprint("ask_merged", _told_inputs(trained, asked, onto)))
+            if not told:
+                merged = _merge(project, trained, onto)
+                told = _ask_merged(project, trained, asked, merged, _convert(project, merged))
+            lost = _lost_points(asked, told, recipe.ship.match)
+            if lost is not None and lost > recipe.ship.max_loss_points:
+                project.reporter.warn(
+                    f"merged into the 16-bit source the model loses {lost:.1f} points; merging onto the dequantised base that it was trained on"
+                )
+                for name in ("gguf", "merge"):  # what was made of the other merge would take the disk twice
+                    if stale := project.run.finished(name):
+                        shutil.rmtree(stale.folder)
+                onto = DEQUANTISED
+    merged = _merge(project, trained, onto)
+    converted = _convert(project, merged)
+    return merged, converted, _ask_merged(project, trained, asked, merged, converted)
+
+
+def _lost_points(asked: Step, told: Step, match: parity.Match) -> float | None:
+    """Points that the merged model answers less than the trained one; None where one of them could not be asked."""
+    record = _read_answers(asked)
+    answers = {**record["answers"], **_read_answers(told)["answers"]}
+    found = [parity.score(record["expected"], answers[name], match).percent for name in ("trained", "merged") if name in answers]
+    return found[0] - found[1] if len(found) == 2 else None
+
+
+def _merge_inputs(trained: Step, onto: str) -> list[Any]:
+    return [trained.fingerprint, onto]
+
+
+def _merge(project: Project, trained: Step, onto: str) -> Step:
+    """The trained model in 16 bits, with the template, BOS and stops that it was trained with."""
+    method = project.recipe.training.method
+
+    def make(folder: Path) -> dict[str, Any]:
+        base, target = project.base_folder, folder / "model"
+        tokenizer = hf.load_tokenizer(base, project.recipe.data.day)
         if method == "full":
             shutil.copytree(trained.folder / "model", target)
-            answers["trained"] = answers["merged"] = ask("asking the trained model", target)
-            onto = "nothing: all weights were trained"
+            said = "nothing: all weights were trained"
         else:
-            adapter = trained.folder / "adapter"
-            answers["trained"] = ask("asking base and adapter", base, adapter=adapter)
-            project.reporter.step("merging into the 16-bit source")
+            project.reporter.step("merging into the 16-bit source" if onto == SOURCE else "merging onto the dequantised base")
             target.mkdir()
-            merge.merge(base, adapter, target, reporter=project.reporter)
-            answers["merged"] = ask("asking the merged model", target)
-            onto = "the 16-bit source"
-            lost = points(answers["trained"]) - points(answers["merged"])
-            if method == "qlora" and lost > recipe.ship.max_loss_points:
-                project.reporter.warn(
-                    f"merged into the 16-bit source the model loses {lost:.1f} points; trying the dequantised base that it was trained on"
-                )
-                other = folder / "dequantised"
-                other.mkdir()
-                merge.merge(base, adapter, other, onto="dequantised", bfloat16=bfloat16, reporter=project.reporter)
-                answers["merged onto the dequantised base"] = ask("asking the other merge", other)
-                if points(answers["merged onto the dequantised base"]) > points(answers["merged"]):
-                    onto = "the dequantised 4-bit base"
-                    shutil.rmtree(target)
-                    other.rename(target)
-                else:
-                    shutil.rmtree(other)
-        record = {"questions": questions, "expected": expected, "answers": answers}
-        (folder / "answers.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        return {"onto": onto, "scores": {name: asdict(parity.score(expected, given, recipe.ship.match)) for name, given in answers.items()}}
+            _, bfloat16 = project.computes_on
+            place: merge.Base = "source" if onto == SOURCE else "dequantised"
+            merge.merge(base, trained.folder / "adapter", target, onto=place, bfloat16=bfloat16, reporter=project.reporter)
+            said = "the 16-bit source" if onto == SOURCE else "the dequantised 4-bit base"
+        return {"onto": said, "stops": template.seal(target, tokenizer)}
 
-    return project.run.ensure("merge", inputs, make, after=[trained])
+    return project.run.ensure("merge", _merge_inputs(trained, onto), make, after=[trained])
 
 
 def _convert(project: Project, merged: Step) -> Step:
-    """F16 and Q8_0 always, and the wanted type where llama-quantize is found; the Modelfile beside them."""
-    wanted = project.recipe.ship.quantization
-    program = tools.find_program("llama-quantize", project.llama_cpp_dir)
-    made_whole = [merged.fingerprint, project.recipe.ship.model_dump(), True]
-    has_it = program or wanted in gguf_files.CONVERTER_TYPES or project.run.finished("gguf", fingerprint("gguf", made_whole))
-    inputs = made_whole if has_it else [*made_whole[:2], False]  # what was made with llama-quantize stays when it is gone
+    """F16 and Q8_0, which the converter writes without llama-quantize."""
 
     def make(folder: Path) -> dict[str, Any]:
         converter = tools.need_converter(project.llama_cpp_dir)
         model, stem = merged.folder / "model", project.recipe.ship.name.replace(":", "-")
-        tokenizer = hf.load_tokenizer(model)
-        files, shipped, missing = [], "Q8_0", None
-        f16 = folder / f"{stem}-F16.gguf"
-        for quantization in dict.fromkeys(("F16", "Q8_0", wanted)):
-            path = folder / f"{stem}-{quantization}.gguf"
-            if quantization in gguf_files.CONVERTER_TYPES:
-                gguf_files.convert(model, path, quantization, converter, project.reporter)
-            elif program:
-                gguf_files.quantize(f16, path, quantization, program, project.reporter)
-            else:
-                missing = quantization
-                continue
-            if quantization == wanted:
-                shipped = wanted
-            done = gguf_files.read_back(path, quantization, tokenizer.chat_template)
-            files.append({**asdict(done), "path": path.name})
-        modelfile = _modelfile(project, tokenizer, folder / f"{stem}-{shipped}.gguf")
-        (folder / "Modelfile").write_text(modelfile.text(), encoding="utf-8")
-        ship = project.recipe.ship
-        return {
-            "files": files, "ship": f"{stem}-{shipped}.gguf", "quantization": shipped, "missing_quantization": missing,
-            "system": ship.system, "num_ctx": ship.num_ctx,
-        }  # fmt: skip
+        chat_template = hf.load_tokenizer(model).chat_template
+        paths = {quantization: folder / f"{stem}-{quantization}.gguf" for quantization in ALWAYS_MADE}
+        for quantization, path in paths.items():
+            gguf_files.convert(model, path, quantization, converter, project.reporter)
+        with llamacpp.load(paths["Q8_0"], 64) as engine:
+            unknown = [token for token in merged.result["stops"] if not engine.stops_at(token)]
+        for path in paths.values() if unknown else ():
+            gguf_files.add_end_of_turn(path, unknown[0])
+        return {"files": [_file_record(path, quantization, chat_template) for quantization, path in paths.items()]}
 
-    return project.run.ensure("gguf", inputs, make, after=[merged])
+    return project.run.ensure("gguf", [merged.fingerprint], make, after=[merged])
 
 
-def _modelfile(project: Project, tokenizer: Any, gguf: Path) -> ollama.Modelfile:
+def _file_record(path: Path, quantization: str, chat_template: str | None) -> dict[str, Any]:
+    return {**asdict(gguf_files.read_back(path, quantization, chat_template)), "path": path.name}
+
+
+def _told_inputs(trained: Step, asked: Step, onto: str) -> list[Any]:
+    return [asked.fingerprint, trained.fingerprint, onto]
+
+
+def _ask_merged(project: Project, trained: Step, asked: Step, merged: Step, converted: Step) -> Step:
+    """Ask the merged model through its GGUF, a mapped file: F16, or Q8_0 where the machine's memory is too small for that."""
+    onto = DEQUANTISED if "dequantised" in merged.result["onto"] else SOURCE
+
+    def make(folder: Path) -> dict[str, Any]:
+        room = device.processor().total_bytes - FTKIT_BYTES
+        file = next((entry for entry in converted.result["files"] if entry["bytes"] < room), None)
+        answers = {}
+        if file:
+            with llamacpp.load(converted.folder / file["path"], project.recipe.ship.num_ctx) as engine:
+                answers["merged"] = engine.answer(
+                    _read_answers(asked)["questions"], project.recipe.ship.max_new_tokens,
+                    label=f"asking the merged model ({file['quantization']})", reporter=project.reporter,
+                )  # fmt: skip
+        else:
+            project.reporter.warn("the merged model is not asked: each of its files is larger than this machine's memory")
+        _write_json(folder / ANSWERS, {"answers": answers})
+        return {"onto": onto, "asked_as": file["quantization"] if file else None}
+
+    return project.run.ensure("ask_merged", _told_inputs(trained, asked, onto), make, after=[asked], keep=True)
+
+
+def _quantise(project: Project, converted: Step, merged: Step) -> tuple[GgufModel, dict[str, Any], str | None]:
+    """The file that ships, its record, and the wanted type where it could not be made: then Q8_0 ships."""
+    wanted = project.recipe.ship.quantization
+    made = {entry["quantization"]: entry for entry in converted.result["files"]}
+    if wanted in made:
+        return GgufModel(converted.folder / made[wanted]["path"], wanted, converted), made[wanted], None
+    program = tools.find_program("llama-quantize", project.llama_cpp_dir)
+    inputs = [converted.fingerprint, wanted]
+    if not (program or wanted in gguf_files.CONVERTER_TYPES or project.run.finished("quantise", fingerprint("quantise", inputs))):
+        return GgufModel(converted.folder / made["Q8_0"]["path"], "Q8_0", converted), made["Q8_0"], wanted
+    f16 = converted.folder / made["F16"]["path"]
+
+    def make(folder: Path) -> dict[str, Any]:
+        path = folder / f"{f16.stem.removesuffix('F16')}{wanted}.gguf"
+        model = merged.folder / "model"
+        if program and wanted not in gguf_files.CONVERTER_TYPES:
+            gguf_files.quantize(f16, path, wanted, program, project.reporter)
+        else:
+            gguf_files.convert(model, path, wanted, tools.need_converter(project.llama_cpp_dir), project.reporter)
+        return _file_record(path, wanted, hf.load_tokenizer(model).chat_template)
+
+    step = project.run.ensure("quantise", inputs, make, after=[converted])
+    return GgufModel(step.folder / step.result["path"], wanted, step), step.result, None
+
+
+def _write_modelfile(project: Project, merged: Step, shipped: GgufModel) -> Path:
+    """The Modelfile beside the file that ships. It follows from sampling values alone, so it is written each time."""
+    modelfile = _modelfile(project, hf.load_tokenizer(merged.folder / "model"), shipped.path, merged.result["stops"])
+    path = shipped.path.with_name("Modelfile")
+    write_atomically(path, modelfile.text().encode())
+    return path
+
+
+def _modelfile(project: Project, tokenizer: Any, gguf: Path, stops: Sequence[int]) -> ollama.Modelfile:
     from gguf import GGUFReader
 
     try:
@@ -604,60 +750,125 @@ def _modelfile(project: Project, tokenizer: Any, gguf: Path) -> ollama.Modelfile
         chat = None
     adds_bos = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
     bos = tokenizer.bos_token if adds_bos is not None and adds_bos.contents() else ""
-    return ollama.make_modelfile(f"./{gguf.name}", chat, project.recipe.ship, bos=bos or "", stops=[tokenizer.eos_token])
+    texts = [str(text) for text in tokenizer.convert_ids_to_tokens(list(stops))]
+    return ollama.make_modelfile(f"./{gguf.name}", chat, project.recipe.ship, bos=bos or "", stops=texts)
 
 
 def _render(tokenizer: Any) -> Callable[[Sequence[Message], bool], str]:
     return lambda messages, ask: data.render(tokenizer, messages, ask=ask)
 
 
-def _prove(project: Project, merged: Step, converted: Step) -> Step:
-    """Token ids, prompts and held-out answers of the file that ships, against the trained model.
+def _prove(project: Project, merged: Step, asked: Step, shipped: GgufModel) -> Step:
+    """Compare the file that ships with the trained model: token ids, what training saw, prompts, stops; and ask it.
 
-    Raises ProofError where ids or prompts differ, or where it answers worse than `ship.max_loss_points` allows.
+    Raises ProofError where one of these checks fails. The answers are recorded, and judged by `_judge`.
     """
     recipe = project.recipe
-    gguf = converted.folder / converted.result["ship"]
-    quantization = converted.result["quantization"]
+    inputs = [merged.fingerprint, asked.fingerprint, shipped.step.fingerprint, shipped.quantization]
 
     def make(folder: Path) -> dict[str, Any]:
-        project.reporter.step(f"proving {gguf.name} against the trained model")
-        record = json.loads((merged.folder / "answers.json").read_text(encoding="utf-8"))
-        questions, expected, answers = record["questions"], record["expected"], record["answers"]
+        project.reporter.step(f"proving {shipped.path.name} against the trained model")
+        record = _read_answers(asked)
+        questions = record["questions"]
         tokenizer = hf.load_tokenizer(merged.folder / "model")
-        render = _render(tokenizer)
-        conversations = [*questions, *ollama.conversations(render)]
-        with llamacpp.load(gguf, recipe.ship.num_ctx) as engine:
-            texts = [*parity.HARD_TEXTS, *(render(question, True) for question in questions)]
-            same_ids = parity.compare_tokens(texts, lambda text: data.token_ids(tokenizer, text), engine.tokenize, gguf.name)
-            same_prompts = parity.compare_prompts(conversations, lambda m: render(m, True), engine.render, gguf.name)
-            answers[quantization] = engine.answer(
-                questions, recipe.ship.max_new_tokens, label=f"asking {gguf.name}", reporter=project.reporter
-            )
-        scores = {name: parity.score(expected, given, recipe.ship.match) for name, given in answers.items()}
-        lost = scores["trained"].percent - scores[quantization].percent
-        examples = [
-            {"question": q[-1]["content"], "expected": e, "before": b, "after": a}
-            for q, e, b, a in zip(questions, expected, answers["before"], answers[quantization], strict=True)
-        ]
-        proof = {
-            "same_token_ids": same_ids, "same_prompts": same_prompts, "examples": examples[:3],
-            "scores": {name: asdict(entry) for name, entry in scores.items()}, "lost_points": lost,
-        }  # fmt: skip
-        (folder / "proof.json").write_text(
-            json.dumps({**proof, "examples": examples}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        if lost > recipe.ship.max_loss_points:
-            (folder / "proof.json").replace(project.run.folder / FAILED_PROOF)
-            raise ProofError(
-                f"{gguf.name} answers {scores[quantization].percent:.1f} % of the held-out questions right, the trained model "
-                f"{scores['trained'].percent:.1f} %: {lost:.1f} points are lost, {recipe.ship.max_loss_points:g} are allowed. "
-                f"All answers: {project.run.folder / FAILED_PROOF}",
-                "a finer type loses less: --set ship.quantization=Q8_0; or allow it: --set ship.max_loss_points=10",
-            )
-        return proof
+        with llamacpp.load(shipped.path, recipe.ship.num_ctx) as engine:
+            checks = proof_checks(tokenizer, engine, project.rows.train, questions, merged.result["stops"])
+            for check in checks:
+                if check.outcome == "failed":
+                    raise ProofError(f"{shipped.path.name} is not the model that was trained. {check.words}", HINTS[check.name])
+            answers = engine.answer(questions, recipe.ship.max_new_tokens, label=f"asking {shipped.path.name}", reporter=project.reporter)
+        _write_json(folder / ANSWERS, {"answers": answers})
+        return {"checks": [asdict(check) for check in checks]}
 
-    return project.run.ensure("prove", [merged.fingerprint, converted.fingerprint], make, after=[merged, converted])
+    return project.run.ensure("prove", inputs, make, after=[merged, asked, shipped.step])
+
+
+HINTS = {
+    "token ids": "its pre-tokenizer is not what the file says: use the model's original safetensors as the base",
+    "training ids": "train again with these library versions, or use the model's original safetensors as the base",
+    "prompts": "its chat template renders differently in llama.cpp: report this with the model's name",
+    "stops": "an answer would not end: report this with the model's name",
+}
+
+
+def proof_checks(
+    tokenizer: Any, engine: llamacpp.Engine, rows: Sequence[Row], questions: Sequence[list[Message]], stops: Sequence[int]
+) -> list[Check]:
+    """Whether a loaded GGUF reads, is asked and ends as training did.
+
+    BOS counts once: compared are the ids that the model reads, those that llama.cpp adds among them.
+    """
+
+    def training() -> Iterator[tuple[str, list[int], list[int]]]:
+        for row in rows[:ROWS_COMPARED]:
+            for number, message in enumerate(row.messages):
+                if message["role"] == "assistant":
+                    seen, said = data.before_answer(tokenizer, row, number)
+                    yield data.roles_text(row.messages[:number]), seen, engine.prompt_ids(row.messages[:number])
+                    yield said, data.token_ids(tokenizer, said), engine.tokenize(said)
+
+    def prompts() -> Iterator[tuple[str, list[int], list[int]]]:
+        for messages in (*questions, *ollama.conversations(_render(tokenizer))):
+            text = data.render(tokenizer, messages, ask=True)
+            yield text, data.token_ids(tokenizer, text), engine.prompt_ids(messages)
+
+    endless = [token for token in stops if not engine.stops_at(token)]
+    names = tokenizer.convert_ids_to_tokens(list(stops))
+    return [
+        parity.same_ids("token ids", ((t, data.token_ids(tokenizer, t), engine.tokenize(t)) for t in parity.HARD_TEXTS), "hard texts"),
+        parity.same_ids("training ids", training(), "prompts and answers of training rows"),
+        parity.same_ids("prompts", prompts(), "prompts"),
+        failed("stops", f"llama.cpp goes on after {', '.join(tokenizer.convert_ids_to_tokens(endless))}")
+        if endless
+        else passed("stops", f"answers end at {' '.join(names)}"),
+    ]
+
+
+def _all_told(project: Project, asked: Step) -> list[Step]:
+    """The answers of each merge of this training that was asked, the source's first."""
+    manifest = project.run.manifest()
+    kept = [*manifest.get("kept", {}).get("ask_merged", {}).values(), manifest["steps"].get("ask_merged")]
+    found = [
+        project.run.finished("ask_merged", entry["fingerprint"]) for entry in kept if entry and entry["after"] == {"ask": asked.fingerprint}
+    ]
+    return sorted((step for step in found if step), key=lambda step: step.result["onto"] == DEQUANTISED)
+
+
+def _judge(project: Project, asked: Step, told: Step, proven: Step, shipped: GgufModel) -> Proof:
+    """Score the recorded answers and hold them against `ship.max_loss_points`: nothing is loaded or asked again.
+
+    Writes proof.json, or where they fail failed-proof.json, and raises ProofError.
+    """
+    ship, record = project.recipe.ship, _read_answers(asked)
+    expected, merged = record["expected"], "merged onto the dequantised base" if told.result["onto"] == DEQUANTISED else "merged"
+    given: dict[str, list[str]] = {**record["answers"], shipped.quantization: _read_answers(proven)["answers"]}
+    for step in _all_told(project, asked):
+        for answers in _read_answers(step)["answers"].values():
+            given["merged onto the dequantised base" if step.result["onto"] == DEQUANTISED else "merged"] = answers
+    order = [name for name in ("before", "trained", "merged", merged, shipped.quantization) if name in given]
+    scores = {name: parity.score(expected, given[name], ship.match) for name in dict.fromkeys(order)}
+    after = given[shipped.quantization]
+    alike = parity.same(given["trained"], after) if "trained" in given else None
+    answers_check = parity.judge_answers(scores, shipped.quantization, alike or Score(0, len(after)), ship.max_loss_points)
+    checks = [*(Check(**entry) for entry in proven.result["checks"]), answers_check]
+    examples = [
+        {"question": q[-1]["content"], "expected": e, "before": b, "after": a}
+        for q, e, b, a in zip(record["questions"], expected, given.get("before", [""] * len(after)), after, strict=True)
+    ]
+    proof = Proof(checks, scores, alike, examples)
+    failing = answers_check.outcome == "failed"
+    path = project.run.folder / FAILED_PROOF if failing else proven.folder / PROOF
+    for old in (project.run.folder / FAILED_PROOF, proven.folder / PROOF):
+        old.unlink(missing_ok=True)
+    _write_json(path, {"file": shipped.path.name, "match": ship.match, "max_loss_points": ship.max_loss_points, **asdict(proof)})
+    project.run.record(proof={"step": proven.fingerprint, "checks": [asdict(check) for check in checks]})
+    if failing:
+        raise ProofError(
+            f"{shipped.path.name} answers worse than the trained model: {answers_check.detail}. All answers: {path}",
+            f"a finer type loses less: --set ship.quantization=Q8_0; or allow it: --set ship.max_loss_points="
+            f"{math.ceil(scores['trained'].percent - scores[shipped.quantization].percent)}",
+        )
+    return proof
 
 
 def _refuse_anothers_name(project: Project, client: Any, replace_model: bool) -> None:
@@ -672,27 +883,28 @@ def _refuse_anothers_name(project: Project, client: Any, replace_model: bool) ->
         )
 
 
-def _register(project: Project, client: Any, converted: Step, merged: Step) -> str:
-    """Create the model in Ollama unless it is there from this very file, and ask it held-out questions; its name."""
-    name = project.recipe.ship.name
+def _register(project: Project, client: Any, shipped: GgufModel, merged: Step, asked: Step) -> str:
+    """Create the model in Ollama unless it is there from this very file and Modelfile, and ask it held-out questions; its name."""
+    name, mark = project.recipe.ship.name, project.run.manifest()["shipped"]["mark"]
     recorded = project.run.manifest().get("ollama", {})
     digest = ollama.digest_of(client, name)
-    if digest and recorded.get("digest") == digest and recorded.get("converted") == converted.fingerprint:
+    if digest and recorded.get("digest") == digest and recorded.get("shipped") == mark:
         return name
-    gguf = converted.folder / converted.result["ship"]
+    gguf = shipped.path
     tokenizer = hf.load_tokenizer(merged.folder / "model")
     project.reporter.step(f"registering {name} in Ollama")
-    digest = ollama.register(client, name, gguf, _modelfile(project, tokenizer, gguf), _render(tokenizer), project.reporter)
-    record = json.loads((merged.folder / "answers.json").read_text(encoding="utf-8"))
+    modelfile = _modelfile(project, tokenizer, gguf, merged.result["stops"])
+    digest = ollama.register(client, name, gguf, modelfile, _render(tokenizer), project.reporter)
+    record = _read_answers(asked)
     questions, expected = record["questions"][:OLLAMA_ROWS], record["expected"][:OLLAMA_ROWS]
     threads = device.asked_threads()  # more than are free slow a server down many times: they spin while they wait
     given = ollama.answer(
         client, name, questions, project.recipe.ship.max_new_tokens,
         options={"num_thread": threads} if threads else None, reporter=project.reporter,
     )  # fmt: skip
-    asked = parity.score(expected, given, project.recipe.ship.match)
-    project.reporter.note(f"Ollama answers {asked.right} of {asked.rows} held-out questions right")
-    project.run.record(ollama={"name": name, "digest": digest, "converted": converted.fingerprint, "score": asdict(asked)})
+    score = parity.score(expected, given, project.recipe.ship.match)
+    project.reporter.note(f"Ollama answers {score.right} of {score.rows} held-out questions right")
+    project.run.record(ollama={"name": name, "digest": digest, "shipped": mark, "score": asdict(score)})
     return name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import re
 import reprlib
@@ -37,6 +38,19 @@ class Data(Part):
     validation: str | None = Field(default=None, description="a file; without one, a share of the training rows is held out")
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     test: str | None = Field(default=None, description="rows that training never sees; the proof asks them before and after")
+    date: str = Field(default="2024-07-26", description="what a chat template that writes today's date writes, in training and shipped")
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _day(cls, value: Any) -> Any:
+        try:
+            return datetime.date.fromisoformat(str(value)).isoformat()
+        except ValueError:
+            raise ValueError(f"a day as in 2024-07-26 is wanted (got {value!r})") from None
+
+    @property
+    def day(self) -> datetime.date:
+        return datetime.date.fromisoformat(self.date)
 
 
 class Lora(Part):

@@ -23,7 +23,7 @@ def command(recipe: Path, as_json: bool, use_ollama: bool | None, replace_model:
     project = open_project(recipe, **options)
     with project.run:
         pipeline.refuse_missing_tools(project)
-        if not as_json:
+        if not as_json and not pipeline.is_trained(project):  # what is trained has fitted
             plan_command.show(pipeline.plan(project), project.recipe.training.save_minutes)
         shipped = pipeline.build(project, use_ollama=use_ollama, replace_model=replace_model)
         ship_command.show(project, shipped, as_json)

@@ -27,16 +27,18 @@ def command(run: Path, message: str | None, max_new_tokens: int, as_json: bool) 
     if as_json and message is None:
         raise click.UsageError("--json gives one answer: add a MESSAGE.")
     opened = Run(run)
-    converted = opened.finished("gguf")
-    if not converted:
+    shipped = opened.manifest().get("shipped", {})
+    made = opened.finished(shipped["step"]) if shipped else None
+    if not made or not (run / shipped["gguf"]).is_file():
         raise RunError(f"{run} holds no shipped model that is up to date.", "ftkit build, then ftkit chat runs/recipe")
-    if not opened.finished("prove"):
+    proven, proof = opened.finished("prove"), opened.manifest().get("proof", {})
+    if not proven or proof.get("step") != proven.fingerprint or any(check["outcome"] != "passed" for check in proof["checks"]):
         ConsoleReporter().warn("this file is not proven to answer as the trained model: ftkit ship")
     if message == "-":
         message = sys.stdin.buffer.read().decode(errors="replace")
-    system = converted.result.get("system")
+    system = shipped["system"]
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []  # as in the Modelfile
-    with llamacpp.load(converted.folder / converted.result["ship"], converted.result.get("num_ctx", 4096)) as engine:
+    with llamacpp.load(run / shipped["gguf"], shipped["num_ctx"]) as engine:
         if message is not None:
             answer = engine.chat([*messages, {"role": "user", "content": message}], max_new_tokens)
             if as_json:

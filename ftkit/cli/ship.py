@@ -42,6 +42,13 @@ def show(project: Project, shipped: Shipped, as_json: bool) -> None:
     if as_json:
         print_json(asdict(shipped))
         return
+    unproven = [check for check in shipped.checks if check.outcome != "passed"]
+    for check in unproven:
+        say(f"Not proven – {check.name}: {check.detail}.")
+    if any(check.name == "answers" for check in unproven):
+        say(f"Count less of an answer (--set ship.match=first_line), or read them side by side: {shipped.proof_file}")
+    if unproven:
+        say("")
     if not shipped.fresh:
         say("Up to date.\n")
     for example in shipped.examples:
@@ -57,7 +64,11 @@ def show(project: Project, shipped: Shipped, as_json: bool) -> None:
         say(
             "\nMerged into the source the gain was lost. The dequantised base keeps it, at a price outside the task: its weights are as coarse as 4 bits."
         )
-    say(f"\nMerged into {shipped.merged_onto}. Token ids and prompts of the shipped file equal the trained model's.\n")
+    say(f"\nMerged into {shipped.merged_onto}.\n")
+    print_table(
+        "The shipped file against the trained model", ["", "", ""], [[c.name, c.outcome, c.detail] for c in shipped.checks], figures=False
+    )
+    say("")
     print_table(
         "Files", ["", "size", "bits a weight"], [[f["path"], bytes_text(f["bytes"]), f"{f['bits_per_weight']:.2f}"] for f in shipped.files]
     )

@@ -13,7 +13,10 @@ from ftkit.cli.common import json_option
 if TYPE_CHECKING:
     from ftkit.run import Held, Run
 
-STEPS = {"plan": "ftkit plan", "train": "ftkit train", "merge": "ftkit ship", "gguf": "ftkit ship", "prove": "ftkit ship"}
+STEPS = {
+    "plan": "ftkit plan", "train": "ftkit train", "ask": "ftkit ship", "merge": "ftkit ship", "gguf": "ftkit ship",
+    "ask_merged": "ftkit ship", "quantise": "ftkit ship", "prove": "ftkit ship",
+}  # fmt: skip
 
 
 @click.command(epilog="\b\nExamples:\n  ftkit status runs/recipe\n  ftkit status runs/recipe --json")
@@ -27,15 +30,22 @@ def command(run: Path, as_json: bool) -> None:
     opened = open_run(run)
     steps = {name: opened.finished(name) for name in STEPS}
     begun = {name: any(run.glob(f".{name}-*.partial")) for name in STEPS}
-    ollama, converted = opened.manifest().get("ollama", {}), steps["gguf"]
-    registered = ollama.get("name") if converted and ollama.get("converted") == converted.fingerprint else None
+    manifest = opened.manifest()
+    ollama, shipped, proof = manifest.get("ollama", {}), manifest.get("shipped", {}), manifest.get("proof", {})
+    registered = ollama.get("name") if steps["gguf"] and shipped and ollama.get("shipped") == shipped["mark"] else None
+    proven = steps["prove"]
+    if proven and not steps["quantise"]:
+        del steps["quantise"]  # what ships is F16 or Q8_0
+    checks = proof["checks"] if proven and proof.get("step") == proven.fingerprint else []
+    doubts = [f"{check['name']}: {check['outcome']}" for check in checks if check["outcome"] != "passed"]
     held = opened.holds([*STEPS])
     if as_json:
         states = {
             n: {"finished": bool(s), "begun": begun[n], "seconds": s.seconds if s else None, "folder": s and str(s.folder)}
             for n, s in steps.items()
         }
-        print_json({"steps": states, "registered_as": registered, "held": [as_record(entry) for entry in held]})
+        held_too = [as_record(entry) for entry in held]
+        print_json({"steps": states, "checks": checks, "registered_as": registered, "held": held_too})
         return
     rows = [
         [name, "done" if step else "begun, not finished" if begun[name] else "to do", seconds_text(step.seconds) if step else ""]
@@ -54,6 +64,8 @@ def command(run: Path, as_json: bool) -> None:
     if any(not entry.needed for entry in held):
         say(f"\nWhat is not needed takes {bytes_text(free)}: ftkit clean {run}")
     following = next((STEPS[name] for name, step in steps.items() if not step), None if registered else "ftkit ship --ollama")
+    if doubts:
+        say(f"\nNot all is proven: {'; '.join(doubts)}. Why: ftkit ship")
     say(f"\nNext: {following or f'ollama run {registered}'}")
 
 

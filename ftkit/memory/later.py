@@ -290,7 +290,7 @@ QUANTIZE_BYTES = 16 << 20
 LLAMA_CPP_BYTES = 100 << 20  # compute buffers; 41 MiB for SmolLM2-135M, 86 MiB for a Llama of 1 B parameters
 HEADER_BYTES_A_TOKEN = 64  # of a GGUF file; 61 in Llama 3's and Gemma 4's vocabularies, 39 in Qwen 2.5's, 23 in Llama 2's
 CHECKPOINTS_KEPT = 3  # the best, the last, and while it is written one more: save_total_limit=2 in ftkit.train
-TRAIN, ASK = "train", "ask"
+TRAIN, ASK, ASK_MERGED = "train", "ask", "ask the merged model"
 Place = Literal["the run folder", "Ollama's models"]
 RUN_FOLDER: Place = "the run folder"
 OLLAMAS_MODELS: Place = "Ollama's models"
@@ -311,6 +311,7 @@ class LaterStep:
     disk_bytes: int  # written, and the most that it takes while it works
     disk_is: Place
     read_bytes: int
+    needed: bool = True  # False: with less RAM it is slower, or left out and said; no reason to refuse
 
 
 def training_step(counted: Inventory, peak_bytes: int, *, on_cuda: bool) -> LaterStep:
@@ -328,43 +329,54 @@ def checkpoint_bytes(counted: Inventory) -> int:
 
 
 def later_steps(
-    model: GgufModel, counted: Inventory, recipe: Recipe, length: int, *, compute_bytes: int, on_cuda: bool
+    model: GgufModel, counted: Inventory, recipe: Recipe, length: int, *, compute_bytes: int, vram_bytes: int | None
 ) -> tuple[LaterStep, ...]:
     """What asking, merging, converting, quantising, proving and registering need, in the order of `ship`.
 
     `length` is that of the longest row in tokens, `compute_bytes` the size of an element of the format that the model is
-    asked in (2 or 4).
+    asked in (2 or 4), `vram_bytes` what the GPU has that it was trained on (None: the CPU). Asked is what was trained, where
+    it was trained: with QLoRA the base in 4 bits. The merged model and the file that ships are asked through llama.cpp. Where
+    a merge into the source loses too much, merge and conversion are made twice, one after the other.
     """
     ship, wanted = recipe.ship, recipe.ship.quantization
     checkpoint = 2 * counted.parameters  # in 16 bits
     adapter = adapter_file_bytes(counted)
     header = HEADER_BYTES_A_TOKEN * model.vocab_size
     files = {kind: gguf_bytes(model, kind) + header for kind in dict.fromkeys(("F16", "Q8_0", wanted))}
-    answering = files[wanted] + 2 * ship.num_ctx * _cache_elements(model)  # the file and a 16-bit cache
-    asking = asking_bytes(model, counted.parameters, length + ship.max_new_tokens, compute_bytes)
+    cache = 2 * ship.num_ctx * _cache_elements(model)  # in 16 bits
+    answering = files[wanted] + cache
+    weights = compute_bytes * counted.parameters if counted.method == "full" else counted.weights_bytes + counted.adapter_bytes
+    asking = asking_bytes(model, weights, length + ship.max_new_tokens, compute_bytes, vram_bytes)
+    on_cuda = vram_bytes is not None
 
-    def step(name: str, ram: int, disk: int, read: int, *, vram: int = 0, place: Place = RUN_FOLDER) -> LaterStep:
-        return LaterStep(name, ram, vram, disk, place, read)
+    def step(name: str, ram: int, disk: int, read: int, *, vram: int = 0, place: Place = RUN_FOLDER, needed: bool = True) -> LaterStep:
+        return LaterStep(name, ram, vram, disk, place, read, needed)
 
     if counted.method == "full":
-        asked = 2  # before and after
+        asked = 2 * checkpoint  # before and after
         merge = step("copy the trained model", FTKIT_BYTES, checkpoint, checkpoint)
     else:
-        asked = 3  # before, with the adapter, merged
-        kept = 2 if counted.method == "qlora" else 1  # merges: where the first lost too much, a second is compared with it
-        merge = step("merge", FTKIT_BYTES + merge_bytes(model, counted), kept * checkpoint, kept * (checkpoint + adapter))
+        asked = checkpoint + adapter  # loaded once, asked without and with the adapter
+        merge = step("merge", FTKIT_BYTES + merge_bytes(model, counted), checkpoint, checkpoint + adapter)
     return (
-        step(ASK, FTKIT_BYTES + (0 if on_cuda else asking), 0, asked * checkpoint + adapter, vram=asking if on_cuda else 0),
+        step(ASK, FTKIT_BYTES + (0 if on_cuda else asking), 0, asked, vram=asking if on_cuda else 0, needed=False),
         merge,
+        *(
+            step(f"convert to {kind}", converter_bytes(model, kind), size, checkpoint)
+            for kind, size in files.items()
+            if kind in ("F16", "Q8_0")
+        ),
+        step(ASK_MERGED, FTKIT_BYTES + LLAMA_CPP_BYTES + files["F16"] + cache, 0, files["F16"], needed=False),
         *(
             step(f"convert to {kind}", converter_bytes(model, kind), size, checkpoint)
             if kind in CONVERTED
             else step(f"quantise to {kind}", quantize_bytes(model, kind), size, files["F16"])
             for kind, size in files.items()
+            if kind not in ("F16", "Q8_0")
         ),
-        step(f"prove {wanted}", FTKIT_BYTES + LLAMA_CPP_BYTES + answering, 0, files[wanted]),
+        step(f"prove {wanted}", FTKIT_BYTES + LLAMA_CPP_BYTES + answering, 0, files[wanted], needed=False),
         # read for its hash and for the upload; the server keeps a copy of its own, and answers with it
-        step("register in Ollama", LLAMA_CPP_BYTES + answering, files[wanted], 2 * files[wanted], place=OLLAMAS_MODELS),
+        step("register in Ollama", LLAMA_CPP_BYTES + answering, files[wanted], 2 * files[wanted], place=OLLAMAS_MODELS, needed=False),
     )
 
 
@@ -373,15 +385,20 @@ def adapter_file_bytes(counted: Inventory) -> int:
     return 0 if counted.method == "full" else 4 * counted.trainable_parameters
 
 
-def asking_bytes(model: GgufModel, parameters: int, length: int, compute_bytes: int) -> int:
+def asking_bytes(model: GgufModel, weights_bytes: int, length: int, compute_bytes: int, room_bytes: int | None = None) -> int:
     """What transformers holds while it answers a batch of rows of `length` tokens (hf.answer).
 
     The weights; the cache; and of one layer that reads the whole prompt 4 × the intermediate and 6 × the hidden width. With
-    the process this is 85 to 102 % of what was measured on a CPU for 135 M and 1 B parameters.
+    the process this is 85 to 102 % of what was measured on a CPU for 135 M and 1 B parameters in 16 bits. The batch is halved
+    until it fits into `room_bytes`, as hf.answer does where memory runs out.
     """
     hidden = model.hidden_size
     intermediate = max((size[-2] for name, size in model.tensors.items() if "ffn_up" in name and len(size) > 1), default=4 * hidden)
-    return compute_bytes * (parameters + asked_together(length) * length * (_cache_elements(model) + 4 * intermediate + 6 * hidden))
+    row = compute_bytes * length * (_cache_elements(model) + 4 * intermediate + 6 * hidden)
+    batch = asked_together(length)
+    while room_bytes is not None and batch > 1 and weights_bytes + batch * row > room_bytes:
+        batch //= 2
+    return weights_bytes + batch * row
 
 
 def merge_bytes(model: GgufModel, counted: Inventory) -> int:

@@ -13,7 +13,7 @@ from ftkit.errors import ModelError
 from ftkit.memory import later
 from ftkit.memory.fit import StepMemory
 from ftkit.memory.inventory import DTYPE_BYTES, Inventory, Skeleton
-from ftkit.memory.later import GgufModel, LaterStep, Place
+from ftkit.memory.later import LaterStep, Place
 from ftkit.memory.step import Part, Peak, Timeline
 from ftkit.memory.trace import StepSettings
 from ftkit.recipe import Recipe
@@ -402,21 +402,18 @@ def make_plan(
         timeline=step.timeline(),
         later=(
             later.training_step(chosen.inventory, chosen.peak.device_bytes, on_cuda=device.kind == "cuda"),
-            *_after_training(gguf, chosen.inventory, recipe, length, device, DTYPE_BYTES[planner.dtype]),
+            *later.later_steps(
+                gguf,
+                chosen.inventory,
+                recipe,
+                length,
+                compute_bytes=DTYPE_BYTES[planner.dtype],
+                vram_bytes=device.total_bytes if device.kind == "cuda" else None,
+            ),
         ),
         gguf_bytes=later.gguf_sizes(gguf),
         gguf_estimated_because=gguf.estimated_because,
     )
-
-
-def _after_training(
-    model: GgufModel, counted: Inventory, recipe: Recipe, length: int, device: Device, compute_bytes: int
-) -> tuple[LaterStep, ...]:
-    """The steps of `ship`, questions asked on the GPU where the 16-bit model fits there."""
-    steps = later.later_steps(model, counted, recipe, length, compute_bytes=compute_bytes, on_cuda=device.kind == "cuda")
-    if max(step.vram_bytes for step in steps) <= device.total_bytes:
-        return steps
-    return later.later_steps(model, counted, recipe, length, compute_bytes=compute_bytes, on_cuda=False)
 
 
 def work(recipe: Recipe, lengths: Sequence[int]) -> Work:
