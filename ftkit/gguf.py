@@ -73,19 +73,25 @@ def read_back(path: Path, quantization: str, chat_template: str | None) -> GgufF
     )
 
 
-def add_end_of_turn(path: Path, token: int) -> None:
-    """Name the end-of-turn token in a finished file: llama.cpp knows some by their text, and asks on beyond any other.
+def correct(path: Path, *, eot_token_id: int | None = None, add_bos_token: bool | None = None) -> None:
+    """Name the end-of-turn token in a finished file, or say whether a BOS is added before a prompt; None leaves it as it is.
 
-    The file is written anew beside itself and takes its place, since metadata stands before the tensors.
+    llama.cpp knows some ends of turn by their text and goes on after any other. The file is written anew beside itself and
+    takes its place, since metadata stands before the tensors.
     """
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
+    new = {}
+    if eot_token_id is not None:
+        new["tokenizer.ggml.eot_token_id"] = MetadataDetails(GGUFValueType.UINT32, eot_token_id)
+    if add_bos_token is not None:
+        new["tokenizer.ggml.add_bos_token"] = MetadataDetails(GGUFValueType.BOOL, add_bos_token)
+    if not new:
+        return
     reader = GGUFReader(path)
     architecture = reader.get_field("general.architecture")
     assert architecture
-    partial = path.with_suffix(".rewritten")
-    writer = GGUFWriter(partial, arch=architecture.contents(), endianess=reader.endianess)
-    new = {"tokenizer.ggml.eot_token_id": MetadataDetails(GGUFValueType.UINT32, token)}
-    copy_with_new_metadata(reader, writer, new, [])
+    partial = path.with_suffix(".corrected")
+    copy_with_new_metadata(reader, GGUFWriter(partial, arch=architecture.contents(), endianess=reader.endianess), new, [])
     partial.replace(path)

@@ -664,15 +664,20 @@ def _convert(project: Project, merged: Step) -> Step:
     def make(folder: Path) -> dict[str, Any]:
         converter = tools.need_converter(project.llama_cpp_dir)
         model, stem = merged.folder / "model", project.recipe.ship.name.replace(":", "-")
-        chat_template = hf.load_tokenizer(model).chat_template
+        tokenizer = hf.load_tokenizer(model)
         paths = {quantization: folder / f"{stem}-{quantization}.gguf" for quantization in ALWAYS_MADE}
         for quantization, path in paths.items():
             gguf_files.convert(model, path, quantization, converter, project.reporter)
         with llamacpp.load(paths["Q8_0"], 64) as engine:
             unknown = [token for token in merged.result["stops"] if not engine.stops_at(token)]
-        for path in paths.values() if unknown else ():
-            gguf_files.add_end_of_turn(path, unknown[0])
-        return {"files": [_file_record(path, quantization, chat_template) for quantization, path in paths.items()]}
+            adds_bos = engine.tokenize("x", begins=True) != engine.tokenize("x")
+        for path in paths.values():
+            gguf_files.correct(
+                path,
+                eot_token_id=unknown[0] if unknown else None,
+                add_bos_token=False if adds_bos and not template.begins_with_bos(tokenizer) else None,  # training saw none
+            )
+        return {"files": [_file_record(path, quantization, tokenizer.chat_template) for quantization, path in paths.items()]}
 
     return project.run.ensure("gguf", [merged.fingerprint], make, after=[merged])
 

@@ -100,33 +100,28 @@ def configured_stops(folder: Path) -> list[int]:
 
 
 def seal(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Write into a merged model's folder what it was trained with: the template, whether it begins with BOS, the stops.
+    """Write into a merged model's folder the template that it was trained with, and its stops; returns the stops.
 
-    `tokenizer` is the one of the training. Files that say the same already stay as they are. Returns the stops.
+    `tokenizer` is the one of the training. Files that say the same already stay as they are.
     """
-    config_file, generation_file = folder / "tokenizer_config.json", folder / "generation_config.json"
+    config_file, template_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = _read(config_file)
-    changed = dict(config)
-    template_file = folder / "chat_template.jinja"
     written = template_file.read_text(encoding="utf-8") if template_file.is_file() else config.get("chat_template")
     if isinstance(tokenizer.chat_template, str) and written != tokenizer.chat_template:
         write_atomically(template_file, tokenizer.chat_template.encode())
-        changed.pop("chat_template", None)  # the converter would take this one
-    if tokenizer.bos_token and not _begins_with_bos(tokenizer):
-        changed["add_bos_token"] = False  # training saw none, so llama.cpp must add none
-    if changed != config:
-        write_atomically(config_file, (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode())
+        if config.pop("chat_template", None) is not None:  # the converter would take this one
+            write_atomically(config_file, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     ends = stops(tokenizer, configured_stops(folder))
-    generation = _read(generation_file)
     if configured_stops(folder) != ends:
-        generation["eos_token_id"] = ends
-        write_atomically(generation_file, (json.dumps(generation, indent=2) + "\n").encode())
+        generation = {**_read(folder / "generation_config.json"), "eos_token_id": ends}
+        write_atomically(folder / "generation_config.json", (json.dumps(generation, indent=2) + "\n").encode())
     return ends
 
 
-def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template writes the BOS itself."""
     text = tokenizer.apply_chat_template([{"role": "user", "content": "qzuserqz"}], tokenize=False, add_generation_prompt=True)
-    return str(text).startswith(str(tokenizer.bos_token))
+    return bool(tokenizer.bos_token) and str(text).startswith(str(tokenizer.bos_token))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -204,6 +204,8 @@ class Characters:
 
     chat_template = "in apply_chat_template"
     eos_token_id = ord("⏏")
+    all_special_tokens = ("⏏",)
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
         assert not tokenize

@@ -163,37 +163,53 @@ def test_pictures_and_sound_are_left_out_and_rope_factors_added() -> None:
     assert later.gguf_bytes(scaled, "Q6_K") == later.gguf_bytes(plain, "Q6_K") + 4 * 64 // 2
 
 
-def steps(method: str = "qlora", quantization: str = "Q4_K_M", *, on_cuda: bool = False) -> dict[str, later.LaterStep]:
-    counted: Any = SimpleNamespace(method=method, parameters=sum(map(math.prod, shapes().values())), trainable_parameters=1000)
+WEIGHTS = 5 << 20  # as training holds them, in 4 bits
+
+
+def steps(method: str = "qlora", quantization: str = "Q4_K_M", *, vram_bytes: int | None = None) -> dict[str, later.LaterStep]:
+    counted: Any = SimpleNamespace(
+        method=method,
+        parameters=sum(map(math.prod, shapes().values())),
+        trainable_parameters=1000,
+        weights_bytes=WEIGHTS,
+        adapter_bytes=4000,
+    )
     recipe = Recipe.model_validate({"model": "m", "ship": {"quantization": quantization, "num_ctx": 1024, "max_new_tokens": 100}})
-    made = later.later_steps(later.gguf_model(shapes(), config()), counted, recipe, 900, compute_bytes=2, on_cuda=on_cuda)
+    made = later.later_steps(later.gguf_model(shapes(), config()), counted, recipe, 900, compute_bytes=2, vram_bytes=vram_bytes)
     return {step.name: step for step in made}
 
 
 def test_the_later_steps_and_what_they_write() -> None:
     made = steps()
-    assert list(made) == ["ask", "merge", "convert to F16", "convert to Q8_0", "quantise to Q4_K_M", "prove Q4_K_M", "register in Ollama"]
+    converted = ["convert to F16", "convert to Q8_0", "ask the merged model"]
+    assert list(made) == ["ask", "merge", *converted, "quantise to Q4_K_M", "prove Q4_K_M", "register in Ollama"]
     model = later.gguf_model(shapes(), config())
     checkpoint, header = 2 * sum(map(math.prod, shapes().values())), later.HEADER_BYTES_A_TOKEN * 512
     file = later.gguf_bytes(model, "Q4_K_M") + header
-    assert made["merge"].disk_bytes == 2 * checkpoint  # the second merge is there while the two are compared
-    assert made["merge"].read_bytes == 2 * (checkpoint + 4 * 1000)
+    assert made["merge"].disk_bytes == checkpoint  # where a second is made, the first has gone
+    assert made["ask"].read_bytes == made["merge"].read_bytes == checkpoint + 4 * 1000
+    assert made["ask the merged model"].read_bytes == made["convert to F16"].disk_bytes
     assert made["convert to F16"].disk_bytes == made["quantise to Q4_K_M"].read_bytes == later.gguf_bytes(model, "F16") + header
     assert (made["register in Ollama"].disk_bytes, made["register in Ollama"].disk_is) == (file, "Ollama's models")
     assert made["register in Ollama"].read_bytes == 2 * file
     assert {step.disk_is for name, step in made.items() if name != "register in Ollama"} == {"the run folder"}
-    assert list(steps(quantization="Q8_0")) == ["ask", "merge", "convert to F16", "convert to Q8_0", "prove Q8_0", "register in Ollama"]
+    assert list(steps(quantization="Q8_0")) == ["ask", "merge", *converted, "prove Q8_0", "register in Ollama"]
     assert steps("lora")["merge"].disk_bytes == steps("full")["copy the trained model"].disk_bytes == checkpoint
 
 
 def test_the_ram_of_the_later_steps() -> None:
     made, large = steps(), later.gguf_model(shapes(vocabulary=1 << 20), config(vocab_size=1 << 20))
     cache = 9 * 2 * 256  # keys and values of nine layers
-    parameters = sum(map(math.prod, shapes().values()))
-    asking = 2 * (parameters + 8192 // 1000 * (900 + 100) * (cache + 4 * 512 + 6 * 256))
+    row = 2 * (900 + 100) * (cache + 4 * 512 + 6 * 256)
+    asking = WEIGHTS + 4000 + 8192 // 1000 * row
     assert (made["ask"].peak_ram_bytes, made["ask"].vram_bytes) == (later.FTKIT_BYTES + asking, 0)
-    on_cuda = steps(on_cuda=True)["ask"]
+    on_cuda = steps(vram_bytes=24 << 30)["ask"]
     assert (on_cuda.peak_ram_bytes, on_cuda.vram_bytes) == (later.FTKIT_BYTES, asking)
+    assert steps(vram_bytes=asking - 1)["ask"].vram_bytes == WEIGHTS + 4000 + 4 * row  # half of the batch
+    assert steps("full")["ask"].peak_ram_bytes == later.FTKIT_BYTES + 2 * sum(map(math.prod, shapes().values())) + 8 * row
+    f16 = made["convert to F16"].disk_bytes
+    assert made["ask the merged model"].peak_ram_bytes == later.FTKIT_BYTES + later.LLAMA_CPP_BYTES + f16 + 2 * 1024 * cache
+    assert {name for name, step in made.items() if not step.needed} == {"ask", "ask the merged model", "prove Q4_K_M", "register in Ollama"}
     assert made["merge"].peak_ram_bytes == later.FTKIT_BYTES + 4 * 1000 + (3 * 4 + 2) * 256 * 512
     embedding = (1 << 20) * 256
     assert later.quantize_bytes(large, "Q4_K_M") == later.QUANTIZE_BYTES + (4 + Q6_K) * embedding  # the output, in Q6_K

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
-from ftkit.data import Message
 from ftkit.errors import ProofError
-from ftkit.parity import HARD_TEXTS, Match, Score, compare_prompts, compare_tokens, is_right, same, score
+from ftkit.parity import HARD_TEXTS, Match, Score, compare_tokens, is_right, judge_answers, same, same_ids, score
 
 
 @pytest.mark.parametrize(
@@ -79,18 +76,33 @@ def test_a_difference_in_a_later_text_is_found() -> None:
         compare_tokens(["none", "42 is"], characters, lambda text: [n for n in characters(text) if n != ord("4")], "m.gguf")
 
 
-def render(messages: Sequence[Message]) -> str:
-    return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+def test_ids_are_compared_to_the_first_difference() -> None:
+    equal = ("a", [1, 2], [1, 2])
+    assert same_ids("prompts", [equal, equal], "prompts").words == "prompts: passed (2 prompts)"
+    check = same_ids("prompts", [equal, ("b", [1, 2], [0, 1, 2])], "prompts")
+    assert check.outcome == "failed"
+    assert "from token 0 of 'b'" in check.detail
+    assert same_ids("prompts", [], "prompts").outcome == "not made"  # nothing was looked at
 
 
-def test_prompts() -> None:
-    asked = [{"role": "user", "content": "a"}]
-    told = [{"role": "system", "content": "b"}, *asked]
-    assert compare_prompts([asked, told], render, render, "m.gguf") == 2
-    with pytest.raises(ProofError, match="renders another prompt") as caught:
-        compare_prompts([asked, told], render, lambda messages: render(messages[-1:]), "m.gguf")
-    assert repr(render(told)) in caught.value.message
-    assert repr(render(asked)) in caught.value.message
+@pytest.mark.parametrize(
+    ("trained", "shipped", "limit", "outcome"),
+    [
+        (90, 88, 3.0, "passed"), (90, 86, 3.0, "failed"), (90, 95, 3.0, "passed"), (90, 86, 4.0, "passed"), (1, 1, 0.0, "passed"),
+        (0, 0, 3.0, "not made"), (0, 0, 0.0, "not made"), (0, 5, 3.0, "not made"),  # no loss could be seen
+        (3, 0, 3.0, "not made"), (90, 0, 100.0, "not made"),  # nor one that is too much
+    ],
+)  # fmt: skip
+def test_a_gate_that_cannot_see_says_so(trained: int, shipped: int, limit: float, outcome: str) -> None:
+    scores = {"trained": Score(trained, 100), "Q4_K_M": Score(shipped, 100)}
+    check = judge_answers(scores, "Q4_K_M", Score(50, 100), limit)
+    assert check.outcome == outcome
+    assert f"{shipped} of 100 right" in check.detail
+    assert "50 of 100 are the same text" in check.detail
+
+
+def test_what_could_not_be_asked_is_not_proved() -> None:
+    assert judge_answers({"Q4_K_M": Score(9, 10)}, "Q4_K_M", Score(0, 10), 3.0).outcome == "not made"
 
 
 def test_hard_texts_hold_what_tokenizers_split_differently() -> None:

@@ -1,0 +1,150 @@
+"""Tiny models with the real vocabulary and chat template of a family, made from llama.cpp's own source. The weights are random."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "max_position_embeddings": 2048, "tie_word_embeddings": True,
+}  # fmt: skip
+# How a byte-level vocabulary cuts text before it is merged: src/llama-vocab.cpp, by tokenizer.ggml.pre
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+PATTERNS = {
+    "llama-bpe": CONTRACTIONS + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": CONTRACTIONS + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type, the same in SentencePiece
+
+
+@dataclass(frozen=True)
+class Family:
+    """What makes a family: its vocabulary, template and config class, and the tokens that its tokenizer_config.json names."""
+
+    name: str
+    vocabulary: str  # models/ggml-vocab-NAME.gguf
+    template: str  # models/templates/NAME.jinja
+    config: str  # transformers' class
+    eos: str
+    ends: str  # what the template writes after an answer
+    bos: str | None = None
+    tokens: dict[str, str] = field(default_factory=dict)  # names that this vocabulary has for what the template writes
+    sizes: dict[str, Any] = field(default_factory=dict)
+    says: dict[str, Any] = field(default_factory=dict)  # more of tokenizer_config.json
+
+
+FAMILIES = (
+    Family("Qwen 2.5", "qwen2", "Qwen-Qwen2.5-7B-Instruct", "Qwen2Config", "<|endoftext|>", "<|im_end|>"),
+    Family("Llama 3.1", "llama-bpe", "meta-llama-Llama-3.1-8B-Instruct", "LlamaConfig", "<|end_of_text|>", "<|eot_id|>", "<|begin_of_text|>"),
+    Family("Llama 3.2", "llama-bpe", "meta-llama-Llama-3.2-3B-Instruct", "LlamaConfig", "<|end_of_text|>", "<|eot_id|>", "<|begin_of_text|>"),
+    Family(
+        "Gemma 2", "gemma-4", "google-gemma-2-2b-it", "Gemma3TextConfig", "<eos>", "<end_of_turn>", "<bos>",
+        tokens={"<|turn>": "<start_of_turn>", "<turn|>": "<end_of_turn>"},
+        sizes={"head_dim": 32, "sliding_window": 512, "layer_types": ["full_attention"]}, says={"add_bos_token": True},
+    ),
+    Family(
+        "Phi 3.5", "phi-3", "microsoft-Phi-3.5-mini-instruct", "LlamaConfig", "<|endoftext|>", "<|end|>", "<s>",
+        says={"add_bos_token": True, "add_prefix_space": True},
+    ),
+)  # fmt: skip
+
+
+def by_name(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)
+
+
+def make_model(family: Family, folder: Path, template: str | None = None) -> Path:
+    """Write config, weights and tokenizer of a family; `template` takes the place of its own."""
+    import torch
+    import transformers
+    from gguf import GGUFReader
+    from tokenizers import processors
+
+    models = llama_cpp.models()
+    reader = GGUFReader(models / f"ggml-vocab-{family.vocabulary}.gguf")
+
+    def read(key: str) -> Any:
+        found = reader.get_field(f"tokenizer.ggml.{key}")
+        return None if found is None else found.contents()
+
+    tokens = [family.tokens.get(token, token) for token in read("tokens")]
+    folder.mkdir(parents=True, exist_ok=True)
+    if read("model") == "gpt2":
+        tokenizer = _byte_level(tokens, read("merges"), read("token_type"), PATTERNS[read("pre")])
+        if family.bos:
+            tokenizer.post_processor = processors.TemplateProcessing(f"{family.bos} $A", None, [(family.bos, tokens.index(family.bos))])
+    else:
+        tokenizer = _sentence_pieces(folder, tokens, read)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    chat_template = template or (models / "templates" / f"{family.template}.jinja").read_text(encoding="utf-8")
+    names = {"eos_token": family.eos, "pad_token": family.eos, "bos_token": family.bos}
+    says = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "chat_template": chat_template, **family.says}
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in says.items() if v is not None}), encoding="utf-8")
+    ids = {f"{name}_id": tokens.index(token) if token else None for name, token in names.items()}
+    config = getattr(transformers, family.config)(vocab_size=len(tokens), **{**SIZES, **family.sizes}, **ids)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def _byte_level(tokens: list[str], merges: list[str], types: list[int], pattern: str) -> Any:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    plain = {token: n for n, token in enumerate(tokens) if types[n] == NORMAL}
+    tokenizer = Tokenizer(models.BPE(plain, pairs, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    added = [AddedToken(token, special=True, normalized=False) for n, token in enumerate(tokens) if types[n] in (CONTROL, USER_DEFINED)]
+    tokenizer.add_special_tokens(added)
+    return tokenizer
+
+
+def _sentence_pieces(folder: Path, tokens: list[str], read: Any) -> Any:
+    """The tokenizer, and `tokenizer.model` beside it, from which the converter takes these vocabularies."""
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    types, scores, merges, space = read("token_type"), read("scores"), read("merges"), read("add_space_prefix") is not False
+    number, unknown = {token: n for n, token in enumerate(tokens)}, "<unk>"
+    if merges:  # pairs, the first merged first; SentencePiece knows one score a token
+        pairs = [_split(merge, number) for merge in merges]
+        ranks: dict[str, int] = {}
+        for rank, (left, right) in enumerate(pairs):
+            ranks.setdefault(left + right, rank)
+        scores = [float(-ranks[token]) if token in ranks else -1e6 for token in tokens]
+    else:
+        scored = sorted((-scores[n], token) for n, token in enumerate(tokens) if types[n] == NORMAL and len(token) > 1)
+        pairs = [
+            (token[:at], token[at:]) for _, token in scored for at in range(1, len(token)) if token[:at] in number and token[at:] in number
+        ]
+    model = sentencepiece_model_pb2.ModelProto()
+    model.trainer_spec.model_type, model.trainer_spec.byte_fallback = sentencepiece_model_pb2.TrainerSpec.BPE, True
+    model.trainer_spec.unk_id = number[unknown]
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix, model.normalizer_spec.remove_extra_whitespaces = space, False
+    for token, kind, score in zip(tokens, types, scores, strict=True):
+        piece = model.pieces.add(piece=token, score=score)
+        piece.type = UNKNOWN if token == unknown else UNUSED if kind == UNKNOWN else kind  # a model has one unknown token
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    tokenizer = Tokenizer(models.BPE(number, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    steps = [normalizers.Prepend("▁")] * space + [normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    added = [AddedToken(token, special=True, normalized=False) for n, token in enumerate(tokens) if types[n] in (CONTROL, USER_DEFINED)]
+    tokenizer.add_special_tokens(added)
+    return tokenizer
+
+
+def _split(merge: str, number: dict[str, int]) -> tuple[str, str]:
+    """The two tokens of a merge; between them stands one space."""
+    left, _, right = merge.partition(" ")
+    assert {left, right} <= number.keys(), merge
+    return left, right
