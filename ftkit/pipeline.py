@@ -444,7 +444,6 @@ def ship(project: Project, *, use_ollama: bool | None = None, replace_model: boo
     shipped, record, missing = _quantise(project, converted, merged)
     proven = _prove(project, merged, asked, shipped)
     modelfile = _write_modelfile(project, merged, shipped)
-    project.run.record(shipped=_shipped_record(project, shipped, modelfile))
     proof = _judge(project, asked, told, proven, shipped)
     registered, because, register_with = None, None, None
     if use_ollama is not False:
@@ -472,15 +471,6 @@ def ship(project: Project, *, use_ollama: bool | None = None, replace_model: boo
         register_with=register_with,
         fresh=proven.fresh,
     )
-
-
-def _shipped_record(project: Project, shipped: GgufModel, modelfile: Path) -> dict[str, Any]:
-    """What `chat`, `status` and registering read: which file ships, with which sampling values."""
-    ship = project.recipe.ship
-    return {
-        "step": shipped.step.name, "gguf": str(shipped.path.relative_to(project.run.folder).as_posix()), "system": ship.system,
-        "num_ctx": ship.num_ctx, "mark": fingerprint(shipped.step.fingerprint, shipped.quantization, modelfile.read_text(encoding="utf-8")),
-    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -606,7 +596,7 @@ def _merged(project: Project, trained: Step, asked: Step) -> tuple[Step, Step, S
     else:
         onto = SOURCE
         if recipe.training.method == "qlora":
-            told = project.run.finished("ask_merged", fingerprint("ask_merged", _told_inputs(trained, asked, onto)))
+            told = project.run.finished("reask", fingerprint("reask", _told_inputs(trained, asked, onto)))
             if not told:
                 merged = _merge(project, trained, onto)
                 told = _ask_merged(project, trained, asked, merged, _convert(project, merged))
@@ -709,7 +699,7 @@ def _ask_merged(project: Project, trained: Step, asked: Step, merged: Step, conv
         _write_json(folder / ANSWERS, {"answers": answers})
         return {"onto": onto, "asked_as": file["quantization"] if file else None}
 
-    return project.run.ensure("ask_merged", _told_inputs(trained, asked, onto), make, after=[asked], keep=True)
+    return project.run.ensure("reask", _told_inputs(trained, asked, onto), make, after=[asked], keep=True)
 
 
 def _quantise(project: Project, converted: Step, merged: Step) -> tuple[GgufModel, dict[str, Any], str | None]:
@@ -738,10 +728,17 @@ def _quantise(project: Project, converted: Step, merged: Step) -> tuple[GgufMode
 
 
 def _write_modelfile(project: Project, merged: Step, shipped: GgufModel) -> Path:
-    """The Modelfile beside the file that ships. It follows from sampling values alone, so it is written each time."""
-    modelfile = _modelfile(project, hf.load_tokenizer(merged.folder / "model"), shipped.path, merged.result["stops"])
-    path = shipped.path.with_name("Modelfile")
-    write_atomically(path, modelfile.text().encode())
+    """The Modelfile beside the file that ships, written again where the file or a sampling value is another.
+
+    Recorded as what ships: `chat`, `status` and registering read it.
+    """
+    ship, path = project.recipe.ship, shipped.path.with_name("Modelfile")
+    mark = fingerprint(shipped.step.fingerprint, shipped.quantization, ship.model_dump(), version("ftkit"))
+    if project.run.manifest().get("shipped", {}).get("mark") != mark or not path.is_file():
+        modelfile = _modelfile(project, hf.load_tokenizer(merged.folder / "model"), shipped.path, merged.result["stops"])
+        write_atomically(path, modelfile.text().encode())
+        gguf = shipped.path.relative_to(project.run.folder).as_posix()
+        project.run.record(shipped={"step": shipped.step.name, "gguf": gguf, "system": ship.system, "num_ctx": ship.num_ctx, "mark": mark})
     return path
 
 
@@ -832,9 +829,9 @@ def proof_checks(
 def _all_told(project: Project, asked: Step) -> list[Step]:
     """The answers of each merge of this training that was asked, the source's first."""
     manifest = project.run.manifest()
-    kept = [*manifest.get("kept", {}).get("ask_merged", {}).values(), manifest["steps"].get("ask_merged")]
+    kept = [*manifest.get("kept", {}).get("reask", {}).values(), manifest["steps"].get("reask")]
     found = [
-        project.run.finished("ask_merged", entry["fingerprint"]) for entry in kept if entry and entry["after"] == {"ask": asked.fingerprint}
+        project.run.finished("reask", entry["fingerprint"]) for entry in kept if entry and entry["after"] == {"ask": asked.fingerprint}
     ]
     return sorted((step for step in found if step), key=lambda step: step.result["onto"] == DEQUANTISED)
 

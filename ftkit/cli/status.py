@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 STEPS = {
     "plan": "ftkit plan", "train": "ftkit train", "ask": "ftkit ship", "merge": "ftkit ship", "gguf": "ftkit ship",
-    "ask_merged": "ftkit ship", "quantise": "ftkit ship", "prove": "ftkit ship",
+    "reask": "ftkit ship", "quantise": "ftkit ship", "prove": "ftkit ship",
 }  # fmt: skip
 
 
