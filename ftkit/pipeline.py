@@ -339,6 +339,10 @@ def _train(project: Project, planned: Plan | None) -> Step:
         fit = planned.memory.chosen
         base, rows = project.base_folder, project.rows
         tokenizer = hf.load_tokenizer(base, recipe.data.day)
+        if template.is_dated(tokenizer.chat_template):
+            project.reporter.note(
+                f"the chat template writes today's date: it is {recipe.data.date}, here and in the shipped file (data.date)"
+            )
         if project.base.gguf:
             _check_recovered_tokenizer(project, project.base.gguf, tokenizer)
         cuda, bfloat16 = project.computes_on

@@ -43,6 +43,11 @@ def fix_date(chat_template: str, day: date) -> str:
     return f"{defined}\n{chat_template}" if defined else chat_template  # the newline after a block is not rendered (trim_blocks)
 
 
+def is_dated(chat_template: str | None) -> bool:
+    """Whether a template writes a date that `fix_date` has fixed."""
+    return bool(chat_template) and str(chat_template).startswith(("{%- set date_string = ", "{%- macro strftime_now("))
+
+
 def answer_end(tokenizer: PreTrainedTokenizerBase, text: str, after: int) -> int | None:
     """Where in a rendered text the first special token that begins at `after` or later ends; None where there is none."""
     pattern = _special(tokenizer)
