@@ -27,19 +27,20 @@ def fix_date(chat_template: str, day: date) -> str:
     template. Both are defined anew at its beginning, and no engine looks further. Raises ModelError where the format of a
     date is not written out.
     """
+    if is_dated(chat_template):
+        return chat_template
     defined = ""
-    if re.search(r"\bdate_string\b", chat_template) and "{%- set date_string = " not in chat_template.partition("\n")[0]:
+    if re.search(r"\bdate_string\b", chat_template):
         defined += f"{{%- set date_string = {json.dumps(day.strftime(DATE_STRING))} %}}"
-    if "{%- macro strftime_now(" not in chat_template:
-        formats = [match[2] for match in re.finditer(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""", chat_template)]
-        if len(formats) < len(re.findall(r"\bstrftime_now\(", chat_template)):
-            raise ModelError(
-                "The model's chat template writes today's date in a form that it computes, so that it cannot be fixed.",
-                "write the format out in its strftime_now(...)",
-            )
-        if formats:
-            dates = ", ".join(f"{json.dumps(form)}: {json.dumps(day.strftime(form))}" for form in sorted(set(formats)))
-            defined += f"{{%- macro strftime_now(format) -%}}{{{{- {{{dates}}}[format] -}}}}{{%- endmacro %}}"
+    formats = [match[2] for match in re.finditer(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""", chat_template)]
+    if len(formats) < len(re.findall(r"\bstrftime_now\(", chat_template)):
+        raise ModelError(
+            "The model's chat template writes today's date in a form that it computes, so that it cannot be fixed.",
+            "write the format out in its strftime_now(...)",
+        )
+    if formats:
+        dates = ", ".join(f"{json.dumps(form)}: {json.dumps(day.strftime(form))}" for form in sorted(set(formats)))
+        defined += f"{{%- macro strftime_now(format) -%}}{{{{- {{{dates}}}[format] -}}}}{{%- endmacro %}}"
     return f"{defined}\n{chat_template}" if defined else chat_template  # the newline after a block is not rendered (trim_blocks)
 
 

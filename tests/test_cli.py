@@ -340,3 +340,23 @@ def test_clean_asks(full_run: Path, answer: str, code: int) -> None:
     assert process.returncode == code
     assert "Remove these" in said
     assert (files(full_run) == before) == (code == 2)
+
+
+def test_what_is_trained_is_up_to_date_whatever_fits(tmp_path: Path, rows: list[dict[str, Any]], write_rows: Any, ftkit: Ftkit) -> None:
+    """The model that it made may fill the GPU by now."""
+    import tiny
+
+    from ftkit import pipeline
+
+    write_rows(tmp_path / "train.jsonl", rows)
+    (tmp_path / "recipe.yaml").write_text(f"model: {tiny.make_model(tmp_path / 'model')}\nbudget: {{vram: 0.001}}\n", encoding="utf-8")
+    project = pipeline.open_project(tmp_path)
+    with project.run:
+        made = {
+            "steps": 1, "tokens_per_second": 1.0, "first_validation_loss": 2.0, "best_validation_loss": 1.0, "best_step": 1,
+            "verdict": "trained enough", "peak_is": "resident in RAM", "peak_bytes": 1,
+        }  # fmt: skip
+        project.run.ensure("train", project.training_inputs, lambda folder: made, keep=True)
+    done = ftkit("train", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "Up to date" in done.stdout

@@ -241,7 +241,7 @@ def planned_types(folder: Path, quantization: str) -> dict[str, tuple[str, int]]
 @pytest.mark.e2e
 def test_the_demos_files_to_the_byte(demo_run: Path) -> None:
     (merged,) = demo_run.glob("merge-*/model")
-    files = {path.stem.rpartition("-")[2]: path for path in demo_run.glob("gguf-*/*.gguf")}
+    files = {path.stem.rpartition("-")[2]: path for path in demo_run.glob("[gq]*-*/*.gguf")}
     assert {"F16", "Q8_0", "Q4_K_M"} <= set(files)
     for quantization, path in files.items():
         planned = planned_types(merged, quantization)
@@ -272,3 +272,29 @@ def test_a_random_model_to_the_byte(demo_run: Path, tmp_path: Path) -> None:
         else:
             gguf_files.quantize(tmp_path / "F16.gguf", path, quantization, program)
         assert read_types(path) == planned_types(folder, quantization)
+
+
+def test_asking_is_no_reason_to_refuse() -> None:
+    """A card of 12 GiB beside 16 GiB of RAM trains Llama 3.1's 8 billion parameters with QLoRA, and ships them."""
+    from transformers import LlamaConfig
+
+    from ftkit.pipeline import ram_shortage
+
+    llama = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
+    )
+    made = {name: tuple(parameter.shape) for name, parameter in inventory.meta_model(llama).named_parameters()}
+    counted: Any = SimpleNamespace(
+        method="qlora",
+        parameters=sum(map(math.prod, made.values())),
+        trainable_parameters=42 << 20,
+        weights_bytes=5437 << 20,
+        adapter_bytes=160 << 20,
+    )
+    recipe = Recipe.model_validate({"model": "m"})
+    steps = later.later_steps(later.gguf_model(made, llama), counted, recipe, 2048, compute_bytes=2, vram_bytes=12 << 30)
+    assert ram_shortage(steps, 16 << 30) is None
+    assert max(step.vram_bytes for step in steps) < 12 << 30
+    short = ram_shortage(steps, 3 << 30)
+    assert short
+    assert (short.step, short.what) == ("convert to Q8_0", "RAM")  # what makes a file does refuse

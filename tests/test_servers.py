@@ -57,7 +57,7 @@ def shipped(server: tuple[str, str], run: Path) -> tuple[str, str]:
 
 
 def record(run: Path) -> dict[str, Any]:
-    step = Run(run).finished("merge")
+    step = Run(run).finished("ask")
     assert step
     loaded: dict[str, Any] = json.loads((step.folder / "answers.json").read_text(encoding="utf-8"))
     return loaded
@@ -131,17 +131,20 @@ def test_the_shipped_files_answer_as_the_trained_model(
     tokenizer = merged_tokenizer(run)
     rows = len(asked["questions"]) if version == servers.VERSIONS[0] else 20
     questions, expected = asked["questions"][:rows], asked["expected"][:rows]
-    merged = asked["answers"][
-        "merged onto the dequantised base" if "dequantised" in Run(run).manifest()["steps"]["merge"]["result"]["onto"] else "merged"
-    ]
+    reasked = Run(run).finished("reask")
+    assert reasked
+    merged = json.loads((reasked.folder / "answers.json").read_text(encoding="utf-8"))["answers"]["merged"]
     trained = parity.score(expected, asked["answers"]["trained"][:rows], "last_line")
     chat = ollama.find_format(lambda m, ask: data.render(tokenizer, m, ask=ask))
     lines = [f"{version}: trained {trained.right} of {rows}"]
-    for file in converted.result["files"]:
+    quantised = Run(run).finished("quantise")
+    assert quantised
+    files = [*((converted.folder, file) for file in converted.result["files"]), (quantised.folder, quantised.result)]
+    for folder, file in files:
         # all sampling values written out, as ftkit ships: v0.24.0 would penalise repetition by 1.1
         modelfile = ollama.make_modelfile(file["path"], chat, Ship(), bos="", stops=[tokenizer.eos_token])
         name = f"parity-{file['quantization'].lower()}"
-        ollama.register(client, name, converted.folder / file["path"], modelfile, lambda m, ask: data.render(tokenizer, m, ask=ask))
+        ollama.register(client, name, folder / file["path"], modelfile, lambda m, ask: data.render(tokenizer, m, ask=ask))
         answers = ollama.answer(client, name, questions, 64, options=ONE_THREAD)
         score = parity.score(expected, answers, "last_line")
         equal = parity.same(answers, merged[:rows])

@@ -1,0 +1,177 @@
+"""The line on real vocabularies and chat templates: ids, dates, BOS and stops are those of the training, or the proof says so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import families
+import llama_cpp
+import pytest
+
+from ftkit import data, gguf, hf, llamacpp, pipeline, template, tools
+from ftkit.check import Check
+from ftkit.data import Row
+from ftkit.errors import ProofError
+
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
+
+DAY = date(2024, 7, 26)
+ROWS = [
+    Row(({"role": "user", "content": "What is 1 plus 1?"}, {"role": "assistant", "content": "It is 2."}), 1),
+    Row(({"role": "user", "content": "Ünder {x}"}, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Under?"},
+         {"role": "assistant", "content": "No."}), 2),
+]  # fmt: skip
+LLAMA = families.by_name("Llama 3.1")
+PLAIN = (
+    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '\\n' + m['content'] + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A family's model, made once; with another template the tokenizer's settings alone are another."""
+    folders: dict[str, Path] = {}
+
+    def make(family: families.Family, chat_template: str | None = None) -> Path:
+        if family.name not in folders:
+            folders[family.name] = families.make_model(family, tmp_path_factory.mktemp("model"))
+        if not chat_template:
+            return folders[family.name]
+        other = tmp_path_factory.mktemp("model") / "other"
+        shutil.copytree(folders[family.name], other)
+        config = json.loads((other / "tokenizer_config.json").read_text(encoding="utf-8"))
+        (other / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": chat_template}), encoding="utf-8")
+        return other
+
+    return make
+
+
+def converted(folder: Path, path: Path) -> Path:
+    gguf.convert(folder, path, "F16", tools.need_converter())
+    return path
+
+
+def checks(tokenizer: Any, path: Path, stops: list[int]) -> dict[str, Check]:
+    with llamacpp.load(path, 512) as engine:
+        return {check.name: check for check in pipeline.proof_checks(tokenizer, engine, ROWS, [ROWS[0].question], stops)}
+
+
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.name)
+def test_the_vocabulary_is_the_real_one(family: families.Family, made: Callable[..., Path]) -> None:
+    """llama.cpp's developers wrote down what the model's own tokenizer gives for their hard cases."""
+    tokenizer = hf.load_tokenizer(made(family))
+    stem = llama_cpp.models() / f"ggml-vocab-{family.vocabulary}.gguf"
+    texts = Path(f"{stem}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    ids = Path(f"{stem}.out").read_text(encoding="utf-8").splitlines()
+    wrong = [text for text, line in zip(texts, ids, strict=False) if data.token_ids(tokenizer, text) != [int(n) for n in line.split()]]
+    assert not wrong
+
+
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.name)
+def test_a_family_is_read_asked_and_ended_as_in_training(family: families.Family, made: Callable[..., Path], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(made(family), model)
+    tokenizer = hf.load_tokenizer(model, DAY)
+    stops = template.seal(model, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(stops) == [family.ends, family.eos]
+    assert template.configured_stops(model) == stops
+    learnt = [[n for n in data.tokenise(tokenizer, row).labels if n != data.IGNORED] for row in ROWS]
+    assert [tokenizer.decode(ids) for ids in learnt] == [f"It is 2.{family.ends}", f"Yes.{family.ends}No.{family.ends}"]
+    found = checks(tokenizer, converted(model, tmp_path / "m.gguf"), stops)
+    assert {check.words for check in found.values() if check.outcome != "passed"} == set()
+
+
+def test_another_date_is_found(made: Callable[..., Path], tmp_path: Path) -> None:
+    path = converted(made(LLAMA), tmp_path / "m.gguf")  # its template asks llama.cpp for today
+    tokenizer = hf.load_tokenizer(made(LLAMA), DAY)
+    found = checks(tokenizer, path, template.stops(tokenizer, None))
+    assert (found["training ids"].outcome, found["prompts"].outcome) == ("failed", "failed")
+    assert found["token ids"].outcome == found["stops"].outcome == "passed"
+
+
+def test_a_bos_that_training_never_saw_is_found_and_taken_away(made: Callable[..., Path], tmp_path: Path) -> None:
+    model = made(LLAMA, PLAIN)
+    tokenizer, path = hf.load_tokenizer(model), converted(model, tmp_path / "m.gguf")
+    assert not template.begins_with_bos(tokenizer)
+    stops = template.stops(tokenizer, None)
+    found = checks(tokenizer, path, stops)
+    assert (found["training ids"].outcome, found["prompts"].outcome) == ("failed", "failed")
+    gguf.correct(path, add_bos_token=False)
+    assert {check.outcome for check in checks(tokenizer, path, stops).values()} == {"passed"}
+
+
+def test_an_end_of_turn_that_llama_cpp_does_not_know_is_found_and_named(made: Callable[..., Path], tmp_path: Path) -> None:
+    model = made(LLAMA, "{{ bos_token }}" + PLAIN.replace("<|eot_id|>", "<|reserved_special_token_7|>"))
+    tokenizer, path = hf.load_tokenizer(model), converted(model, tmp_path / "m.gguf")
+    stops = template.stops(tokenizer, None)
+    assert tokenizer.convert_ids_to_tokens(stops) == ["<|reserved_special_token_7|>", "<|end_of_text|>"]
+    found = checks(tokenizer, path, stops)
+    assert found.pop("stops").outcome == "failed"
+    assert {check.outcome for check in found.values()} == {"passed"}
+    gguf.correct(path, eot_token_id=stops[0])
+    assert {check.outcome for check in checks(tokenizer, path, stops).values()} == {"passed"}
+    assert gguf.read_back(path, "F16", tokenizer.chat_template).tensors > 1
+
+
+@pytest.mark.parametrize(("name", "method"), [("Llama 3.1", "qlora"), ("Gemma 2", "lora")])
+def test_the_line_ships_it_and_does_nothing_twice(
+    name: str, method: str, made: Callable[..., Path], tmp_path: Path, write_rows: Callable[[Path, list[Any]], Path], rows: list[Any]
+) -> None:
+    family = families.by_name(name)
+    write_rows(tmp_path / "train.jsonl", rows)
+    recipe = {
+        "model": str(made(family)),
+        "training": {"method": method, "max_steps": 2, "effective_batch_size": 2, "max_length": 128},
+        "lora": {"r": 4},
+        "ship": {"name": "tiny", "quantization": "Q8_0", "max_new_tokens": 4, "test_rows": 2, "num_ctx": 512},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+
+    def ship(**settings: Any) -> pipeline.Shipped:
+        project = pipeline.open_project(tmp_path, [(f"ship.{key}", value) for key, value in settings.items()])
+        with project.run:
+            pipeline.train(project)
+            return pipeline.ship(project, use_ollama=False)
+
+    shipped = ship()
+    outcomes = {check.name: check.outcome for check in shipped.checks}
+    assert outcomes == {"token ids": "passed", "training ids": "passed", "prompts": "passed", "stops": "passed", "answers": "not made"}
+    assert f'PARAMETER stop "{family.ends}"' in shipped.modelfile.read_text(encoding="utf-8")
+    run = tmp_path / "runs" / "recipe"
+    proof = json.loads(shipped.proof_file.read_text(encoding="utf-8"))
+    assert [check["outcome"] for check in proof["checks"]].count("not made") == 1
+
+    def times(*suffixes: str) -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.suffix in suffixes}
+
+    before = times(".gguf", ".safetensors", ".json", "")
+    again = ship()
+    changed = {path.name for path, when in times(".gguf", ".safetensors", ".json", "").items() if before.get(path) != when}
+    assert changed <= {"proof.json", "manifest.json", ".lock", run.name} | {path.parent.name for path in run.rglob("proof.json")}
+    assert not again.fresh
+    files = times(".gguf", ".safetensors")
+    for settings in ({"max_loss_points": 10}, {"match": "first_line"}, {"temperature": 0.5, "system": "Be short."}, {"name": "other"}):
+        assert not ship(**settings).fresh, settings
+        assert times(".gguf", ".safetensors") == files
+    assert "PARAMETER temperature 0.5" in ship(temperature=0.5).modelfile.read_text(encoding="utf-8")
+    other = ship(quantization="F16")  # is there already: it is proven, and nothing is converted
+    assert (other.fresh, times(".gguf", ".safetensors")) == (True, files)
+
+    answers = next(run.glob("ask-*/answers.json"))  # had it been right as trained, the file would have lost it all
+    record = json.loads(answers.read_text(encoding="utf-8"))
+    record["answers"]["trained"] = record["expected"]
+    answers.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ProofError, match="answers worse") as worse:
+        ship()
+    hint = str(worse.value.hint)
+    assert "--set ship.max_loss_points=100" in hint
+    assert (run / pipeline.FAILED_PROOF).exists()
+    assert not ship(max_loss_points=100).fresh  # what the hint says is judged, not made
+    assert times(".gguf", ".safetensors") == files
+    assert not (run / pipeline.FAILED_PROOF).exists()

@@ -1,0 +1,113 @@
+"""Chat templates: one date in training and in the shipped file, and answers that end where the template ends them."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from ftkit import data, hf, template
+from ftkit.data import IGNORED, Row
+from ftkit.errors import ModelError
+
+DAY = date(2024, 7, 26)
+ASKED = [{"role": "user", "content": "hi"}]
+# As Llama 3.1 and 3.2 have it, and Mistral Small: a default of their own, today, today in a form of their own.
+DEFAULT = '{%- if not date_string is defined %}\n{%- set date_string = "26 Jul 2024" %}\n{%- endif %}\nToday: {{ date_string }}'
+TODAY = '{%- if not date_string is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}Today: {{ date_string }}'
+IN_A_MACRO = "{%- macro told() %}{{ 'It is ' + strftime_now('%Y-%m-%d') + '.' }}{%- endmacro %}{{ told() }}"
+# As Phi 3.5 has it: an end of each turn, and the end of sequence after the last alone.
+LIKE_PHI = tiny.CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+
+
+def rendered(chat_template: str) -> str:
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return str(_compile_jinja_template(chat_template).render(messages=ASKED, add_generation_prompt=True))
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "expected"), [(DEFAULT, "Today: 03 Jan 2025"), (TODAY, "Today: 03 Jan 2025"), (IN_A_MACRO, "It is 2025-01-03.")]
+)
+def test_a_date_is_the_one_that_is_asked_for(chat_template: str, expected: str) -> None:
+    fixed = template.fix_date(chat_template, date(2025, 1, 3))
+    assert rendered(fixed).strip() == expected
+    assert fixed.endswith(chat_template)
+    assert template.is_dated(fixed)
+    assert template.fix_date(fixed, DAY) == fixed  # what is fixed stays so
+
+
+@pytest.mark.parametrize("chat_template", [tiny.CHATML, "\n{{ messages }}", "{# my_date_string, strftime_nower #}x"])
+def test_a_template_without_a_date_stays_as_it_is(chat_template: str) -> None:
+    assert template.fix_date(chat_template, DAY) == chat_template
+    assert not template.is_dated(chat_template)
+
+
+def test_a_line_break_at_the_beginning_is_kept() -> None:
+    assert rendered(template.fix_date("\nToday: {{ date_string }}", DAY)) == "\nToday: 26 Jul 2024"
+
+
+def test_a_date_in_a_computed_form_is_refused() -> None:
+    with pytest.raises(ModelError, match="cannot be fixed"):
+        template.fix_date("{{ strftime_now(form) }}", DAY)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Any:
+    """Of a base model: turns end with <|im_end|>, and the end of sequence is another token."""
+    loaded = hf.load_tokenizer(tiny.make_model(tmp_path / "model"))
+    loaded.eos_token = "<|pad|>"  # noqa: S105
+    return loaded
+
+
+def learnt(tokenizer: Any, *contents: str) -> str:
+    messages = [{"role": "assistant" if n % 2 else "user", "content": content} for n, content in enumerate(contents)]
+    example = data.tokenise(tokenizer, Row(tuple(messages), 1))
+    assert len(example.labels) == len(example.input_ids)
+    return str(tokenizer.decode([token for token in example.labels if token != IGNORED]))
+
+
+@pytest.mark.torch
+def test_what_ends_a_turn_is_learnt_and_no_more(tokenizer: Any) -> None:
+    assert learnt(tokenizer, "a", "b") == "b<|im_end|>"
+    assert learnt(tokenizer, "a", " b\n", "c", "d") == " b\n<|im_end|>d<|im_end|>"
+    assert learnt(tokenizer, "a", "say <|im_end|> twice") == "say <|im_end|> twice<|im_end|>"
+    tokenizer.chat_template = LIKE_PHI
+    assert learnt(tokenizer, "a", "b", "Und", "d") == "b<|im_end|>d<|im_end|>"
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("chat_template", [tiny.CHATML, LIKE_PHI])
+def test_answers_stop_where_the_template_ends_them(tokenizer: Any, chat_template: str) -> None:
+    tokenizer.chat_template = chat_template
+    ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|pad|>", "<|im_start|>"])
+    assert template.turn_ends(tokenizer) == ids[:1]
+    assert template.stops(tokenizer, None) == ids[:2]
+    assert template.stops(tokenizer, [ids[2], ids[0]]) == [ids[0], ids[2], ids[1]]
+
+
+@pytest.mark.torch
+def test_a_template_without_an_end_of_turn_leaves_the_end_of_sequence(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    assert template.turn_ends(tokenizer) == []
+    assert template.stops(tokenizer, None) == [tokenizer.eos_token_id]
+
+
+@pytest.mark.torch
+def test_a_merged_model_carries_what_it_was_trained_with(tmp_path: Path) -> None:
+    folder = tiny.make_model(tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    generation = json.loads(before["generation_config.json"])
+    tokenizer = hf.load_tokenizer(folder)
+    assert template.seal(folder, tokenizer) == [generation["eos_token_id"]]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before  # all was there already
+    tokenizer.chat_template = template.fix_date(DEFAULT + tiny.CHATML, DAY)
+    tokenizer.eos_token = "<|pad|>"  # noqa: S105
+    stops = template.seal(folder, tokenizer)
+    assert len(stops) == 2
+    assert template.configured_stops(folder) == stops
+    assert hf.load_tokenizer(folder).chat_template == tokenizer.chat_template
