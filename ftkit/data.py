@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import re
 import reprlib
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit import template
 from ftkit.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -242,13 +243,29 @@ def pieces(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[tuple[str, bool
                 raise DataError(f"line {row.line}: the chat template renders the prompt differently once the answer is there.")
             said = message["content"].strip()
             at = whole.find(said, len(prompt))
-            end = template.answer_end(tokenizer, whole, at + len(said) if at >= 0 else len(prompt))
+            end = answer_end(tokenizer, whole, at + len(said) if at >= 0 else len(prompt))
             if end is None:
                 alone = render(tokenizer, row.messages[: number + 1], ask=False)
                 end = next((n for n, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), min(len(whole), len(alone)))
             cut_up += [(whole[cursor : len(prompt)], False), (whole[len(prompt) : end], True)]
             cursor = end
     return cut_up
+
+
+def answer_end(tokenizer: PreTrainedTokenizerBase, text: str, after: int) -> int | None:
+    """Where in a rendered text the first special token that begins at `after` or later ends; None where there is none."""
+    pattern = special_tokens(tokenizer)
+    found = pattern.search(text, after) if pattern else None
+    return found.end() if found else None
+
+
+@lru_cache(maxsize=4)
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Matches any special token, the longest first."""
+    texts = {str(token) for token in tokenizer.all_special_tokens}
+    texts |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    texts = {text for text in texts if text.strip()}
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))) if texts else None
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:

@@ -282,12 +282,11 @@ class Run:
                 steps = [int(path.name[11:]) for path in (folder / CHECKPOINTS).glob("checkpoint-*") if path.name[11:].isdecimal()]
                 what = "begun" if needed else "begun, with other settings"
                 found.append(Held(folder, what, max(steps, default=None), size_bytes(folder), needed))
-        proven = self.finished("prove")
         for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
             if LEFT_BEHIND.fullmatch(path.name):
                 found.append(Held(path, "left behind by a killed ftkit", None, size_bytes(path), needed=False))
             elif FAILED.fullmatch(path.name):
-                found.append(Held(path, "failed proof", None, size_bytes(path), needed=not proven))
+                found.append(Held(path, "failed proof", None, size_bytes(path), needed=True))
         return found
 
     def remove(self, held: Held) -> None:

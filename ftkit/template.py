@@ -6,10 +6,10 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from datetime import date
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftkit.data import render, special_tokens
 from ftkit.errors import ModelError
 from ftkit.run import write_atomically
 
@@ -49,22 +49,6 @@ def is_dated(chat_template: str | None) -> bool:
     return bool(chat_template) and str(chat_template).startswith(("{%- set date_string = ", "{%- macro strftime_now("))
 
 
-def answer_end(tokenizer: PreTrainedTokenizerBase, text: str, after: int) -> int | None:
-    """Where in a rendered text the first special token that begins at `after` or later ends; None where there is none."""
-    pattern = _special(tokenizer)
-    found = pattern.search(text, after) if pattern else None
-    return found.end() if found else None
-
-
-@lru_cache(maxsize=4)
-def _special(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Matches any special token, the longest first."""
-    texts = {str(token) for token in tokenizer.all_special_tokens}
-    texts |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    texts = {text for text in texts if text.strip()}
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))) if texts else None
-
-
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special token that the template writes first after an answer, at the end of a conversation and within one.
 
@@ -73,9 +57,9 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     asked = [{"role": "user", "content": "qzuserqz"}, {"role": "assistant", "content": MARK}]
     found = []
     for messages in (asked, [*asked, {"role": "user", "content": "qzagainqz"}]):
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        text = render(tokenizer, messages, ask=False)
         _, mark, after = text.rpartition(MARK)
-        pattern = _special(tokenizer)
+        pattern = special_tokens(tokenizer)
         match = pattern.search(after.partition("qzagainqz")[0]) if mark and pattern else None
         token = tokenizer.convert_tokens_to_ids(match[0]) if match else None
         if isinstance(token, int) and match and _single(tokenizer, match[0]):
@@ -126,8 +110,8 @@ def seal(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template writes the BOS itself."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "qzuserqz"}], tokenize=False, add_generation_prompt=True)
-    return bool(tokenizer.bos_token) and str(text).startswith(str(tokenizer.bos_token))
+    text = render(tokenizer, [{"role": "user", "content": "qzuserqz"}], ask=True)
+    return bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -137,7 +137,8 @@ def _sentence_pieces(folder: Path, tokens: list[str], read: Any) -> Any:
     tokenizer = Tokenizer(models.BPE(number, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     steps = [normalizers.Prepend("▁")] * space + [normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    strip = [decoders.Strip(" ", 1, 0)] * space
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     added = [AddedToken(token, special=True, normalized=False) for n, token in enumerate(tokens) if types[n] in (CONTROL, USER_DEFINED)]
     tokenizer.add_special_tokens(added)
     return tokenizer
