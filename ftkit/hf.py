@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from datetime import date
@@ -14,6 +15,7 @@ from ftkit.data import Message, asked_together, render, token_ids
 from ftkit.errors import DoesNotFitError, ModelError, first_line
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Method
+from ftkit.source import from_files, needs_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,13 +43,15 @@ def refuse_wrong_versions(model_type: str) -> None:
             raise ModelError(f"{library} {version(library)} trains {architecture} wrongly: {what}.", f"pip install '{library}>={fixed}'")
 
 
-def load_tokenizer(folder: Path, day: date | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, day: date | None = None, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, its template with `day` in place of today. Raises ModelError where there is none."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **from_files(trust_remote_code))
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RecursionError) as error:
+        if refused := needs_code(folder, error):
+            raise refused from None
         raise ModelError(
             f"{folder} has no tokenizer that transformers can load: {first_line(error)}",
             "copy tokenizer.json and tokenizer_config.json beside config.json, from the model's page",
@@ -59,7 +63,7 @@ def load_tokenizer(folder: Path, day: date | None = None) -> PreTrainedTokenizer
     return tokenizer  # type: ignore[no-any-return]
 
 
-def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: bool) -> PreTrainedModel:
+def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: bool, trust_remote_code: bool = False) -> PreTrainedModel:
     """The base model as `method` trains it, or (None) as it is asked: frozen weights in the compute format.
 
     `full` gets float32 weights, since what is trained is kept in float32.
@@ -69,14 +73,16 @@ def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: boo
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if bfloat16 and method != "full" else torch.float32
-    settings: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **from_files(trust_remote_code)}
     if method == "qlora":
         settings["quantization_config"] = nf4_config(dtype)
     if cuda:
         settings["device_map"] = {"": 0}
     try:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
+        if refused := needs_code(folder, error) or out_of_memory(error, f"load {folder.name}"):
+            raise refused from None
         raise ModelError(f"transformers cannot load {folder}: {first_line(error)}", "fetch or copy the model again, whole") from None
     model, info = loaded
     if lost := sorted({*map(str, info["missing_keys"]), *(str(key[0]) for key in info["mismatched_keys"])}):  # else filled at random
@@ -87,6 +93,19 @@ def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: boo
     if method == "qlora":
         _keep_gradients_after_evaluation(model)
     return model
+
+
+def out_of_memory(error: BaseException, what: str) -> DoesNotFitError | None:
+    """The error to raise where a library had no memory left to do `what`, on a GPU or off it."""
+    import torch
+
+    text = str(error)
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search(r"CUDA.*out of memory|can't allocate memory", text):
+        return None
+    where = "This machine's RAM" if isinstance(error, MemoryError) or "CPU" in text else "The GPU"
+    return DoesNotFitError(
+        f"{where} has too little free memory to {what}: {first_line(error)[:200]}", "see what is needed, and what fits: ftkit plan"
+    )
 
 
 def nf4_config(dtype: Any) -> Any:

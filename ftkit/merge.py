@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ftkit.errors import ModelError
 from ftkit.progress import SILENT, Reporter
-from ftkit.source import indexed_files
+from ftkit.source import drop_code, indexed_files
 
 if TYPE_CHECKING:
     import torch
@@ -37,13 +37,21 @@ class MergeResult:
 
 
 def merge(
-    base: Path, adapter: Path, folder: Path, *, onto: Base = "source", bfloat16: bool = True, reporter: Reporter = SILENT
+    base: Path,
+    adapter: Path,
+    folder: Path,
+    *,
+    onto: Base = "source",
+    bfloat16: bool = True,
+    with_code: bool = False,
+    reporter: Reporter = SILENT,
 ) -> MergeResult:
     """Write `folder`: the model of `base` with the adapter merged in, config and tokenizer beside it.
 
     W + scale · B·A in float32, rounded once to the 16-bit dtype of the source; this equals PEFT's merge on a float32 base
     bit for bit. `onto="dequantised"` first passes each adapted W through NF4 and back, as the adapter saw it in training
     (`bfloat16` says in which format it was quantised). Peak memory: one weight three times in float32 and once in 16 bits.
+    Python code of the base is taken along `with_code` alone: without it no config names any, so that no program looks for it.
     Raises ModelError where the adapter uses what this merge does not do, or fits no tensor of the base.
     """
     import torch
@@ -79,8 +87,10 @@ def merge(
             f"{len(missing)} adapted layers are not in {base}, the first is {missing[0]}.", "merge it with the base that it was trained on"
         )
     for file in base.iterdir():
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and file.is_file():
+        if file.suffix in (".json", ".jinja", ".model", ".txt", *([".py"] if with_code else [])) and file.is_file():
             shutil.copyfile(file, folder / file.name)
+    if not with_code:
+        drop_code(folder)
     return MergeResult(onto, len(done), tensors, written)
 
 

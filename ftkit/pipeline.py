@@ -123,7 +123,7 @@ class Project:
 
     @cached_property
     def source(self) -> Source:
-        return source.locate(self.recipe.model, self.folder)
+        return replace(source.locate(self.recipe.model, self.folder), with_code=self.recipe.trust_remote_code)
 
     @cached_property
     def device(self) -> Device:
@@ -157,6 +157,7 @@ class Project:
         return [
             self.source.fingerprint, {purpose: mark for purpose, mark in self.data_fingerprints.items() if purpose != "test"},
             recipe.data.model_dump(exclude={"test"}), recipe.training.model_dump(exclude={"save_minutes"}), recipe.lora.model_dump(),
+            *(["trust_remote_code"] if recipe.trust_remote_code else []),
         ]  # fmt: skip
 
     @cached_property
@@ -174,6 +175,11 @@ class Project:
     def base_folder(self) -> Path:
         assert self.base.folder
         return self.base.folder
+
+    def tokenizer(self, folder: Path, *, dated: bool = False) -> Any:
+        """The tokenizer of a model folder; `dated`: with the recipe's date in its template, as what is merged has it already."""
+        recipe = self.recipe
+        return hf.load_tokenizer(folder, recipe.data.day if dated else None, trust_remote_code=recipe.trust_remote_code)
 
     def tokenised(self, rows: Sequence[Row], tokenizer: Any) -> list[Example]:
         return [data.tokenise(tokenizer, row) for row in rows]
@@ -235,7 +241,7 @@ def plan(project: Project) -> Plan:
         opened = source.open_config(project.source, project.reporter)
         assert opened.folder
         counts, trained, validated = _examples(project, opened, rows or project.rows) if project.has_data else (None, [], [])
-        config = inventory.load_config(opened.folder)
+        config = inventory.load_config(opened.folder, trust_remote_code=recipe.trust_remote_code)
         kept = [*trained, *validated]
         length = max((len(example.input_ids) for example in kept), default=recipe.training.max_length)
         labelled = max((sum(label != data.IGNORED for label in example.labels) for example in kept), default=length)
@@ -280,7 +286,7 @@ def _examples(project: Project, opened: Source, rows: Rows) -> tuple[TokenCounts
         )
         return None, [], []
     assert opened.folder
-    tokenizer, max_length = hf.load_tokenizer(opened.folder, project.recipe.data.day), project.recipe.training.max_length
+    tokenizer, max_length = project.tokenizer(opened.folder, dated=True), project.recipe.training.max_length
     project.reporter.step("counting the dataset's tokens")
     examples, held_out = project.tokenised(rows.train, tokenizer), project.tokenised(rows.validation, tokenizer)
     trained, validated = data.cut(examples, max_length), data.cut(held_out, max_length)
@@ -338,7 +344,7 @@ def _train(project: Project, planned: Plan | None) -> Step:
         assert planned
         fit = planned.memory.chosen
         base, rows = project.base_folder, project.rows
-        tokenizer = hf.load_tokenizer(base, recipe.data.day)
+        tokenizer = project.tokenizer(base, dated=True)
         if template.is_dated(tokenizer.chat_template):
             project.reporter.note(
                 f"the chat template writes today's date: it is {recipe.data.date}, here and in the shipped file (data.date)"
@@ -399,7 +405,7 @@ def probe(project: Project) -> Probe:
     settings = training.Settings(
         fit.per_device_train_batch_size, fit.gradient_accumulation_steps, fit.gradient_checkpointing, bfloat16, cuda
     )
-    tokenizer = hf.load_tokenizer(project.base_folder, recipe.data.day)
+    tokenizer = project.tokenizer(project.base_folder, dated=True)
     examples = data.cut(project.tokenised(project.rows.train, tokenizer), recipe.training.max_length)
     project.reporter.step("probing: two real steps")
     with tempfile.TemporaryDirectory(dir=project.run.folder, prefix=".probe-") as folder:
@@ -552,7 +558,7 @@ def _ask(project: Project, trained: Step) -> Step:
     def make(folder: Path) -> dict[str, Any]:
         base, rows = project.base_folder, project.rows.test
         cuda, bfloat16 = project.computes_on
-        tokenizer = hf.load_tokenizer(base, recipe.data.day)
+        tokenizer = project.tokenizer(base, dated=True)
         hf.refuse_lost_gradients()
         questions, method = [row.question for row in rows], recipe.training.method
         answers: dict[str, list[str]] = {}
@@ -564,12 +570,23 @@ def _ask(project: Project, trained: Step) -> Step:
                 project.reporter.warn(f"{label} was left out: {error.message}")
 
         if method == "full":
-            ask("before", hf.load_model(base, None, bfloat16=bfloat16, cuda=cuda), "asking the base model")
-            ask("trained", hf.load_model(trained.folder / "model", None, bfloat16=bfloat16, cuda=cuda), "asking the trained model")
+            ask(
+                "before",
+                hf.load_model(base, None, bfloat16=bfloat16, cuda=cuda, trust_remote_code=recipe.trust_remote_code),
+                "asking the base model",
+            )
+            ask(
+                "trained",
+                hf.load_model(trained.folder / "model", None, bfloat16=bfloat16, cuda=cuda, trust_remote_code=recipe.trust_remote_code),
+                "asking the trained model",
+            )
         else:
             from peft import PeftModel
 
-            model: Any = PeftModel.from_pretrained(hf.load_model(base, method, bfloat16=bfloat16, cuda=cuda), trained.folder / "adapter")
+            model: Any = PeftModel.from_pretrained(
+                hf.load_model(base, method, bfloat16=bfloat16, cuda=cuda, trust_remote_code=recipe.trust_remote_code),
+                trained.folder / "adapter",
+            )
             with model.disable_adapter():
                 ask("before", model, "asking the base model")
             ask("trained", model, "asking base and adapter")
@@ -636,16 +653,26 @@ def _merge(project: Project, trained: Step, onto: str) -> Step:
 
     def make(folder: Path) -> dict[str, Any]:
         base, target = project.base_folder, folder / "model"
-        tokenizer = hf.load_tokenizer(base, project.recipe.data.day)
+        tokenizer = project.tokenizer(base, dated=True)
         if method == "full":
             shutil.copytree(trained.folder / "model", target)
+            if not project.recipe.trust_remote_code:
+                source.drop_code(target)
             said = "nothing: all weights were trained"
         else:
             project.reporter.step("merging into the 16-bit source" if onto == SOURCE else "merging onto the dequantised base")
             target.mkdir()
             _, bfloat16 = project.computes_on
             place: merge.Base = "source" if onto == SOURCE else "dequantised"
-            merge.merge(base, trained.folder / "adapter", target, onto=place, bfloat16=bfloat16, reporter=project.reporter)
+            merge.merge(
+                base,
+                trained.folder / "adapter",
+                target,
+                onto=place,
+                bfloat16=bfloat16,
+                with_code=project.recipe.trust_remote_code,
+                reporter=project.reporter,
+            )
             said = "the 16-bit source" if onto == SOURCE else "the dequantised 4-bit base"
         return {"onto": said, "stops": template.seal(target, tokenizer)}
 
@@ -658,7 +685,7 @@ def _convert(project: Project, merged: Step) -> Step:
     def make(folder: Path) -> dict[str, Any]:
         converter = tools.need_converter(project.llama_cpp_dir)
         model, stem = merged.folder / "model", project.recipe.ship.name.replace(":", "-")
-        tokenizer = hf.load_tokenizer(model)
+        tokenizer = project.tokenizer(model)
         paths = {quantization: folder / f"{stem}-{quantization}.gguf" for quantization in ALWAYS_MADE}
         for quantization, path in paths.items():
             gguf_files.convert(model, path, quantization, converter, project.reporter)
@@ -725,7 +752,7 @@ def _quantise(project: Project, converted: Step, merged: Step) -> tuple[GgufMode
             gguf_files.quantize(f16, path, wanted, program, project.reporter)
         else:
             gguf_files.convert(model, path, wanted, tools.need_converter(project.llama_cpp_dir), project.reporter)
-        return _file_record(path, wanted, hf.load_tokenizer(model).chat_template)
+        return _file_record(path, wanted, project.tokenizer(model).chat_template)
 
     step = project.run.ensure("quantise", inputs, make, after=[converted])
     return GgufModel(step.folder / step.result["path"], wanted, step), step.result, None
@@ -739,7 +766,7 @@ def _write_modelfile(project: Project, merged: Step, shipped: GgufModel) -> Path
     ship, path = project.recipe.ship, shipped.path.with_name("Modelfile")
     mark = fingerprint(shipped.step.fingerprint, shipped.quantization, ship.model_dump(), version("ftkit"))
     if project.run.manifest().get("shipped", {}).get("mark") != mark or not path.is_file():
-        modelfile = _modelfile(project, hf.load_tokenizer(merged.folder / "model"), shipped.path, merged.result["stops"])
+        modelfile = _modelfile(project, project.tokenizer(merged.folder / "model"), shipped.path, merged.result["stops"])
         write_atomically(path, modelfile.text().encode())
         gguf = shipped.path.relative_to(project.run.folder).as_posix()
         project.run.record(shipped={"step": shipped.step.name, "gguf": gguf, "system": ship.system, "num_ctx": ship.num_ctx, "mark": mark})
@@ -776,7 +803,7 @@ def _prove(project: Project, merged: Step, asked: Step, shipped: GgufModel) -> S
         project.reporter.step(f"proving {shipped.path.name} against the trained model")
         record = _read_answers(asked)
         questions = record["questions"]
-        tokenizer = hf.load_tokenizer(merged.folder / "model")
+        tokenizer = project.tokenizer(merged.folder / "model")
         with llamacpp.load(shipped.path, recipe.ship.num_ctx) as engine:
             checks = proof_checks(tokenizer, engine, project.rows.train, questions, merged.result["stops"])
             for check in checks:
@@ -897,7 +924,7 @@ def _register(project: Project, client: Any, shipped: GgufModel, merged: Step, a
     if digest and recorded.get("digest") == digest and recorded.get("shipped") == mark:
         return name
     gguf = shipped.path
-    tokenizer = hf.load_tokenizer(merged.folder / "model")
+    tokenizer = project.tokenizer(merged.folder / "model")
     project.reporter.step(f"registering {name} in Ollama")
     modelfile = _modelfile(project, tokenizer, gguf, merged.result["stops"])
     digest = ollama.register(client, name, gguf, modelfile, _render(tokenizer), project.reporter)

@@ -26,7 +26,7 @@ MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}(:[a-z0-9][a-z0-9._-]{0,79})?
 
 
 SHORT = reprlib.Repr()  # values as an error shows them: YAML's aliases can make one of any size
-SHORT.maxstring = SHORT.maxother = 80
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 80, 80
 
 
 class Part(BaseModel):
@@ -179,6 +179,7 @@ class Recipe(Part):
     """All of one run. Paths are as written: relative ones are taken from the recipe's folder."""
 
     model: str
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model: only of authors you trust")
     data: Data = Data()
     training: Training = Training()
     lora: Lora = Lora()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -44,6 +45,7 @@ class Source:
     fingerprint: str  # of a hub model the commit
     folder: Path | None = None
     gguf: Path | None = None
+    with_code: bool = False  # its Python code may run, and is fetched with the config
 
 
 def locate(reference: str, relative_to: Path) -> Source:
@@ -95,7 +97,7 @@ def _locate_folder(path: Path) -> Source:
     if not weights and any(path.glob("*.bin")):
         raise _only_pickles(str(path))
     parts: list[object] = [(path / "config.json").read_text(encoding="utf-8", errors="replace")]
-    for file in (*weights, *sorted(path.glob("*.jinja")), *sorted(path.glob("tokenizer*"))):
+    for file in (*weights, *sorted(path.glob("*.jinja")), *sorted(path.glob("tokenizer*")), *sorted(path.glob("*.py"))):
         stat = file.stat()
         parts.append([file.name, stat.st_size, stat.st_mtime_ns])
     return Source(str(path), "directory", fingerprint(parts), folder=path.resolve())
@@ -143,7 +145,7 @@ def _ollama_file(name: str) -> Path:
 def open_config(source: Source, reporter: Reporter = SILENT) -> Source:
     """The source with a `folder` that holds at least config and tokenizer (a bare config: config.json); nothing else is fetched."""
     if source.kind == "hub":
-        folder = _fetch(source, CONFIG_FILES, ("*/*",))
+        folder = _fetch(source, (*CONFIG_FILES, *(["*.py"] if source.with_code else [])), ("*/*",))
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"{source.reference} has no config.json: it is no base model.",
@@ -233,6 +235,33 @@ def _missing_weights(opened: Source) -> dict[str, int]:
             raise _only_pickles(opened.reference)
         raise ModelError(f"{opened.reference} has no {absent[0]}.", "give a model with its weights in safetensors files")
     return {name: sizes[name] for name in missing}
+
+
+def from_files(trust_remote_code: bool = False) -> dict[str, Any]:
+    """What every `from_pretrained` of a model's folder is called with. Left unset, transformers asks on stdin and obeys."""
+    return {"local_files_only": True, "trust_remote_code": trust_remote_code}
+
+
+def needs_code(folder: Path, error: BaseException) -> ModelError | None:
+    """The error to raise where transformers refuses a model because it would have to run the model's own Python code."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return ModelError(
+        f"{folder} needs Python code that comes with the model, and ftkit does not run it by itself: it can do all that you can.",
+        "take a model that transformers knows; or read that code and, if you trust its author: --trust-remote-code",
+    )
+
+
+def drop_code(folder: Path) -> None:
+    """Take `auto_map` out of the configs in a folder that ftkit made: it names Python code, and other programs run it unasked."""
+
+    def without(value: Any) -> Any:
+        return {key: without(entry) for key, entry in value.items() if key != "auto_map"} if isinstance(value, dict) else value
+
+    for path in folder.glob("*config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if (dropped := without(config)) != config:
+            path.write_text(json.dumps(dropped, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _fetch(source: Source, patterns: Sequence[str], without: Sequence[str] = ()) -> Path:
@@ -327,7 +356,7 @@ def _write_checkpoint(path: Path, folder: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    where = {"gguf_file": path.name, "local_files_only": True}
+    where = {"gguf_file": path.name, **from_files()}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **where

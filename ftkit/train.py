@@ -142,7 +142,7 @@ def build_trainer(
         disable_tqdm=True,
     )
     trainer = SFTTrainer(
-        model=hf.load_model(base, method, bfloat16=settings.bfloat16, cuda=settings.cuda),
+        model=hf.load_model(base, method, bfloat16=settings.bfloat16, cuda=settings.cuda, trust_remote_code=recipe.trust_remote_code),
         args=config,
         train_dataset=_dataset(Dataset, training),
         eval_dataset=_dataset(Dataset, validation),

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from ftkit import hf
-from ftkit.errors import ModelError
+from ftkit.errors import DoesNotFitError, ModelError
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -45,3 +45,27 @@ def test_weights_that_end_too_early_are_refused(model: Path) -> None:
     with pytest.raises(ModelError, match="cannot load") as refused:
         hf.load_model(model, "lora", bfloat16=False, cuda=False)
     assert "whole" in str(refused.value.hint)
+
+
+def test_too_little_memory_is_no_fault_of_the_files(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(RuntimeError) as here:
+        torch.empty(1 << 60)
+    errors = [
+        here.value,
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+    ]
+    for error, where in zip(errors, ("RAM", "RAM", "The GPU", "The GPU"), strict=True):
+
+        def fails(*_: object, error: BaseException = error, **__: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(AutoModelForCausalLM, "from_pretrained", fails)
+            with pytest.raises(DoesNotFitError, match=f"{where} has too little free memory to load") as refused:
+                hf.load_model(model, "lora", bfloat16=False, cuda=False)
+        assert "ftkit plan" in str(refused.value.hint)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,14 @@ def test_locating_asks_for_the_commit_and_nothing_else(hub: Hub) -> None:
     found = locate()
     assert (found.kind, found.fingerprint, found.folder) == ("hub", commit, None)
     assert hub.asked() == [("GET", f"/api/models/{NAME}")]
+
+
+def test_code_is_fetched_where_it_may_run_and_not_otherwise(hub: Hub) -> None:
+    hub.add(NAME, FILES)
+    source.open_config(locate())
+    assert "modeling_tiny.py" not in fetched(hub)
+    source.open_config(replace(locate(), with_code=True))
+    assert "modeling_tiny.py" in fetched(hub)
 
 
 def test_planning_fetches_config_and_tokenizer_once(hub: Hub) -> None:

@@ -22,6 +22,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; units are in the keys.")
 
 
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model: only of authors you trust."
+)
+
+
 def recipe_options(function: Function) -> Function:
     """RECIPE and the options that change it."""
     for option in reversed(
@@ -34,6 +39,7 @@ def recipe_options(function: Function) -> Function:
             click.option(
                 "--run-dir", type=click.Path(path_type=Path, file_okay=False), help="Where the run is kept.  [default: runs/RECIPE]"
             ),
+            trust_option,
             json_option,
         )
     ):
@@ -42,7 +48,13 @@ def recipe_options(function: Function) -> Function:
 
 
 def open_project(
-    recipe: Path, model: str | None, settings: tuple[str, ...], vram: str | None, gpu: str | None, run_dir: Path | None
+    recipe: Path,
+    model: str | None,
+    settings: tuple[str, ...],
+    vram: str | None,
+    gpu: str | None,
+    run_dir: Path | None,
+    trust_remote_code: bool | None,
 ) -> Project:
     """The project that the options name, reporting to the screen."""
     need_training_stack()
@@ -50,10 +62,12 @@ def open_project(
     from ftkit import pipeline
     from ftkit.cli.console import ConsoleReporter
 
-    return pipeline.open_project(recipe, overrides(model, settings, vram), run_dir=run_dir, gpu=gpu, reporter=ConsoleReporter())
+    return pipeline.open_project(
+        recipe, overrides(model, settings, vram, trust_remote_code), run_dir=run_dir, gpu=gpu, reporter=ConsoleReporter()
+    )
 
 
-def overrides(model: str | None, settings: tuple[str, ...], vram: str | None) -> list[tuple[str, Any]]:
+def overrides(model: str | None, settings: tuple[str, ...], vram: str | None, trust_remote_code: bool | None) -> list[tuple[str, Any]]:
     """What the options change in a recipe. A path is taken from the current folder."""
     from ftkit.recipe import parse_override
 
@@ -62,6 +76,8 @@ def overrides(model: str | None, settings: tuple[str, ...], vram: str | None) ->
         changed.append(("model", absolute(model)))
     if vram:
         changed.append(("budget.vram", vram))
+    if trust_remote_code:
+        changed.append(("trust_remote_code", True))
     return changed
 
 

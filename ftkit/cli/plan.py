@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ftkit.cli.common import absolute, be_quiet, json_option, need_training_stack, overrides
+from ftkit.cli.common import absolute, be_quiet, json_option, need_training_stack, overrides, trust_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +42,7 @@ BAR_WIDTH = 60  # columns, where the terminal has room
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw the peak as .svg or .png.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the whole plan as one page.")
 @click.option("--probe", is_flag=True, help="Run two real steps and put the measured peak beside the plan.")
+@trust_option
 @json_option
 def command(
     recipe: Path | None,
@@ -102,13 +103,13 @@ def command_line(recipe: Path | None, **options: Any) -> str:
     for name, value in options.items():
         flag = "--set" if name == "settings" else f"--{name.replace('_', '-')}"
         for entry in value if isinstance(value, tuple) else [value]:
-            words += [] if entry is None else [flag, str(entry)]
+            words += [] if entry is None else [flag] if entry is True else [flag, str(entry)]
     return shlex.join(words)
 
 
 def _open(
     recipe: Path | None, *, model: str | None, config: str | None, data: str | None, length: int | None, method: str | None,
-    settings: tuple[str, ...], vram: str | None, run_dir: Path | None, gpu: str | None,
+    settings: tuple[str, ...], vram: str | None, run_dir: Path | None, gpu: str | None, trust_remote_code: bool | None,
 ) -> Project:  # fmt: skip
     from ftkit import pipeline
     from ftkit.cli.console import ConsoleReporter
@@ -119,7 +120,7 @@ def _open(
         raise RecipeError("Give --model or --config, not both.")
     flags = (("data.train", data and absolute(data)), ("training.max_length", length), ("training.method", method))
     changed = [(key, value) for key, value in flags if value is not None]
-    changed += overrides(model or config, settings, vram)  # last: what the plan advises is given with --set
+    changed += overrides(model or config, settings, vram, trust_remote_code)  # last: what the plan advises is given with --set
     reporter = ConsoleReporter()
     if recipe is None and not Path("recipe.yaml").exists() and (model or config):
         if run_dir:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import ModelError, RecipeError, first_line
 from ftkit.recipe import Lora, Method
+from ftkit.source import from_files, needs_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,14 +84,16 @@ def nf4_storages(elements: int, double_quant: bool = True) -> list[int]:
     return [packed, blocks, 4 * 16, 4, 4 * math.ceil(blocks / ABSMAX_BLOCK), 4 * 256]
 
 
-def load_config(folder: Path) -> Any:
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration. Raises ModelError where transformers cannot read it, or no 16-bit model can be built from it."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, **from_files(trust_remote_code))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
+        if refused := needs_code(folder, error):
+            raise refused from None
         said = " ".join(str(error).split())
         raise ModelError(
             f"transformers cannot read the config in {folder}: {said}.", "check model_type and sizes in its config.json"
@@ -112,7 +115,7 @@ def load_config(folder: Path) -> Any:
     return config
 
 
-def meta_model(config: Any, dtype: str = "bfloat16", attention: str | None = None) -> PreTrainedModel:
+def meta_model(config: Any, dtype: str = "bfloat16", attention: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model with all parameters on the meta device (shapes and dtypes, no memory). The config is left as it is.
 
     `attention` is transformers' `attn_implementation`; None lets it choose.
@@ -124,9 +127,11 @@ def meta_model(config: Any, dtype: str = "bfloat16", attention: str | None = Non
     try:
         with init_empty_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=getattr(torch, dtype), attn_implementation=attention
+                copy.deepcopy(config), dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=trust_remote_code
             )
     except (ValueError, AttributeError, TypeError, KeyError, ImportError, RuntimeError, ArithmeticError) as error:
+        if refused := needs_code(Path(getattr(config, "_name_or_path", None) or "The config"), error):
+            raise refused from None
         raise ModelError(f"The config does not build a language model: {first_line(error)}.") from None
     model.tie_weights()
     return model
@@ -138,13 +143,15 @@ class Skeleton:
     Of `total_layers` decoder layers `layers` are kept: all, or four of the repeated unit of `unit_layers` and the rest.
     """
 
-    def __init__(self, config: Any, dtype: str = "bfloat16", attention: str | None = None, tied: bool = True) -> None:
-        self._made_of = (config, dtype, attention, tied)
+    def __init__(
+        self, config: Any, dtype: str = "bfloat16", attention: str | None = None, tied: bool = True, trust_remote_code: bool = False
+    ) -> None:
+        self._made_of = (config, dtype, attention, tied, trust_remote_code)
         self._adapters: dict[str, list[tuple[str, int]]] = {}
         if not tied:
             config = copy.deepcopy(config)
             config.tie_word_embeddings = False
-        self.model = meta_model(config, dtype, attention)
+        self.model = meta_model(config, dtype, attention, trust_remote_code=trust_remote_code)
         quantized = set(quantized_layers(self.model))
         self.tensors = tuple(
             Tensor(name, tuple(p.shape), role_of(name), name.removesuffix(".weight") in quantized)

@@ -191,7 +191,7 @@ class Planner:
         self.extra_bytes = extra_bytes + (0 if device.kind == "cuda" else later.FTKIT_BYTES)
         self.recipe, self.device, self.length, self.lengths = recipe, device, length, lengths
         self.dtype = "bfloat16" if bfloat16 else "float32"
-        self.skeleton = Skeleton(config, self.dtype, recipe.what_if.attention, recipe.what_if.tied is not False)
+        self.skeleton = Skeleton(config, self.dtype, recipe.what_if.attention, recipe.what_if.tied is not False, recipe.trust_remote_code)
         self.skeleton.shorten()
         self._memories: dict[str, StepMemory] = {}  # by the settings in words: a list of target modules has no hash
         self._peaks: dict[tuple[str, int, int, bool], Peak] = {}
