@@ -49,7 +49,7 @@ FAMILIES = (
     ),
     Family(
         "Phi 3.5", "phi-3", "microsoft-Phi-3.5-mini-instruct", "LlamaConfig", "<|endoftext|>", "<|end|>", "<s>",
-        says={"add_bos_token": True, "add_prefix_space": True},
+        says={"add_bos_token": False, "add_prefix_space": True},
     ),
 )  # fmt: skip
 
