@@ -141,7 +141,7 @@ def build_trainer(
         report_to=[],
         disable_tqdm=True,
     )
-    trainer = SFTTrainer(
+    trainer = _reproducible(SFTTrainer)(
         model=hf.load_model(base, method, bfloat16=settings.bfloat16, cuda=settings.cuda, trust_remote_code=recipe.trust_remote_code),
         args=config,
         train_dataset=_dataset(Dataset, training),
@@ -305,6 +305,32 @@ def read_curve(curve: Sequence[Point]) -> str:
     if losses[-1] < losses[-2] * 0.98:
         return "validation loss was still falling: more epochs may help"
     return "validation loss has levelled off: trained enough"
+
+
+def _reproducible(kind: Any) -> Any:
+    """A trainer whose order of rows follows from seed and epoch alone.
+
+    transformers draws it from the global generator, whose state at the beginning of an epoch no checkpoint holds: a training
+    resumed within a second epoch would see some rows of it twice and others not at all.
+    """
+    import torch
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    class Trainer(kind):  # type: ignore[misc]
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            dataset = self.train_dataset if train_dataset is None else train_dataset
+            trainer = self
+
+            class Sampler(LengthGroupedSampler):  # type: ignore[misc]
+                def __iter__(self) -> Iterator[int]:
+                    self.generator = torch.Generator().manual_seed(trainer.args.data_seed + int(trainer.state.epoch or 0))
+                    indices: Iterator[int] = super().__iter__()
+                    return indices
+
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return Sampler(size, lengths=[len(ids) for ids in dataset["input_ids"]])
+
+    return Trainer
 
 
 def _dataset(kind: Any, examples: Sequence[Example]) -> Any:

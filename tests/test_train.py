@@ -261,6 +261,25 @@ def test_ctrl_c_saves_a_checkpoint_and_tells_where_the_next_call_goes_on(
     assert adapter_hash(tmp_path) == unstopped
 
 
+@pytest.mark.parametrize("step", [7, 10])
+def test_a_training_resumed_in_a_later_epoch_sees_the_same_rows(
+    step: int, model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path
+) -> None:
+    """Five steps in an epoch: in the middle of the second, and at its end."""
+    import torch
+
+    torch.set_num_threads(1)
+    recipe = tiny.recipe(model, method="lora", max_steps=11, save_minutes=1e-6, early_stopping_patience=9)
+    arguments = (recipe, tiny.SETTINGS, model, tokenizer, examples[2:], examples[:2])
+    whole = train(*arguments, tmp_path / "whole")
+    with pytest.raises(InterruptedRunError):
+        train(*arguments, tmp_path / "stopped", StopAt(step + 1))
+    resumed = train(*arguments, tmp_path / "stopped")
+    assert resumed.resumed_from_step == step
+    assert resumed.curve == whole.curve
+    assert adapter_hash(tmp_path / "stopped") == adapter_hash(tmp_path / "whole")
+
+
 def test_an_ignored_ctrl_c_stays_ignored(model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path, listens: None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     recipe = tiny.recipe(model, method="lora", max_steps=2)
@@ -326,8 +345,11 @@ def test_a_best_checkpoint_that_is_gone_is_told(model: Path, tokenizer: Any, exa
         train(recipe, tiny.SETTINGS, model, tokenizer, examples, validation, tmp_path, StopAt(5))
     shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-2")
     result = train(recipe, tiny.SETTINGS, model, tokenizer, examples, validation, tmp_path, reporter)
-    assert result.best_step == 4
-    assert file_fingerprint(tmp_path / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors") == adapter_hash(tmp_path)
+    losses = {point.step: point.validation_loss or 0.0 for point in result.curve if point.evaluated}
+    best = min((4, 6), key=lambda step: losses[step])
+    assert losses[2] < losses[best] == result.best_validation_loss
+    assert result.best_step == best
+    assert file_fingerprint(tmp_path / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors") == adapter_hash(tmp_path)
     assert len(said) == 1
     assert "of step 2, is gone" in said[0]
 
