@@ -113,13 +113,7 @@ class Project:
 
     @cached_property
     def llama_cpp_dir(self) -> Path | None:
-        """The recipe's own llama.cpp. Raises RecipeError where it names a folder that is not there."""
-        if not self.recipe.tools.llama_cpp_dir:
-            return None
-        folder = self.folder / tools.user_path(self.recipe.tools.llama_cpp_dir)
-        if not folder.is_dir():
-            raise RecipeError(f"tools.llama_cpp_dir: there is no folder {folder}.", "leave it out to look in LLAMA_CPP_DIR and PATH")
-        return folder
+        return tools.named_llama_cpp(self.recipe.tools.llama_cpp_dir, self.folder)
 
     @cached_property
     def source(self) -> Source:

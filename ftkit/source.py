@@ -32,6 +32,9 @@ CONVERT_PICKLES = "convert them once: https://huggingface.co/spaces/safetensors/
 PRE_TOKENIZERS_WITH_SINGLE_DIGITS = ("smollm",)
 
 
+DEQUANTISED = "gguf-1"  # begins the name of what `_dequantise` keeps; another number once it would write other files
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a model's files are.
@@ -336,7 +339,7 @@ def _dequantise(source: Source, reporter: Reporter) -> Path:
     What was quantised stays as coarse as it was; only the storage is 16-bit.
     """
     assert source.gguf
-    final = make_cache_folder(cache_folder() / "models") / f"gguf-{source.fingerprint}"
+    final = make_cache_folder(cache_folder() / "models") / f"{DEQUANTISED}-{source.fingerprint}"
     with FileLock(final.with_suffix(".lock")):
         if final.is_dir():
             return final
@@ -348,6 +351,12 @@ def _dequantise(source: Source, reporter: Reporter) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def outdated() -> list[Path]:
+    """Dequantised models of an older form, which nothing reads any more."""
+    folders = sorted((cache_folder() / "models").glob("gguf-*/"))
+    return [folder for folder in folders if not folder.name.startswith(f"{DEQUANTISED}-") and not folder.is_symlink()]
 
 
 def _write_checkpoint(path: Path, folder: Path) -> None:

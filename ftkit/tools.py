@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,18 @@ def installed(key: str) -> Path | None:
     return PACKAGES[key].installed()
 
 
+def outdated() -> list[Path]:
+    """Folders of other versions of what `ftkit setup` brings. ftkit does not look into them; a recipe may name a model in one."""
+    return [
+        folder
+        for package in PACKAGES.values()
+        for folder in sorted(package.folder.parent.glob("*/"))
+        if folder != package.folder
+        and not folder.is_symlink()
+        and re.fullmatch(rf"{re.escape(Path(package.place).name)}(-\d.*)?", folder.name)
+    ]
+
+
 def bring(key: str, reporter: Reporter = SILENT) -> Path:
     """`bring_package` by its key in PACKAGES."""
     return bring_package(PACKAGES[key], reporter)
@@ -217,6 +230,16 @@ def _restore_links(target: Path) -> None:
                 (manifest.parent / name).symlink_to(link)
 
 
+def named_llama_cpp(llama_cpp_dir: str | None, folder: Path) -> Path | None:
+    """The llama.cpp that a recipe in `folder` names. Raises RecipeError where that is not there."""
+    if not llama_cpp_dir:
+        return None
+    named = folder / user_path(llama_cpp_dir)
+    if not named.is_dir():
+        raise RecipeError(f"tools.llama_cpp_dir: there is no folder {named}.", "leave it out to look in LLAMA_CPP_DIR and PATH")
+    return named
+
+
 def _places(llama_cpp_dir: Path | None) -> list[tuple[str, Path]]:
     """Where llama.cpp may be, in the order in which it is looked for."""
     places = []
@@ -233,6 +256,13 @@ class Found:
 
     path: Path
     where: str
+
+    @property
+    def build(self) -> str:
+        """Two that say the same are of one llama.cpp: one package, one checkout, or one folder on PATH."""
+        if self.where.startswith("ftkit setup"):
+            return f"{LLAMA_CPP[0]} {LLAMA_CPP[1]}"
+        return f"{self.path.parent} (PATH)" if self.where == "PATH" else self.where
 
 
 def find_program(name: str, llama_cpp_dir: Path | None = None) -> Found | None:

@@ -26,23 +26,25 @@ from filelock import FileLock
 from ftkit import tools
 
 VERSIONS = ("v0.34.1", "v0.24.0")
+COMPILED_IN = "v0.24.0"  # has llama.cpp inside; the newer one runs llama-server from a folder beside its own
 MODULE = "github.com/ollama/ollama"
 STARTS_WITHIN_SECONDS = 60
 
 
 def program(version: str) -> Path:
     """Where the server of this version is, or will be."""
-    return tools.cache_folder() / "test-servers" / version / "bin" / "ollama"
+    programs = "" if version == COMPILED_IN else f"-llama.cpp-{tools.PACKAGES['llama.cpp'].version}"
+    return tools.cache_folder() / "test-servers" / f"{version}{programs}" / "bin" / "ollama"
 
 
 def build(version: str) -> Path:
     """Build a server, unless it is there; the program."""
     final = program(version).parent.parent
     final.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(final.with_name(f".{version}.lock")):
+    with FileLock(final.with_name(f".{final.name}.lock")):
         if program(version).exists():
             return program(version)
-        compiled_in = version == "v0.24.0"  # llama.cpp; the newer one runs llama-server from a folder beside its own
+        compiled_in = version == COMPILED_IN
         programs = tools.installed("llama.cpp")
         assert compiled_in or programs, "ftkit setup llama.cpp comes first"
         print(f"building Ollama {version}", flush=True)

