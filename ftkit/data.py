@@ -204,16 +204,11 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
         raise ModelError(
             "The tokenizer has no chat template.", "use the instruction-tuned variant of the model (often named -Instruct or -it)"
         )
-    import jinja2
-
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelError(
-            f"The model's chat template is broken, line {error.lineno}: {error.message}.", "take it again from the model's page"
-        ) from None
-    except jinja2.TemplateError as error:
-        raise ModelError(f"The model's chat template refuses {roles_text(messages)}: {error}.", "leave that role out of the data") from None
+        return sandbox.render_chat(tokenizer, messages, ask=ask)
+    except sandbox.TemplateFault as fault:
+        hint = "leave that role out of the data" if fault.refuses else "take it again from the model's page, or give the model another"
+        raise ModelError(f"The model's chat template, over {roles_text(messages)}, {fault}.", hint) from None
 
 
 def roles_text(messages: Sequence[Message]) -> str:

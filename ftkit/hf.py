@@ -58,7 +58,14 @@ def load_tokenizer(folder: Path, day: date | None = None, *, trust_remote_code: 
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if day and isinstance(tokenizer.chat_template, str):
+    if isinstance(tokenizer.chat_template, dict):  # several, by name
+        if "default" not in tokenizer.chat_template:
+            raise ModelError(
+                f"The tokenizer in {folder} has chat templates for {', '.join(sorted(tokenizer.chat_template))}, and no default.",
+                "copy the one to train with over chat_template.jinja there",
+            )
+        tokenizer.chat_template = tokenizer.chat_template["default"]
+    if day and tokenizer.chat_template:
         tokenizer.chat_template = template.fix_date(tokenizer.chat_template, day)
     return tokenizer  # type: ignore[no-any-return]
 

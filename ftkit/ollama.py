@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from ftkit import templates
+from ftkit import sandbox, templates
 from ftkit.data import Message, roles_text
 from ftkit.errors import ModelError, ProofError, RecipeError, ToolFailedError, ToolMissingError
 from ftkit.progress import SILENT, Reporter
@@ -141,11 +141,8 @@ class Modelfile:
 
     def text(self) -> str:
         """Rendered from Modelfile.j2. Raises RecipeError for a system prompt that a Modelfile cannot hold."""
-        import jinja2
-
         if self.system and '"""' in self.system:
             raise RecipeError('ship.system: a Modelfile cannot hold """ inside a text.', "use single quotes in it")
-        environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
         parameters = {
             name: [
                 json.dumps(item, ensure_ascii=False) if isinstance(item, str) else item
@@ -153,9 +150,12 @@ class Modelfile:
             ]
             for name, value in self.parameters.items()
         }
-        return environment.from_string((templates.root() / "Modelfile.j2").read_text(encoding="utf-8")).render(
-            file=self.file, template=self.template, system=self.system, parameters=parameters
-        )
+        path = templates.root() / "Modelfile.j2"
+        values = {"file": self.file, "template": self.template, "system": self.system, "parameters": parameters}
+        try:
+            return sandbox.render(path.read_text(encoding="utf-8"), values, "file")
+        except sandbox.TemplateFault as fault:
+            raise RecipeError(f"The template {path} {fault}.", "take ftkit's own Modelfile.j2 again") from None
 
 
 def make_modelfile(file: str, chat: ChatFormat | None, ship: Ship, *, bos: str, stops: Sequence[str]) -> Modelfile:

@@ -202,14 +202,13 @@ def test_one_row_cannot_be_split() -> None:
 class Characters:
     """The least that `data` asks of a tokenizer: ChatML-like text, one id a character; ⏏ ends a turn."""
 
-    chat_template = "in apply_chat_template"
+    chat_template = (
+        "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}⏏\n\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    special_tokens_map: dict[str, str] = {}
     eos_token_id = ord("⏏")
     all_special_tokens = ("⏏",)
     added_tokens_decoder: ClassVar[dict[int, Any]] = {}
-
-    def apply_chat_template(self, messages: Sequence[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
-        assert not tokenize
-        return "".join(f"<{m['role'][0]}>{m['content']}⏏\n" for m in messages) + ("<a>" if add_generation_prompt else "")
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
         assert not add_special_tokens
@@ -244,9 +243,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
 
 def test_a_template_that_changes_the_prompt_afterwards_is_refused() -> None:
     class Rewriting(Characters):
-        def apply_chat_template(self, messages: Sequence[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
-            text = super().apply_chat_template(messages, tokenize=tokenize, add_generation_prompt=add_generation_prompt)
-            return f"{len(messages)}{text}"
+        chat_template = "{{ messages | length }}" + Characters.chat_template
 
     with pytest.raises(DataError, match="line 7"):
         data.tokenise(Rewriting(), Row((ASKED, ANSWERED), 7))  # type: ignore[arg-type]
