@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftkit import sandbox
 from ftkit.errors import DataError, ModelError
 
 if TYPE_CHECKING:

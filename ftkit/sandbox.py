@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     import jinja2
@@ -30,7 +30,7 @@ FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeE
 Kind = Literal["chat", "file"]
 
 
-class TemplateFault(Exception):  # noqa: N818 – what a template does, in words that follow on "The template"
+class TemplateFault(Exception):
     """A template that gave no text. `refuses`: by its own words, so that other messages may pass."""
 
     def __init__(self, words: str, *, refuses: bool = False) -> None:
@@ -58,7 +58,8 @@ class _Worker:
         first = {} if (template, kind) in self.known else {"template": template, "kind": kind}
         number = self.known.setdefault((template, kind), len(self.known))
         line = json.dumps({"number": number, "variables": variables, **first}, default=str)
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         try:
             self.process.stdin.write(line.encode() + b"\n")
             self.process.stdin.flush()
@@ -132,7 +133,7 @@ def _chat_environment() -> jinja2.Environment:
     class Generation(jinja2.ext.Extension):
         """{% generation %} marks what the assistant says, and renders as it stands."""
 
-        tags = {"generation"}
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
             line = next(parser.stream).lineno
@@ -175,9 +176,7 @@ def _chat_environment() -> jinja2.Environment:
     def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals |= {
         "raise_exception": raise_exception,
@@ -192,9 +191,7 @@ def _file_environment() -> jinja2.Environment:
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    return ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-    )
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
 
 
 def _answer(template: jinja2.Template | None, text: str, environment: jinja2.Environment, variables: dict[str, Any]) -> Any:

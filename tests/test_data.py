@@ -202,10 +202,8 @@ def test_one_row_cannot_be_split() -> None:
 class Characters:
     """The least that `data` asks of a tokenizer: ChatML-like text, one id a character; ⏏ ends a turn."""
 
-    chat_template = (
-        "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}⏏\n\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-    )
-    special_tokens_map: dict[str, str] = {}
+    chat_template = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}⏏\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    special_tokens_map: ClassVar[dict[str, str]] = {}
     eos_token_id = ord("⏏")
     all_special_tokens = ("⏏",)
     added_tokens_decoder: ClassVar[dict[int, Any]] = {}
