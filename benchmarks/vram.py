@@ -77,10 +77,10 @@ def capability(gpu: str) -> tuple[int, int]:
         return f" {' '.join(re.findall(r'[a-z]+|[0-9]+', re.sub(r'[0-9]+ ?gi?b', '', text.lower())))} "
 
     named = words(gpu)
-    known = max((name for name in device.CARDS if words(name) in named), key=lambda name: len(words(name)), default=None)
+    known = max((name for name in device.cards() if words(name) in named), key=lambda name: len(words(name)), default=None)
     if known is None:
         raise RecipeError(f"card {gpu!r} is not known")
-    return device.CARDS[known][1]
+    return device.cards()[known].capability
 
 
 def predict(row: dict[str, str], configs: Path) -> int:

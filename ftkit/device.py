@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import os
 import re
 import shutil
 import subprocess
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import psutil
 
 from ftkit.errors import RecipeError
 from ftkit.units import GIB, parse_vram
 
-# Nominal memory in GiB and CUDA compute capability, from NVIDIA's specifications. nvidia-smi shows a little less than the
-# nominal size; the plan leaves a margin for that.
-CARDS: dict[str, tuple[int, tuple[int, int]]] = {
-    "GTX 1070": (8, (6, 1)), "GTX 1080": (8, (6, 1)), "GTX 1080 Ti": (11, (6, 1)), "RTX 2060": (6, (7, 5)), "RTX 2070": (8, (7, 5)), "RTX 2080": (8, (7, 5)), "RTX 2080 Ti": (11, (7, 5)),
-    "RTX 3050": (8, (8, 6)), "RTX 3060": (12, (8, 6)), "RTX 3060 Ti": (8, (8, 6)), "RTX 3070": (8, (8, 6)), "RTX 3070 Ti": (8, (8, 6)),
-    "RTX 3080": (10, (8, 6)), "RTX 3080 12GB": (12, (8, 6)), "RTX 3080 Ti": (12, (8, 6)), "RTX 3090": (24, (8, 6)), "RTX 3090 Ti": (24, (8, 6)),
-    "RTX 4060": (8, (8, 9)), "RTX 4060 Ti": (8, (8, 9)), "RTX 4060 Ti 16GB": (16, (8, 9)), "RTX 4070": (12, (8, 9)),
-    "RTX 4070 Super": (12, (8, 9)), "RTX 4070 Ti": (12, (8, 9)), "RTX 4070 Ti Super": (16, (8, 9)), "RTX 4080": (16, (8, 9)),
-    "RTX 4080 Super": (16, (8, 9)), "RTX 4090": (24, (8, 9)), "RTX 5060": (8, (12, 0)), "RTX 5060 Ti": (16, (12, 0)),
-    "RTX 5070": (12, (12, 0)), "RTX 5070 Ti": (16, (12, 0)), "RTX 5080": (16, (12, 0)), "RTX 5090": (32, (12, 0)),
-    "TITAN RTX": (24, (7, 5)), "Quadro RTX 8000": (48, (7, 5)), "RTX A4000": (16, (8, 6)), "RTX A5000": (24, (8, 6)), "RTX A6000": (48, (8, 6)),
-    "RTX 4000 Ada": (20, (8, 9)), "RTX 5000 Ada": (32, (8, 9)), "RTX 6000 Ada": (48, (8, 9)), "RTX PRO 6000": (96, (12, 0)),
-    "P100": (16, (6, 0)), "V100": (16, (7, 0)), "T4": (16, (7, 5)), "L4": (24, (8, 9)), "A10": (24, (8, 6)), "A10G": (24, (8, 6)),
-    "A30": (24, (8, 0)), "A40": (48, (8, 6)), "L40": (48, (8, 9)), "L40S": (48, (8, 9)), "A100 40GB": (40, (8, 0)), "A100 80GB": (80, (8, 0)), "H100": (80, (9, 0)), "H200": (141, (9, 0)), "B200": (180, (10, 0)),
-}  # fmt: skip
 ANY_CARD = (8, 9)  # the capability that is planned for where only an amount of memory is given
+NEAR_NAMES = 5  # that an unknown name is told at most
+
+
+class Card(NamedTuple):
+    """A card's name, the memory that CUDA can give of it, its CUDA capability, and where the memory is known from."""
+
+    name: str
+    memory_gib: float
+    capability: tuple[int, int]
+    source: str
 
 
 @dataclass(frozen=True)
@@ -89,23 +87,42 @@ def asked_threads() -> int | None:
 def choose(vram: str | None = None, gpu: str | None = None) -> Device:
     """The device to plan for: an amount, a card by name, the first GPU found, else the CPU."""
     if gpu:
-        wanted = _plain(gpu)
-        for name, (gib, capability) in CARDS.items():
-            if _plain(name) == wanted:
-                size = parse_vram(vram) if vram else gib * GIB
-                return Device("cuda", name, size, size, capability)
-        near = difflib.get_close_matches(wanted, {_plain(name): name for name in CARDS}, 3, cutoff=0.5)
-        names = [name for name in CARDS if _plain(name) in near] or list(CARDS)
-        raise RecipeError(f"`{gpu}` is no card that ftkit knows.", f"give its memory instead, as in --vram 24 (near: {', '.join(names)})")
+        card = find_card(gpu)
+        size = parse_vram(vram) if vram else int(card.memory_gib * GIB)
+        return Device("cuda", card.name, size, size, card.capability)
     if vram:
         size = parse_vram(vram)
         return Device("cuda", f"a GPU with {size / GIB:.4g} GiB", size, size, ANY_CARD)
     return next(iter(find_gpus()), None) or processor()
 
 
+@cache
+def cards() -> dict[str, Card]:
+    """The cards that can be planned for by name: rows of cards.csv."""
+    with Path(__file__).with_name("cards.csv").open(encoding="utf-8", newline="") as table:
+        return {
+            row["name"]: Card(row["name"], float(row["memory_gib"]), (int(major), int(minor)), row["source"])
+            for row in csv.DictReader(table)
+            for major, minor in [row["capability"].split(".")]
+        }
+
+
+def find_card(name: str) -> Card:
+    """A row of the table by any spelling of its name. RecipeError names the sizes of a card that comes in several, or near names."""
+    wanted = _plain(name)
+    known = {_plain(card.name): card for card in cards().values()}
+    if wanted in known:
+        return known[wanted]
+    if sizes := [card.name for card in known.values() if _plain(re.sub(r" \d+GB$", "", card.name)) == wanted]:
+        raise RecipeError(f"`{name}` comes with more than one amount of memory.", f"say which: {', '.join(sizes)}")
+    near = ", ".join(known[key].name for key in difflib.get_close_matches(wanted, known, NEAR_NAMES, cutoff=0.5))
+    hint = "give its memory instead, as in --vram 24"
+    raise RecipeError(f"`{name}` is no card that ftkit knows.", f"{hint} (near: {near})" if near else hint)
+
+
 def _plain(name: str) -> str:
-    """A card's name without maker and punctuation: `NVIDIA GeForce RTX 4090` and `rtx4090` are one."""
-    return re.sub(r"[^a-z0-9]|nvidia|geforce|tesla", "", name.lower())
+    """A card's name without maker, form and punctuation: `NVIDIA GeForce RTX 4090` and `rtx4090` are one."""
+    return re.sub(r"nvidia|geforce|tesla|generation|gpu|sxm\d|pcie|hbm\de?", "", re.sub(r"[^a-z0-9]", "", name.lower()))
 
 
 def computes_bfloat16(device: Device) -> bool:
