@@ -8,9 +8,10 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 import psutil
@@ -72,10 +73,47 @@ def parse_nvidia_smi(text: str) -> list[Device]:
     return devices
 
 
-def processor() -> Device:
-    """The CPU with this machine's RAM."""
+def processor(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Device:
+    """The CPU with this machine's RAM, or with as much of it as a container's limit allows."""
     memory = psutil.virtual_memory()
-    return Device("cpu", "CPU", memory.total, memory.available)
+    limits = list(ram_limits(cgroups, own))
+    total, free = (min(values) for values in zip((memory.total, memory.available), *limits, strict=True))
+    return Device("cpu", "CPU", total, min(total, free))
+
+
+def ram_limits(cgroups: Path, own: Path) -> Iterator[tuple[int, int]]:
+    """Limit and what is free below it, in bytes, of every control group that holds this process, from its own up to the root.
+
+    `own` is the process's list of groups, `cgroups` where the kernel shows them: version 2, or version 1's `memory` below it. File
+    pages that nobody used lately count as free, as the kernel drops them first. A container sees its own group as the root.
+    """
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            top, limit_name, usage_name, inactive = cgroups, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit_name, usage_name, inactive = (
+                cgroups / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+        else:
+            continue
+        below = PurePosixPath(group.lstrip("/"))
+        for folder in (top / below, *(top / parent for parent in below.parents)):
+            try:
+                limit = (folder / limit_name).read_text(encoding="ascii").strip()
+                used = int((folder / usage_name).read_text(encoding="ascii"))
+                kinds = dict(row.split() for row in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+            except OSError:  # a group that the container does not see
+                continue
+            if limit != "max":
+                yield int(limit), max(0, int(limit) - used + int(kinds.get(inactive, 0)))
 
 
 def asked_threads() -> int | None:

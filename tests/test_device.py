@@ -67,12 +67,48 @@ def test_a_failing_nvidia_smi_is_no_gpu(tmp_path: Path, monkeypatch: pytest.Monk
     assert find_gpus() == []
 
 
-def test_without_a_gpu_the_cpu_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_without_a_gpu_the_cpu_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     device = choose()
     assert (device.kind, device.capability) == ("cpu", (0, 0))
-    assert device.total_bytes == processor().total_bytes == psutil.virtual_memory().total
+    assert device.total_bytes == processor().total_bytes <= psutil.virtual_memory().total
     assert 0 < device.free_bytes <= device.total_bytes
+
+
+def put_group(folder: Path, names: tuple[str, str], limit: str, used: int, stat: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip((*names, "memory.stat"), (limit, str(used), stat), strict=True):
+        (folder / name).write_text(text + "\n", encoding="ascii")
+
+
+VERSION_2, VERSION_1 = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+def own_groups(folder: Path, text: str) -> Path:
+    (folder / "cgroup").write_text(text, encoding="ascii")
+    return folder / "cgroup"
+
+
+def test_a_limit_of_version_2_holds_from_any_group_above(tmp_path: Path) -> None:
+    own = own_groups(tmp_path, "0::/pod/box\n")
+    put_group(tmp_path / "pod", VERSION_2, str(300 * MIB), 200 * MIB, f"anon 5\nactive_file 7\ninactive_file {50 * MIB}")
+    put_group(tmp_path / "pod" / "box", VERSION_2, "max", 90 * MIB, "inactive_file 0")
+    assert processor(tmp_path, own) == Device("cpu", "CPU", 300 * MIB, 150 * MIB)
+    put_group(tmp_path / "pod" / "box", VERSION_2, str(100 * MIB), 90 * MIB, "inactive_file 0")
+    assert processor(tmp_path, own) == Device("cpu", "CPU", 100 * MIB, 10 * MIB)
+
+
+def test_a_limit_of_version_1_as_a_container_sees_it(tmp_path: Path) -> None:
+    own = own_groups(tmp_path, "9:name=systemd:/\n4:cpu,memory:/docker/0a1b\n0::/\n")  # a group that is not shown inside
+    put_group(tmp_path / "memory", VERSION_1, str(200 * MIB), 150 * MIB, f"inactive_file 1\ntotal_inactive_file {20 * MIB}")
+    assert processor(tmp_path, own) == Device("cpu", "CPU", 200 * MIB, 70 * MIB)
+
+
+@pytest.mark.parametrize(("names", "limit", "groups"), [(VERSION_2, "max", "0::/"), (VERSION_1, "9223372036854771712", "4:memory:/")])
+def test_no_limit_leaves_the_machine_its_ram(tmp_path: Path, names: tuple[str, str], limit: str, groups: str) -> None:
+    put_group(tmp_path if names == VERSION_2 else tmp_path / "memory", names, limit, 5 * MIB, "inactive_file 0")
+    assert processor(tmp_path, own_groups(tmp_path, groups)).total_bytes == psutil.virtual_memory().total
+    assert processor(tmp_path, tmp_path / "none").total_bytes == psutil.virtual_memory().total  # no Linux
 
 
 def test_an_amount_alone_or_on_a_card() -> None:
