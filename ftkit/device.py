@@ -6,13 +6,11 @@ import csv
 import difflib
 import os
 import re
-import shutil
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import psutil
 
@@ -43,34 +41,89 @@ class Device:
     capability: tuple[int, int] = (0, 0)
 
 
-def find_gpus() -> list[Device]:
-    """The GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves visible; empty without any. Does not import torch."""
-    program, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not program or (visible is not None and visible.strip() in ("", "-1")):
-        return []
-    wanted = [part.strip() for part in visible.split(",")] if visible else []
-    numbers = all(part.isdigit() for part in wanted)
-    query = "name,memory.total,memory.free,compute_cap"
+def find_gpus(nvml: Any = None) -> list[Device]:
+    """The GPUs that CUDA will see, in CUDA's order; empty without a driver or a GPU. Does not import torch.
+
+    NVIDIA's management library (NVML) lists them; `nvml` is its Python module. RecipeError where CUDA_VISIBLE_DEVICES names a slice
+    of a GPU, or where CUDA counts another way than by bus and the cards differ.
+    """
+    if nvml is None:
+        import pynvml
+
+        nvml = pynvml
     try:
-        done = subprocess.run(
-            [program, f"--query-gpu={query}", "--format=csv,noheader,nounits", *([] if numbers else [f"--id={','.join(wanted)}"])],  # by UUID
-            capture_output=True, text=True, timeout=20,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
+        nvml.nvmlInit()
+    except nvml.NVMLError:  # no driver, or no card
         return []
-    devices = parse_nvidia_smi(done.stdout) if done.returncode == 0 else []
-    return [devices[int(part)] for part in wanted if int(part) < len(devices)] if wanted and numbers else devices
+    try:
+        cards = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        cards.sort(key=lambda card: nvml.nvmlDeviceGetPciInfo(card).busId)
+        uuids = [nvml.nvmlDeviceGetUUID(card) for card in cards]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        chosen = list(range(len(cards))) if visible is None else visible_gpus(visible, uuids)
+        by_number = visible is None or not visible.strip().startswith("GPU-")
+        if chosen and by_number and os.environ.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST") != "PCI_BUS_ID":
+            _refuse_mixed({nvml.nvmlDeviceGetName(card) for card in cards})
+        return [found for index in chosen if (found := _describe(nvml, cards[index]))]
+    except nvml.NVMLError:
+        return []
+    finally:
+        nvml.nvmlShutdown()
 
 
-def parse_nvidia_smi(text: str) -> list[Device]:
-    """Rows of `name, total MiB, free MiB, capability`; rows that hold something else are passed over."""
-    devices = []
-    for line in text.splitlines():
-        match = re.fullmatch(r"(.+), (\d+), (\d+), (\d+)\.(\d+)", line.strip())
-        if match:
-            total, free = int(match[2]) << 20, int(match[3]) << 20
-            devices.append(Device("cuda", match[1], total, free, (int(match[4]), int(match[5]))))
-    return devices
+def visible_gpus(visible: str, uuids: Sequence[str]) -> list[int]:
+    """Which of the GPUs, counted by bus, CUDA_VISIBLE_DEVICES leaves, in its order: numbers, or UUIDs that may be cut short.
+
+    As CUDA reads it: what follows a part that names no GPU does not count, and a GPU named twice leaves none.
+    """
+    chosen: list[int] = []
+    for part in (part.strip() for part in visible.split(",")):
+        if part.startswith("MIG-"):
+            raise RecipeError(
+                f"CUDA_VISIBLE_DEVICES names {part}, a slice of a GPU, which ftkit does not model.",
+                "name a whole GPU there, by number or by UUID (nvidia-smi -L lists them)",
+            )
+        named = [index for index, uuid in enumerate(uuids) if part.startswith("GPU-") and uuid.startswith(part)]
+        if part.isdecimal() and int(part) < len(uuids):
+            named = [int(part)]
+        if len(named) != 1:
+            break
+        if named[0] in chosen:
+            return []
+        chosen += named
+    return chosen
+
+
+def _refuse_mixed(names: set[str]) -> None:
+    """RecipeError where the GPUs have more than one name: only by bus is it known which of them CUDA takes first."""
+    if len(names) > 1:
+        raise RecipeError(
+            f"This machine has different GPUs ({', '.join(sorted(names))}), and CUDA counts them by speed: which one trains is not known.",
+            "set CUDA_DEVICE_ORDER=PCI_BUS_ID, or name one by its UUID in CUDA_VISIBLE_DEVICES (nvidia-smi -L lists them)",
+        )
+
+
+def _describe(nvml: Any, card: Any) -> Device | None:
+    """A GPU with the memory that CUDA can give, without what the driver reserves; None where NVML does not tell its memory.
+
+    RecipeError for one that is cut into slices: CUDA would see the first slice alone.
+    """
+    name = nvml.nvmlDeviceGetName(card)
+    if _sliced(nvml, card):
+        raise RecipeError(f"{name} is cut into slices (MIG), which ftkit does not model.", "make it whole, or plan alone with --vram")
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(card, version=nvml.nvmlMemory_v2)
+        capability = nvml.nvmlDeviceGetCudaComputeCapability(card)
+        return Device("cuda", name, memory.total - memory.reserved, memory.free, tuple(capability))
+    except nvml.NVMLError:
+        return None
+
+
+def _sliced(nvml: Any, card: Any) -> bool:
+    try:
+        return bool(nvml.nvmlDeviceGetMigMode(card)[0] == nvml.NVML_DEVICE_MIG_ENABLE)
+    except nvml.NVMLError:  # most cards cannot be
+        return False
 
 
 def processor(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Device:

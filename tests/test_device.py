@@ -1,21 +1,87 @@
-"""Choose the device to plan for: by amount, by name, by nvidia-smi, else the CPU."""
+"""Choose the device to plan for: by amount, by name, by what the driver lists, else the CPU."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
-from ftkit.device import ANY_CARD, Device, asked_threads, cards, choose, computes_bfloat16, find_gpus, parse_nvidia_smi, processor
+from ftkit.cli import main
+from ftkit.cli.env import look
+from ftkit.device import ANY_CARD, Device, asked_threads, cards, choose, computes_bfloat16, find_gpus, processor
 from ftkit.errors import RecipeError
 from ftkit.units import GIB, MIB
 
-TWO_CARDS = "NVIDIA H100 80GB HBM3, 81559, 81000, 9.0\nTesla T4, 15360, 14914, 7.5\n"
-PRINT_TWO_CARDS = f"printf '{TWO_CARDS}'"
-needs_scripts = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for nvidia-smi is a shell script")
+
+class FakeNvml(ModuleType):
+    """As much of pynvml as ftkit calls, for cards listed as (UUID, bus, name, total, reserved, free, capability), amounts in MiB."""
+
+    NVML_DEVICE_MIG_ENABLE, nvmlMemory_v2 = 1, 0x02000028
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *cards: tuple[Any, ...], sliced: str = "", driver: bool = True) -> None:
+        super().__init__("pynvml")
+        self.cards, self.sliced, self.driver, self.shut = cards, sliced, driver, 0
+
+    def nvmlInit(self) -> None:
+        if not self.driver:
+            raise self.NVMLError("NVML shared library not found")
+
+    def nvmlShutdown(self) -> None:
+        self.shut += 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.cards)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> tuple[Any, ...]:
+        return self.cards[index]
+
+    def nvmlDeviceGetUUID(self, card: tuple[Any, ...]) -> str:
+        return str(card[0])
+
+    def nvmlDeviceGetPciInfo(self, card: tuple[Any, ...]) -> SimpleNamespace:
+        return SimpleNamespace(busId=card[1])
+
+    def nvmlDeviceGetName(self, card: tuple[Any, ...]) -> str:
+        return str(card[2])
+
+    def nvmlDeviceGetMemoryInfo(self, card: tuple[Any, ...], version: int) -> SimpleNamespace:
+        if card[3] is None:
+            raise self.NVMLError("Not Supported")
+        return SimpleNamespace(total=card[3] * MIB, reserved=card[4] * MIB, free=card[5] * MIB)
+
+    def nvmlDeviceGetCudaComputeCapability(self, card: tuple[Any, ...]) -> list[int]:
+        return list(card[6])
+
+    def nvmlDeviceGetMigMode(self, card: tuple[Any, ...]) -> list[int]:
+        if "H100" not in card[2]:
+            raise self.NVMLError("Not Supported")
+        return [int(card[0] == self.sliced)] * 2
+
+
+# The faster card sits on the later bus; NVML promises no order.
+FAST = ("GPU-1a2b", "00000000:C1:00.0", "NVIDIA H100 80GB HBM3", 81559, 551, 81000, (9, 0))
+SLOW = ("GPU-9f00", "00000000:01:00.0", "Tesla T4", 15360, 446, 14914, (7, 5))
+MIXED = FakeNvml(FAST, SLOW)
+BY_BUS = [
+    Device("cuda", "Tesla T4", (15360 - 446) * MIB, 14914 * MIB, (7, 5)),
+    Device("cuda", "NVIDIA H100 80GB HBM3", (81559 - 551) * MIB, 81000 * MIB, (9, 0)),
+]
+
+
+@pytest.fixture(autouse=True)
+def as_ftkit_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 
 @pytest.mark.parametrize(("value", "threads"), [("4", 4), ("3,2", 3), ("", None), ("0", None), ("many", None)])
@@ -24,47 +90,66 @@ def test_threads_as_openmp_takes_them(monkeypatch: pytest.MonkeyPatch, value: st
     assert asked_threads() == threads
 
 
-def test_parse_nvidia_smi() -> None:
-    assert parse_nvidia_smi(TWO_CARDS) == [
-        Device("cuda", "NVIDIA H100 80GB HBM3", 81559 * MIB, 81000 * MIB, (9, 0)),
-        Device("cuda", "Tesla T4", 15360 * MIB, 14914 * MIB, (7, 5)),
-    ]
+def test_gpus_are_counted_by_bus_as_cuda_will_count_them() -> None:
+    assert find_gpus(MIXED) == BY_BUS
+    assert MIXED.shut
 
 
-def test_lines_that_name_no_card_are_passed_over() -> None:
-    text = f"\nNo devices were found\nNVIDIA GB10, [N/A], [N/A], 12.1\n{TWO_CARDS}"
-    assert parse_nvidia_smi(text) == parse_nvidia_smi(TWO_CARDS)
+def test_a_machine_without_a_driver_or_a_gpu_has_no_gpu() -> None:
+    assert find_gpus(FakeNvml(driver=False)) == find_gpus(FakeNvml()) == []
 
 
-def put_nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let PATH hold nothing but an nvidia-smi."""
-    program = folder / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def test_a_gpu_that_does_not_tell_its_memory_is_passed_over() -> None:
+    assert find_gpus(FakeNvml(("GPU-77", "00000000:0F:00.0", "NVIDIA GB10", None, None, None, (12, 1)), SLOW)) == BY_BUS[:1]
 
 
-@needs_scripts
-def test_the_first_gpu_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_nvidia_smi(tmp_path, PRINT_TWO_CARDS, monkeypatch)
-    assert find_gpus() == parse_nvidia_smi(TWO_CARDS)
-    assert choose() == parse_nvidia_smi(TWO_CARDS)[0]
-
-
-@needs_scripts
-@pytest.mark.parametrize(("visible", "numbers"), [("", []), ("-1", []), ("1", [1]), ("1,0", [1, 0]), ("0,5", [0]), ("GPU-1a2b", [0, 1])])
-def test_only_visible_gpus_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, numbers: list[int]) -> None:
-    put_nvidia_smi(tmp_path, PRINT_TWO_CARDS, monkeypatch)
+@pytest.mark.parametrize(
+    ("visible", "numbers"),
+    [
+        ("", []), ("-1", []), ("1", [1]), ("1,0", [1, 0]), (" 1 , 0 ", [1, 0]), ("0,5", [0]), ("0,-1,1", [0]), ("0,0", []), ("GPU-1a2b", [1]),
+        ("GPU-9,GPU-1", [0, 1]), ("GPU-", []), ("GPU-5", []), ("none", []),
+    ],
+)  # fmt: skip
+def test_only_visible_gpus_count(monkeypatch: pytest.MonkeyPatch, visible: str, numbers: list[int]) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    cards = parse_nvidia_smi(TWO_CARDS)
-    assert find_gpus() == [cards[number] for number in numbers]
+    assert find_gpus(MIXED) == [BY_BUS[number] for number in numbers]
 
 
-@needs_scripts
-def test_a_failing_nvidia_smi_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_nvidia_smi(tmp_path, "echo 'NVIDIA-SMI has failed'; exit 9", monkeypatch)
-    assert find_gpus() == []
+@pytest.mark.parametrize("order", [None, "FASTEST_FIRST"])
+def test_different_gpus_that_cuda_counts_by_speed_are_refused(monkeypatch: pytest.MonkeyPatch, order: str | None) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    if order:
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    with pytest.raises(RecipeError, match=r"different GPUs \(NVIDIA H100 80GB HBM3, Tesla T4\)") as caught:
+        find_gpus(MIXED)
+    assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in str(caught.value.hint)
+    assert find_gpus(FakeNvml(SLOW, SLOW)) == BY_BUS[:1] * 2  # alike
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1a2b")  # named, so not counted
+    assert find_gpus(MIXED) == BY_BUS[1:]
+
+
+def test_slices_of_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match="H100 80GB HBM3 is cut into slices"):
+        find_gpus(FakeNvml(FAST, sliced="GPU-1a2b"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-0c1d")
+    with pytest.raises(RecipeError, match="names MIG-0c1d, a slice"):
+        find_gpus(MIXED)
+
+
+@pytest.mark.parametrize(("given", "order"), [(None, "PCI_BUS_ID"), ("FASTEST_FIRST", "FASTEST_FIRST")])
+def test_the_command_line_lets_cuda_count_by_bus(monkeypatch: pytest.MonkeyPatch, given: str | None, order: str) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    if given:
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", given)
+    CliRunner().invoke(main, ["status", "nowhere"])
+    assert os.environ["CUDA_DEVICE_ORDER"] == order
+
+
+def test_env_names_gpus_that_cannot_be_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    monkeypatch.setitem(sys.modules, "pynvml", MIXED)
+    assert "different GPUs" in look()["gpus_not_told"]
+    assert [found["name"] for found in look()["devices"]] == ["CPU"]
 
 
 def test_without_a_gpu_the_cpu_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:

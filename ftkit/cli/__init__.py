@@ -6,6 +6,7 @@ import difflib
 import errno
 import importlib
 import io
+import os
 import sys
 from typing import Any
 
@@ -65,6 +66,7 @@ class LazyGroup(click.Group):
         for stream in (sys.stdout, sys.stderr):  # written to a file on Windows, text may not be UTF-8: better a ? than no text
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # CUDA counts GPUs as ftkit and nvidia-smi do; read when it starts
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

@@ -37,7 +37,8 @@ def command(recipe: Path | None, as_json: bool) -> None:
         [[name, version or "missing: pip install 'ftkit[train]'"] for name, version in found["packages"].items()],
         figures=False,
     )
-    print_table("\nDevice", ["", ""], [[d["name"], d["memory"]] for d in found["devices"]], figures=False)
+    rows = [*([["GPUs", found["gpus_not_told"]]] if found["gpus_not_told"] else []), *([d["name"], d["memory"]] for d in found["devices"])]
+    print_table("\nDevice", ["", ""], rows, figures=False)
     rows = [
         [name, f"{entry['path']} ({entry['found_by']})" if entry["path"] else f"missing: {entry['bring']}"]
         for name, entry in found["tools"].items()
@@ -51,11 +52,15 @@ def command(recipe: Path | None, as_json: bool) -> None:
 def look(recipe: Path | None = None) -> dict[str, Any]:
     """What is here, without importing any of it."""
     from ftkit import device, source, tools
+    from ftkit.errors import RecipeError
     from ftkit.recipe import load_recipe
     from ftkit.run import size_bytes
     from ftkit.units import bytes_text
 
-    devices = device.find_gpus() or [device.processor()]
+    try:
+        devices, not_told = device.find_gpus(), None
+    except RecipeError as error:  # GPUs that cannot be told apart, or slices of one
+        devices, not_told = [], f"{error.message} {error.hint}."
     own = tools.named_llama_cpp(load_recipe(recipe).tools.llama_cpp_dir, recipe.parent) if recipe else None
     places = {"convert_hf_to_gguf.py": tools.find_converter(own), **{name: tools.find_program(name, own) for name in PROGRAMS}}
     entries: dict[str, Any] = {}
@@ -75,8 +80,9 @@ def look(recipe: Path | None = None) -> dict[str, Any]:
                 "free_bytes": d.free_bytes,
                 "memory": f"{bytes_text(d.free_bytes)} free of {bytes_text(d.total_bytes)}",
             }
-            for d in devices
+            for d in devices or [device.processor()]
         ],
+        "gpus_not_told": not_told,
         "tools": entries,
         "one_build": {"outcome": one_build.outcome, "words": one_build.detail},
         "cache_folder": str(tools.cache_folder()),
