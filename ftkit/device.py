@@ -18,6 +18,7 @@ from ftkit.errors import RecipeError
 from ftkit.units import GIB, parse_vram
 
 ANY_CARD = (8, 9)  # the capability that is planned for where only an amount of memory is given
+MOST_LACKING = 0.9  # of its nominal memory every card gives more
 NEAR_NAMES = 5  # that an unknown name is told at most
 
 
@@ -204,6 +205,10 @@ def find_card(name: str) -> Card:
     known = {_plain(card.name): card for card in cards().values()}
     if wanted in known:
         return known[wanted]
+    if memory := re.search(r"\b(\d+) ?GB\b", name, re.IGNORECASE):  # as in `H100 80GB HBM3`: the same card if it is of that size
+        card = known.get(_plain(name.replace(memory[0], "")))
+        if card and MOST_LACKING * int(memory[1]) <= card.memory_gib <= int(memory[1]):
+            return card
     if sizes := [card.name for card in known.values() if _plain(re.sub(r" \d+GB$", "", card.name)) == wanted]:
         raise RecipeError(f"`{name}` comes with more than one amount of memory.", f"say which: {', '.join(sizes)}")
     near = ", ".join(known[key].name for key in difflib.get_close_matches(wanted, known, NEAR_NAMES, cutoff=0.5))
