@@ -312,15 +312,14 @@ class Batching:
     batch: int
     tokens: int  # of the rows themselves
     random_tokens: int  # batches in random order, each padded to its longest row
-    grouped_tokens: int  # batches of rows of like length, as ftkit trains
+    grouped_tokens: int  # rows of like length together, as ftkit trains
     packed_tokens: int  # rows joined into rows of max_length, as a packing trainer would
     grouped_batch_tokens: tuple[int, ...]  # of each grouped batch
 
 
-def batching(lengths: Sequence[int], batch: int, max_length: int, seed: int) -> Batching:
-    """What padding costs at this batch size.
+def batching(lengths: Sequence[int], batch: int, effective_batch: int, max_length: int, seed: int) -> Batching:
+    """What padding costs at this batch size, of micro-batches that make up `effective_batch` rows a step.
 
-    Grouping is transformers' `group_by_length`: rows are shuffled, cut into groups of 50 batches and sorted within each.
     Packing is best fit, longest first.
     """
     import random
@@ -328,12 +327,6 @@ def batching(lengths: Sequence[int], batch: int, max_length: int, seed: int) -> 
 
     order = list(lengths)
     random.Random(seed).shuffle(order)
-    group = min(50 * batch, max(batch, len(order) // 4))
-    grouped = [n for start in range(0, len(order), group) for n in sorted(order[start : start + group], reverse=True)]
-
-    def padded(rows: list[int]) -> list[int]:
-        return [max(part) * len(part) for part in (rows[start : start + batch] for start in range(0, len(rows), batch))]
-
     free: list[int] = []  # room left in each packed row, sorted
     rows = 0
     for length in sorted(lengths, reverse=True):
@@ -343,8 +336,26 @@ def batching(lengths: Sequence[int], batch: int, max_length: int, seed: int) -> 
         else:
             rows += 1
             insort(free, max_length - length)
-    by_group = padded(grouped)
-    return Batching(batch, sum(lengths), sum(padded(order)), sum(by_group), rows * max_length, tuple(by_group))
+    grouped = grouped_batch_tokens(lengths, batch, effective_batch, seed)
+    return Batching(batch, sum(lengths), sum(padded_tokens(order, batch)), sum(grouped), rows * max_length, tuple(grouped))
+
+
+def grouped_batch_tokens(lengths: Sequence[int], batch: int, effective_batch: int, seed: int) -> list[int]:
+    """Tokens of each micro-batch of an epoch, padding included, as the trainer puts rows of like length together.
+
+    Its sampler groups by the rows of a whole optimizer step, not of a micro-batch, so that the next micro-batch of a step
+    goes on where the last ended. The order is the sampler's own for this seed; training shuffles anew each epoch.
+    """
+    import torch
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    order = get_length_grouped_indices(lengths, effective_batch, generator=torch.Generator().manual_seed(seed))
+    return padded_tokens([lengths[index] for index in order], batch)
+
+
+def padded_tokens(lengths: Sequence[int], batch: int) -> list[int]:
+    """Tokens of each `batch` rows in this order, padded to their longest."""
+    return [max(part) * len(part) for part in (lengths[start : start + batch] for start in range(0, len(lengths), batch))]
 
 
 def asked_together(longest_tokens: int) -> int:

@@ -75,7 +75,7 @@ def plan(*, chosen: Fit | None = None, device: Device | None = None, **changes: 
         max_length=1024, labelled_share=1.0, compute_dtype="bfloat16", attention="sdpa", chosen=chosen,
         methods=(fit("full", times=8), fit("lora", times=2), chosen), untraced={"full": "<i>why</i>"},
         batches=((4, False, 40 * GIB, False), (2, False, chosen.peak.device_bytes, chosen.fits)),
-        changes=(), batching=batching(LENGTHS, 2, 1024, 42), work=Work(100, 2.0, 90_000, None, None), extra_bytes=0, timeline=Timeline(series, phases),
+        changes=(), batching=batching(LENGTHS, 2, 4, 1024, 42), work=Work(100, 2.0, 90_000, None, None), extra_bytes=0, timeline=Timeline(series, phases),
         later=(LaterStep("merge", 13 * GIB, 0, 15 * GIB, "the run folder", 16 * GIB), LaterStep("ask", 0, 20 * GIB, 0, "the run folder", GIB)),
         gguf_bytes={"F16": 15 * GIB, "Q4_K_M": 5 * GIB}, gguf_estimated_because=None,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from ftkit.memory.inventory import Skeleton
 from ftkit.memory.later import checkpoint_bytes
 from ftkit.progress import Bar, SilentReporter
 from ftkit.run import RECORD, Run, file_fingerprint
-from ftkit.train import Point, build_trainer, read_curve, train
+from ftkit.train import Point, Settings, build_trainer, read_curve, train
 
 pytestmark = [
     pytest.mark.torch,
@@ -487,3 +487,24 @@ def test_a_training_that_diverges_is_an_error(tokenizer: Any, examples: list[Exa
     with pytest.raises(TrainingDivergedError) as refused:
         train(recipe, tiny.SETTINGS, model, tokenizer, examples[2:], examples[:2], tmp_path)
     assert "training.learning_rate=0.0001" in str(refused.value.hint)
+
+
+def test_padding_is_what_the_trainer_pads(model: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Batches of an epoch from the trainer's own loader, shuffled by the plan's seed, at each batch × accumulation."""
+    import torch
+
+    lengths = [5 + 37 * n % 118 for n in range(203)]
+    examples = [Example([1] * length, [1] * length) for length in lengths]
+    seen = {}
+    for batch, accumulation in ((1, 8), (2, 4), (8, 1)):
+        settings = Settings(batch, accumulation, gradient_checkpointing=False, bfloat16=False, cuda=False)
+        trainer = build_trainer(
+            tiny.recipe(model, method="lora", effective_batch_size=8), settings, model, tokenizer, examples, examples[:1], tmp_path
+        )
+        loader = trainer.get_train_dataloader()
+        loader.batch_sampler.sampler.generator = torch.Generator().manual_seed(7)
+        real = [part["input_ids"].numel() for part in loader]
+        assert data.grouped_batch_tokens(lengths, batch, batch * accumulation, 7) == real
+        seen[batch] = sum(real)
+    assert seen[1] == sum(lengths) < seen[2] < seen[8]
+    assert data.batching(lengths, 2, 8, 128, 7).grouped_tokens == seen[2]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ftkit.data import Batching, batching
+from ftkit.data import Batching, batching, grouped_batch_tokens
 from ftkit.device import Device
 from ftkit.errors import ModelError
 from ftkit.memory import later
@@ -256,10 +256,11 @@ class Planner:
 
     def work(self, batch: int, checkpointing: bool) -> float:
         """Relative time of an epoch: tokens computed, padding included, and at least RIDGE_TOKENS a pass."""
+        training = self.recipe.training
         passes = (
-            batching(self.lengths, batch, self.recipe.training.max_length, self.recipe.training.seed).grouped_batch_tokens
+            grouped_batch_tokens(self.lengths, batch, training.effective_batch_size, training.seed)
             if self.lengths
-            else (batch * self.length,)
+            else [batch * self.length]
         )
         rows = len(self.lengths) if self.lengths else batch
         tokens = sum(max(tokens, RIDGE_TOKENS) for tokens in passes) / rows
@@ -374,6 +375,7 @@ def make_plan(
     """
     planner = Planner(config, recipe, device, length, lengths, bfloat16=bfloat16, extra_bytes=extra_bytes, labelled_share=labelled_share)
     chosen, seen = planner.choose(recipe)
+    training = recipe.training
     batch, checkpointing = chosen.per_device_train_batch_size, chosen.gradient_checkpointing
     methods, untraced = [], {}
     for method in METHODS:
@@ -396,7 +398,7 @@ def make_plan(
         untraced=untraced,
         batches=tuple(seen),
         changes=() if chosen.fits else planner.changes(chosen),
-        batching=batching(lengths, batch, recipe.training.max_length, recipe.training.seed) if lengths else None,
+        batching=batching(lengths, batch, training.effective_batch_size, training.max_length, training.seed) if lengths else None,
         work=work(recipe, lengths) if lengths else None,
         extra_bytes=planner.extra_bytes,
         timeline=step.timeline(),
