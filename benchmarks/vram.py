@@ -4,7 +4,8 @@
 
 Columns: source, config (a folder of DIR with a config.json), method, r, target_modules (names joined by |), batch, sequence,
 base_dtype, adapter_dtype, gradient_checkpointing (yes, no), optimizer, loss, attention, gpu, metric
-(max_memory_reserved, max_memory_allocated or nvidia-smi), measured_bytes, notes. A row that says what is not known is refused.
+(max_memory_reserved, max_memory_allocated or nvidia-smi), measured_bytes, notes. A row that says what is not modelled is refused,
+by the name of what that is.
 """
 
 from __future__ import annotations
@@ -23,10 +24,23 @@ from ftkit import device
 from ftkit.errors import FtkitError, RecipeError
 from ftkit.memory.fit import StepMemory
 from ftkit.memory.inventory import Skeleton, load_config
-from ftkit.memory.trace import StepSettings
+from ftkit.memory.trace import StepSettings, compute_dtype
 from ftkit.recipe import Lora
 from ftkit.units import GIB
 
+# Method → what it is planned as, and whether with DoRA's magnitudes. Methods that are no row here are not modelled.
+METHODS: dict[str, tuple[Any, bool]] = {
+    "full": ("full", False), "lora": ("lora", False), "qlora": ("qlora", False),
+    "dora": ("lora", True), "lora-dora": ("lora", True), "qdora": ("qlora", True), "qlora-dora": ("qlora", True),
+}  # fmt: skip
+# What a source or a note says of a method that takes other memory than plain LoRA.
+OTHERS = (
+    "adalora", "adamss", "aqlm", "arrow", "bdlora", "boft", "bone", "c3a", "deepspeed", "delora", "fourierft", "fsdp", "galore", "gptq", "gralora",
+    "hira", "ia3", "loha", "lokr", "lorafa", "lora-fa", "miss", "oft", "offload", "osf", "prefix tuning", "prompt tuning", "p-tuning", "randlora", "road",
+    "shira", "unsloth", "vblora", "vera", "zero-2", "zero-3",
+)  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
+YES = {"yes": True, "no": False}
 METRICS = {"max_memory_reserved": "reserved_bytes", "max_memory_allocated": "allocated_bytes", "nvidia-smi": "device_bytes"}
 
 
@@ -34,12 +48,17 @@ def settings(row: dict[str, str]) -> StepSettings:
     """What a row says of its training loop, and what is known of the loops of its source."""
     notes, loss = row["notes"].lower(), row["loss"].lower()
     litgpt, peft = (row["source"].lower().startswith(name) for name in ("litgpt", "huggingface/peft"))
-    method: Any = row["method"]
+    method, dora = variant(row)
+    if "fused" not in loss and not re.search(r"logits|causal lm|cross[ -]entropy", loss) or "liger" in loss:
+        raise RecipeError(f"loss {row['loss']!r} is not known")
+    if not re.search(r"sdpa|eager|flash", row["attention"]):
+        raise RecipeError(f"attention {row['attention']!r} is not known")
     given: dict[str, Any] = {
         "method": method,
-        "base_dtype": row["base_dtype"],
-        "trained_dtype": row["adapter_dtype"] or row["base_dtype"],
-        "gradient_checkpointing": row["gradient_checkpointing"] == "yes",
+        "base_dtype": one_of(DTYPES, "base_dtype", row["base_dtype"]),
+        "compute_dtype": compute_dtype(row["base_dtype"], "bfloat16"),
+        "trained_dtype": one_of(DTYPES, "adapter_dtype", row["adapter_dtype"] or row["base_dtype"]),
+        "gradient_checkpointing": YES[one_of(tuple(YES), "gradient_checkpointing", row["gradient_checkpointing"])],
         "optim": optimizer(row["optimizer"]),
         "padded": bool(re.search(r"(?<!un)(?<!not )(?<!non-)padded", row["attention"].lower())),
         "attention": "eager" if "eager" in row["attention"] else None,
@@ -55,10 +74,31 @@ def settings(row: dict[str, str]) -> StepSettings:
             r=int(row["r"]),
             target_modules=row["target_modules"].split("|") if row["target_modules"] != "all-linear" else "all-linear",
             lora_dropout=0.05 if litgpt else 0.0,  # LitGPT's config_hub
+            use_dora=dora,
         )
     if litgpt:  # its finetune/lora.py and model.py: a head of its own, logits in chunks of 128 tokens, one layer for q, k and v
         given |= {"tied": False, "loss": "float32_chunks", "fused_qkv": True}
     return StepSettings(**given)
+
+
+def variant(row: dict[str, str]) -> tuple[Any, bool]:
+    """What the row's method is planned as, and whether with DoRA. Raises RecipeError for what is not modelled, wherever the row says it."""
+    method = row["method"].lower().replace("_", "-").replace("+", "-")
+    if method not in METHODS:
+        raise RecipeError(f"method {row['method']!r} is not modelled")
+    kind, dora = METHODS[method]
+    said = f"{row['source']} {row['notes']} {row.get('variant') or ''}".lower()
+    other = next((name for name in OTHERS if re.search(rf"(?<![a-z])(?<!no )(?<!not )(?<!without ){name}(?![a-z])", said)), None)
+    if other:
+        raise RecipeError(f"{other} is not modelled")
+    return kind, kind != "full" and (dora or bool(re.search(r"(?<![a-z])q?dora(?![a-z])", said)))
+
+
+def one_of(known: tuple[str, ...], column: str, value: str) -> str:
+    """The value. Raises RecipeError where it is none of the known ones."""
+    if value not in known:
+        raise RecipeError(f"{column} {value!r} is not known")
+    return value
 
 
 def optimizer(name: str) -> str:
@@ -85,11 +125,12 @@ def capability(gpu: str) -> tuple[int, int]:
 
 def predict(row: dict[str, str], configs: Path) -> int:
     """Predicted bytes of the row's metric. Raises FtkitError, KeyError and ValueError for what a row should not say."""
+    metric = METRICS[one_of(tuple(METRICS), "metric", row["metric"])]
     chosen = settings(row)
     skeleton = Skeleton(load_config(configs / row["config"]), chosen.base_dtype, chosen.attention, chosen.tied)
     skeleton.shorten()
     peak = StepMemory(skeleton, chosen).step(int(row["batch"]), int(row["sequence"])).peak()
-    return int(getattr(peak, METRICS[row["metric"]]))
+    return int(getattr(peak, metric))
 
 
 @click.command()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ftkit.errors import ToolFailedError
 
-When = Literal["tracing", "tracing for CUDA", "training", "loading in 4 bits"]
+When = Literal["tracing", "tracing for CUDA", "tracing DoRA", "training", "loading in 4 bits"]
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,24 @@ def _is_bfloat16(input: Any, weight: Any, offs: Any) -> bool:
     return bool(weight.dtype == torch.bfloat16)
 
 
+def _dequantised(module: Any) -> Any:
+    """A layer's weight in full, as PEFT asks for it; of a 4-bit layer that has no data yet, its shape."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    if not isinstance(module, Linear4bit):
+        return module.weight
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        return torch.empty(module.out_features, module.in_features, dtype=module.compute_dtype, device="meta")
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(module.weight.data, state)
+
+
 _CUDA: When = "tracing for CUDA"
 _HEAD = "trl.kernels.chunked_logprob"
-_TORCH, _TRANSFORMERS, _TRL = ("torch", "2.13.0"), ("transformers", "5.23.0"), ("trl", "1.16.0")
+_TORCH, _TRANSFORMERS, _TRL, _PEFT = ("torch", "2.13.0"), ("transformers", "5.23.0"), ("trl", "1.16.0"), ("peft", "0.21.2")
 _NO_VALUES = "asks for values that fake tensors do not have; without an answer the mask is built in full"
 
 # Functions, not torch function modes: a mode is not active while checkpointing recomputes.
@@ -72,6 +87,10 @@ PATCHES: tuple[Patch, ...] = (
     Patch("tracing", "transformers.masking_utils", "is_tracing", lambda _: lambda *a, **k: False, _NO_VALUES, *_TRANSFORMERS),
     Patch("tracing", "transformers.masking_utils", "fast_all", lambda traced: lambda mask: not traced.padded, _NO_VALUES, *_TRANSFORMERS),
     Patch("tracing", "transformers.masking_utils", "find_packed_sequence_indices", lambda _: _nothing, _NO_VALUES, *_TRANSFORMERS),
+    Patch("tracing DoRA", "peft.tuners.lora.dora", "dequantize_module_weight", lambda _: _dequantised,
+          "looks for Params4bit, which cannot wrap a fake tensor", *_PEFT),
+    Patch("tracing DoRA", "peft.tuners.lora.dora", "deepcopy", lambda _: lambda layer: layer,
+          "bitsandbytes cannot copy a weight on the meta device; nothing is changed in the copy", *_PEFT),
     Patch("training", "trl.trainer.utils", "_use_triton", lambda _: lambda device: True,
           "without Triton TRL scores every position with the whole vocabulary, labelled or not; loss and gradients are the same", *_TRL),
     Patch("loading in 4 bits", "bitsandbytes.nn.modules", "has_avx512bf16", lambda _: lambda: False,

@@ -150,7 +150,8 @@ class Project:
         recipe = self.recipe
         return [
             self.source.fingerprint, {purpose: mark for purpose, mark in self.data_fingerprints.items() if purpose != "test"},
-            recipe.data.model_dump(exclude={"test"}), recipe.training.model_dump(exclude={"save_minutes"}), recipe.lora.model_dump(),
+            recipe.data.model_dump(exclude={"test"}), recipe.training.model_dump(exclude={"save_minutes"}),
+            recipe.lora.model_dump(exclude={"use_dora"}),  # which is planned, and refused before training
             *(["trust_remote_code"] if recipe.trust_remote_code else []),
         ]  # fmt: skip
 
@@ -314,6 +315,7 @@ def is_trained(project: Project) -> bool:
 
 def train(project: Project) -> Step:
     """Train as planned. Raises DoesNotFitError before anything is loaded, InterruptedRunError on Ctrl-C."""
+    _refuse_dora(project)
     if is_trained(project):
         return _train(project, None)  # up to date: nothing has to fit any more
     planned = plan(project)
@@ -381,8 +383,16 @@ def _remember_speed(project: Project, planned: Plan, tokens_per_second: float) -
         project.reporter.warn(f"the speed of this training is not kept for the next plan: {first_line(error)}")
 
 
+def _refuse_dora(project: Project) -> None:
+    if project.recipe.lora.use_dora and project.recipe.training.method != "full":
+        raise RecipeError(
+            "lora.use_dora: DoRA can be planned, and neither trained nor merged yet.", "for LoRA: --set lora.use_dora=false"
+        )
+
+
 def refuse_probe(project: Project) -> None:
     """Raise RecipeError where two real steps cannot be run: without rows, or for another device than this machine's."""
+    _refuse_dora(project)
     real, wanted = device.choose(), project.device
     if wanted.kind != real.kind or (real.kind == "cuda" and wanted.name != real.name):
         raise RecipeError(f"--probe runs on this machine's {real.name}; the plan is for {wanted.name}.", "leave --gpu and --vram out")
@@ -429,6 +439,7 @@ def ship(project: Project, *, use_ollama: bool | None = None, replace_model: boo
     which this run did not register is left as it is, unless `replace_model`.
     Raises RunError where nothing was trained, ProofError where the shipped file does not behave as the trained model.
     """
+    _refuse_dora(project)
     trained = project.run.finished("train", fingerprint("train", project.training_inputs))
     if not trained:
         other = "holds a training of another recipe, other data or another revision of the model"

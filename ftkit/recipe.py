@@ -61,6 +61,7 @@ class Lora(Part):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | list[str] = "all-linear"
     use_rslora: bool = False
+    use_dora: bool = Field(default=False, description="for the plan alone as yet")
 
     @field_validator("target_modules", mode="before")
     @classmethod

@@ -88,6 +88,30 @@ def test_a_list_of_targets_is_planned() -> None:
     assert set(made.chosen.inventory.trainable_by_target) == {"q_proj", "v_proj"}
 
 
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_float16_weights_are_computed_with_in_float16(method: str) -> None:
+    half, brain = (
+        make_plan(small(), asked, card(8 * GIB), 64, bfloat16=True)
+        for asked in (
+            planning.apply(recipe(method=method), settings) for settings in (("what_if.base_dtype=float16",), ("what_if.base_dtype=bfloat16",))
+        )
+    )
+    assert (half.compute_dtype, brain.compute_dtype) == ("float16", "bfloat16")
+    assert half.chosen.peak.allocated_bytes == brain.chosen.peak.allocated_bytes  # a format of the same width
+    assert not half.untraced
+
+
+def test_dora_is_planned_and_needs_more() -> None:
+    lora, dora = (
+        make_plan(small(), planning.apply(recipe(), (f"lora.use_dora={on}",)), card(8 * GIB), 64, bfloat16=True) for on in ("false", "true")
+    )
+    magnitudes = 2 * (256 + 128 + 128 + 256 + 768 + 768 + 256)  # one for each output of seven layers, in each of two blocks
+    assert dora.chosen.inventory.trainable_parameters - lora.chosen.inventory.trainable_parameters == magnitudes
+    for with_dora, without in zip(dora.methods, lora.methods, strict=True):
+        more = with_dora.peak.allocated_bytes - without.peak.allocated_bytes
+        assert (more == 0) if with_dora.inventory.method == "full" else (more > 4 * magnitudes)
+
+
 def test_all_changes_together_end_in_the_smallest_method() -> None:
     made = plan(100 * MIB, method="full")
     together = next(change for change in made.changes if change.words.startswith("all of these together"))

@@ -52,11 +52,28 @@ def test_optimizers(name: str, optim: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("optimizer", "SGD"), ("optimizer", ""), ("optimizer", "paged_adamw_32bit"), ("gpu", "Voodoo 2"), ("gpu", "")]
-)
-def test_what_is_not_known_is_refused(key: str, value: str) -> None:
-    with pytest.raises(RecipeError, match="is not known"):
+    ("key", "value"),
+    [
+        ("optimizer", "SGD"), ("optimizer", ""), ("optimizer", "paged_adamw_32bit"), ("gpu", "Voodoo 2"), ("gpu", ""), ("method", "vera"),
+        ("method", ""), ("base_dtype", "int8"), ("adapter_dtype", "fp8"), ("gradient_checkpointing", "selective"), ("loss", "Liger fused"),
+        ("loss", "reward"), ("attention", "xformers"), ("notes", "LoHa instead of LoRA"), ("notes", "FSDP on two cards"), ("variant", "AdaLoRA"),
+    ],
+)  # fmt: skip
+def test_what_is_not_known_or_modelled_is_refused_by_name(key: str, value: str) -> None:
+    with pytest.raises(RecipeError, match=r"is not (known|modelled)"):
         vram.settings({**ROW, key: value})
+
+
+@pytest.mark.parametrize(
+    ("method", "notes", "planned", "dora"),
+    [
+        ("lora", "", "lora", False), ("dora", "", "lora", True), ("QDoRA", "", "qlora", True), ("lora+dora", "", "lora", True),
+        ("lora", "use_dora", "lora", True), ("lora", "DoRA, as its authors train", "lora", True), ("lora", "on Pandora's table", "lora", False),
+    ],
+)  # fmt: skip
+def test_dora_is_planned_as_dora(method: str, notes: str, planned: str, dora: bool) -> None:
+    made = vram.settings({**ROW, "method": method, "notes": notes})
+    assert (made.method, made.lora.use_dora) == (planned, dora)
 
 
 @pytest.mark.parametrize(

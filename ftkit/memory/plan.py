@@ -15,7 +15,7 @@ from ftkit.memory.fit import StepMemory
 from ftkit.memory.inventory import DTYPE_BYTES, Inventory, Skeleton
 from ftkit.memory.later import LaterStep, Place
 from ftkit.memory.step import Part, Peak, Timeline
-from ftkit.memory.trace import StepSettings
+from ftkit.memory.trace import StepSettings, compute_dtype
 from ftkit.recipe import Recipe
 
 METHODS = ("full", "lora", "qlora")
@@ -199,9 +199,10 @@ class Planner:
     def settings(self, recipe: Recipe, checkpointing: bool) -> StepSettings:
         """The step that `ftkit train` runs for this recipe, with the recipe's what-ifs."""
         asked = recipe.what_if.model_dump(exclude_none=True)
+        compute = compute_dtype(asked.get("base_dtype"), self.dtype)
         base = StepSettings(
             method=recipe.training.method, lora=recipe.lora, optim=recipe.training.optim, gradient_checkpointing=checkpointing,
-            base_dtype=self.dtype, compute_dtype=self.dtype, autocast=self.dtype != "float32",  # type: ignore[arg-type]
+            base_dtype=self.dtype, compute_dtype=compute, autocast=compute != "float32",  # type: ignore[arg-type]
             labelled_share=self.labelled_share, device=self.device.kind, capability=self.device.capability,
         )  # fmt: skip
         return replace(base, **asked)
@@ -391,7 +392,7 @@ def make_plan(
         device=device,
         max_length=length,
         labelled_share=labelled_share,
-        compute_dtype=planner.dtype,
+        compute_dtype=settings.compute_dtype,
         attention=planner.skeleton.model.config._attn_implementation,
         chosen=chosen,
         methods=tuple(methods),

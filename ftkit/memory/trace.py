@@ -170,7 +170,7 @@ class StepTracer:
         self._recorder = recorder
         on_cuda = settings.device == "cuda"
         traced = patches.Traced(kernels.attention(settings.capability, settings.fused_qkv) if on_cuda else None, padded)
-        when: tuple[patches.When, ...] = ("tracing", "tracing for CUDA") if on_cuda else ("tracing",)
+        when: tuple[patches.When, ...] = ("tracing", *_for_dora(settings), *(("tracing for CUDA",) if on_cuda else ()))
         try:
             with self._fake, patches.without_trainer(), patches.applied(*when, to=traced), recorder:
                 self._step(recorder, batch, length)
@@ -381,9 +381,18 @@ class _Recorder:
                 self._see(item)
 
 
+def compute_dtype(base_dtype: str | None, otherwise: str) -> str:
+    """What is computed in: float16 weights in float16, since autocast mixes no two 16-bit formats (it raises, on a GPU too)."""
+    return "float16" if base_dtype == "float16" else otherwise
+
+
 def labelled_tokens(batch: int, length: int, share: float) -> int:
     """Tokens that the loss head scores: a row's first token is nobody's next."""
     return max(1, round(share * batch * (length - 1)))
+
+
+def _for_dora(settings: StepSettings) -> tuple[patches.When, ...]:
+    return ("tracing DoRA",) if settings.method != "full" and settings.lora.use_dora else ()
 
 
 def prepare(model: PreTrainedModel, settings: StepSettings) -> Any:
@@ -398,8 +407,11 @@ def prepare(model: PreTrainedModel, settings: StepSettings) -> Any:
         model.to(getattr(torch, settings.base_dtype))
         if settings.method == "qlora":
             quantize(model, settings)
-        wrapped = inventory.inject(model, settings.lora)
+        with patches.applied(*_for_dora(settings)):
+            wrapped = inventory.inject(model, settings.lora)
         if settings.fused_qkv and settings.method == "lora":
+            if settings.lora.use_dora:
+                raise ModelError("DoRA on one layer for query, key and value (what_if.fused_qkv) is not modelled.", "leave one of them out")
             for layer in decoder_layers(model):
                 fused_qkv.fuse(getattr(layer, "self_attn", None), settings.lora.lora_dropout)
         for parameter in wrapped.parameters():
