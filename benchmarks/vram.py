@@ -49,7 +49,7 @@ def settings(row: dict[str, str]) -> StepSettings:
     notes, loss = row["notes"].lower(), row["loss"].lower()
     litgpt, peft = (row["source"].lower().startswith(name) for name in ("litgpt", "huggingface/peft"))
     method, dora = variant(row)
-    if "fused" not in loss and not re.search(r"logits|causal lm|cross[ -]entropy", loss) or "liger" in loss:
+    if ("fused" not in loss and not re.search(r"logits|causal lm|cross[ -]entropy", loss)) or "liger" in loss:
         raise RecipeError(f"loss {row['loss']!r} is not known")
     if not re.search(r"sdpa|eager|flash", row["attention"]):
         raise RecipeError(f"attention {row['attention']!r} is not known")

@@ -385,9 +385,7 @@ def _remember_speed(project: Project, planned: Plan, tokens_per_second: float) -
 
 def _refuse_dora(project: Project) -> None:
     if project.recipe.lora.use_dora and project.recipe.training.method != "full":
-        raise RecipeError(
-            "lora.use_dora: DoRA can be planned, and neither trained nor merged yet.", "for LoRA: --set lora.use_dora=false"
-        )
+        raise RecipeError("lora.use_dora: DoRA can be planned, and neither trained nor merged yet.", "for LoRA: --set lora.use_dora=false")
 
 
 def refuse_probe(project: Project) -> None:

@@ -93,7 +93,8 @@ def test_float16_weights_are_computed_with_in_float16(method: str) -> None:
     half, brain = (
         make_plan(small(), asked, card(8 * GIB), 64, bfloat16=True)
         for asked in (
-            planning.apply(recipe(method=method), settings) for settings in (("what_if.base_dtype=float16",), ("what_if.base_dtype=bfloat16",))
+            planning.apply(recipe(method=method), settings)
+            for settings in (("what_if.base_dtype=float16",), ("what_if.base_dtype=bfloat16",))
         )
     )
     assert (half.compute_dtype, brain.compute_dtype) == ("float16", "bfloat16")
