@@ -226,6 +226,7 @@ def plan(project: Project) -> Plan:
     wanted = [chosen_device.name, chosen_device.total_bytes >> 20, free_bytes, recipe.budget.vram, extra_bytes]
     inputs = [
         *project.training_inputs,
+        recipe.lora.use_dora,
         recipe.ship.model_dump(),
         recipe.what_if.model_dump(),
         wanted,
