@@ -44,7 +44,7 @@ class _Worker:
     def __init__(self) -> None:
         paths = [path for path in sys.path if path]
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "ftkit.sandbox"],
+            [sys.executable, "-P", "-m", "ftkit.sandbox", str(SECONDS)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -207,6 +207,8 @@ def _answer(template: jinja2.Template | None, text: str, environment: jinja2.Env
         words = f"writes more than {CHARACTERS} characters"
     except jinja2.TemplateSyntaxError as error:
         words = f"is broken, line {error.lineno}: {error.message}"
+    except jinja2.exceptions.SecurityError as error:
+        words = f"does what a template must not do: {error}"
     except jinja2.TemplateError as error:
         words, refuses = f"refuses this: {error}", True
     except MemoryError:
@@ -218,7 +220,7 @@ def _answer(template: jinja2.Template | None, text: str, environment: jinja2.Env
     return template, {"words": words[:2000], "refuses": refuses}
 
 
-def _serve() -> None:
+def _serve(seconds: float) -> None:
     """Answer lines of JSON until there are none. A watchdog of the interpreter ends the process where an answer takes too long."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
@@ -232,7 +234,7 @@ def _serve() -> None:
         number = asked["number"]
         if "template" in asked:
             texts[number] = (asked["template"], environments[asked["kind"]])
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        faulthandler.dump_traceback_later(seconds, exit=True)
         compiled[number], answer = _answer(compiled.get(number), *texts[number], asked["variables"])
         faulthandler.cancel_dump_traceback_later()
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
@@ -240,4 +242,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(float(sys.argv[1]))

@@ -1,119 +1,176 @@
-"""Templates of strangers: rendered as transformers renders them, and bounded in time, memory, output and reach."""
+"""Templates of strangers: rendered as transformers renders them, and bounded in what they can do and take."""
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import pytest
 import tiny
 
-from ftkit import data, hf, sandbox, templates
+from ftkit import data, hf, ollama, sandbox, templates
 from ftkit.errors import ModelError, RecipeError
-from ftkit.ollama import Modelfile
+from ftkit.recipe import Ship
 
-QUESTION = [{"role": "user", "content": " What's {{ 1 + 1 }}?\n"}]
+ASKED = {"role": "user", "content": "2 + 2?"}
+ANSWERED = {"role": "assistant", "content": "4"}
 CONVERSATIONS = (
-    QUESTION,
-    [{"role": "system", "content": 'Say "yes".'}, *QUESTION],
-    [*QUESTION, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nTwo. "}, {"role": "user", "content": "Sure? {% if x %}"}],
+    [ASKED],
+    [{"role": "system", "content": ' Be "brief".\n'}, ASKED],
+    [ASKED, ANSWERED],
+    [{"role": "system", "content": "{{ x }} <ä> & 'y'"}, ASKED, ANSWERED, {"role": "user", "content": "\n Sure?\u2028 "}],
+    [ASKED, ASKED],
+    [{**ANSWERED, "content": "<think>a</think>4"}, ASKED],
 )
+EVERY_FEATURE = """{%- set ns = namespace(n=0, self=1) -%}
+{% for m in messages %}
+    {% if m.role == 'system' %}{% continue %}{% endif %}
+    {%- set ns.n = ns.n + 1 %}
+{{ m | tojson }} {{ m | tojson(indent=2) }} {{ 'ä<' | tojson(ensure_ascii=true, separators=(',', ':')) }}
+  {%- generation %}{{ m.content | trim }}{{ m.content.split('?')[-1] }}{% endgeneration %}
+{{ dict(a=1, b=bos_token) }}{{ dict.fromkeys(['x']) }}{{ strftime_now('%Y') }}{{ tools is none }}{{ documents }}
+{% if loop.index > 2 %}{% break %}{% endif %}
+{% endfor %}
+{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(ns.n) }}{{ missing }}{{ add_generation_prompt }}
+{% if messages[0].role == 'assistant' %}{{ raise_exception('no answer first') }}{% endif %}
+"""
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return hf.load_tokenizer(tiny.make_model(tmp_path_factory.mktemp("model")))
+    loaded = hf.load_tokenizer(tiny.make_model(tmp_path_factory.mktemp("model")))
+    loaded.add_special_tokens({"bos_token": "<|im_start|>"})
+    return loaded
 
 
-def published() -> list[Path]:
-    return sorted((llama_cpp.models() / "templates").glob("*.jinja"))
+@pytest.fixture
+def one_second(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A worker with less time than it has outside of tests."""
+    while sandbox._worker:
+        sandbox._worker.pop().end()
+    with monkeypatch.context() as patched:
+        patched.setattr(sandbox, "SECONDS", 1.0)
+        yield
+    sandbox._hopeless.clear()
 
 
-def test_published_templates_render_as_in_transformers(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Byte for byte, and refused where transformers refuses."""
-    import jinja2
+def both(tokenizer: Any, messages: list[dict[str, str]], ask: bool) -> tuple[str | None, str | None]:
+    """transformers' text and ours, None where there is an error."""
+    try:
+        theirs = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+    except Exception:  # whatever a template raises
+        theirs = None
+    try:
+        ours = sandbox.render_chat(tokenizer, messages, ask=ask)
+    except sandbox.TemplateFault:
+        ours = None
+    return theirs, ours
 
-    compared, refused = 0, 0
-    for path in published():
-        monkeypatch.setattr(tokenizer, "chat_template", path.read_text(encoding="utf-8"))
-        for messages in CONVERSATIONS:
-            for ask in (True, False):
-                try:
-                    wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-                except (jinja2.TemplateError, *sandbox.FAULTS):
-                    wanted = None
-                if wanted is None:
-                    with pytest.raises(sandbox.TemplateFault):
-                        sandbox.render_chat(tokenizer, messages, ask=ask)
-                else:
-                    assert sandbox.render_chat(tokenizer, messages, ask=ask) == wanted, path.name
-                compared, refused = compared + (wanted is not None), refused + (wanted is None)
-    assert compared > 300
-    assert refused < compared / 5
+
+@pytest.mark.torch
+@pytest.mark.parametrize("ask", [True, False])
+def test_every_feature_renders_as_in_transformers(tokenizer: Any, ask: bool) -> None:
+    tokenizer.chat_template = EVERY_FEATURE
+    found = [both(tokenizer, messages, ask) for messages in CONVERSATIONS]
+    assert [ours for _, ours in found] == [theirs for theirs, _ in found]
+    assert [theirs is None for theirs, _ in found] == [False] * 5 + [True]
+
+
+@pytest.mark.torch
+def test_the_templates_of_real_models_render_as_in_transformers(tokenizer: Any) -> None:
+    import llama_cpp
+
+    if not llama_cpp.SOURCE.installed():
+        pytest.skip("llama.cpp's templates are not here: python tests/llama_cpp.py")
+    found = 0
+    for path in sorted((llama_cpp.models() / "templates").glob("*.jinja")):
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        for number, messages in enumerate(CONVERSATIONS):
+            theirs, ours = both(tokenizer, messages, bool(number % 2))
+            assert ours == theirs, (path.name, messages)
+            found += theirs is not None
+    assert found > 250
 
 
 @pytest.mark.parametrize(
-    ("template", "says"),
+    ("template", "words"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes more than 5 seconds"),
-        ("{{ 'a' * 10**10 }}", "needs more than 512 MiB"),
-        ("{% for a in range(99) %}{{ 'a' * 10**6 }}{% endfor %}", "writes more than"),
-        ("{% if %}", "is broken, line 1"),
-        ("{{ raise_exception('no system') }}", "refuses this: no system"),
-        ("{{ tools | length }}", "fails: TypeError"),
-        ("{{ 1 // 0 }}", "fails: ZeroDivisionError"),
+        ("{{ 'a' * 10**10 }}", "needs more than 512 MiB of memory"),
+        ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}", "of memory"),
+        ("{{ 'abc' | center(10**9) }}", "of memory"),
+        ("{{ 'a' * (20 * 1024 * 1024) }}", "writes more than 16777216 characters"),
+        ("{% for i in range(10**9) %}{% endfor %}", "fails: OverflowError: Range too big"),
+        ("{% for t in tools %}{% endfor %}", "fails: TypeError: 'NoneType' object is not iterable"),
+        ("{{ 1 / 0 }}", "fails: ZeroDivisionError"),
+        ("{{ {}['x'] + 1 }}", "refuses this: 'dict object' has no attribute 'x'"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "is nested too deeply"),
-        ("{{ ''.__class__.__mro__ }}", "refuses this"),
-        ("{{ messages.append(1) }}", "refuses this"),
+        ("{{" + "(" * 3000 + ")" * 3000 + "}}", "is nested too deeply"),
+        ("a\n{% for", "is broken, line 2"),
+        ("{{ ''.__class__.__mro__ }}", "does what a template must not do: access to attribute '__class__'"),
+        ("{{ messages.append(1) }}", "must not do"),
+        ("{{ namespace(__init__=1) }}", "must not do"),
+        ("{% include '/etc/passwd' %}", "fails: TypeError: no loader"),
     ],
-    ids=lambda value: value[:24],
 )
-def test_what_a_template_cannot_do(template: str, says: str) -> None:
-    before = time.monotonic()
-    with pytest.raises(sandbox.TemplateFault, match=says):
-        sandbox.render(template, {"messages": QUESTION, "tools": None})
-    assert time.monotonic() - before < sandbox.SECONDS + 20
-    assert sandbox.render("{{ messages[0].role }}", {"messages": QUESTION}) == "user"  # the next one is rendered
+def test_a_template_that_does_too_much_is_told_so(template: str, words: str) -> None:
+    with pytest.raises(sandbox.TemplateFault) as caught:
+        sandbox.render(template, {"tools": None, "messages": []})
+    assert words in str(caught.value)
+    assert sandbox.render("{{ x }}", {"x": 1}) == "1"
 
 
-def test_a_template_that_took_too_long_is_not_tried_again() -> None:
-    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %} "
-    with pytest.raises(sandbox.TemplateFault):
-        sandbox.render(endless, {})
-    before = time.monotonic()
-    with pytest.raises(sandbox.TemplateFault):
-        sandbox.render(endless, {})
-    assert time.monotonic() - before < 1
+@pytest.mark.usefixtures("one_second")
+def test_a_template_without_end_is_ended_and_not_tried_again() -> None:
+    endless = "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}"
+    started = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(sandbox.TemplateFault, match="takes more than 1 seconds"):
+            sandbox.render(endless, {})
+    assert time.monotonic() - started < 2 * sandbox.SECONDS
+    assert sandbox.render("{{ x }}", {"x": 1}) == "1"
 
 
-@pytest.mark.parametrize("name", ["NousResearch-Hermes-2-Pro", "NousResearch-Hermes-3", "CohereForAI-c4ai-command-r-plus"])
-def test_tool_templates_without_tools_end_in_a_clear_error(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    path = next(path for path in published() if path.name.startswith(name))
-    monkeypatch.setattr(tokenizer, "chat_template", path.read_text(encoding="utf-8"))
-    with pytest.raises(ModelError, match="chat template, over user, fails: TypeError") as caught:
-        data.render(tokenizer, QUESTION, ask=True)
-    assert caught.value.hint
+def test_a_template_sees_nothing_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox.render("", {})
+    assert sandbox._worker[0].process.pid != os.getpid()
 
 
-def test_of_several_named_templates_the_default_is_taken(tmp_path: Path) -> None:
-    folder = tiny.make_model(tmp_path)
+def test_a_fault_becomes_an_error_with_a_way_out(tokenizer: Any) -> None:
+    for text, hint in (("{% for t in tools %}{% endfor %}", "model's page"), ("{{ raise_exception('no') }}", "leave that role out")):
+        tokenizer.chat_template = text
+        with pytest.raises(ModelError, match="chat template, over user → assistant, ") as caught:
+            data.render(tokenizer, [ASKED, ANSWERED], ask=False)
+        assert hint in str(caught.value.hint)
+
+
+@pytest.mark.torch
+def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
+    folder = tiny.make_model(tmp_path / "model")
     several = hf.load_tokenizer(folder)
-    several.chat_template = {"default": tiny.CHATML, "tool_use": "{{ tools | length }}"}
+    several.chat_template = {"default": tiny.CHATML, "tool_use": "{% for t in tools %}{% endfor %}"}
     several.save_pretrained(folder)
-    assert hf.load_tokenizer(folder).chat_template == tiny.CHATML
-    several.chat_template = {"rag": "r", "tool_use": "t"}
-    for old in folder.glob("additional_chat_templates/*"):
+    assert data.render(hf.load_tokenizer(folder), [ASKED], ask=True).startswith("<|im_start|>user\n2 + 2?")
+    several.chat_template = {"rag": "x", "tool_use": "y"}
+    for old in folder.rglob("*.jinja"):
         old.unlink()
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
     several.save_pretrained(folder)
     with pytest.raises(ModelError, match="chat templates for rag, tool_use, and no default"):
         hf.load_tokenizer(folder)
 
 
-def test_a_modelfile_template_runs_in_the_sandbox_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "Modelfile.j2").write_text("FROM {{ file }}{{ file.__class__.__mro__ }}", encoding="utf-8")
+def test_a_users_modelfile_runs_in_the_same_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "root", lambda: tmp_path)
-    with pytest.raises(RecipeError, match=r"Modelfile\.j2 refuses this"):
-        Modelfile("./m.gguf", None, None, {}).text()
+    modelfile = ollama.make_modelfile("./a.gguf", None, Ship(), bos="", stops=["</s>"])
+    (tmp_path / "Modelfile.j2").write_text("FROM {{ file }}\n\n", encoding="utf-8")
+    assert modelfile.text() == "FROM ./a.gguf\n\n"
+    for text, words in (
+        ("{{ nothing }}", "'nothing' is undefined"),
+        ("{{ file.__class__ }}", "must not do"),
+        ("{{ 'a' * 10**10 }}", "memory"),
+    ):
+        (tmp_path / "Modelfile.j2").write_text(text, encoding="utf-8")
+        with pytest.raises(RecipeError, match=words):
+            modelfile.text()
