@@ -128,5 +128,5 @@ def test_a_wheel_in_an_empty_folder(demo_run: Path, tmp_path: Path) -> None:
     done = run_ftkit("build", *SHORT, "--set", "data.validation_share=0.01", cwd=folder, environment=environment)
     files = {path.name for path in (folder / "runs" / "recipe").glob("gguf-*/*")}
     assert files == {"c-reviewer-F16.gguf", "c-reviewer-Q8_0.gguf", "Modelfile", RECORD}
-    assert "Q4_K_M was not made" in done.stdout
+    assert "Q6_K was not made" in done.stdout
     assert "ftkit setup llama.cpp" in done.stdout
