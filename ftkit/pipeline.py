@@ -219,7 +219,7 @@ def plan(project: Project) -> Plan:
     recorded = _recorded_plan(project.run)
     rows = project.rows if project.has_data and not recorded else None  # a fault in the data is found first
     chosen_device = project.device
-    extra_bytes = measured.extra_bytes(chosen_device)
+    extra_bytes = measured.extra_bytes(chosen_device, measured.subject(recipe, project.source.fingerprint))
     free_bytes = chosen_device.free_bytes  # of a device that was found it changes from day to day, and seldom the choice
     if recorded and recorded.memory.holds_with(free_bytes):
         free_bytes = recorded.memory.device.free_bytes
@@ -413,7 +413,8 @@ def probe(project: Project) -> Probe:
     project.reporter.step("probing: two real steps")
     with tempfile.TemporaryDirectory(dir=project.run.folder, prefix=".probe-") as folder:
         probed = training.probe(recipe, settings, project.base_folder, tokenizer, examples, Path(folder))
-    measured.remember(device.choose(), planned.chosen.peak, probed.allocated_bytes, probed.reserved_bytes)
+    subject = measured.subject(recipe, project.source.fingerprint)
+    measured.remember(device.choose(), subject, planned.chosen.peak, probed.allocated_bytes, probed.reserved_bytes)
     return probed
 
 

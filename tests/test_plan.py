@@ -12,7 +12,7 @@ from test_trace import config
 
 from ftkit.device import Device
 from ftkit.memory import plan as planning
-from ftkit.memory.plan import MARGIN, MemoryPlan, Planner, batch_sizes, make_plan
+from ftkit.memory.plan import MARGIN, PROBED, MemoryPlan, Planner, batch_sizes, make_plan
 from ftkit.recipe import Recipe
 from ftkit.units import GIB, MIB
 
@@ -139,6 +139,10 @@ def test_an_earlier_probe_is_added() -> None:
     a = plan(8 * GIB)
     b = make_plan(small(), recipe(), card(8 * GIB), 1024, bfloat16=True, extra_bytes=more)
     assert b.chosen.peak.device_bytes - a.chosen.peak.device_bytes == more
+    for before, after in zip(a.methods, b.methods, strict=True):
+        probed = after.inventory.method == b.chosen.inventory.method
+        assert after.peak.device_bytes - before.peak.device_bytes == (more if probed else 0)
+        assert b.beside_tensors(after).get(PROBED, 0) == (more if probed else 0)
 
 
 def test_work_and_padding_follow_from_the_rows() -> None:

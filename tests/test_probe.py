@@ -54,9 +54,13 @@ def test_a_probe_is_shown_kept_and_added_to_the_next_plan(project: Path, ftkit: 
     assert first["probe"]["reserved_bytes"] is None  # on a CPU nothing is reserved
     kept = json.loads((private_cache / "measured.json").read_text(encoding="utf-8"))
     (entry,) = kept.values()
-    assert entry["extra_bytes"] == first["probe"]["allocated_bytes"] - first["chosen"]["peak"]["allocated_bytes"]
+    (difference,) = entry["probes"].values()
+    assert difference == first["probe"]["allocated_bytes"] - first["chosen"]["peak"]["allocated_bytes"]
     second = json.loads(ftkit("plan", project, "--json").stdout)
-    assert second["extra_bytes"] - first["extra_bytes"] == entry["extra_bytes"]
+    assert second["extra_bytes"] - first["extra_bytes"] == difference
+    assert "more, by the probe of this model" in ftkit("plan", project).stdout
+    for other in ("lora.r=8", "training.method=full"):
+        assert json.loads(ftkit("plan", project, "--json", "--set", other).stdout)["extra_bytes"] == first["extra_bytes"], other
     shown = ftkit("plan", project, "--probe")
     assert "Two real steps" in shown.stdout
 
@@ -87,20 +91,32 @@ def test_a_line_that_cannot_end_here_does_not_begin(project: Path, ftkit: Ftkit,
     assert not list((project / "runs").rglob("train-*"))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"CPU": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"CPU": 3}',
+        '{"CPU": {"probes": [1]}}',
+        '{"CPU": {"probes": {"lora org/model": "x"}}}',
+        '{"CPU": {"extra_bytes": 5}}',
+    ],
+)
 def test_a_damaged_file_of_measurements_is_started_anew(private_cache: Path, text: str) -> None:
     private_cache.mkdir()
     (private_cache / "measured.json").write_text(text, encoding="utf-8")
-    assert measured.extra_bytes(processor()) == 0
-    measured.remember(processor(), Peak(100, 100, 100, "", ()), 120, None)
-    assert measured.extra_bytes(processor()) == 20
+    assert measured.extra_bytes(processor(), "lora org/model") == 0
+    measured.remember(processor(), "lora org/model", Peak(100, 100, 100, "", ()), 120, None)
+    assert measured.extra_bytes(processor(), "lora org/model") == 20
 
 
-def test_measurements_are_kept_apart_by_device(private_cache: Path) -> None:
+def test_measurements_are_kept_apart_by_device_and_subject(private_cache: Path) -> None:
     card = Device("cuda", "NVIDIA T4", 16 << 30, 16 << 30, (7, 5))
-    measured.remember(card, Peak(100, 150, 600, "", ()), 100, 170)
+    measured.remember(card, "qlora org/model", Peak(100, 150, 600, "", ()), 100, 170)
     measured.remember_speed(card, "qlora", "org/model", 1234.5)
-    assert measured.extra_bytes(card) == 20
+    assert measured.extra_bytes(card, "qlora org/model") == 20
+    assert measured.extra_bytes(card, "qlora org/larger") == 0
     assert measured.tokens_per_second(card, "qlora", "org/model") == 1234.5
     assert measured.tokens_per_second(card, "lora", "org/model") is None
-    assert measured.extra_bytes(processor()) == 0
+    assert measured.extra_bytes(processor(), "qlora org/model") == 0

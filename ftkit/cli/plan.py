@@ -262,13 +262,14 @@ def cut_words(tokens: TokenCounts) -> str:
 
 def bar_lines(memory: MemoryPlan) -> list[str]:
     """The peak as a bar a part, against the budget."""
+    from ftkit.memory.plan import PROBED
     from ftkit.units import bytes_text
 
     peak, budget = memory.chosen.peak, memory.chosen.budget_bytes
     scale = max(budget, peak.device_bytes)
     parts = [*((part.name, part.bytes) for part in peak.parts), *memory.beside_tensors(memory.chosen).items()]
-    small = [(name, size) for name, size in parts if size < 0.01 * scale]
-    parts = [(name, size) for name, size in parts if size >= 0.01 * scale]
+    small = [(name, size) for name, size in parts if size < 0.01 * scale and name != PROBED]
+    parts = [(name, size) for name, size in parts if size >= 0.01 * scale or name == PROBED]
     if small:
         parts.append(("other", sum(size for _, size in small)))
     width = max(len(name) for name, _ in parts)

@@ -8,7 +8,8 @@ from typing import Any
 
 from ftkit.device import Device
 from ftkit.memory.step import Peak
-from ftkit.run import write_atomically
+from ftkit.recipe import Recipe
+from ftkit.run import fingerprint, write_atomically
 from ftkit.tools import cache_folder, make_cache_folder
 
 
@@ -26,21 +27,34 @@ def _all() -> dict[str, Any]:
 
 
 def known(device: Device) -> dict[str, Any]:
-    """`extra_bytes`: by how much the last probe's peak was above its plan (below: negative). Empty where nothing was measured."""
+    """`probes`: by how many bytes each subject's last probe was above its plan (below: negative). Empty where nothing was measured."""
     found = _all().get(device.name)
     return found if isinstance(found, dict) else {}
 
 
-def extra_bytes(device: Device) -> int:
-    """What a plan for this device has to add, by the last probe on it."""
-    return int(known(device).get("extra_bytes", 0))
+def subject(recipe: Recipe, model: str) -> str:
+    """What a probe's difference holds for: the method and the model, `model` its fingerprint, as they are trained; at any batch."""
+    method = recipe.training.method
+    adapter = None if method == "full" else recipe.lora.model_dump()
+    return f"{method} {recipe.model} {fingerprint(model, recipe.training.optim, adapter, recipe.what_if.model_dump())}"
 
 
-def remember(device: Device, planned: Peak, allocated_bytes: int, reserved_bytes: int | None) -> None:
-    """Keep a probe's difference to the plan for the device. Without an earlier probe's difference in it."""
+def _probes(device: Device) -> dict[str, Any]:
+    found = known(device).get("probes")
+    return found if isinstance(found, dict) else {}
+
+
+def extra_bytes(device: Device, subject: str) -> int:
+    """What a plan of this subject for this device has to add, by its last probe there; 0 where it was never probed."""
+    found = _probes(device).get(subject)
+    return found if isinstance(found, int) else 0
+
+
+def remember(device: Device, subject: str, planned: Peak, allocated_bytes: int, reserved_bytes: int | None) -> None:
+    """Keep a probe's difference to the plan for its subject on the device. Without an earlier probe's difference in it."""
     measured = reserved_bytes if reserved_bytes is not None else allocated_bytes
     expected = planned.reserved_bytes if reserved_bytes is not None else planned.allocated_bytes
-    _update(device, {"extra_bytes": measured - expected})
+    _update(device, {"probes": {**_probes(device), subject: measured - expected}})
 
 
 def _update(device: Device, entry: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ftkit.data import Batching, batching, grouped_batch_tokens
 from ftkit.device import Device
 from ftkit.errors import ModelError
-from ftkit.memory import later
+from ftkit.memory import later, measured
 from ftkit.memory.fit import StepMemory
 from ftkit.memory.inventory import DTYPE_BYTES, Inventory, Skeleton
 from ftkit.memory.later import LaterStep, Place
@@ -24,7 +24,7 @@ MARGIN = 0.04  # of the budget, kept free: above the largest error seen against 
 # its bytes a second, at 2 operations and 2 bytes a weight; 164 for an RTX 4090, 200 for an A100, 295 for an H100.
 RIDGE_TOKENS = 256
 CHECKPOINTING_COST = 4 / 3  # one more forward pass beside one forward and a backward pass of twice its work
-RESERVE, CONTEXT, PROBED, PROCESS = "allocator’s reserve", "CUDA context", "more, by the last probe", "Python and its libraries"
+RESERVE, CONTEXT, PROBED, PROCESS = "allocator’s reserve", "CUDA context", "more, by the probe of this model", "Python and its libraries"
 SHORTER_BY = 64  # tokens: the step in which a shorter length is looked for
 
 
@@ -89,7 +89,7 @@ class MemoryPlan:
     changes: tuple[Change, ...]
     batching: Batching | None
     work: Work | None  # None without a dataset
-    extra_bytes: int  # on the device beyond the trace: the last probe's difference, and on a CPU the process itself
+    extra_bytes: int  # on the device beyond the trace: the difference of this model's probe, and on a CPU the process itself
     timeline: Timeline
     later: tuple[LaterStep, ...]  # those after the plan, training first
     gguf_bytes: dict[str, int]  # of each type's tensors
@@ -120,11 +120,13 @@ class MemoryPlan:
         """What the device holds at the peak beside the step's tensors; with them it is `device_bytes`."""
         peak = fit.peak
         if self.device.kind == "cpu":
-            return {PROCESS: peak.device_bytes - peak.reserved_bytes}
+            beside = {PROCESS: later.FTKIT_BYTES, PROBED: peak.device_bytes - peak.reserved_bytes - later.FTKIT_BYTES}
+            return {name: size for name, size in beside.items() if size}
+        probed = self.extra_bytes if fit.inventory.method == self.chosen.inventory.method else 0
         found = {
             RESERVE: peak.reserved_bytes - sum(part.bytes for part in peak.parts),
-            CONTEXT: peak.device_bytes - peak.reserved_bytes - self.extra_bytes,
-            PROBED: self.extra_bytes,
+            CONTEXT: peak.device_bytes - peak.reserved_bytes - probed,
+            PROBED: probed,
         }
         return {name: size for name, size in found.items() if size}
 
@@ -188,7 +190,8 @@ class Planner:
         bfloat16: bool, extra_bytes: int = 0, labelled_share: float = 1.0,
     ) -> None:  # fmt: skip
         self.labelled_share = labelled_share
-        self.extra_bytes = extra_bytes + (0 if device.kind == "cuda" else later.FTKIT_BYTES)
+        self.process_bytes = 0 if device.kind == "cuda" else later.FTKIT_BYTES
+        self.extra_bytes = self.process_bytes + extra_bytes
         self.recipe, self.device, self.length, self.lengths = recipe, device, length, lengths
         self.dtype = "bfloat16" if bfloat16 else "float32"
         self.skeleton = Skeleton(config, self.dtype, recipe.what_if.attention, recipe.what_if.tied is not False, recipe.trust_remote_code)
@@ -213,9 +216,15 @@ class Planner:
         key = (repr(settings), batch, length or self.length, accumulates)
         if key not in self._peaks:
             step = self.memory(settings).step(batch, length or self.length, accumulates=accumulates)
-            peak = step.peak(self.limit_bytes - self.extra_bytes)
-            self._peaks[key] = replace(peak, device_bytes=peak.device_bytes + self.extra_bytes)
+            extra = self.extra_of(recipe)
+            peak = step.peak(self.limit_bytes - extra)
+            self._peaks[key] = replace(peak, device_bytes=peak.device_bytes + extra)
         return self._peaks[key]
+
+    def extra_of(self, recipe: Recipe) -> int:
+        """What is added to a step's peak: a probe's difference only where that very step is planned, not for another method."""
+        same = measured.subject(recipe, "") == measured.subject(self.recipe, "")
+        return self.extra_bytes if same else self.process_bytes
 
     def memory(self, settings: StepSettings) -> StepMemory:
         key = repr(settings)
@@ -370,7 +379,7 @@ def make_plan(
     """Plan a run for rows of up to `length` tokens; `lengths` are those of the training rows, where there is a dataset.
 
     `labelled_share` is the largest share of a batch's tokens that is learnt, `extra_bytes` what an earlier probe of this
-    device found beyond the trace.
+    model by this method on this device found beyond the trace.
     Counts are of the model on the meta device, peaks of traced steps. Raises ModelError where a step cannot be traced,
     RecipeError where the adapter's targets are wrong.
     """
