@@ -287,6 +287,7 @@ def _examples(project: Project, opened: Source, rows: Rows) -> tuple[TokenCounts
     examples, held_out = project.tokenised(rows.train, tokenizer), project.tokenised(rows.validation, tokenizer)
     trained, validated = data.cut(examples, max_length), data.cut(held_out, max_length)
     data.refuse_nothing_to_learn(trained, validated)
+    _say_what_is_only_held_out(project, rows)
     ship = project.recipe.ship
     for row in rows.test:
         asked = len(data.token_ids(tokenizer, data.render(tokenizer, row.question, ask=True)))
@@ -297,6 +298,16 @@ def _examples(project: Project, opened: Source, rows: Rows) -> tuple[TokenCounts
                 f"--set ship.num_ctx={-(-(asked + ship.max_new_tokens) // 1024) * 1024}",
             )
     return data.count_tokens([*examples, *held_out], max_length), trained, validated
+
+
+def _say_what_is_only_held_out(project: Project, rows: Rows) -> None:
+    if missing := data.only_held_out(rows.train, rows.validation):
+        kinds = len({row.answer for row in (*rows.train, *rows.validation)})
+        first = json.dumps(missing[0].answer[:40], ensure_ascii=True)
+        project.reporter.warn(
+            f"{len(missing)} of {kinds} different answers stand in the validation rows alone and are not learnt: "
+            f"the first is {first}, line {missing[0].line}; add rows of that kind, or name a file in data.validation"
+        )
 
 
 def _check_config(config: Any, recipe: Recipe, length: int) -> None:

@@ -194,6 +194,21 @@ def test_a_row_stays_on_each_side(count: int, share: float) -> None:
     assert len(train) + len(validation) == count
 
 
+@pytest.mark.parametrize(
+    ("training", "validation", "missing"),
+    [
+        (["yes", "no", "yes", "no"], ["no", "perhaps", "perhaps"], [6]), (["yes", "yes", "no"], ["no"], []),
+        (["a", "b", "c", "d"], ["e"], []), (["yes", "yes", "yes"], ["no", "no", "never"], [4, 6]),
+    ],
+)  # fmt: skip
+def test_kinds_of_answers_that_validation_took_whole_are_found(training: list[str], validation: list[str], missing: list[int]) -> None:
+    rows = [
+        data.Row(({"role": "user", "content": "?"}, {"role": "assistant", "content": word}), n)
+        for n, word in enumerate([*training, *validation], 1)
+    ]
+    assert [row.line for row in data.only_held_out(rows[: len(training)], rows[len(training) :])] == missing
+
+
 def test_one_row_cannot_be_split() -> None:
     with pytest.raises(DataError, match="One row"):
         data.split_validation(make_rows(1), 0.1, seed=1)
