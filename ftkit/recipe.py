@@ -135,6 +135,20 @@ class WhatIf(Part):
     longest_first: bool | None = Field(default=None, description="true: only the first step sees the longest batch")
 
 
+def modelfile_value(text: str) -> str:
+    """A text as a Modelfile holds it. Raises ValueError with what it cannot hold.
+
+    As Ollama's parser/parser.go reads it: nothing is unescaped; three quotes end a text only at the end of a line; what Go
+    calls not printable is dropped without a word, apart from tabs and line ends.
+    """
+    dropped = next((c for c in text if not c.isprintable() and c not in "\t\r\n"), None)
+    if dropped:
+        raise ValueError(f"a Modelfile cannot hold the character U+{ord(dropped):04X}, Ollama drops it")
+    if re.search(r'"""[ \t]*[\r\n]', text):
+        raise ValueError('a Modelfile cannot hold """ at the end of a line')
+    return f'"""{text}"""' if set(text) & set('"\r\n') or not text else f'"{text}"'
+
+
 class Ship(Part):
     name: str = "my-model"
     quantization: str = "Q4_K_M"
@@ -156,8 +170,8 @@ class Ship(Part):
     @field_validator("system")
     @classmethod
     def _system(cls, value: str | None) -> str | None:
-        if value and '"""' in value:
-            raise ValueError('a Modelfile cannot hold """ inside a text; use single quotes in it')
+        if value:
+            modelfile_value(value)
         return value
 
     @field_validator("quantization")

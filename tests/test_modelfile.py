@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from datetime import date
 
 import jinja2
 import pytest
 
 from ftkit.data import Message
 from ftkit.errors import ModelError, RecipeError
-from ftkit.ollama import SHAPES, ChatFormat, Modelfile, find_format, go_template, make_modelfile
-from ftkit.recipe import Ship
+from ftkit.ollama import TRIM, ChatFormat, Modelfile, conversations, find_format, go_template, make_modelfile
+from ftkit.recipe import Ship, modelfile_value
 
 CHATML = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 {{ message['content'] }}<|im_end|>
@@ -25,24 +25,38 @@ TAGS = (
     "{% endif %}{% endfor %}{% if ask %}<|assistant|>{% endif %}"
 )
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
-TRIMS = CHATML.replace("message['content']", "message['content'] | upper")
+SHOUTS = CHATML.replace("message['content']", "message['content'] | upper")
+TRIMS = CHATML.replace("message['content']", "message['content'] | trim")  # Llama 3's kind
+TRIMS_LEFT = CHATML.replace("message['content']", "message['content'].lstrip()")
+TRIMS_ANSWERS = CHATML.replace("message['content']", "message['content'] if message.role != 'assistant' else message['content'] | trim")
+COUNTS_LINES = CHATML.replace("<|im_end|>", "{{ '!' if '\\r' in message['content'] }}<|im_end|>")
+CUTS_MARKS = CHATML.replace("message['content']", "message['content'].split('<|im_end|>')[0]")
+DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML
 NUMBERS = CHATML.replace("<|im_start|>{{", "<|im_start|>{{ loop.index }}{{")
-# Gemma's kind: the system text goes into the first question.
+# Gemma's kind: the system text goes into the first question; what is trimmed is the question alone.
 FOLDED = (
-    "{% if messages[0].role == 'system' %}{% set start = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}{% else %}"
-    "{% set start = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}<turn>{{ m.role }} {{ start if loop.first }}{{ m.content }}<end>"
-    "{% endfor %}{% if ask %}<turn>assistant {% endif %}"
+    "<bos>{% if messages[0].role == 'system' %}{% set start = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}{% else %}"
+    "{% set start = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ start if loop.first }}{{ m.content | trim }}<end>\n{% endfor %}{% if ask %}<turn>model\n{% endif %}"
+)
+# Llama 2's kind: every question begins with BOS, the first among them.
+INST = (
+    "{% if messages[0].role == 'system' %}{% set start = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}{% set rest = messages[1:] %}"
+    "{% else %}{% set start = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}{% if m.role == 'user' %}"
+    "<s>[INST] {{ start if loop.first }}{{ m.content }} [/INST]{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
 )
 
 
-def renderer(template: str) -> Callable[[Sequence[Message], bool], str]:
+def renderer(template: str, day: date | None = None) -> Callable[[Sequence[Message], bool], str]:
     """Render as transformers does: Jinja, with an exception that templates may raise."""
 
     def raise_exception(message: str) -> None:
         raise ModelError(message)  # as data.render tells what a template refuses
 
     compiled = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)  # noqa: S701 – text for a model, not HTML
-    return lambda messages, ask: compiled.render(messages=messages, ask=ask, raise_exception=raise_exception)
+    return lambda messages, ask: compiled.render(
+        messages=messages, ask=ask, raise_exception=raise_exception, strftime_now=(day or date.today()).strftime
+    )
 
 
 def turns(end: str = "<|im_end|>\n") -> dict[str, tuple[str, str]]:
@@ -56,21 +70,48 @@ def turns(end: str = "<|im_end|>\n") -> dict[str, tuple[str, str]]:
         (DEFAULT_SYSTEM, ChatFormat("<|im_start|>system\nBe helpful.<|im_end|>\n", **turns())),
         (WITH_BOS, ChatFormat("<s>", **{**turns(), "system": ("<s><|im_start|>system\n", "<|im_end|>\n")})),
         (TAGS, ChatFormat("", ("<|system|>", "<|end|>"), ("<|user|>", "<|end|>"), ("<|assistant|>", "</s>"))),
+        (NO_SYSTEM, ChatFormat("", **{**turns(), "system": None})),
+        (TRIMS, ChatFormat("", **turns(), trimmed=frozenset(("system", "user", "assistant")))),
+        (TRIMS_ANSWERS, ChatFormat("", **turns(), trimmed=frozenset(("assistant",)))),
+        (
+            FOLDED,
+            ChatFormat(
+                "<bos>",
+                ("<bos><turn>user\n", "\n\n"),
+                ("<turn>user\n", "<end>\n"),
+                ("<turn>model\n", "<end>\n"),
+                folded=True,
+                trimmed=frozenset(("user", "assistant")),
+            ),
+        ),
+        (
+            INST,
+            ChatFormat("", ("<s>[INST] <<SYS>>\n", "\n<</SYS>>\n\n"), ("<s>[INST] ", " [/INST]"), (" ", " </s>"), folded=True, asks=""),
+        ),
     ],
-    ids=["chatml", "default system prompt", "bos", "tags"],
+    ids=["chatml", "default system prompt", "bos", "tags", "no system role", "trims", "trims answers", "folds", "inst"],
 )
 def test_a_template_is_taken_apart(template: str, chat: ChatFormat) -> None:
     render = renderer(template)
     assert find_format(render) == chat
-    for roles in SHAPES:
-        messages = [{"role": role, "content": f" {role} qz {n}\n"} for n, role in enumerate(roles)]
+    for messages in conversations(render):
         assert chat.render(messages) == render(messages, True)
 
 
-@pytest.mark.parametrize("template", [NO_SYSTEM, TRIMS, NUMBERS, FOLDED], ids=["no system role", "changes text", "numbers turns", "folds"])
+@pytest.mark.parametrize(
+    "template",
+    [SHOUTS, TRIMS_LEFT, COUNTS_LINES, CUTS_MARKS, NUMBERS],
+    ids=["changes text", "trims one side", "looks at line ends", "cuts marks", "numbers turns"],
+)
 def test_a_template_that_writes_more_is_refused(template: str) -> None:
     with pytest.raises(ModelError, match="more than fixed text"):
         find_format(renderer(template))
+
+
+def test_a_date_is_noticed() -> None:
+    assert find_format(renderer(CHATML), lambda day: renderer(CHATML, day)) == ChatFormat("", **turns())
+    with pytest.raises(ModelError, match="today's date"):
+        find_format(renderer(DATED), lambda day: renderer(DATED, day))
 
 
 def test_go_template_of_chatml() -> None:
@@ -83,6 +124,13 @@ def test_go_template_of_chatml() -> None:
     )
 
 
+def test_go_trims_where_the_template_does() -> None:
+    text = go_template(find_format(renderer(TRIMS_ANSWERS)))
+    assert text.startswith(TRIM)
+    assert "<|im_start|>user\n{{ $m.Content }}<|im_end|>" in text
+    assert '<|im_start|>assistant\n{{ template "trim" $m.Content }}<|im_end|>' in text
+
+
 def test_the_default_system_prompt_comes_only_without_another() -> None:
     text = go_template(find_format(renderer(DEFAULT_SYSTEM)))
     assert '{{ if and (eq $i 0) (ne $m.Role "system") }}<|im_start|>system\nBe helpful.<|im_end|>\n{{ end }}' in text
@@ -92,14 +140,16 @@ def test_bos_is_left_to_llama_cpp() -> None:
     chat = find_format(renderer(WITH_BOS))
     assert "<s>" in go_template(chat)
     assert "<s>" not in go_template(chat, bos="<s>")
+    assert "{{ if $i }}<s>{{ end }}[INST] " in go_template(find_format(renderer(INST)), bos="<s>")  # between turns it is the template's
 
 
-@pytest.mark.parametrize("mark", ["{{ .Prompt }}", 'a """ b'])
+@pytest.mark.parametrize("mark", ["{{ .Prompt }}", 'a """ b', "{", "\u200d{"])
 def test_text_that_go_or_the_modelfile_would_read_is_quoted(mark: str) -> None:
     text = go_template(ChatFormat("", **turns(end=f"{mark}\n")))
     assert f"{mark}\n" not in text
     assert '"""' not in text
-    assert text.count("{{") == text.count("}}")
+    assert text.count("{{ ") == text.count(" }}")
+    assert "\u200d" not in text
 
 
 def lines(modelfile: Modelfile) -> list[str]:
@@ -117,7 +167,7 @@ def test_every_value_is_written_out() -> None:
         "PARAMETER top_p 0.9",
         "PARAMETER repeat_penalty 1.0",
         'PARAMETER stop "<|im_end|>"',
-        'PARAMETER stop "say \\"no\\""',
+        'PARAMETER stop """say "no""""',  # Ollama unescapes nothing
     ]
 
 
@@ -128,7 +178,45 @@ def test_template_and_system_stand_as_they_are() -> None:
     assert 'SYSTEM """Sei kurz.\n<b>&amp;</b> {{ x }}"""\n' in text
 
 
-def test_a_system_prompt_that_a_modelfile_cannot_hold() -> None:
-    parameters: dict[str, Any] = {}
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("plain # no comment", '"plain # no comment"'),
+        (" spaces ", '" spaces "'),
+        ("back\\slash \\n", '"back\\slash \\n"'),
+        ('"', '"""""""'),
+        ('say """no""" now', '"""say """no""" now"""'),
+        ("FROM x\nPARAMETER stop y", '"""FROM x\nPARAMETER stop y"""'),
+        ("", '""""""'),
+    ],
+)
+def test_a_modelfile_holds(text: str, held: str) -> None:
+    """What Ollama makes of it, tests/test_servers.py asks real servers."""
+    assert modelfile_value(text) == held
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('a """\nFROM x', "end of a line"),
+        ('"""\t \r\nb', "end of a line"),
+        ("no\N{NO-BREAK SPACE}break", r"U\+00A0"),
+        ("\N{WOMAN}\N{ZERO WIDTH JOINER}\N{GIRL}", r"U\+200D"),
+        ("nul\0", r"U\+0000"),
+        ("\ud800", r"U\+D800"),
+    ],
+)
+def test_what_a_modelfile_cannot_hold_is_refused_by_name(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        modelfile_value(text)
+    with pytest.raises(ValueError, match=rf"(?s)system.*{why}"):  # in the recipe, long before it would be written
+        Ship(system=text)
+    with pytest.raises(RecipeError, match=rf"ship\.system.*{why}"):
+        Modelfile("./m.gguf", None, text, {}).text()
+    with pytest.raises(ModelError, match=rf"stop .*{why}"):
+        Modelfile("./m.gguf", None, None, {"stop": [text]}).text()
+
+
+def test_a_system_prompt_for_a_template_that_takes_none() -> None:
     with pytest.raises(RecipeError, match=r"ship\.system"):
-        Modelfile("./m.gguf", None, 'say """no"""', parameters).text()
+        make_modelfile("./m.gguf", find_format(renderer(NO_SYSTEM)), Ship(system="Be kind."), bos="", stops=[])
