@@ -333,13 +333,15 @@ def temporary_name(name: str) -> str:
 
 def register(
     client: Client, name: str, gguf: Path, modelfile: Modelfile, render: Render,
-    *, temporary: str | None = None, before_naming: Callable[[str], None] | None = None, reporter: Reporter = SILENT,
+    *, temporary: str | None = None, verify: Callable[[str], Check] | None = None,
+    before_naming: Callable[[str], None] | None = None, reporter: Reporter = SILENT,
 ) -> Registered:  # fmt: skip
     """Create the model, check that the server asks it as training did, and only then give it its name.
 
     The check renders conversations on the server and compares them with `render`. Raises ProofError where they differ,
     ToolFailedError where the server fails: the name then still belongs to what it belonged to before, and the temporary
-    model is gone. `before_naming` is called with the digest that the name is about to get.
+    model is gone. `verify` makes one more check, of the temporary model that it is given; `before_naming` is called with
+    the digest that the name is about to get.
     """
     temporary = temporary or temporary_name(name)
     with _told(f"Ollama could not create {name}"):
@@ -352,6 +354,10 @@ def register(
                 temporary, files={gguf.name: digest}, template=modelfile.template, system=modelfile.system, parameters=modelfile.parameters
             )
             checks = check_prompts(client, temporary, modelfile, render)
+            if verify:
+                checks = (*checks, verify(temporary))
+            if wrong := next((check for check in checks if check.outcome == "failed"), None):
+                raise ProofError(f"{wrong.name}: {wrong.detail}", "take a newer Ollama, or ship without: --no-ollama")
             made = digest_of(client, temporary)
             if not made:
                 raise ToolFailedError(f"Ollama created {temporary}, and does not list it.")

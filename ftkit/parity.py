@@ -95,3 +95,19 @@ def judge_answers(scores: Mapping[str, Score], shipped: str, alike: Score, limit
     if lost > limit:
         return failed(name, f"{lost:.1f} points are lost, {limit:g} are allowed; {figures}")
     return passed(name, figures)
+
+
+def judge_served(expected: Sequence[str], file: Sequence[str], served: Sequence[str], match: Match, limit: float) -> Check:
+    """Whether a server answers as the file does in llama.cpp, up to `limit` points.
+
+    Builds of llama.cpp answer a few questions otherwise, to and fro: two standard errors of the difference of paired
+    answers (McNemar's) are allowed beside the limit. Not made where the file gets nothing right, so that no loss shows.
+    """
+    name = "answers in Ollama"
+    before, after = score(expected, file, match), score(expected, served, match)
+    figures = f"{after.right} of {after.rows} right, in llama.cpp {before.right}; {same(file, served).right} are the same text"
+    if not before.right:
+        return not_made(name, f"in llama.cpp no answer is right, so that a loss cannot be seen; {figures}")
+    other = sum(is_right(e, a, match) != is_right(e, b, match) for e, a, b in zip(expected, file, served, strict=True))
+    lost, allowed = before.right - after.right, limit / 100 * before.rows + 2 * other**0.5
+    return failed(name, f"{lost} right answers are lost; {figures}") if lost > allowed else passed(name, figures)

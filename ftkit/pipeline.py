@@ -472,11 +472,13 @@ def ship(project: Project, *, use_ollama: bool | None = None, replace_model: boo
     modelfile = _write_modelfile(project, merged, shipped)
     proof = _judge(project, asked, told, proven, shipped)
     registered, because, register_with = None, None, None
+    checks = proof.checks
     if use_ollama is not False:
         try:
             with ollama.connect(project.reporter) as client:
                 _refuse_anothers_name(project, client, replace_model)
-                registered = _register(project, client, shipped, merged, asked)
+                registered, in_ollama = _register(project, client, shipped, merged, asked, proven)
+                checks = [*checks, *in_ollama]
         except (ToolMissingError, NameTakenError) as error:
             if use_ollama:
                 raise
@@ -486,7 +488,7 @@ def ship(project: Project, *, use_ollama: bool | None = None, replace_model: boo
         files=[*(entry for entry in converted.result["files"] if entry["path"] != record["path"]), record],
         modelfile=modelfile,
         merged_onto=merged.result["onto"],
-        checks=proof.checks,
+        checks=checks,
         scores=proof.scores,
         same_answers=proof.same_answers,
         proof_file=proven.folder / PROOF,
@@ -793,7 +795,7 @@ def _modelfile(project: Project, tokenizer: Any, gguf: Path, stops: Sequence[int
     from gguf import GGUFReader
 
     try:
-        chat = ollama.find_format(_render(tokenizer))
+        chat = ollama.find_format(_render(tokenizer), lambda day: _render(template.dated(tokenizer, day)))
     except ModelError as error:
         project.reporter.warn(f"{error.message} Ollama is left to use the template inside the GGUF.")
         chat = None
@@ -921,40 +923,70 @@ def _judge(project: Project, asked: Step, told: Step, proven: Step, shipped: Ggu
 
 
 def _refuse_anothers_name(project: Project, client: Any, replace_model: bool) -> None:
-    """Raise NameTakenError where Ollama has a model of this name that is not the one which this run registered."""
+    """Raise NameTakenError where Ollama has a model of this name that is not one which this run registered, or was about to."""
     name = project.recipe.ship.name
     recorded = project.run.manifest().get("ollama", {})
+    made_here = [[recorded.get("name"), recorded.get("digest")], *recorded.get("naming", [])]
     digest = ollama.digest_of(client, name)
-    if digest and not replace_model and (recorded.get("name"), recorded.get("digest")) != (name, digest):
+    if digest and not replace_model and [name, digest] not in made_here:
         raise NameTakenError(
             f"Ollama has a model named {name} that this run did not make; it is left as it is.",
             "replace it: ftkit ship --ollama --yes; or take another name: --set ship.name=NAME",
         )
 
 
-def _register(project: Project, client: Any, shipped: GgufModel, merged: Step, asked: Step) -> str:
-    """Create the model in Ollama unless it is there from this very file and Modelfile, and ask it held-out questions; its name."""
+def _register(project: Project, client: Any, shipped: GgufModel, merged: Step, asked: Step, proven: Step) -> tuple[str, list[Check]]:
+    """Create the model in Ollama unless it is there from this very file and Modelfile; its name, and what was checked of it.
+
+    Whatever moment it is killed at, the next ship knows what of Ollama's is this run's: the temporary name stands in the
+    index before the server hears it, and the digest before the name gets it.
+    """
     name, mark = project.recipe.ship.name, project.run.manifest()["shipped"]["mark"]
     recorded = project.run.manifest().get("ollama", {})
+    if left := recorded.get("temporary"):
+        ollama.remove(client, left, project.reporter)
     digest = ollama.digest_of(client, name)
-    if digest and recorded.get("digest") == digest and recorded.get("shipped") == mark:
-        return name
-    gguf = shipped.path
-    tokenizer = project.tokenizer(merged.folder / "model")
+    if digest and recorded.get("digest") == digest and recorded.get("shipped") == mark and "checks" in recorded:
+        return name, [Check(**entry) for entry in recorded["checks"]]
+    if ollama.models_folder() is None:
+        project.reporter.note(
+            f"Ollama is on another machine: whether its disk takes {bytes_text(shipped.path.stat().st_size)} was not looked at"
+        )
+    tokenizer = hf.load_tokenizer(merged.folder / "model")
     project.reporter.step(f"registering {name} in Ollama")
-    modelfile = _modelfile(project, tokenizer, gguf, merged.result["stops"])
-    digest = ollama.register(client, name, gguf, modelfile, _render(tokenizer), project.reporter)
-    record = _read_answers(asked)
+    modelfile = _modelfile(project, tokenizer, shipped.path, merged.result["stops"])
+    temporary = ollama.temporary_name(name)
+    project.run.record(ollama={**recorded, "temporary": temporary})
+    answers: dict[str, Any] = {}
+
+    def verify(unchecked: str) -> Check:
+        score, check = _ask_ollama(project, client, unchecked, asked, proven)
+        answers.update(asdict(score))
+        return check
+
+    registered = ollama.register(
+        client, name, shipped.path, modelfile, _render(tokenizer), temporary=temporary, verify=verify,
+        before_naming=lambda made: project.run.record(
+            ollama={**recorded, "temporary": temporary, "naming": [*recorded.get("naming", []), [name, made]]}
+        ),
+        reporter=project.reporter,
+    )  # fmt: skip
+    checks = [asdict(check) for check in registered.checks]
+    project.run.record(ollama={"name": name, "digest": registered.digest, "shipped": mark, "score": answers, "checks": checks})
+    return name, list(registered.checks)
+
+
+def _ask_ollama(project: Project, client: Any, name: str, asked: Step, proven: Step) -> tuple[Score, Check]:
+    """Ask the server the first held-out questions: how many it answers right, and whether that is what the file answers."""
+    ship, record = project.recipe.ship, _read_answers(asked)
     questions, expected = record["questions"][:OLLAMA_ROWS], record["expected"][:OLLAMA_ROWS]
     threads = device.asked_threads()  # more than are free slow a server down many times: they spin while they wait
     given = ollama.answer(
-        client, name, questions, project.recipe.ship.max_new_tokens,
-        options={"num_thread": threads} if threads else None, reporter=project.reporter,
-    )  # fmt: skip
-    score = parity.score(expected, given, project.recipe.ship.match)
+        client, name, questions, ship.max_new_tokens, options={"num_thread": threads} if threads else None, reporter=project.reporter
+    )
+    score = parity.score(expected, given, ship.match)
     project.reporter.note(f"Ollama answers {score.right} of {score.rows} held-out questions right")
-    project.run.record(ollama={"name": name, "digest": digest, "shipped": mark, "score": asdict(score)})
-    return name
+    return score, parity.judge_served(expected, _read_answers(proven)["answers"][:OLLAMA_ROWS], given, ship.match, ship.max_loss_points)
 
 
 def build(project: Project, *, use_ollama: bool | None = None, replace_model: bool = False) -> Shipped:

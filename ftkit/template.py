@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -42,6 +43,14 @@ def fix_date(chat_template: str, day: date) -> str:
         dates = ", ".join(f"{json.dumps(form)}: {json.dumps(day.strftime(form))}" for form in sorted(set(formats)))
         defined += f"{{%- macro strftime_now(format) -%}}{{{{- {{{dates}}}[format] -}}}}{{%- endmacro %}}"
     return f"{defined}\n{chat_template}" if defined else chat_template  # the newline after a block is not rendered (trim_blocks)
+
+
+def dated(tokenizer: PreTrainedTokenizerBase, day: date) -> PreTrainedTokenizerBase:
+    """The tokenizer with a template for which today is `day`, by whatever name it calls the function; a fixed date stays."""
+    other = copy.copy(tokenizer)
+    words = f'{{%- set date_string = "{day}" %}}{{%- macro strftime_now(format) -%}}{day}{{%- endmacro %}}'
+    other.chat_template = f"{words}\n{tokenizer.chat_template}"
+    return other
 
 
 def is_dated(chat_template: str | None) -> bool:

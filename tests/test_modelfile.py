@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
 
 import jinja2
+import ollama as ollama_client
 import pytest
 
+from ftkit.check import Check
 from ftkit.data import Message
-from ftkit.errors import ModelError, RecipeError
-from ftkit.ollama import TRIM, ChatFormat, Modelfile, conversations, find_format, go_template, make_modelfile
+from ftkit.errors import ModelError, ProofError, RecipeError, ToolFailedError
+from ftkit.ollama import (
+    PROMPTS,
+    TRIM,
+    ChatFormat,
+    Modelfile,
+    check_prompts,
+    conversations,
+    find_format,
+    go_template,
+    make_modelfile,
+    temporary_name,
+)
 from ftkit.recipe import Ship, modelfile_value
 
 CHATML = """{% for message in messages %}<|im_start|>{{ message['role'] }}
@@ -220,3 +237,81 @@ def test_what_a_modelfile_cannot_hold_is_refused_by_name(text: str, why: str) ->
 def test_a_system_prompt_for_a_template_that_takes_none() -> None:
     with pytest.raises(RecipeError, match=r"ship\.system"):
         make_modelfile("./m.gguf", find_format(renderer(NO_SYSTEM)), Ship(system="Be kind."), bos="", stops=[])
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Check, ...]]]:
+    """`check_prompts` against what a server could say: (status, body) to every question, the body made of the last user's text."""
+    says: dict[str, Any] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = says["body"](asked["messages"])
+            self.send_response(says["status"])
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *words: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with ollama_client.Client(f"http://127.0.0.1:{server.server_port}") as client:
+
+            def check(
+                body: Callable[[list[Message]], str], *, status: int = 200, template: str = CHATML, bos: str = ""
+            ) -> tuple[Check, ...]:
+                says.update(status=status, body=body)
+                return check_prompts(client, "m", Modelfile("./m.gguf", None, None, {}, bos), renderer(template))
+
+            yield check
+        server.shutdown()
+
+
+def rendered(template: str, before: str = "") -> Callable[[list[Message]], str]:
+    return lambda messages: json.dumps({"_debug_info": {"rendered_template": before + renderer(template)(messages, True)}})
+
+
+def test_equal_prompts_pass(served: Callable[..., tuple[Check, ...]]) -> None:
+    assert [check.outcome for check in served(rendered(CHATML))] == ["passed"]
+
+
+def test_the_bos_of_llama_cpp_counts_once(served: Callable[..., tuple[Check, ...]]) -> None:
+    assert served(rendered(CHATML), template=WITH_BOS, bos="<s>")[0].outcome == "passed"
+    with pytest.raises(ProofError, match="renders"):
+        served(rendered(WITH_BOS), template=WITH_BOS, bos="<s>")  # twice
+    with pytest.raises(ProofError, match="renders"):
+        served(rendered(CHATML), template=CHATML, bos="<s>")  # trained without
+    gemma = CHATML.replace("{% for", "<bos>{% for", 1)
+    assert served(rendered(gemma), template=gemma, bos="<bos>")[0].outcome == "passed"  # Ollama takes this one away itself
+
+
+@pytest.mark.parametrize("has", [lambda messages: renderer(CHATML)(messages, True), lambda messages: "", lambda messages: "assistant\n"])
+def test_a_lost_beginning_fails(has: Callable[[list[Message]], str], served: Callable[..., tuple[Check, ...]]) -> None:
+    """The default system prompt, or everything: what is left is the end of what training saw."""
+    with pytest.raises(ProofError, match="renders"):
+        served(lambda messages: json.dumps({"_debug_info": {"rendered_template": has(messages)}}), template=DEFAULT_SYSTEM)
+
+
+def test_a_server_that_does_not_say_is_no_pass(served: Callable[..., tuple[Check, ...]]) -> None:
+    (check,) = served(lambda messages: json.dumps({"message": {"content": "hi"}}))
+    assert (check.outcome, check.name) == ("not made", PROMPTS)
+
+
+@pytest.mark.parametrize("body", ['{"error": "llama runner\\nterminated"}', "llama runner\nterminated"])
+@pytest.mark.parametrize("status", [500, 400])
+def test_a_server_that_fails_is_no_pass(body: str, status: int, served: Callable[..., tuple[Check, ...]]) -> None:
+    with pytest.raises(ToolFailedError, match=rf"{status}.*llama runner terminated"):
+        served(lambda messages: body, status=status)
+
+
+def test_accepted_differences_are_told(served: Callable[..., tuple[Check, ...]]) -> None:
+    cuts_thought = CHATML.replace("message['content'] }}", "message['content'].split('</think>')[-1] }}")
+    checks = served(rendered(CHATML), template=cuts_thought)
+    assert [check.outcome for check in checks] == ["passed", "not made"]
+    assert "<think>" in checks[1].name
+
+
+def test_temporary_names_are_never_shared() -> None:
+    assert len({temporary_name(name) for name in ("m:q4", "m:q8", "m", "m:q4")}) == 4

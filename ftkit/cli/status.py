@@ -37,6 +37,7 @@ def command(run: Path, as_json: bool) -> None:
     if proven and not steps["quantise"]:
         del steps["quantise"]  # what ships is F16 or Q8_0
     checks = proof["checks"] if proven and proof.get("step") == proven.fingerprint else []
+    checks = [*checks, *(ollama.get("checks", []) if registered else [])]
     doubts = [f"{check['name']}: {check['outcome']}" for check in checks if check["outcome"] != "passed"]
     held = opened.holds([*STEPS])
     if as_json:

@@ -1,0 +1,267 @@
+"""What reaches a real Ollama server: Modelfiles of hostile texts, prompts of real families, and names, at whatever moment a ship ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import servers
+import tiny
+
+from ftkit import data, gguf, hf, ollama, pipeline, template, tools
+from ftkit.errors import NameTakenError, ProofError, ToolFailedError
+from ftkit.ollama import Modelfile
+from ftkit.recipe import Ship
+from ftkit.run import Run, Step
+
+pytestmark = [pytest.mark.ollama, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
+
+HOSTILE = (
+    "plain",
+    "  outer spaces\t ",
+    "FROM elsewhere\nPARAMETER stop x\n# no comment\nSYSTEM y",
+    'quotes " and """three""" inside',
+    '"whole"',
+    '"',
+    '""""',
+    "back\\slash \\n \\u0041 \\",
+    "\n\nlines\r\nof text\n",
+    'ends with "\n"',
+    "{{ .Prompt }} {{- x -}} }} { %",
+    "# hash",
+    "größer 大 <|im_end|>",
+)
+# Gemma 3's kind: a system message begins the first question, untrimmed, and the question is trimmed.
+FOLDED = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set start = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}"
+    "{% else %}{% set start = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + (start if loop.first else '') }}"
+    "{{ m.content | trim }}{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM<|im_end|>\n' }}{% endif %}"
+    + tiny.CHATML
+)
+
+TEMPLATES = {"chatml": ("Qwen 2.5", tiny.CHATML), "default system prompt": ("Qwen 2.5", DEFAULT_SYSTEM), "folded": ("Gemma 2", FOLDED)}
+
+
+@pytest.fixture(scope="module", params=servers.VERSIONS)
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """(version, address) of a running server."""
+    with servers.running(request.param, tmp_path_factory.mktemp(request.param)) as address:
+        yield request.param, address
+
+
+@pytest.fixture
+def client(server: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("OLLAMA_HOST", server[1])
+    with ollama.connect() as connected:
+        yield connected
+        for model in connected.list().models:
+            connected.delete(model.model)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """(tokenizer, F16 file) of a kind of model, made once."""
+    made: dict[str, tuple[Any, Path]] = {}
+
+    def make(kind: str) -> tuple[Any, Path]:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("model") / "model"
+            family, chat_template = TEMPLATES.get(kind, (kind, None))
+            families.make_model(families.by_name(family), folder, chat_template)
+            tokenizer = hf.load_tokenizer(folder, date(2024, 7, 26))
+            template.seal(folder, tokenizer)
+            path = folder / "m-F16.gguf"
+            gguf.convert(folder, path, "F16", tools.need_converter())
+            made[kind] = tokenizer, path
+        return made[kind]
+
+    return make
+
+
+def renders(tokenizer: Any) -> ollama.Render:
+    return lambda messages, ask: data.render(tokenizer, messages, ask=ask)
+
+
+def modelfile(tokenizer: Any, path: Path, **ship: Any) -> Modelfile:
+    from gguf import GGUFReader
+
+    adds = GGUFReader(path).get_field("tokenizer.ggml.add_bos_token")
+    bos = tokenizer.bos_token if adds and adds.contents() else ""
+    chat = ollama.find_format(renders(tokenizer))
+    return ollama.make_modelfile(f"./{path.name}", chat, Ship(num_ctx=512, **ship), bos=bos, stops=["<stop>"])
+
+
+def names(client: Any) -> list[str]:
+    return sorted(model.model for model in client.list().models)
+
+
+def shown(client: Any, name: str) -> dict[str, Any]:
+    """What a server knows of a model, but for its name, its times and the file's."""
+    known = client._client.post("/api/show", json={"model": name}).json()
+    known["parameters"] = sorted(known["parameters"].splitlines(), key=lambda line: line.split()[0])  # in no order, but for the stops
+    return {key: known.get(key) for key in ("template", "system", "parameters", "model_info", "details", "messages", "license")}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_the_file_and_the_request_create_the_same_model(
+    text: str, server: tuple[str, str], client: Any, files: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    _, path = files("chatml")
+    (tmp_path / "m.gguf").symlink_to(path)
+    chat = ollama.ChatFormat(text, (f"s{text}", text), (f"u{text}", text), (f"a{text}", text), trimmed=frozenset(("user",)))
+    made = ollama.make_modelfile("./m.gguf", chat, Ship(system=text, temperature=0.1), bos="", stops=[text, "<|im_end|>", f"{text}x"])
+    (tmp_path / "Modelfile").write_bytes(made.text().encode())
+    done = subprocess.run(
+        [servers.program(server[0]), "create", "by-hand", "-f", tmp_path / "Modelfile"], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OLLAMA_HOST": server[1], "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (blob,) = {f"sha256:{ollama.file_fingerprint(path)}"}
+    client.create("by-request", files={"m.gguf": blob}, template=made.template, system=made.system, parameters=made.parameters)
+    by_hand = shown(client, "by-hand")
+    assert by_hand == shown(client, "by-request")
+    assert by_hand["template"] == made.template
+    assert by_hand["system"] == text
+    assert ollama.digest_of(client, "by-hand") == ollama.digest_of(client, "by-request")
+    asked = [{"role": "user", "content": " q "}]
+    system = {"role": "system", "content": text}
+    assert ollama.rendered_prompt(client, "by-hand", asked) == chat.render([system, *asked])
+
+
+@pytest.mark.parametrize("kind", ["Qwen 2.5", "Llama 3.1", "Gemma 2", "Phi 3.5", "folded", "default system prompt"])
+def test_families_are_asked_as_they_were_trained(kind: str, client: Any, files: Callable[[str], tuple[Any, Path]]) -> None:
+    """Prompts equal, white space at the ends and all; and the model reads as many tokens as in training: one BOS, not two."""
+    tokenizer, path = files(kind)
+    made = modelfile(tokenizer, path)
+    registered = ollama.register(client, "family", path, made, renders(tokenizer))
+    told = {check.name: check.outcome for check in registered.checks}
+    assert told.pop(ollama.PROMPTS) == "passed"
+    assert set(told.values()) <= {"not made"}
+    assert registered.digest == ollama.digest_of(client, "family")
+    assert names(client) == ["family:latest"]
+    question = [{"role": "user", "content": "\n Is this safe? \n"}]
+    reply = client.chat("family", question, options={"num_predict": 1, "num_thread": 1})
+    assert reply.prompt_eval_count == len(data.token_ids(tokenizer, data.render(tokenizer, question, ask=True)))
+
+
+def test_a_system_prompt_is_checked_too(client: Any, files: Callable[[str], tuple[Any, Path]]) -> None:
+    tokenizer, path = files("folded")
+    made = modelfile(tokenizer, path, system=" Be\nbrief. ")
+    registered = ollama.register(client, "family", path, made, renders(tokenizer))
+    assert registered.checks[0].outcome == "passed"
+    lost = Modelfile(
+        made.file, made.template.replace("{{ $m.Content }}\n\n", "\n\n") if made.template else None, made.system, made.parameters
+    )
+    with pytest.raises(ProofError, match="renders"):
+        ollama.register(client, "lost", path, lost, renders(tokenizer))
+    assert names(client) == ["family:latest"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ("{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n", ProofError),
+        ("{{ if false }}{{ .Messages }}{{ end }}", ProofError),
+        ("{{ index .Messages 99 }}", ToolFailedError),
+    ],
+    ids=["default system prompt lost", "empty", "the server fails"],
+)
+def test_a_wrong_prompt_gets_no_name(wrong: str, error: type[Exception], client: Any, files: Callable[[str], tuple[Any, Path]]) -> None:
+    tokenizer, path = files("default system prompt")
+    made = modelfile(tokenizer, path)
+    with pytest.raises(error, match="render"):
+        ollama.register(client, "wrong", path, Modelfile(made.file, wrong, None, made.parameters, made.bos), renders(tokenizer))
+    assert names(client) == []
+
+
+def test_a_template_that_ollama_cannot_write_is_refused_or_right(
+    server: tuple[str, str], client: Any, files: Callable[[str], tuple[Any, Path]]
+) -> None:
+    """Without a TEMPLATE the server does as it likes; what counts is what it renders."""
+    tokenizer, path = files("default system prompt")
+    made = modelfile(tokenizer, path)
+    with pytest.raises(ProofError, match="Ollama renders"):  # it takes its own chatml, without the default system prompt
+        ollama.register(client, "bare", path, Modelfile(made.file, None, None, made.parameters), renders(tokenizer))
+    assert names(client) == []
+
+
+@pytest.fixture
+def ship(client: Any, files: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> Callable[[str], str]:
+    """Register the tiny model from a run, as `ftkit ship` does at its end."""
+    _, path = files("chatml")
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    folders = {name: tmp_path / name for name in ("asked", "proven")}
+    for folder in folders.values():
+        folder.mkdir()
+    question = [{"role": "user", "content": "hi"}]
+    (folders["asked"] / "answers.json").write_text(
+        json.dumps({"questions": [question], "expected": ["x"], "answers": {}}), encoding="utf-8"
+    )
+    (folders["proven"] / "answers.json").write_text(json.dumps({"answers": ["y"]}), encoding="utf-8")
+    steps = {name: Step(name, name, folder, {}, 0, True) for name, folder in folders.items()}
+    merged = Step("merge", "merge", path.parent.parent, {"stops": [151645]}, 0, True)
+    recipe = tiny.recipe(path.parent)
+
+    def register(name: str, *, replace_model: bool = False) -> str:
+        project = pipeline.Project(recipe.model_copy(update={"ship": Ship(name=name, num_ctx=512, max_new_tokens=2)}), tmp_path, run)
+        run.record(shipped={"mark": name})
+        pipeline._refuse_anothers_name(project, client, replace_model)
+        shipped = pipeline.GgufModel(path, "F16", merged)
+        registered, checks = pipeline._register(project, client, shipped, merged, steps["asked"], steps["proven"])
+        assert [check.outcome for check in checks] == ["passed", "not made"]  # no answer is right
+        recorded = run.manifest()["ollama"]
+        assert [entry["outcome"] for entry in recorded["checks"]] == ["passed", "not made"]
+        assert "temporary" not in recorded
+        return registered
+
+    return register
+
+
+class Killed(BaseException):
+    """As if the process were gone."""
+
+
+def test_killed_ships_know_their_own(ship: Callable[..., str], client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a ship left in Ollama, the next goes through without --yes, and in the end one model is there."""
+
+    def killed(*args: Any, **more: Any) -> None:
+        raise Killed
+
+    record = Run.record
+    for moment in ("before the copy", "after the copy", "before the record"):
+        with monkeypatch.context() as sabotage:
+            if moment == "before the copy":
+                sabotage.setattr(type(client), "copy", killed)
+            if moment == "before the record":
+                sabotage.setattr(Run, "record", lambda run, **more: killed() if "checks" in more.get("ollama", {}) else record(run, **more))
+            else:
+                sabotage.setattr(ollama, "remove", killed)  # what is killed cleans nothing up
+            with pytest.raises(Killed):
+                ship("m:q4")
+        there = names(client)
+        assert ("m:q4" in there) == (moment != "before the copy")
+        assert any("ftkit-unchecked" in name for name in there) == (moment != "before the record")
+    assert ship("m:q4") == "m:q4"
+    assert names(client) == ["m:q4"]
+
+
+def test_anothers_model_stays(ship: Callable[..., str], client: Any, files: Callable[[str], tuple[Any, Path]]) -> None:
+    tokenizer, path = files("chatml")
+    theirs = ollama.register(client, "m:q4", path, modelfile(tokenizer, path, system="Mine."), renders(tokenizer))
+    with pytest.raises(NameTakenError):
+        ship("m:q4")
+    assert ollama.digest_of(client, "m:q4") == theirs.digest
+    assert ship("m:q4", replace_model=True) == "m:q4"
+    assert ollama.digest_of(client, "m:q4") != theirs.digest
