@@ -952,7 +952,7 @@ def _register(project: Project, client: Any, shipped: GgufModel, merged: Step, a
         project.reporter.note(
             f"Ollama is on another machine: whether its disk takes {bytes_text(shipped.path.stat().st_size)} was not looked at"
         )
-    tokenizer = hf.load_tokenizer(merged.folder / "model")
+    tokenizer = project.tokenizer(merged.folder / "model")
     project.reporter.step(f"registering {name} in Ollama")
     modelfile = _modelfile(project, tokenizer, shipped.path, merged.result["stops"])
     temporary = ollama.temporary_name(name)
