@@ -356,7 +356,7 @@ def grouped_batch_tokens(lengths: Sequence[int], batch: int, effective_batch: in
     """Tokens of each micro-batch of an epoch, padding included, as the trainer puts rows of like length together.
 
     Its sampler groups by the rows of a whole optimizer step, not of a micro-batch, so that the next micro-batch of a step
-    goes on where the last ended. The order is the sampler's own for this seed; training shuffles anew each epoch.
+    goes on where the last ended. The order is that of the first epoch; training shuffles anew each epoch.
     """
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices

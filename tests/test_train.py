@@ -490,20 +490,15 @@ def test_a_training_that_diverges_is_an_error(tokenizer: Any, examples: list[Exa
 
 
 def test_padding_is_what_the_trainer_pads(model: Path, tokenizer: Any, tmp_path: Path) -> None:
-    """Batches of an epoch from the trainer's own loader, shuffled by the plan's seed, at each batch × accumulation."""
-    import torch
-
+    """Batches of the first epoch from the trainer's own loader, in its own order, at each batch × accumulation."""
     lengths = [5 + 37 * n % 118 for n in range(203)]
     examples = [Example([1] * length, [1] * length) for length in lengths]
     seen = {}
     for batch, accumulation in ((1, 8), (2, 4), (8, 1)):
         settings = Settings(batch, accumulation, gradient_checkpointing=False, bfloat16=False, cuda=False)
-        trainer = build_trainer(
-            tiny.recipe(model, method="lora", effective_batch_size=8), settings, model, tokenizer, examples, examples[:1], tmp_path
-        )
-        loader = trainer.get_train_dataloader()
-        loader.batch_sampler.sampler.generator = torch.Generator().manual_seed(7)
-        real = [part["input_ids"].numel() for part in loader]
+        recipe = tiny.recipe(model, method="lora", effective_batch_size=8, seed=7)
+        trainer = build_trainer(recipe, settings, model, tokenizer, examples, examples[:1], tmp_path)
+        real = [part["input_ids"].numel() for part in trainer.get_train_dataloader()]
         assert data.grouped_batch_tokens(lengths, batch, batch * accumulation, 7) == real
         seen[batch] = sum(real)
     assert seen[1] == sum(lengths) < seen[2] < seen[8]
