@@ -213,7 +213,7 @@ def test_folder_that_is_no_run(project: Project, command: str, name: str) -> Non
     [
         ("training.num_train_epochs=.inf", "training.num_train_epochs: "),
         ("training.learning_rate=.nan", "training.learning_rate: "),
-        X,
+        (r'ship.system="say \"\"\"\nnow"', 'ship.system: a Modelfile cannot hold """ at the end of a line'),
         ("ship.name=2020-13-45", "--set ship.name=2020-13-45"),
         ("tools.llama_cpp_dir=nowhere", "tools.llama_cpp_dir: there is no folder"),
     ],
