@@ -256,7 +256,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Chec
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         with ollama_client.Client(f"http://127.0.0.1:{server.server_port}") as client:
 
             def check(

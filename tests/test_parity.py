@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ftkit.errors import ProofError
-from ftkit.parity import HARD_TEXTS, Match, Score, compare_tokens, is_right, judge_answers, same, same_ids, score
+from ftkit.parity import HARD_TEXTS, Match, Score, compare_tokens, is_right, judge_answers, judge_served, same, same_ids, score
 
 
 @pytest.mark.parametrize(
@@ -110,3 +110,19 @@ def test_hard_texts_hold_what_tokenizers_split_differently() -> None:
     assert len(set(HARD_TEXTS)) == len(HARD_TEXTS)
     for hard in ("1234", "  ", "\n\n\n", "\t", "'ll", "你", "é", "ß", "Привет", "\u200d", "\u00a0", "<|", "{{"):
         assert hard in text
+
+
+@pytest.mark.parametrize(
+    ("file", "served", "limit", "outcome"),
+    [
+        ("rrrrrrrrrrrrrrrrrrrr", "rrrrrrrrrrrrrrrrrrrr", 0, "passed"),
+        ("rrrrrrrrrrrrrrrrrrrr", "wwwwwwwwwwwwwwwwwwww", 3, "failed"),
+        ("rrrrrrrrrrwwwwwwwwww", "wwwwwwwrrrwwwwwwwwww", 3, "failed"),  # 7 lost: more than 0.6 + 2·√7
+        ("rrrrrrrrrrwwwwwwwwww", "wwwrrrrrrrrrwwwwwwww", 3, "passed"),  # 3 to, 2 fro: another build
+        ("wwwwwwwwwwwwwwwwwwww", "rrrrrrrrrrrrrrrrrrrr", 3, "not made"),
+    ],
+)
+def test_whether_a_server_answers_as_the_file(file: str, served: str, limit: float, outcome: str) -> None:
+    check = judge_served("r" * 20, file, served, "whole", limit)
+    assert check.outcome == outcome
+    assert check.name == "answers in Ollama"

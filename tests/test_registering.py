@@ -236,23 +236,36 @@ class Killed(BaseException):
 def test_killed_ships_know_their_own(ship: Callable[..., str], client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a ship left in Ollama, the next goes through without --yes, and in the end one model is there."""
 
-    def killed(*args: Any, **more: Any) -> None:
-        raise Killed
-
-    record = Run.record
+    copy, record, remove = type(client).copy, Run.record, ollama.remove
     for moment in ("before the copy", "after the copy", "before the record"):
+        dead = False
+
+        def die_at_copy(server: Any, source: str, to: str, moment: str = moment) -> None:
+            nonlocal dead
+            if moment != "before the copy":
+                copy(server, source, to)
+            if moment != "before the record":
+                dead = True
+                raise Killed
+
+        def clean_up(*args: Any) -> None:
+            if not dead:  # noqa: B023 – called before the loop goes on
+                remove(*args)
+
+        def die_at_record(run: Run, **more: Any) -> None:
+            if "checks" in more.get("ollama", {}):
+                raise Killed
+            record(run, **more)
+
         with monkeypatch.context() as sabotage:
-            if moment == "before the copy":
-                sabotage.setattr(type(client), "copy", killed)
-            if moment == "before the record":
-                sabotage.setattr(Run, "record", lambda run, **more: killed() if "checks" in more.get("ollama", {}) else record(run, **more))
-            else:
-                sabotage.setattr(ollama, "remove", killed)  # what is killed cleans nothing up
+            sabotage.setattr(type(client), "copy", die_at_copy)
+            sabotage.setattr(ollama, "remove", clean_up)
+            sabotage.setattr(Run, "record", die_at_record)
             with pytest.raises(Killed):
                 ship("m:q4")
         there = names(client)
         assert ("m:q4" in there) == (moment != "before the copy")
-        assert any("ftkit-unchecked" in name for name in there) == (moment != "before the record")
+        assert sum("ftkit-unchecked" in name for name in there) == (moment != "before the record")
     assert ship("m:q4") == "m:q4"
     assert names(client) == ["m:q4"]
 

@@ -65,9 +65,7 @@ def show(project: Project, shipped: Shipped, as_json: bool) -> None:
             "\nMerged into the source the gain was lost. The dequantised base keeps it, at a price outside the task: its weights are as coarse as 4 bits."
         )
     say(f"\nMerged into {shipped.merged_onto}.\n")
-    print_table(
-        "The shipped file against the trained model", ["", "", ""], [[c.name, c.outcome, c.detail] for c in shipped.checks], figures=False
-    )
+    print_table("What was checked", ["", "", ""], [[c.name, c.outcome, c.detail] for c in shipped.checks], figures=False)
     say("")
     print_table(
         "Files", ["", "size", "bits a weight"], [[f["path"], bytes_text(f["bytes"]), f"{f['bits_per_weight']:.2f}"] for f in shipped.files]
