@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftkit.errors import ModelError
+from ftkit.errors import ModelError, first_line
 from ftkit.progress import SILENT, Reporter
 from ftkit.tools import Found, call
 
@@ -54,7 +54,12 @@ def read_back(path: Path, quantization: str, chat_template: str | None) -> GgufF
     """
     from gguf import GGUFReader
 
-    reader = GGUFReader(path)
+    try:
+        reader = GGUFReader(path)
+    except (OSError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
+        raise ModelError(
+            f"{path.name} is not a whole GGUF file: {first_line(error)}.", "give the same command again, with enough space on the disk"
+        ) from None
     field = reader.get_field("tokenizer.chat_template")
     if chat_template and (field is None or field.contents() != chat_template):
         raise ModelError(f"{path.name} does not carry the model's chat template.", "report this with the model's name")

@@ -16,9 +16,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from ftkit.errors import ModelError, ToolMissingError, first_line
+from ftkit.errors import ModelError, RunError, ToolMissingError, first_line
 from ftkit.progress import SILENT, Reporter
-from ftkit.run import file_fingerprint, fingerprint
+from ftkit.run import disk_fault, file_fingerprint, fingerprint
 from ftkit.tools import cache_folder, make_cache_folder, user_path
 from ftkit.units import bytes_text
 
@@ -338,6 +338,8 @@ def _dequantise(source: Source, reporter: Reporter) -> Path:
 
     What was quantised stays as coarse as it was; only the storage is 16-bit.
     """
+    from safetensors import SafetensorError
+
     assert source.gguf
     final = make_cache_folder(cache_folder() / "models") / f"{DEQUANTISED}-{source.fingerprint}"
     with FileLock(final.with_suffix(".lock")):
@@ -348,6 +350,13 @@ def _dequantise(source: Source, reporter: Reporter) -> Path:
         try:
             _write_checkpoint(source.gguf, partial)
             partial.rename(final)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not (fault := disk_fault(error)):
+                raise
+            raise RunError(
+                f"{source.gguf.name} cannot be dequantised into {final.parent}: {fault}.",
+                "free some space there, or choose another: FTKIT_CACHE_DIR=FOLDER",
+            ) from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return final
@@ -371,11 +380,14 @@ def _write_checkpoint(path: Path, folder: Path) -> None:
             str(path.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **where
         )
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **where)
-    except (ValueError, NotImplementedError, KeyError, IndexError, ImportError, struct.error) as error:
+        fields = GGUFReader(path).fields
+    except (
+        ValueError, LookupError, ImportError, struct.error, OSError, TypeError, AttributeError, ArithmeticError, NotImplementedError
+    ) as error:  # fmt: skip
         raise ModelError(
-            f"transformers cannot read {path.name} back: {error}.", "use the model's original safetensors instead: --model org/name"
+            f"transformers cannot read {path.name} back: {first_line(error)}.",
+            "download it again, whole; or use the model's original safetensors instead: --model org/name",
         ) from None
-    fields = GGUFReader(path).fields
     pre_tokenizer = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else None
     if pre_tokenizer in PRE_TOKENIZERS_WITH_SINGLE_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(

@@ -1,0 +1,59 @@
+"""A GGUF that ends too early is an error that names it, wherever it is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+
+from ftkit import gguf, source
+from ftkit.errors import ModelError, RunError
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_token_list(["a", "b"])
+    writer.add_tensor("token_embd.weight", np.ones((2, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_file_that_is_cut_anywhere_is_refused_when_it_is_read_back(whole: Path) -> None:
+    content = whole.read_bytes()
+    assert gguf.read_back(whole, "F16", None).tensors == 1
+    for end in range(0, len(content) - 1, 5):
+        whole.write_bytes(content[:end])
+        with pytest.raises(ModelError, match=r"tiny\.gguf is not a whole GGUF file"):
+            gguf.read_back(whole, "F16", None)
+
+
+@pytest.mark.torch
+def test_a_base_model_that_is_cut_is_refused(whole: Path, private_cache: Path) -> None:
+    content = whole.read_bytes()
+    for end in (5, 20, 60, len(content) // 2, len(content) - 100):
+        whole.write_bytes(content[:end])
+        with pytest.raises(ModelError, match=r"cannot read tiny\.gguf back"):
+            source.open_weights(source.locate(str(whole), whole.parent))
+    assert [path for path in (private_cache / "models").iterdir() if path.is_dir()] == []
+
+
+def test_a_private_folder_that_is_full(whole: Path, private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As safetensors says it; `test_run.py` holds the words of each writer."""
+    from safetensors import SafetensorError
+
+    def full(path: Path, folder: Path) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(source, "_write_checkpoint", full)
+    with pytest.raises(RunError, match="No space left on device") as caught:
+        source.open_weights(source.locate(str(whole), whole.parent))
+    assert "FTKIT_CACHE_DIR" in str(caught.value.hint)
+    assert [path for path in (private_cache / "models").iterdir() if path.is_dir()] == []
