@@ -8,7 +8,7 @@ import json
 import re
 import reprlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -199,16 +199,16 @@ def split_validation(rows: Sequence[Row], share: float, seed: int) -> tuple[list
     return [row for n, row in enumerate(rows) if n not in held], [row for n, row in enumerate(rows) if n in held]
 
 
-def only_held_out(training: Sequence[Row], validation: Sequence[Row]) -> list[Row]:
-    """A validation row of each answer that no training row has, where answers are of few kinds: on average two rows each or more.
+def only_held_out(training: Sequence[Row], validation: Sequence[Row], kind: Callable[[str], str]) -> list[Row]:
+    """A validation row of each kind of answer that no training row has, where kinds are few: on average two rows each or more.
 
-    Nothing where most answers differ, as in free text.
+    `kind` is the part of an answer that counts. Nothing where most differ, as in free text.
     """
-    taught = {row.answer for row in training}
-    kinds = {row.answer: row for row in reversed(validation)}
+    taught = {kind(row.answer) for row in training}
+    kinds = {kind(row.answer): row for row in reversed(validation)}
     if 2 * len(taught | kinds.keys()) > len(training) + len(validation):
         return []
-    return sorted((row for answer, row in kinds.items() if answer not in taught), key=lambda row: row.line)
+    return sorted((row for name, row in kinds.items() if name not in taught), key=lambda row: row.line)
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, ask: bool) -> str:

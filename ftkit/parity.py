@@ -35,12 +35,16 @@ class Score:
         return 100 * self.right / self.rows
 
 
-def is_right(expected: str, answer: str, match: Match) -> bool:
-    """Whether an answer equals the expected one: all of it, or its first or last line; outer white space aside."""
+def counted(answer: str, match: Match) -> str:
+    """What counts of an answer: all of it, or its first or last line; outer white space aside."""
     if match == "whole":
-        return expected.strip() == answer.strip()
-    line = 0 if match == "first_line" else -1
-    return expected.strip().split("\n")[line].strip() == answer.strip().split("\n")[line].strip()
+        return answer.strip()
+    return answer.strip().split("\n")[0 if match == "first_line" else -1].strip()
+
+
+def is_right(expected: str, answer: str, match: Match) -> bool:
+    """Whether what counts of an answer equals what counts of the expected one."""
+    return counted(expected, match) == counted(answer, match)
 
 
 def score(expected: Sequence[str], answers: Sequence[str], match: Match) -> Score:

@@ -301,9 +301,12 @@ def _examples(project: Project, opened: Source, rows: Rows) -> tuple[TokenCounts
 
 
 def _say_what_is_only_held_out(project: Project, rows: Rows) -> None:
-    if missing := data.only_held_out(rows.train, rows.validation):
-        kinds = len({row.answer for row in (*rows.train, *rows.validation)})
-        first = json.dumps(missing[0].answer[:40], ensure_ascii=True)
+    def kind(answer: str) -> str:
+        return parity.counted(answer, project.recipe.ship.match)
+
+    if missing := data.only_held_out(rows.train, rows.validation, kind):
+        kinds = len({kind(row.answer) for row in (*rows.train, *rows.validation)})
+        first = json.dumps(kind(missing[0].answer)[:40], ensure_ascii=True)
         project.reporter.warn(
             f"{len(missing)} of {kinds} different answers stand in the validation rows alone and are not learnt: "
             f"the first is {first}, line {missing[0].line}; add rows of that kind, or name a file in data.validation"

@@ -206,7 +206,7 @@ def test_kinds_of_answers_that_validation_took_whole_are_found(training: list[st
         data.Row(({"role": "user", "content": "?"}, {"role": "assistant", "content": word}), n)
         for n, word in enumerate([*training, *validation], 1)
     ]
-    assert [row.line for row in data.only_held_out(rows[: len(training)], rows[len(training) :])] == missing
+    assert [row.line for row in data.only_held_out(rows[: len(training)], rows[len(training) :], str.strip)] == missing
 
 
 def test_one_row_cannot_be_split() -> None:

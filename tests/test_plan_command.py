@@ -18,7 +18,7 @@ import pytest
 import tiny
 from click.testing import Result
 
-from ftkit import device, hf
+from ftkit import data, device, hf
 from ftkit.memory.kernels import CONTEXT_BYTES
 from ftkit.memory.plan import MARGIN
 from ftkit.units import GIB, MIB
@@ -64,6 +64,18 @@ def test_a_dataset_is_counted(here: Path, model: Path, ftkit: Ftkit, rows: list[
     assert planned["max_length"] == min(64, planned["tokens"]["longest"])
     assert 0 < planned["labelled_share"] < 1
     assert planned["work"]["steps"] > 0
+
+
+def test_a_kind_that_is_held_out_whole_is_named(here: Path, model: Path, ftkit: Ftkit, write_rows: Any) -> None:
+    """Answers give a reason first: only by the last line, which counts, are they of few kinds. Here the only row of one is held out."""
+    every = [data.Row(({"role": "user", "content": str(n)},), n) for n in range(20)]
+    rare = data.split_validation(every, 0.1, seed=42)[1][0].line
+    answers = [f"Reason {n}.\n{'rare' if n == rare else 'SAFE' if n % 2 else 'UNSAFE'}" for n in range(20)]
+    write_rows(here / "t.jsonl", [{"prompt": f"{n}?", "completion": answer} for n, answer in enumerate(answers)])
+    ask = ("plan", "--model", model, "--data", "t.jsonl", "--vram", "8", "--length", "64")
+    said = ftkit(*ask, "--set", "ship.match=last_line").stderr
+    assert f'1 of 3 different answers stand in the validation rows alone and are not learnt: the first is "rare", line {rare + 1}' in said
+    assert "validation rows alone" not in ftkit(*ask).stderr  # as a whole each answer is one of its kind, as in free text
 
 
 def test_rows_whose_answer_lies_beyond_the_length_are_left_out(
