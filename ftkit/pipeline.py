@@ -16,7 +16,7 @@ from typing import Any
 from ftkit import data, device, hf, llamacpp, merge, ollama, parity, source, template, tools
 from ftkit import gguf as gguf_files
 from ftkit import train as training
-from ftkit.check import Check, failed, passed
+from ftkit.check import Check, failed, not_made, passed
 from ftkit.data import Example, Message, Row, TokenCounts
 from ftkit.device import Device
 from ftkit.errors import (
@@ -289,6 +289,7 @@ def _examples(project: Project, opened: Source, rows: Rows) -> tuple[TokenCounts
     data.refuse_nothing_to_learn(trained, validated)
     _say_what_is_only_held_out(project, rows)
     ship = project.recipe.ship
+    ollama.refuse_system(ship.system, _render(tokenizer))
     for row in rows.test:
         asked = len(data.token_ids(tokenizer, data.render(tokenizer, row.question, ask=True)))
         if asked + ship.max_new_tokens > ship.num_ctx:
@@ -862,16 +863,21 @@ def proof_checks(
                     yield said, data.token_ids(tokenizer, said), engine.tokenize(said)
 
     def prompts() -> Iterator[tuple[str, list[int], list[int]]]:
-        for messages in (*questions, *ollama.conversations(_render(tokenizer))):
+        for messages in (*questions, *ollama.conversations(_render(tokenizer), taken_for_control)):
             text = data.render(tokenizer, messages, ask=True)
             yield text, data.token_ids(tokenizer, text), engine.prompt_ids(messages)
 
+    taken_for_control = [word for word in ollama.CONTROL_WORDS if data.token_ids(tokenizer, word) != engine.tokenize(word)]
     endless = [token for token in stops if not engine.stops_at(token)]
     names = tokenizer.convert_ids_to_tokens(list(stops))
     return [
         parity.same_ids("token ids", ((t, data.token_ids(tokenizer, t), engine.tokenize(t)) for t in parity.HARD_TEXTS), "hard texts"),
         parity.same_ids("training ids", training(), "prompts and answers of training rows"),
         parity.same_ids("prompts", prompts(), "prompts"),
+        *(
+            not_made(f"prompts that hold {word}", "training reads it as text, llama.cpp as one control token, which is accepted")
+            for word in taken_for_control
+        ),
         failed("stops", f"llama.cpp goes on after {', '.join(tokenizer.convert_ids_to_tokens(endless))}")
         if endless
         else passed("stops", f"answers end at {' '.join(names)}"),

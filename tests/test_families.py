@@ -16,7 +16,7 @@ import pytest
 from ftkit import data, gguf, hf, llamacpp, pipeline, template, tools
 from ftkit.check import Check
 from ftkit.data import Row
-from ftkit.errors import ProofError
+from ftkit.errors import ProofError, RecipeError
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -86,8 +86,11 @@ def test_a_family_is_read_asked_and_ended_as_in_training(family: families.Family
     assert texts == [f"It is 2.{family.ends}", f"Yes.{family.ends}No.{family.ends}"]
     found = checks(tokenizer, converted(model, tmp_path / "m.gguf"), stops)
     wrong = {name for name, check in found.items() if check.outcome != "passed"}
+    control = {"prompts that hold </s>"} if family.name == "Qwen 2.5" else set()  # its vocabulary holds that word as text
+    assert {found[name].outcome for name in control} <= {"not made"}
     # A vocabulary that begins each text with a space: training reads earlier answers with one, the server without. Not mended.
-    assert wrong == ({"training ids"} if family.says.get("add_prefix_space") else set())
+    assert wrong - control == ({"training ids"} if family.says.get("add_prefix_space") else set())
+    assert control <= wrong
 
 
 def test_another_date_is_found(made: Callable[..., Path], tmp_path: Path) -> None:
@@ -142,6 +145,10 @@ def test_the_line_ships_it_and_does_nothing_twice(
             pipeline.train(project)
             return pipeline.ship(project, use_ollama=False)
 
+    if name == "Gemma 2":
+        with pytest.raises(RecipeError, match="refuses a system message"):
+            ship(system="Be short.")
+        assert not list((tmp_path / "runs" / "recipe").glob("*-*/step.json"))  # found before anything was made
     shipped = ship()
     outcomes = {check.name: check.outcome for check in shipped.checks}
     assert outcomes == {"token ids": "passed", "training ids": "passed", "prompts": "passed", "stops": "passed", "answers": "not made"}
@@ -159,7 +166,8 @@ def test_the_line_ships_it_and_does_nothing_twice(
     assert changed <= {"proof.json", "manifest.json", ".lock", run.name} | {path.parent.name for path in run.rglob("proof.json")}
     assert not again.fresh
     files = times(".gguf", ".safetensors")
-    judged = ship(max_loss_points=10, match="first_line", temperature=0.5, system="Be short.", name="other")
+    system = {} if name == "Gemma 2" else {"system": "Be short."}  # its template refuses one
+    judged = ship(max_loss_points=10, match="first_line", temperature=0.5, **system, name="other")
     assert (judged.fresh, times(".gguf", ".safetensors")) == (False, files)
     assert "PARAMETER temperature 0.5" in judged.modelfile.read_text(encoding="utf-8")
     other = ship(quantization="F16")  # is there already: it is proven, and nothing is converted
