@@ -57,8 +57,8 @@ $(READY): requirements.lock pyproject.toml
 
 lock:
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(LOCK) --extra test pyproject.toml -o requirements.lock
-	UV_CUSTOM_COMPILE_COMMAND="make lock" $(LOCK) --group unpacking -o ftkit/unpacking.txt
-	UV_CUSTOM_COMPILE_COMMAND="make lock" $(LOCK) --group compiling -o ftkit/compiling.txt
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(LOCK) --group unpacking -o ftkit/machine/unpacking.txt
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(LOCK) --group compiling -o ftkit/machine/compiling.txt
 
 clean:
 	rm -rf $(VENV) $(DEMO) dist build

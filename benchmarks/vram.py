@@ -20,11 +20,11 @@ from typing import Any
 
 import click
 
-from ftkit import device
 from ftkit.errors import FtkitError, RecipeError
+from ftkit.machine import cards
 from ftkit.memory.fit import StepMemory
-from ftkit.memory.inventory import Skeleton, load_config
-from ftkit.memory.trace import StepSettings, compute_dtype
+from ftkit.memory.model import Skeleton, load_config
+from ftkit.memory.settings import StepSettings, compute_dtype
 from ftkit.recipe import Lora
 from ftkit.units import GIB
 
@@ -117,10 +117,10 @@ def capability(gpu: str) -> tuple[int, int]:
         return f" {' '.join(re.findall(r'[a-z]+|[0-9]+', re.sub(r'[0-9]+ ?gi?b', '', text.lower())))} "
 
     named = words(gpu)
-    known = max((name for name in device.cards() if words(name) in named), key=lambda name: len(words(name)), default=None)
+    known = max((name for name in cards.cards() if words(name) in named), key=lambda name: len(words(name)), default=None)
     if known is None:
         raise RecipeError(f"card {gpu!r} is not known")
-    return device.cards()[known].capability
+    return cards.cards()[known].capability
 
 
 def predict(row: dict[str, str], configs: Path) -> int:

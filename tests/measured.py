@@ -6,8 +6,8 @@ import copy
 import gc
 from typing import Any
 
-from ftkit.memory.trace import StepSettings
-from ftkit.train import peak_of
+from ftkit.memory.settings import StepSettings
+from ftkit.train.probe import peak_of
 
 
 def storage_bytes(tensors: Any) -> int:

@@ -23,7 +23,9 @@ from pathlib import Path
 import llama_cpp
 from filelock import FileLock
 
-from ftkit import tools
+from ftkit.files import cache_folder
+from ftkit.machine import packages
+from ftkit.machine.call import call
 
 VERSIONS = ("v0.34.1", "v0.24.0")
 COMPILED_IN = "v0.24.0"  # has llama.cpp inside; the newer one runs llama-server from a folder beside its own
@@ -33,8 +35,8 @@ STARTS_WITHIN_SECONDS = 60
 
 def program(version: str) -> Path:
     """Where the server of this version is, or will be."""
-    programs = "" if version == COMPILED_IN else f"-llama.cpp-{tools.PACKAGES['llama.cpp'].version}"
-    return tools.cache_folder() / "test-servers" / f"{version}{programs}" / "bin" / "ollama"
+    programs = "" if version == COMPILED_IN else f"-llama.cpp-{packages.PACKAGES['llama.cpp'].version}"
+    return cache_folder() / "test-servers" / f"{version}{programs}" / "bin" / "ollama"
 
 
 def build(version: str) -> Path:
@@ -45,7 +47,7 @@ def build(version: str) -> Path:
         if program(version).exists():
             return program(version)
         compiled_in = version == COMPILED_IN
-        programs = tools.installed("llama.cpp")
+        programs = packages.installed("llama.cpp")
         assert compiled_in or programs, "ftkit setup llama.cpp comes first"
         print(f"building Ollama {version}", flush=True)
         with tempfile.TemporaryDirectory(dir=final.parent) as scratch:
@@ -54,7 +56,7 @@ def build(version: str) -> Path:
                 flags = "-O2 -march=native"
                 environment |= {"CGO_CFLAGS": flags, "CGO_CXXFLAGS": f"{flags} -I{llama_cpp.headers()}"}
             environment["GOBIN"] = str(target / "bin")
-            tools.call(["go", "install", f"{MODULE}@{version}"], environment=environment, cwd=Path(scratch))
+            call(["go", "install", f"{MODULE}@{version}"], environment=environment, cwd=Path(scratch))
             if programs and not compiled_in:
                 shutil.copytree(programs / "bin", target / "lib" / "ollama", symlinks=True)
             target.rename(final)

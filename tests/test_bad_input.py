@@ -346,7 +346,7 @@ def test_the_home_of_nobody(project: Project, setting: str) -> None:
 
 
 def test_a_bad_address_of_ollama_is_nothing_to_a_run_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ftkit import ollama
+    from ftkit.engines import ollama
 
     monkeypatch.setenv("OLLAMA_HOST", "localhost:abc")
     assert ollama.models_folder() is None

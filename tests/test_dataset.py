@@ -14,7 +14,8 @@ from types import ModuleType
 import pytest
 
 from ftkit import templates
-from ftkit.data import Row, read_rows
+from ftkit.data.read import read_rows
+from ftkit.data.rows import Row
 
 FOLDER = templates.folder() / "c-vulnerabilities"
 SPLITS = ("train", "test")

@@ -15,8 +15,9 @@ from click.testing import CliRunner
 
 from ftkit.cli import main
 from ftkit.cli.env import look
-from ftkit.device import ANY_CARD, Device, asked_threads, cards, choose, computes_bfloat16, find_gpus, processor
 from ftkit.errors import RecipeError
+from ftkit.machine.cards import cards
+from ftkit.machine.device import ANY_CARD, Device, asked_threads, choose, computes_bfloat16, find_gpus, processor
 from ftkit.units import GIB, MIB
 
 

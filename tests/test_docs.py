@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ftkit.cli import COMMANDS
-from ftkit.data import read_rows
+from ftkit.data.read import read_rows
 from ftkit.errors import FtkitError
 from ftkit.recipe import Recipe
 

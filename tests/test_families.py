@@ -13,10 +13,16 @@ import families
 import llama_cpp
 import pytest
 
-from ftkit import data, gguf, hf, llamacpp, pipeline, template, tools
+from ftkit import pipeline
 from ftkit.check import Check
-from ftkit.data import Row
+from ftkit.data import template
+from ftkit.data.mask import tokenise
+from ftkit.data.rows import IGNORED, Row
+from ftkit.engines import hf, llamacpp
 from ftkit.errors import ProofError, RecipeError
+from ftkit.gguf import files as gguf
+from ftkit.machine import packages
+from ftkit.machine.llama_cpp import need_converter
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -53,7 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def converted(folder: Path, path: Path) -> Path:
-    gguf.convert(folder, path, "F16", tools.need_converter())
+    gguf.convert(folder, path, "F16", need_converter())
     return path
 
 
@@ -69,7 +75,7 @@ def test_the_vocabulary_is_the_real_one(family: families.Family, made: Callable[
     stem = llama_cpp.models() / f"ggml-vocab-{family.vocabulary}.gguf"
     texts = Path(f"{stem}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
     ids = Path(f"{stem}.out").read_text(encoding="utf-8").splitlines()
-    wrong = [text for text, line in zip(texts, ids, strict=False) if data.token_ids(tokenizer, text) != [int(n) for n in line.split()]]
+    wrong = [text for text, line in zip(texts, ids, strict=False) if template.token_ids(tokenizer, text) != [int(n) for n in line.split()]]
     assert not wrong
 
 
@@ -81,7 +87,7 @@ def test_a_family_is_read_asked_and_ended_as_in_training(family: families.Family
     stops = template.seal(model, tokenizer)
     assert tokenizer.convert_ids_to_tokens(stops) == [family.ends, family.eos]
     assert template.configured_stops(model) == stops
-    learnt = [[n for n in data.tokenise(tokenizer, row).labels if n != data.IGNORED] for row in ROWS]
+    learnt = [[n for n in tokenise(tokenizer, row).labels if n != IGNORED] for row in ROWS]
     texts = [tokenizer.decode(ids).replace(f"{family.ends} ", family.ends) for ids in learnt]  # some begin each piece with a space
     assert texts == [f"It is 2.{family.ends}", f"Yes.{family.ends}No.{family.ends}"]
     found = checks(tokenizer, converted(model, tmp_path / "m.gguf"), stops)
@@ -193,7 +199,7 @@ def test_every_dated_template_writes_one_day_in_both_engines() -> None:
     import xllamacpp
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    path = tools.installed("smollm2")
+    path = packages.installed("smollm2")
     assert path, "ftkit setup smollm2 comes first"
     sources = {p.stem: p.read_text(encoding="utf-8") for p in sorted((llama_cpp.models() / "templates").glob("*.jinja"))}
     fixed = {name: template.fix_date(source, date(2025, 1, 3)) for name, source in sources.items()}

@@ -8,9 +8,10 @@ import pytest
 from test_trace import config
 
 from ftkit.memory import fit
+from ftkit.memory.events import Events
 from ftkit.memory.fit import StepMemory
-from ftkit.memory.inventory import Skeleton
-from ftkit.memory.trace import Events, StepSettings
+from ftkit.memory.model import Skeleton
+from ftkit.memory.settings import StepSettings
 from ftkit.recipe import Lora
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]

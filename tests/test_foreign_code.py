@@ -11,9 +11,11 @@ import pytest
 import tiny
 from click.testing import Result
 
-from ftkit import hf, merge, source
+from ftkit.engines import hf
 from ftkit.errors import ModelError
-from ftkit.memory import inventory
+from ftkit.memory.model import load_config, meta_model
+from ftkit.merge.stream import merge
+from ftkit.model.source import drop_code
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -82,7 +84,7 @@ def test_a_model_that_needs_its_code_is_refused_by_the_flags_name(
 def test_nothing_that_loads_a_folder_runs_its_code(foreign: Callable[[str], Foreign]) -> None:
     made = foreign("theirs")
     for load in (
-        lambda: inventory.load_config(made.folder),
+        lambda: load_config(made.folder),
         lambda: hf.load_model(made.folder, "lora", bfloat16=False, cuda=False),
         lambda: hf.load_model(made.folder, None, bfloat16=False, cuda=False),
     ):
@@ -97,7 +99,7 @@ def test_code_that_is_not_needed_is_not_run_either(foreign: Callable[[str], Fore
     made = foreign("llama")
     hf.load_tokenizer(made.folder)
     hf.load_model(made.folder, "lora", bfloat16=False, cuda=False)
-    inventory.meta_model(inventory.load_config(made.folder))
+    meta_model(load_config(made.folder))
     assert not made.ran
 
 
@@ -121,7 +123,7 @@ def test_a_merged_model_names_no_code(foreign: Callable[[str], Foreign], tmp_pat
     for name, with_code in (("without", False), ("with", True)):
         folder = tmp_path / name
         folder.mkdir()
-        merge.merge(made.folder, tmp_path / "adapter", folder, with_code=with_code)
+        merge(made.folder, tmp_path / "adapter", folder, with_code=with_code)
         AutoConfig.from_pretrained(folder, trust_remote_code=True)
         AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         assert (made.ran, (folder / "theirs.py").exists()) == (with_code, with_code)
@@ -131,6 +133,6 @@ def test_a_merged_model_names_no_code(foreign: Callable[[str], Foreign], tmp_pat
 def test_code_is_dropped_at_any_depth_and_other_files_are_left(tmp_path: Path) -> None:
     (tmp_path / "processor_config.json").write_text('{"a": {"auto_map": {"X": "y.Z"}, "b": "ä"}, "auto_map": 1}', encoding="utf-8")
     (tmp_path / "config.json").write_text('{"a":1}', encoding="utf-8")
-    source.drop_code(tmp_path)
+    drop_code(tmp_path)
     assert json.loads((tmp_path / "processor_config.json").read_text(encoding="utf-8")) == {"a": {"b": "ä"}}
     assert (tmp_path / "config.json").read_text(encoding="utf-8") == '{"a":1}'

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from ftkit import gguf, source
 from ftkit.errors import ModelError, RunError
+from ftkit.gguf import files as gguf
+from ftkit.model import dequantise
+from ftkit.model.locate import locate
+from ftkit.model.open import open_weights
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def test_a_base_model_that_is_cut_is_refused(whole: Path, private_cache: Path) -
     for end in (5, 20, 60, len(content) // 2, len(content) - 100):
         whole.write_bytes(content[:end])
         with pytest.raises(ModelError, match=r"cannot read tiny\.gguf back"):
-            source.open_weights(source.locate(str(whole), whole.parent))
+            open_weights(locate(str(whole), whole.parent))
     assert [path for path in (private_cache / "models").iterdir() if path.is_dir()] == []
 
 
@@ -52,8 +55,8 @@ def test_a_private_folder_that_is_full(whole: Path, private_cache: Path, monkeyp
     def full(path: Path, folder: Path) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(source, "_write_checkpoint", full)
+    monkeypatch.setattr(dequantise, "_write_checkpoint", full)
     with pytest.raises(RunError, match="No space left on device") as caught:
-        source.open_weights(source.locate(str(whole), whole.parent))
+        open_weights(locate(str(whole), whole.parent))
     assert "FTKIT_CACHE_DIR" in str(caught.value.hint)
     assert [path for path in (private_cache / "models").iterdir() if path.is_dir()] == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from ftkit import hf
+from ftkit.engines import hf
 from ftkit.errors import DoesNotFitError, ModelError
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]

@@ -18,8 +18,11 @@ from click.testing import Result
 from hub import Hub, read_folder, running
 from tiny import make_model
 
-from ftkit import hf, source
+from ftkit.engines import hf
 from ftkit.errors import ModelError
+from ftkit.model import locate as locating
+from ftkit.model.open import bytes_to_fetch, open_config, open_weights
+from ftkit.model.source import INDEX, Source
 
 NAME = "org/tiny"
 TOKEN = "hf_SecretOfTheTest"  # noqa: S105
@@ -71,8 +74,8 @@ def hub(client: Client) -> Iterator[Hub]:
         yield started
 
 
-def locate(reference: str = NAME) -> source.Source:
-    return source.locate(reference, Path("nowhere"))
+def locate(reference: str = NAME) -> Source:
+    return locating.locate(reference, Path("nowhere"))
 
 
 def refused(call: Callable[..., Any], *arguments: Any) -> ModelError:
@@ -96,46 +99,46 @@ def test_locating_asks_for_the_commit_and_nothing_else(hub: Hub) -> None:
 
 def test_code_is_fetched_where_it_may_run_and_not_otherwise(hub: Hub) -> None:
     hub.add(NAME, FILES)
-    source.open_config(locate())
+    open_config(locate())
     assert "modeling_tiny.py" not in fetched(hub)
-    source.open_config(replace(locate(), with_code=True))
+    open_config(replace(locate(), with_code=True))
     assert "modeling_tiny.py" in fetched(hub)
 
 
 def test_planning_fetches_config_and_tokenizer_once(hub: Hub) -> None:
     commit = hub.add(NAME, FILES)
-    opened = source.open_config(locate())
+    opened = open_config(locate())
     assert fetched(hub) == ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model"]
     assert opened.folder
     assert opened.folder.name == commit == opened.fingerprint
-    assert source.open_config(locate()) == opened
+    assert open_config(locate()) == opened
     assert hub.asked() == [("GET", f"/api/models/{NAME}")]  # the second time only whether the commit is still the same
 
 
 def test_weights_are_those_of_the_index_and_fetched_once(hub: Hub) -> None:
     hub.add(NAME, FILES)
-    config = source.open_config(locate())
+    config = open_config(locate())
     hub.asked()
-    opened = source.open_weights(config)
+    opened = open_weights(config)
     assert fetched(hub) == sorted(SHARDS)
     assert opened.folder == config.folder
-    assert source.open_weights(config) == opened
+    assert open_weights(config) == opened
     assert hub.asked() == []
 
 
 def test_what_is_still_to_be_fetched(hub: Hub) -> None:
     hub.add(NAME, FILES)
-    assert source.bytes_to_fetch(locate()) == sum(len(FILES[name]) for name in SHARDS)
+    assert bytes_to_fetch(locate()) == sum(len(FILES[name]) for name in SHARDS)
     assert fetched(hub) == ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model"]
-    source.open_weights(locate())
-    assert source.bytes_to_fetch(locate()) == 0
+    open_weights(locate())
+    assert bytes_to_fetch(locate()) == 0
     hub.add("org/config", {"config.json": b"{}"})
-    assert source.bytes_to_fetch(locate("org/config")) == 0  # said once the weights are wanted
+    assert bytes_to_fetch(locate("org/config")) == 0  # said once the weights are wanted
 
 
 def test_without_an_index_the_one_file(hub: Hub) -> None:
     hub.add(NAME, {"config.json": b"{}", "model.safetensors": b"1", "model.fp16.safetensors": b"2"})
-    opened = source.open_weights(locate())
+    opened = open_weights(locate())
     assert fetched(hub) == ["config.json", "model.safetensors"]
     assert opened.folder
     assert (opened.folder / "model.safetensors").read_bytes() == b"1"
@@ -147,7 +150,7 @@ def test_xet_is_there_and_plain_http_is_used(hub: Hub) -> None:
 
     assert is_xet_available()
     hub.add(NAME, FILES)
-    source.open_weights(locate())
+    open_weights(locate())
     assert all(path.startswith((f"/api/models/{NAME}", f"/{NAME}/resolve/")) for _, path in hub.asked())
 
 
@@ -157,7 +160,7 @@ def test_a_branch_or_tag_is_another_commit(hub: Hub, revision: str) -> None:
     tagged = hub.add(NAME, {**FILES, "config.json": b'{"model_type": "qwen2"}'}, revision)
     found = locate(f"{NAME}@{revision}")
     assert found.fingerprint == tagged != locate().fingerprint
-    folder = source.open_config(found).folder
+    folder = open_config(found).folder
     assert folder
     assert (folder / "config.json").read_bytes() == b'{"model_type": "qwen2"}'
 
@@ -167,14 +170,14 @@ def test_a_whole_commit_hash_is_not_asked_for(hub: Hub) -> None:
     found = locate(f"{NAME}@{commit}")
     assert found.fingerprint == commit
     assert hub.asked() == []
-    assert source.open_config(found).folder
+    assert open_config(found).folder
 
 
 def test_a_moved_branch_changes_the_fingerprint(hub: Hub) -> None:
     hub.add(NAME, FILES)
-    before = source.open_config(locate())
+    before = open_config(locate())
     after = hub.add(NAME, {**FILES, "tokenizer.json": b"{ }"})
-    moved = source.open_config(locate())
+    moved = open_config(locate())
     assert moved.fingerprint == after != before.fingerprint
     assert moved.folder
     assert (moved.folder / "tokenizer.json").read_bytes() == b"{ }"
@@ -184,7 +187,7 @@ def test_a_moved_branch_changes_the_fingerprint(hub: Hub) -> None:
 def test_a_gated_model(hub: Hub, status: int) -> None:
     hub.add(NAME, FILES)
     hub.repositories[NAME].gate = status
-    error = refused(source.open_config, locate())
+    error = refused(open_config, locate())
     assert "is gated" in error.message
     for words in (f"{hub.endpoint}/{NAME}", "hf auth login", "ftkit plan --config config.json"):
         assert words in str(error.hint)
@@ -192,10 +195,10 @@ def test_a_gated_model(hub: Hub, status: int) -> None:
 
 def test_a_gated_model_that_is_here_already(hub: Hub) -> None:
     hub.add(NAME, FILES)
-    opened = source.open_config(locate())
+    opened = open_config(locate())
     hub.repositories[NAME].gate = 403
-    assert source.open_config(locate()) == opened
-    assert "is gated" in refused(source.open_weights, opened).message
+    assert open_config(locate()) == opened
+    assert "is gated" in refused(open_weights, opened).message
 
 
 @pytest.mark.parametrize("status", [401, 404])
@@ -208,17 +211,17 @@ def test_a_misspelt_or_private_model(hub: Hub, status: int) -> None:
 
 def test_a_folder_of_a_near_name_does_not_hide_the_hub(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "org" / "tiny-2").mkdir(parents=True)
-    error = refused(source.locate, NAME, tmp_path)
+    error = refused(locating.locate, NAME, tmp_path)
     assert "There is no model at" in error.message
     assert f"did you mean {tmp_path / 'org' / 'tiny-2'}?" in str(error.hint)
     hub.add(NAME, FILES)
-    assert source.locate(NAME, tmp_path).kind == "hub"
+    assert locating.locate(NAME, tmp_path).kind == "hub"
 
 
 @pytest.mark.parametrize("revision", ["v2", "0" * 40])
 def test_a_missing_revision(hub: Hub, revision: str) -> None:
     hub.add(NAME, FILES)
-    error = refused(lambda: source.open_config(locate(f"{NAME}@{revision}")))
+    error = refused(lambda: open_config(locate(f"{NAME}@{revision}")))
     assert error.message == f"{NAME} has no revision {revision}."
 
 
@@ -231,7 +234,7 @@ def test_a_name_that_no_hub_model_has(hub: Hub, reference: str) -> None:
 def test_a_connection_that_dies_once_is_taken_up_where_it_broke(hub: Hub) -> None:
     hub.add(NAME, FILES)
     hub.repositories[NAME].dying = {SHARDS[0]: 1}
-    opened = source.open_weights(locate())
+    opened = open_weights(locate())
     assert opened.folder
     assert (opened.folder / SHARDS[0]).read_bytes() == FILES[SHARDS[0]]
 
@@ -239,11 +242,11 @@ def test_a_connection_that_dies_once_is_taken_up_where_it_broke(hub: Hub) -> Non
 def test_a_connection_that_keeps_dying(hub: Hub) -> None:
     hub.add(NAME, FILES)
     hub.repositories[NAME].dying = {SHARDS[1]: 100}
-    error = refused(lambda: source.open_weights(locate()))
+    error = refused(lambda: open_weights(locate()))
     assert error.message.startswith(f"{NAME} cannot be fetched from {hub.endpoint}")
     hub.asked()
     hub.repositories[NAME].dying = {}
-    opened = source.open_weights(locate())
+    opened = open_weights(locate())
     assert opened.folder
     assert (opened.folder / SHARDS[1]).read_bytes() == FILES[SHARDS[1]]
     assert fetched(hub) == [SHARDS[1]]  # what was whole is kept
@@ -255,18 +258,18 @@ def test_xet_that_fails(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
     hub.add(NAME, FILES)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    assert "CAS Client Error" in refused(source.open_config, locate()).message
+    assert "CAS Client Error" in refused(open_config, locate()).message
 
 
 def test_offline_with_the_files(hub: Hub, client: Client) -> None:
     hub.add(NAME, FILES)
     hub.add(NAME, {**FILES, "tokenizer.json": b"{ }"}, "v1")
-    opened, tagged = source.open_weights(locate()), source.open_weights(locate(f"{NAME}@v1"))
+    opened, tagged = open_weights(locate()), open_weights(locate(f"{NAME}@v1"))
     hub.asked()
     client(HF_HUB_OFFLINE=True)
-    assert source.open_weights(locate()) == opened
-    assert source.open_config(locate()) == opened
-    assert source.open_weights(locate(f"{NAME}@v1")) == tagged
+    assert open_weights(locate()) == opened
+    assert open_config(locate()) == opened
+    assert open_weights(locate(f"{NAME}@v1")) == tagged
     assert hub.asked() == []
 
 
@@ -282,21 +285,21 @@ def test_offline_without_the_files(hub: Hub, client: Client, reference: str) -> 
 
 def test_offline_with_the_config_alone(hub: Hub, client: Client) -> None:
     hub.add(NAME, FILES)
-    opened = source.open_config(locate())
+    opened = open_config(locate())
     client(HF_HUB_OFFLINE=True)
-    assert source.open_config(locate()) == opened
-    assert refused(source.open_weights, opened).message.startswith(f"HF_HUB_OFFLINE is set, and {NAME} is not (or not whole)")
+    assert open_config(locate()) == opened
+    assert refused(open_weights, opened).message.startswith(f"HF_HUB_OFFLINE is set, and {NAME} is not (or not whole)")
 
 
 def test_a_hub_that_is_not_reached(hub: Hub, client: Client) -> None:
     hub.add(NAME, FILES)
-    opened = source.open_config(locate())
+    opened = open_config(locate())
     with socket.socket() as taken:  # bound, but nothing listens
         taken.bind(("127.0.0.1", 0))
         nowhere = f"http://127.0.0.1:{taken.getsockname()[1]}"
         client(ENDPOINT=nowhere)
-        assert source.open_config(locate()) == opened
-        for call in (lambda: source.open_weights(opened), lambda: locate("org/other")):
+        assert open_config(locate()) == opened
+        for call in (lambda: open_weights(opened), lambda: locate("org/other")):
             assert f"cannot be fetched from {nowhere}" in refused(call).message
 
 
@@ -313,41 +316,41 @@ def test_a_cache_that_cannot_be_written(hub: Hub, client: Client, tmp_path: Path
     hub.add(NAME, FILES)
     (tmp_path / "file").touch()
     client(HF_HUB_CACHE=str(tmp_path / "file"))
-    error = refused(source.open_config, locate())
+    error = refused(open_config, locate())
     assert f"cannot be kept in {tmp_path / 'file'}" in error.message
     assert "HF_HOME" in str(error.hint)
 
 
 def test_pickle_weights_are_refused_and_never_fetched(hub: Hub) -> None:
     hub.add(NAME, {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
-    opened = source.open_config(locate())
-    assert "pickle" in refused(source.open_weights, opened).message
+    opened = open_config(locate())
+    assert "pickle" in refused(open_weights, opened).message
     assert fetched(hub) == ["config.json"]
 
 
 def test_a_config_without_weights(hub: Hub) -> None:
     hub.add(NAME, {"config.json": b"{}"})
-    assert "has no model.safetensors" in refused(lambda: source.open_weights(locate())).message
+    assert "has no model.safetensors" in refused(lambda: open_weights(locate())).message
 
 
 @pytest.mark.parametrize("index", [b"{", b"[]", b"{}", b'{"weight_map": null}'])
 def test_a_damaged_index(hub: Hub, index: bytes) -> None:
     hub.add(NAME, {"config.json": b"{}", "model.safetensors.index.json": index})
     with pytest.raises(ModelError, match="cannot be read"):
-        source.open_weights(locate())
+        open_weights(locate())
 
 
 @pytest.mark.parametrize(("name", "hint"), [("../other.safetensors", "first published"), ("pytorch_model.bin", "convert")])
 def test_an_index_may_name_safetensors_beside_it_alone(hub: Hub, name: str, hint: str) -> None:
-    hub.add(NAME, {"config.json": b"{}", source.INDEX: json.dumps({"weight_map": {"a": name}}).encode()})
-    error = refused(lambda: source.open_weights(locate()))
+    hub.add(NAME, {"config.json": b"{}", INDEX: json.dumps({"weight_map": {"a": name}}).encode()})
+    error = refused(lambda: open_weights(locate()))
     assert repr(name) in error.message
     assert hint in str(error.hint)
 
 
 def test_a_repository_of_gguf_files(hub: Hub) -> None:
     hub.add(NAME, {"README.md": b"", "tiny-Q4_K_M.gguf": b"GGUF"})
-    error = refused(source.open_config, locate())
+    error = refused(open_config, locate())
     assert "has no config.json" in error.message
     assert f"hf download {NAME} FILE.gguf" in str(error.hint)
     assert fetched(hub) == []
@@ -356,7 +359,7 @@ def test_a_repository_of_gguf_files(hub: Hub) -> None:
 def test_a_token_is_used_and_kept_nowhere(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.add(NAME, FILES)
-    source.open_weights(locate())
+    open_weights(locate())
     assert hub.tokens == {f"Bearer {TOKEN}"}
     for refusal in ((401, {"X-Error-Message": "Invalid credentials in Authorization header"}), (403, {}), (500, {})):
         hub.refusal = refusal
@@ -369,8 +372,8 @@ def test_the_environment_names_hub_and_cache(hub: Hub, tmp_path: Path) -> None:
     """In a process of its own the client reads HF_ENDPOINT and HF_HOME itself."""
     commit = hub.add(NAME, FILES)
     code = (
-        "import sys; from ftkit import source; "
-        f"print(source.open_config(source.locate('{NAME}', source.Path('nowhere'))).folder); print(*sys.modules)"
+        "import sys; from pathlib import Path; from ftkit.model.locate import locate; from ftkit.model.open import open_config; "
+        f"print(open_config(locate('{NAME}', Path('nowhere'))).folder); print(*sys.modules)"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "other")}
@@ -395,7 +398,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.torch
 def test_a_sharded_model_is_loaded_as_it_was(hub: Hub, sharded: Path) -> None:
     hub.add(NAME, read_folder(sharded))
-    folder = source.open_weights(locate()).folder
+    folder = open_weights(locate()).folder
     assert folder
     loaded, original = (hf.load_model(where, None, bfloat16=False, cuda=False).state_dict() for where in (folder, sharded))
     assert loaded.keys() == original.keys()

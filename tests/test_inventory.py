@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import tiny
 
-from ftkit import hf
+from ftkit.engines import hf
 from ftkit.errors import ModelError, RecipeError
-from ftkit.memory import inventory
-from ftkit.memory.inventory import Inventory, Skeleton
+from ftkit.memory.model import Inventory, Skeleton, load_config, repeated_unit
+from ftkit.memory.sizes import OPTIMIZER_BLOCK, nf4_storages
 from ftkit.recipe import Lora
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
@@ -65,12 +65,12 @@ def test_nf4_weights_to_the_byte(tied: bool, tmp_path: Path) -> None:
 def test_gradients_and_optimizer_to_the_byte(method: str, optim: str, model: Path, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     import torch
 
-    from ftkit import data
-    from ftkit.data import Row
-    from ftkit.train import build_trainer
+    from ftkit.data.mask import tokenise
+    from ftkit.data.rows import Row
+    from ftkit.train.trainer import build_trainer
 
     tokenizer = hf.load_tokenizer(model)
-    examples = [data.tokenise(tokenizer, Row(tuple(row["messages"]), 1)) for row in rows[:2]]
+    examples = [tokenise(tokenizer, Row(tuple(row["messages"]), 1)) for row in rows[:2]]
     recipe = tiny.recipe(model, method=method, optim=optim)
     trainer = build_trainer(recipe, tiny.SETTINGS, model, tokenizer, examples, examples, tmp_path)
     trainer.create_optimizer()
@@ -94,7 +94,7 @@ def test_an_untied_head_has_8_bit_states_as_bitsandbytes_gives_it() -> None:
         count(tiny.config(tie_word_embeddings=tie), "full", Lora(), "adamw_8bit", "float32").optimizer_bytes for tie in (True, False)
     )
     head = tiny.config().vocab_size * tiny.config().hidden_size
-    assert untied - tied == 2 * head + 2 * 4 * (head // inventory.OPTIMIZER_BLOCK)
+    assert untied - tied == 2 * head + 2 * 4 * (head // OPTIMIZER_BLOCK)
 
 
 def test_targets_that_match_nothing_are_refused_with_names() -> None:
@@ -116,7 +116,7 @@ def test_nf4_storages_are_those_of_bitsandbytes(double_quant: bool, elements: in
     if double_quant:
         tensors += [state.offset, state.state2.absmax, state.state2.code]
     real = [t.numel() * t.element_size() for t in tensors]
-    assert inventory.nf4_storages(elements, double_quant) == real
+    assert nf4_storages(elements, double_quant) == real
 
 
 @pytest.mark.parametrize(("kinds", "unit"), [("ssssss", 1), ("sfsfsf", 2), ("sssfsssf", 4), ("ssfs", 3), ("sfff", 4)])
@@ -125,7 +125,7 @@ def test_the_repeated_unit_of_layers(kinds: str, unit: int) -> None:
     from torch import nn
 
     layers = nn.ModuleList(nn.ModuleDict({"mlp": nn.Linear(2, 3 if kind == "s" else 4)}) for kind in kinds)
-    assert inventory.repeated_unit(layers, object()) == unit
+    assert repeated_unit(layers, object()) == unit
 
 
 def test_a_shortened_model_counts_as_the_whole() -> None:
@@ -187,4 +187,4 @@ def test_a_config_that_does_not_build_is_refused(tmp_path: Path) -> None:
     wrong = {**tiny.config().to_dict(), "hidden_size": 127}
     (tmp_path / "config.json").write_text(json.dumps(wrong), encoding="utf-8")
     with pytest.raises(ModelError, match="not a multiple"):
-        inventory.load_config(tmp_path)
+        load_config(tmp_path)

@@ -13,9 +13,23 @@ import pytest
 import tiny
 from conftest import REPOSITORY
 
-from ftkit import gguf as gguf_files
-from ftkit import source, tools
-from ftkit.memory import inventory, later
+from ftkit.gguf import files as gguf_files
+from ftkit.gguf.types import CONVERTED, HEADER_BYTES_A_TOKEN, gguf_bytes, gguf_model, gguf_sizes, tensor_bytes, tensor_types
+from ftkit.machine import llama_cpp
+from ftkit.memory.model import load_config, meta_model
+from ftkit.model.locate import locate
+from ftkit.model.open import open_weights
+from ftkit.plan.cost import (
+    CONVERTER_BYTES,
+    CONVERTER_BYTES_A_TOKEN,
+    FTKIT_BYTES,
+    LLAMA_CPP_BYTES,
+    QUANTIZE_BYTES,
+    LaterStep,
+    converter_bytes,
+    later_steps,
+    quantize_bytes,
+)
 from ftkit.recipe import QUANTIZATIONS, Recipe
 
 Q4_K, Q5_K, Q6_K = 144 / 256, 176 / 256, 210 / 256  # bytes a weight of ggml's blocks
@@ -51,7 +65,7 @@ def shapes(
 
 
 def types(quantization: str, made: Mapping[str, tuple[int, ...]] | None = None, **changes: Any) -> dict[str, str]:
-    return later.tensor_types(later.gguf_model(made or shapes(), config(**changes)), quantization)
+    return tensor_types(gguf_model(made or shapes(), config(**changes)), quantization)
 
 
 def layers_with(found: dict[str, str], name: str, kind: str) -> list[int]:
@@ -60,21 +74,21 @@ def layers_with(found: dict[str, str], name: str, kind: str) -> list[int]:
 
 def test_llama_3_1_8b_as_arithmetic() -> None:
     made = shapes(vocabulary=128256, hidden=4096, intermediate=14336, layers=32, keys=1024)
-    model = later.gguf_model(made, config(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8))
+    model = gguf_model(made, config(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8))
     embedding, value, down = 128256 * 4096, 1024 * 4096, 14336 * 4096
     layer = 2 * 4096 * 4096 + 2 * value + 3 * down
     norms = 4 * (2 * 32 + 1) * 4096  # float32
     more = 4 + 4 + 8  # layers with more bits: the first and the last eighth, and every third of the 24 between
     q4_k_m = Q4_K * (embedding + 32 * layer) + (Q6_K - Q4_K) * more * (value + down) + Q6_K * embedding + norms
-    assert later.gguf_bytes(model, "Q4_K_M") == q4_k_m
+    assert gguf_bytes(model, "Q4_K_M") == q4_k_m
     assert round(q4_k_m / 1e9, 2) == 4.91  # the published file has 4.92 GB, of which 8 MB are its vocabulary
-    assert later.gguf_bytes(model, "Q8_0") == Q8_0 * (2 * embedding + 32 * layer) + norms
-    assert later.gguf_bytes(model, "F16") == 2 * (2 * embedding + 32 * layer) + norms
+    assert gguf_bytes(model, "Q8_0") == Q8_0 * (2 * embedding + 32 * layer) + norms
+    assert gguf_bytes(model, "F16") == 2 * (2 * embedding + 32 * layer) + norms
     assert model.estimated_because is None
 
 
 def test_every_type_of_the_recipe_has_a_size() -> None:
-    sizes = later.gguf_sizes(later.gguf_model(shapes(), config()))
+    sizes = gguf_sizes(gguf_model(shapes(), config()))
     assert tuple(sizes) == QUANTIZATIONS
     by_size = ["Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16"]
     assert sorted(by_size, key=lambda name: sizes[name]) == by_size
@@ -113,8 +127,8 @@ def test_rows_that_no_block_divides() -> None:
     layer = 2 * 576 * 576 + 2 * 192 * 576 + 2 * 576 * 1536
     more = 5 * ((Q8_0 - Q5_0) * 192 * 576 + (Q6_K - Q4_K) * 576 * 1536)
     norms = 4 * (2 * 9 + 1) * 576
-    model = later.gguf_model(made, config())
-    assert later.gguf_bytes(model, "Q4_K_M") == Q8_0 * 512 * 576 + 9 * (Q5_0 * layer + Q4_K * 576 * 1536) + more + norms
+    model = gguf_model(made, config())
+    assert gguf_bytes(model, "Q4_K_M") == Q8_0 * 512 * 576 + 9 * (Q5_0 * layer + Q4_K * 576 * 1536) + more + norms
     assert types("Q4_K_M", shapes(hidden=72))["blk.0.attn_q.weight"] == "F16"  # 72 is no multiple of 32 either
     assert types("Q8_0", shapes(hidden=72))["blk.0.attn_q.weight"] == "F16"
 
@@ -144,29 +158,29 @@ def test_70b_gets_more_bits_for_its_values() -> None:
 
 
 def test_what_cannot_be_known_makes_an_estimate() -> None:
-    other = later.gguf_model(shapes(), config(model_type="unheard_of"))
+    other = gguf_model(shapes(), config(model_type="unheard_of"))
     assert other.estimated_because
     assert "unheard_of" in other.estimated_because
-    assert later.gguf_bytes(other, "Q4_K_M") == later.gguf_bytes(later.gguf_model(shapes(), config()), "Q4_K_M")
-    more = later.gguf_model({**shapes(), "model.layers.0.self_attn.new_proj.weight": (256, 256)}, config())
+    assert gguf_bytes(other, "Q4_K_M") == gguf_bytes(gguf_model(shapes(), config()), "Q4_K_M")
+    more = gguf_model({**shapes(), "model.layers.0.self_attn.new_proj.weight": (256, 256)}, config())
     assert more.estimated_because
     assert "new_proj" in more.estimated_because
-    assert later.gguf_bytes(more, "Q4_K_M") == later.gguf_bytes(later.gguf_model(shapes(), config()), "Q4_K_M") + 2 * 256 * 256
+    assert gguf_bytes(more, "Q4_K_M") == gguf_bytes(gguf_model(shapes(), config()), "Q4_K_M") + 2 * 256 * 256
 
 
 def test_pictures_and_sound_are_left_out_and_rope_factors_added() -> None:
-    plain = later.gguf_model(shapes(), config())
+    plain = gguf_model(shapes(), config())
     seeing = {name.replace("model.", "model.language_model.", 1): shape for name, shape in shapes().items()}
     seeing["model.vision_tower.encoder.layers.0.self_attn.q_proj.weight"] = (64, 64)
-    assert later.gguf_model(seeing, config()).tensors == plain.tensors
-    scaled = later.gguf_model(shapes(), config(rope_parameters={"rope_type": "llama3"}))
-    assert later.gguf_bytes(scaled, "Q6_K") == later.gguf_bytes(plain, "Q6_K") + 4 * 64 // 2
+    assert gguf_model(seeing, config()).tensors == plain.tensors
+    scaled = gguf_model(shapes(), config(rope_parameters={"rope_type": "llama3"}))
+    assert gguf_bytes(scaled, "Q6_K") == gguf_bytes(plain, "Q6_K") + 4 * 64 // 2
 
 
 WEIGHTS = 5 << 20  # as training holds them, in 4 bits
 
 
-def steps(method: str = "qlora", quantization: str = "Q4_K_M", *, vram_bytes: int | None = None) -> dict[str, later.LaterStep]:
+def steps(method: str = "qlora", quantization: str = "Q4_K_M", *, vram_bytes: int | None = None) -> dict[str, LaterStep]:
     counted: Any = SimpleNamespace(
         method=method,
         parameters=sum(map(math.prod, shapes().values())),
@@ -175,7 +189,7 @@ def steps(method: str = "qlora", quantization: str = "Q4_K_M", *, vram_bytes: in
         adapter_bytes=4000,
     )
     recipe = Recipe.model_validate({"model": "m", "ship": {"quantization": quantization, "num_ctx": 1024, "max_new_tokens": 100}})
-    made = later.later_steps(later.gguf_model(shapes(), config()), counted, recipe, 900, compute_bytes=2, vram_bytes=vram_bytes)
+    made = later_steps(gguf_model(shapes(), config()), counted, recipe, 900, compute_bytes=2, vram_bytes=vram_bytes)
     return {step.name: step for step in made}
 
 
@@ -183,13 +197,13 @@ def test_the_later_steps_and_what_they_write() -> None:
     made = steps()
     converted = ["convert to F16", "convert to Q8_0", "ask the merged model"]
     assert list(made) == ["ask", "merge", *converted, "quantise to Q4_K_M", "prove Q4_K_M", "register in Ollama"]
-    model = later.gguf_model(shapes(), config())
-    checkpoint, header = 2 * sum(map(math.prod, shapes().values())), later.HEADER_BYTES_A_TOKEN * 512
-    file = later.gguf_bytes(model, "Q4_K_M") + header
+    model = gguf_model(shapes(), config())
+    checkpoint, header = 2 * sum(map(math.prod, shapes().values())), HEADER_BYTES_A_TOKEN * 512
+    file = gguf_bytes(model, "Q4_K_M") + header
     assert made["merge"].disk_bytes == checkpoint  # where a second is made, the first has gone
     assert made["ask"].read_bytes == made["merge"].read_bytes == checkpoint + 4 * 1000
     assert made["ask the merged model"].read_bytes == made["convert to F16"].disk_bytes
-    assert made["convert to F16"].disk_bytes == made["quantise to Q4_K_M"].read_bytes == later.gguf_bytes(model, "F16") + header
+    assert made["convert to F16"].disk_bytes == made["quantise to Q4_K_M"].read_bytes == gguf_bytes(model, "F16") + header
     assert (made["register in Ollama"].disk_bytes, made["register in Ollama"].disk_is) == (file, "Ollama's models")
     assert made["register in Ollama"].read_bytes == 2 * file
     assert {step.disk_is for name, step in made.items() if name != "register in Ollama"} == {"the run folder"}
@@ -198,26 +212,26 @@ def test_the_later_steps_and_what_they_write() -> None:
 
 
 def test_the_ram_of_the_later_steps() -> None:
-    made, large = steps(), later.gguf_model(shapes(vocabulary=1 << 20), config(vocab_size=1 << 20))
+    made, large = steps(), gguf_model(shapes(vocabulary=1 << 20), config(vocab_size=1 << 20))
     cache = 9 * 2 * 256  # keys and values of nine layers
     row = 2 * (900 + 100) * (cache + 4 * 512 + 6 * 256)
     asking = WEIGHTS + 4000 + 8192 // 1000 * row
-    assert (made["ask"].peak_ram_bytes, made["ask"].vram_bytes) == (later.FTKIT_BYTES + asking, 0)
+    assert (made["ask"].peak_ram_bytes, made["ask"].vram_bytes) == (FTKIT_BYTES + asking, 0)
     on_cuda = steps(vram_bytes=24 << 30)["ask"]
-    assert (on_cuda.peak_ram_bytes, on_cuda.vram_bytes) == (later.FTKIT_BYTES, asking)
+    assert (on_cuda.peak_ram_bytes, on_cuda.vram_bytes) == (FTKIT_BYTES, asking)
     assert steps(vram_bytes=asking - 1)["ask"].vram_bytes == WEIGHTS + 4000 + 4 * row  # half of the batch
-    assert steps("full")["ask"].peak_ram_bytes == later.FTKIT_BYTES + 2 * sum(map(math.prod, shapes().values())) + 8 * row
+    assert steps("full")["ask"].peak_ram_bytes == FTKIT_BYTES + 2 * sum(map(math.prod, shapes().values())) + 8 * row
     f16 = made["convert to F16"].disk_bytes
-    assert made["ask the merged model"].peak_ram_bytes == later.FTKIT_BYTES + later.LLAMA_CPP_BYTES + f16 + 2 * 1024 * cache
+    assert made["ask the merged model"].peak_ram_bytes == FTKIT_BYTES + LLAMA_CPP_BYTES + f16 + 2 * 1024 * cache
     assert {name for name, step in made.items() if not step.needed} == {"ask", "ask the merged model", "prove Q4_K_M", "register in Ollama"}
-    assert made["merge"].peak_ram_bytes == later.FTKIT_BYTES + 4 * 1000 + (3 * 4 + 2) * 256 * 512
+    assert made["merge"].peak_ram_bytes == FTKIT_BYTES + 4 * 1000 + (3 * 4 + 2) * 256 * 512
     embedding = (1 << 20) * 256
-    assert later.quantize_bytes(large, "Q4_K_M") == later.QUANTIZE_BYTES + (4 + Q6_K) * embedding  # the output, in Q6_K
-    vocabulary = later.CONVERTER_BYTES + later.CONVERTER_BYTES_A_TOKEN * (1 << 20)
-    assert later.converter_bytes(large, "F16") == vocabulary + (4 + 2) * embedding
-    assert later.converter_bytes(large, "Q8_0") == vocabulary + (4 + 2 * Q8_0) * embedding
+    assert quantize_bytes(large, "Q4_K_M") == QUANTIZE_BYTES + (4 + Q6_K) * embedding  # the output, in Q6_K
+    vocabulary = CONVERTER_BYTES + CONVERTER_BYTES_A_TOKEN * (1 << 20)
+    assert converter_bytes(large, "F16") == vocabulary + (4 + 2) * embedding
+    assert converter_bytes(large, "Q8_0") == vocabulary + (4 + 2 * Q8_0) * embedding
     file = made["register in Ollama"].disk_bytes
-    assert made["prove Q4_K_M"].peak_ram_bytes == later.FTKIT_BYTES + later.LLAMA_CPP_BYTES + file + 2 * 1024 * cache
+    assert made["prove Q4_K_M"].peak_ram_bytes == FTKIT_BYTES + LLAMA_CPP_BYTES + file + 2 * 1024 * cache
 
 
 def read_types(path: Path) -> dict[str, tuple[str, int]]:
@@ -229,12 +243,12 @@ def read_types(path: Path) -> dict[str, tuple[str, int]]:
 
 def planned_types(folder: Path, quantization: str) -> dict[str, tuple[str, int]]:
     """The same, planned from the config alone."""
-    read = inventory.load_config(folder)
-    made = {name: tuple(parameter.shape) for name, parameter in inventory.meta_model(read).named_parameters()}
-    model = later.gguf_model(made, read)
+    read = load_config(folder)
+    made = {name: tuple(parameter.shape) for name, parameter in meta_model(read).named_parameters()}
+    model = gguf_model(made, read)
     assert model.estimated_because is None
-    found = {name: (kind, later.tensor_bytes(model.tensors[name], kind)) for name, kind in later.tensor_types(model, quantization).items()}
-    assert later.gguf_bytes(model, quantization) == sum(size for _, size in found.values())
+    found = {name: (kind, tensor_bytes(model.tensors[name], kind)) for name, kind in tensor_types(model, quantization).items()}
+    assert gguf_bytes(model, quantization) == sum(size for _, size in found.values())
     return found
 
 
@@ -243,7 +257,7 @@ def test_the_demos_files_to_the_byte(demo_run: Path, tmp_path: Path) -> None:
     (merged,) = demo_run.glob("merge-*/model")
     files = {path.stem.rpartition("-")[2]: path for path in demo_run.glob("[gq]*-*/*.gguf")}
     assert {"F16", "Q8_0", "Q6_K"} <= set(files)
-    program = tools.find_program("llama-quantize")
+    program = llama_cpp.find_program("llama-quantize")
     assert program
     files["Q4_K_M"] = tmp_path / "Q4_K_M.gguf"
     gguf_files.quantize(files["F16"], files["Q4_K_M"], "Q4_K_M", program)
@@ -251,13 +265,13 @@ def test_the_demos_files_to_the_byte(demo_run: Path, tmp_path: Path) -> None:
         planned = planned_types(merged, quantization)
         assert planned == read_types(path)
         header = path.stat().st_size - sum(size for _, size in planned.values())
-        assert 0 < header < later.HEADER_BYTES_A_TOKEN * 49152
+        assert 0 < header < HEADER_BYTES_A_TOKEN * 49152
 
 
 @pytest.mark.e2e
 def test_a_random_model_to_the_byte(demo_run: Path, tmp_path: Path) -> None:
     """Seventeen layers, grouped heads, an untied head, biases and scaled rotary embeddings, through the real programs."""
-    program = tools.find_program("llama-quantize")
+    program = llama_cpp.find_program("llama-quantize")
     assert program
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 256}  # fmt: skip
@@ -265,14 +279,14 @@ def test_a_random_model_to_the_byte(demo_run: Path, tmp_path: Path) -> None:
         tmp_path / "model", vocab_size=49152, hidden_size=256, intermediate_size=512, num_hidden_layers=17, num_attention_heads=8,
         num_key_value_heads=2, tie_word_embeddings=False, attention_bias=True, rope_parameters=rope,
     )  # fmt: skip
-    known = source.open_weights(source.locate(str(next((REPOSITORY / "demo").glob("*.gguf"))), REPOSITORY)).folder
+    known = open_weights(locate(str(next((REPOSITORY / "demo").glob("*.gguf"))), REPOSITORY)).folder
     assert known
     for file in known.glob("token*"):  # the converter wants a tokenizer that it knows
         shutil.copyfile(file, folder / file.name)
     for quantization in ("F16", "Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_S", "IQ4_NL"):
         path = tmp_path / f"{quantization}.gguf"
-        if quantization in later.CONVERTED:
-            gguf_files.convert(folder, path, quantization, tools.need_converter())
+        if quantization in CONVERTED:
+            gguf_files.convert(folder, path, quantization, llama_cpp.need_converter())
         else:
             gguf_files.quantize(tmp_path / "F16.gguf", path, quantization, program)
         assert read_types(path) == planned_types(folder, quantization)
@@ -287,7 +301,7 @@ def test_asking_is_no_reason_to_refuse() -> None:
     llama = LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
     )
-    made = {name: tuple(parameter.shape) for name, parameter in inventory.meta_model(llama).named_parameters()}
+    made = {name: tuple(parameter.shape) for name, parameter in meta_model(llama).named_parameters()}
     counted: Any = SimpleNamespace(
         method="qlora",
         parameters=sum(map(math.prod, made.values())),
@@ -296,7 +310,7 @@ def test_asking_is_no_reason_to_refuse() -> None:
         adapter_bytes=160 << 20,
     )
     recipe = Recipe.model_validate({"model": "m"})
-    steps = later.later_steps(later.gguf_model(made, llama), counted, recipe, 2048, compute_bytes=2, vram_bytes=12 << 30)
+    steps = later_steps(gguf_model(made, llama), counted, recipe, 2048, compute_bytes=2, vram_bytes=12 << 30)
     assert ram_shortage(steps, 16 << 30) is None
     assert max(step.vram_bytes for step in steps) < 12 << 30
     short = ram_shortage(steps, 3 << 30)

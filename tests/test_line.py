@@ -15,8 +15,14 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
-from ftkit import hf, llamacpp, parity, source, tools
-from ftkit.data import token_ids
+from ftkit.data.template import token_ids
+from ftkit.engines import hf, llamacpp
+from ftkit.files import cache_folder
+from ftkit.machine import packages
+from ftkit.model.locate import locate
+from ftkit.model.open import open_weights
+from ftkit.proof import compare
+from ftkit.proof.probes import HARD_TEXTS
 from ftkit.run import RECORD, Run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
@@ -43,7 +49,7 @@ def proof(run: Path) -> dict[str, Any]:
 
 
 def test_the_demo_learned_its_task(demo_run: Path, report_figures: Callable[[str], None]) -> None:
-    scores = {name: parity.Score(**score) for name, score in proof(demo_run)["scores"].items()}
+    scores = {name: compare.Score(**score) for name, score in proof(demo_run)["scores"].items()}
     report_figures("\n".join(f"{name:32} {score.right:3} of {score.rows} = {score.percent:.1f} %" for name, score in scores.items()))
     assert scores["before"].rows >= 120
     assert scores["before"].percent < 20
@@ -60,13 +66,13 @@ def test_the_demo_is_up_to_date_in_seconds(demo_run: Path) -> None:
 
 def test_the_rebuilt_tokenizer_gives_llama_cpps_ids(demo_run: Path) -> None:
     gguf = next((REPOSITORY / "demo").glob("*.gguf"))
-    folder = source.open_weights(source.locate(str(gguf), REPOSITORY)).folder
+    folder = open_weights(locate(str(gguf), REPOSITORY)).folder
     assert folder
     tokenizer = hf.load_tokenizer(folder)
     lines = (REPOSITORY / "demo" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [*parity.HARD_TEXTS, *(message["content"] for line in lines for message in json.loads(line)["messages"])]
+    texts = [*HARD_TEXTS, *(message["content"] for line in lines for message in json.loads(line)["messages"])]
     with llamacpp.load(gguf) as engine:
-        assert parity.compare_tokens(texts, lambda text: token_ids(tokenizer, text), engine.tokenize, gguf.name) > 1000
+        assert compare.compare_tokens(texts, lambda text: token_ids(tokenizer, text), engine.tokenize, gguf.name) > 1000
 
 
 def run_ftkit(*words: str | Path, cwd: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -99,7 +105,7 @@ def test_the_other_methods_go_through_the_same_line(method: str, few_rows: Path)
         answers |= json.loads((step.folder / "answers.json").read_text(encoding="utf-8"))["answers"]
     assert all(answers["trained"])
     # Nothing was quantised on the way; rounding the merged weights to 16 bits may turn one near tie.
-    assert parity.same(answers["trained"], answers["merged"]).right >= len(answers["trained"]) - 1
+    assert compare.same(answers["trained"], answers["merged"]).right >= len(answers["trained"]) - 1
 
 
 def test_a_wheel_in_an_empty_folder(demo_run: Path, tmp_path: Path) -> None:
@@ -111,8 +117,8 @@ def test_a_wheel_in_an_empty_folder(demo_run: Path, tmp_path: Path) -> None:
     shutil.unpack_archive(next(tmp_path.glob("*.whl")), installed, "zip")
     folder.mkdir()
     for key in ("converter", "smollm2"):  # all that `ftkit setup` brings but llama.cpp's programs
-        brought = tools.PACKAGES[key].folder
-        place = cache / brought.relative_to(tools.cache_folder())
+        brought = packages.PACKAGES[key].folder
+        place = cache / brought.relative_to(cache_folder())
         place.parent.mkdir(parents=True, exist_ok=True)
         place.symlink_to(brought)
     environment = {"PYTHONPATH": str(installed), "FTKIT_CACHE_DIR": str(cache), "LLAMA_CPP_DIR": ""}

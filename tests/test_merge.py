@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tiny
 
-from ftkit import merge
 from ftkit.errors import ModelError
+from ftkit.merge.stream import merge
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -43,7 +43,7 @@ def test_equals_peft_bit_for_bit(use_rslora: bool, base: Path, tmp_path: Path) -
 
     adapted = make_adapter(base, tmp_path / "adapter", use_rslora=use_rslora)
     (tmp_path / "merged").mkdir()
-    result = merge.merge(base, tmp_path / "adapter", tmp_path / "merged")
+    result = merge(base, tmp_path / "adapter", tmp_path / "merged")
     theirs = adapted.merge_and_unload().state_dict()
     ours = load_file(tmp_path / "merged" / "model.safetensors")
     assert result.merged_tensors == 7 * 2
@@ -67,7 +67,7 @@ def test_shards_are_merged_and_another_layout_beside_them_is_left(base: Path, tm
     make_adapter(base, tmp_path / "adapter")
     for name, source in (("one", base), ("many", sharded)):
         (tmp_path / name).mkdir()
-        merge.merge(source, tmp_path / "adapter", tmp_path / name)
+        merge(source, tmp_path / "adapter", tmp_path / name)
     assert sorted(p.name for p in (tmp_path / "many").glob("*.safetensors")) == [p.name for p in shards]
     one = load_file(tmp_path / "one" / "model.safetensors")
     many = {name: tensor for shard in shards for name, tensor in load_file(tmp_path / "many" / shard.name).items()}
@@ -76,11 +76,11 @@ def test_shards_are_merged_and_another_layout_beside_them_is_left(base: Path, tm
 
 
 def test_the_merged_folder_loads_with_tokenizer_and_template(base: Path, tmp_path: Path) -> None:
-    from ftkit import hf
+    from ftkit.engines import hf
 
     make_adapter(base, tmp_path / "adapter")
     (tmp_path / "merged").mkdir()
-    merge.merge(base, tmp_path / "adapter", tmp_path / "merged")
+    merge(base, tmp_path / "adapter", tmp_path / "merged")
     assert hf.load_tokenizer(tmp_path / "merged").chat_template == tiny.CHATML
     hf.load_model(tmp_path / "merged", None, bfloat16=False, cuda=False)
 
@@ -90,12 +90,12 @@ def test_onto_the_dequantised_base_is_what_training_computed(base: Path, tmp_pat
     import torch
     from peft import PeftModel
 
-    from ftkit import hf
+    from ftkit.engines import hf
 
     make_adapter(base, tmp_path / "adapter")
     for onto in ("source", "dequantised"):
         (tmp_path / onto).mkdir()
-        merge.merge(base, tmp_path / "adapter", tmp_path / onto, onto=onto, bfloat16=False)  # type: ignore[arg-type]
+        merge(base, tmp_path / "adapter", tmp_path / onto, onto=onto, bfloat16=False)  # type: ignore[arg-type]
     ids = torch.arange(60).reshape(2, 30)
     with torch.no_grad():
         trained = PeftModel.from_pretrained(hf.load_model(base, "qlora", bfloat16=False, cuda=False), tmp_path / "adapter")(
@@ -145,7 +145,7 @@ def test_what_it_does_not_do_is_refused_by_name(key: str, settings: dict[str, An
 def test_how_a_plain_adapter_began_does_not_matter(start: bool | str, base: Path, tmp_path: Path) -> None:
     make_adapter(base, tmp_path / "adapter", init_lora_weights=start, lora_dropout=0.1, exclude_modules=["v_proj"])
     (tmp_path / "merged").mkdir()
-    assert merge.merge(base, tmp_path / "adapter", tmp_path / "merged").merged_tensors == 6 * 2
+    assert merge(base, tmp_path / "adapter", tmp_path / "merged").merged_tensors == 6 * 2
 
 
 @pytest.mark.parametrize(("key", "value"), [("peft_type", "LOHA"), ("use_next_years_trick", True)])
@@ -192,7 +192,7 @@ def refused(base: Path, folder: Path, words: str) -> None:
     """The merge of `folder`/adapter raises ModelError with these words and a way out."""
     (folder / "merged").mkdir()
     with pytest.raises(ModelError, match=words) as caught:
-        merge.merge(base, folder / "adapter", folder / "merged")
+        merge(base, folder / "adapter", folder / "merged")
     assert caught.value.hint
 
 
@@ -201,4 +201,4 @@ def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path) -> N
     make_adapter(deeper, tmp_path / "adapter")
     (tmp_path / "merged").mkdir()
     with pytest.raises(ModelError, match=r"layers\.2"):
-        merge.merge(base, tmp_path / "adapter", tmp_path / "merged")
+        merge(base, tmp_path / "adapter", tmp_path / "merged")

@@ -14,20 +14,12 @@ import ollama as ollama_client
 import pytest
 
 from ftkit.check import Check
-from ftkit.data import Message
+from ftkit.data.rows import Message
 from ftkit.errors import ModelError, ProofError, RecipeError, ToolFailedError
-from ftkit.ollama import (
-    PROMPTS,
-    TRIM,
-    ChatFormat,
-    Modelfile,
-    check_prompts,
-    conversations,
-    find_format,
-    go_template,
-    make_modelfile,
-    temporary_name,
-)
+from ftkit.ollama.modelfile import Modelfile, make_modelfile
+from ftkit.ollama.register import PROMPTS, check_prompts, temporary_name
+from ftkit.ollama.template import TRIM, ChatFormat, find_format, go_template
+from ftkit.proof.probes import conversations
 from ftkit.recipe import Ship, modelfile_value
 
 CHATML = """{% for message in messages %}<|im_start|>{{ message['role'] }}

@@ -14,14 +14,17 @@ from typing import Any
 
 import pytest
 
-from ftkit import page
-from ftkit.data import TokenCounts, batching
-from ftkit.device import Device
+from ftkit.data.lengths import TokenCounts, batching
 from ftkit.errors import RecipeError
-from ftkit.memory.inventory import Inventory
-from ftkit.memory.later import LaterStep
-from ftkit.memory.plan import Change, Fit, MemoryPlan, Work
+from ftkit.machine.device import Device
+from ftkit.memory.model import Inventory
 from ftkit.memory.step import Part, Peak, Timeline
+from ftkit.plan.cost import LaterStep
+from ftkit.plan.plan import Change, Fit, MemoryPlan, Work
+from ftkit.report import parts as report_parts
+from ftkit.report import plan_page, plot
+from ftkit.report.parts import ACTIVATION_COLOURS, KINDS, Slice, kinds_of, parts_of
+from ftkit.report.words import answer, command_for, peak_words, plain, why
 from ftkit.units import GIB, MIB, bytes_text
 
 NASTY = 'a "card" <script>alert(1)</script> & $x^2$ \x00\x1b[31m'
@@ -114,9 +117,9 @@ def page_text(path: Path) -> str:
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_a_picture_is_the_same_each_time_and_nothing_is_left_beside_it(tmp_path: Path, name: str, suffix: str) -> None:
     path = tmp_path / f"plan{suffix}"
-    page.write_plot(PLANS[name](), path)
+    plot.write_plot(PLANS[name](), path)
     first = path.read_bytes()
-    page.write_plot(PLANS[name](), path)
+    plot.write_plot(PLANS[name](), path)
     assert path.read_bytes() == first
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
     assert first.startswith(b"\x89PNG\r\n" if suffix == ".png" else b"<?xml")
@@ -125,12 +128,12 @@ def test_a_picture_is_the_same_each_time_and_nothing_is_left_beside_it(tmp_path:
 @pytest.mark.parametrize("name", PLANS)
 def test_the_svg_holds_every_number_of_the_bar(tmp_path: Path, name: str) -> None:
     made = PLANS[name]()
-    page.write_plot(made, tmp_path / "plan.svg")
+    plot.write_plot(made, tmp_path / "plan.svg")
     root = parsed(tmp_path / "plan.svg")
     text = " ".join(" ".join(root.itertext()).replace("\u00a0", " ").split())
     for size in (made.chosen.peak.device_bytes, made.chosen.budget_bytes, *(other.peak.device_bytes for other in made.methods)):
         assert bytes_text(size) in text
-    for part in page.parts_of(made, made.chosen):
+    for part in parts_of(made, made.chosen):
         assert bytes_text(part.bytes) in text
     assert ("does not fit" in text.split(" memory ")[1]) or made.chosen.fits
 
@@ -138,9 +141,9 @@ def test_the_svg_holds_every_number_of_the_bar(tmp_path: Path, name: str) -> Non
 def test_the_parts_add_up_to_the_peak_and_small_ones_stand_together() -> None:
     made = plan()
     chosen = made.chosen
-    parts = page.parts_of(made, chosen)
+    parts = parts_of(made, chosen)
     assert sum(part.bytes for part in parts) == chosen.peak.device_bytes
-    assert sum(page.kinds_of(made, chosen).values()) == chosen.peak.device_bytes
+    assert sum(kinds_of(made, chosen).values()) == chosen.peak.device_bytes
     assert [part.words for part in parts] == [
         "4-bit weights", "weights that stay 16-bit", "optimizer states", "adapter", "gradients", "activations: MLP", "activations: attention",
         "activations: norms", "other", "allocator’s reserve", "CUDA context",
@@ -157,8 +160,8 @@ def test_text_on_a_part_can_be_read() -> None:
             w * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4) for w, c in zip((0.2126, 0.7152, 0.0722), parts, strict=True)
         )
 
-    for colour in {*page.KINDS.values(), *(colour for _, colour in page.PARTS.values()), *page.ACTIVATION_COLOURS.values()}:
-        light, dark = sorted((luminance(colour), luminance(page.Slice("", "", colour, 0).ink)), reverse=True)
+    for colour in {*KINDS.values(), *(colour for _, colour in report_parts.PARTS.values()), *ACTIVATION_COLOURS.values()}:
+        light, dark = sorted((luminance(colour), luminance(Slice("", "", colour, 0).ink)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, colour  # WCAG 2.2, 1.4.3
 
 
@@ -173,11 +176,11 @@ def test_text_on_a_part_can_be_read() -> None:
 )  # fmt: skip
 def test_the_answer(chosen: Fit, said: str) -> None:
     assert chosen.peak.device_bytes == round((3.5 + 2 + 0.5 + 0.25 + 0.25 + 8 + 4 + 1) * GIB) + 2 * MIB + RESERVE_BYTES + CONTEXT_BYTES
-    assert page.answer(plan(chosen=chosen)).startswith(said)
+    assert answer(plan(chosen=chosen)).startswith(said)
 
 
 def test_ten_times_too_large_is_said_so() -> None:
-    assert page.answer(too_large()).endswith(" times as much.")
+    assert answer(too_large()).endswith(" times as much.")
 
 
 @pytest.mark.parametrize(
@@ -194,7 +197,7 @@ def test_ten_times_too_large_is_said_so() -> None:
     ],
 )
 def test_the_peak_is_explained(phase: str, said: str) -> None:
-    words = page.peak_words(plan(chosen=fit(phase=phase)))
+    words = peak_words(plan(chosen=fit(phase=phase)))
     assert words.startswith(f"The peak comes in the {phase}. ")
     assert said in words
     assert "activations (13.00 GiB, 62 %) and weights (5.50 GiB, 26 %)" in words
@@ -203,29 +206,29 @@ def test_the_peak_is_explained(phase: str, said: str) -> None:
 @pytest.mark.parametrize("name", PLANS)
 def test_the_page_is_the_same_each_time_whole_and_complete(tmp_path: Path, name: str) -> None:
     made, path = PLANS[name](), tmp_path / "plan.html"
-    page.write_page(made, TOKENS, path)
+    plan_page.write_page(made, TOKENS, path)
     first = path.read_bytes()
-    page.write_page(MemoryPlan.load(json.loads(json.dumps(asdict(made)))), TOKENS, path)  # as recorded
+    plan_page.write_page(MemoryPlan.load(json.loads(json.dumps(asdict(made)))), TOKENS, path)  # as recorded
     assert path.read_bytes() == first
     assert [found.name for found in tmp_path.iterdir()] == ["plan.html"]
     text = page_text(path)
     sizes = [
         made.chosen.budget_bytes,
         *(other.peak.device_bytes for other in made.methods),
-        *(part.bytes for part in page.parts_of(made, made.chosen)),
+        *(part.bytes for part in parts_of(made, made.chosen)),
     ]
     sizes += [size for _, _, size, _ in made.batches] + list(made.gguf_bytes.values())
     sizes += [size for step in made.later for size in (step.peak_ram_bytes, step.vram_bytes, step.disk_bytes, step.read_bytes) if size]
     sizes += [change.peak_bytes for change in made.changes]
     for size in sizes:
         assert bytes_text(size) in text
-    for words in (page.answer(made), page.why(made), page.peak_words(made), "1,433", "3 rows are longer"):
+    for words in (answer(made), why(made), peak_words(made), "1,433", "3 rows are longer"):
         assert words in text
     assert ("CUDA" in text) == (made.device.kind == "cuda")
 
 
 def test_the_page_asks_nothing_of_the_network_and_stands_in_html_too(tmp_path: Path) -> None:
-    page.write_page(plan(), TOKENS, tmp_path / "plan.html")
+    plan_page.write_page(plan(), TOKENS, tmp_path / "plan.html")
     opened: list[str] = []
 
     class Reader(HTMLParser):
@@ -250,30 +253,30 @@ def test_the_page_asks_nothing_of_the_network_and_stands_in_html_too(tmp_path: P
 
 def test_text_from_elsewhere_is_only_text(tmp_path: Path) -> None:
     made = replace(too_large(), device=Device("cuda", NASTY, 24 * GIB, 24 * GIB))
-    page.write_page(made, None, tmp_path / "plan.html", title=NASTY)
-    page.write_plot(made, tmp_path / "plan.svg")
-    page.write_plot(made, tmp_path / "plan.png")
+    plan_page.write_page(made, None, tmp_path / "plan.html", title=NASTY)
+    plot.write_plot(made, tmp_path / "plan.svg")
+    plot.write_plot(made, tmp_path / "plan.png")
     source = (tmp_path / "plan.html").read_text(encoding="utf-8")
     assert "<script>alert" not in source
     assert "QLoRA &lt;b&gt;" in source
     assert "full is left out: &lt;i&gt;why&lt;/i&gt;" in source
     root = parsed(tmp_path / "plan.html")
-    assert root.findtext(".//{*}h1") == page.plain(NASTY) == 'a "card" <script>alert(1)</script> & $x^2$   [31m'
+    assert root.findtext(".//{*}h1") == plain(NASTY) == 'a "card" <script>alert(1)</script> & $x^2$   [31m'
     svg = parsed(tmp_path / "plan.svg")
     assert not [element for element in svg.iter() if str(element.tag).endswith("script")]
     assert "$x^2$" in "".join(svg.itertext())
 
 
 def test_a_change_comes_with_its_command(tmp_path: Path) -> None:
-    page.write_page(too_large(), None, tmp_path / "plan.html")
+    plan_page.write_page(too_large(), None, tmp_path / "plan.html")
     assert "ftkit plan --set training.method=qlora --set training.max_length=512" in page_text(tmp_path / "plan.html")
-    assert page.command(Change(("data.train=a b.jsonl",), "", 0, True)) == "ftkit plan --set 'data.train=a b.jsonl'"
-    page.write_page(replace(too_large(), changes=()), None, tmp_path / "plan.html")
+    assert command_for(Change(("data.train=a b.jsonl",), "", 0, True)) == "ftkit plan --set 'data.train=a b.jsonl'"
+    plan_page.write_page(replace(too_large(), changes=()), None, tmp_path / "plan.html")
     assert "a smaller model or a larger device is needed" in page_text(tmp_path / "plan.html")
 
 
 def test_the_timeline_is_stacked_to_the_peak_and_its_phases_cover_it() -> None:
-    drawn = page.timeline(plan())
+    drawn = plan_page.timeline(plan())
     assert drawn["highest"] == (3.5 + 2 + 0.5 + 0.25 + 0.25 + 8 + 4 + 1) * GIB
     assert drawn["peak"] == 8
     assert [name for name, _, _ in drawn["phases"]] == ["forward", "loss", "backward", "forward", "loss", "backward", "optimizer"]
@@ -294,15 +297,15 @@ def test_the_timeline_is_stacked_to_the_peak_and_its_phases_cover_it() -> None:
 
 
 def test_an_outline_is_a_stair() -> None:
-    assert page.outline([10, 10, 30, 0]) == "M0 1000V990h2v-20h1v30h1V1000z"
+    assert plan_page.outline([10, 10, 30, 0]) == "M0 1000V990h2v-20h1v30h1V1000z"
 
 
-@pytest.mark.parametrize("write", [page.write_plot, lambda made, path: page.write_page(made, TOKENS, path)])
+@pytest.mark.parametrize("write", [plot.write_plot, lambda made, path: plan_page.write_page(made, TOKENS, path)])
 @pytest.mark.parametrize("name", ["plan.pdf", "plan", "missing/plan"])
 def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path, write: Callable[[MemoryPlan, Path], None], name: str) -> None:
     path = tmp_path / name
     if name.startswith("missing"):
-        path = path.with_suffix(".svg" if write is page.write_plot else ".html")
+        path = path.with_suffix(".svg" if write is plot.write_plot else ".html")
     with pytest.raises(RecipeError) as refused:
         write(plan(), path)
     assert refused.value.hint
@@ -318,6 +321,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RecipeError, match="No space left"):
-        page.write_page(plan(), TOKENS, path)
+        plan_page.write_page(plan(), TOKENS, path)
     assert path.read_text() == "old"
     assert [found.name for found in tmp_path.iterdir()] == ["plan.html"]

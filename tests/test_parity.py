@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ftkit.errors import ProofError
-from ftkit.parity import HARD_TEXTS, Match, Score, compare_tokens, is_right, judge_answers, judge_served, same, same_ids, score
+from ftkit.proof.compare import Match, Score, compare_tokens, is_right, same, same_ids, score
+from ftkit.proof.gate import judge_answers, judge_served
+from ftkit.proof.probes import HARD_TEXTS
 
 
 @pytest.mark.parametrize(

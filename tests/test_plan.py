@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from test_trace import config
 
-from ftkit.device import Device
-from ftkit.memory import plan as planning
-from ftkit.memory.plan import MARGIN, PROBED, MemoryPlan, Planner, batch_sizes, make_plan
+from ftkit.machine.device import Device
+from ftkit.plan.choose import RIDGE_TOKENS, SHORTER_BY, Planner, apply, batch_sizes, make_plan
+from ftkit.plan.plan import MARGIN, PROBED, MemoryPlan
 from ftkit.recipe import Recipe
 from ftkit.units import GIB, MIB
 
@@ -47,7 +47,7 @@ def test_batch_times_accumulation_is_the_effective_batch() -> None:
 def test_short_rows_go_together_and_long_ones_need_not() -> None:
     """A row of 1024 tokens keeps the card busy by itself; of 64 tokens, four are put together."""
     assert plan(8 * GIB).chosen.per_device_train_batch_size == 1
-    assert plan(8 * GIB, 64).chosen.per_device_train_batch_size == planning.RIDGE_TOKENS // 64
+    assert plan(8 * GIB, 64).chosen.per_device_train_batch_size == RIDGE_TOKENS // 64
 
 
 def test_checkpointing_comes_only_where_nothing_fits_without() -> None:
@@ -68,7 +68,7 @@ def test_what_does_not_fit_comes_with_what_would() -> None:
         assert change.fits == (change.peak_bytes <= int(budget_bytes * (1 - MARGIN)))
         assert change.peak_bytes < made.chosen.peak.device_bytes
     qlora = next(change for change in made.changes if "training.method=qlora" in change.settings)
-    changed = planning.apply(recipe(method="full"), qlora.settings)
+    changed = apply(recipe(method="full"), qlora.settings)
     assert make_plan(small(), changed, card(budget_bytes), 1024, bfloat16=True).chosen.fits
 
 
@@ -79,7 +79,7 @@ def test_a_shorter_length_that_fits_is_found_and_the_next_does_not() -> None:
     assert found
     length = int(found.settings[-1].partition("=")[2])
     assert planner._least(planner.recipe, length).device_bytes <= planner.limit_bytes
-    assert planner._least(planner.recipe, length + planning.SHORTER_BY).device_bytes > planner.limit_bytes
+    assert planner._least(planner.recipe, length + SHORTER_BY).device_bytes > planner.limit_bytes
 
 
 def test_a_list_of_targets_is_planned() -> None:
@@ -93,8 +93,7 @@ def test_float16_weights_are_computed_with_in_float16(method: str) -> None:
     half, brain = (
         make_plan(small(), asked, card(8 * GIB), 64, bfloat16=True)
         for asked in (
-            planning.apply(recipe(method=method), settings)
-            for settings in (("what_if.base_dtype=float16",), ("what_if.base_dtype=bfloat16",))
+            apply(recipe(method=method), settings) for settings in (("what_if.base_dtype=float16",), ("what_if.base_dtype=bfloat16",))
         )
     )
     assert (half.compute_dtype, brain.compute_dtype) == ("float16", "bfloat16")
@@ -104,7 +103,7 @@ def test_float16_weights_are_computed_with_in_float16(method: str) -> None:
 
 def test_dora_is_planned_and_needs_more() -> None:
     lora, dora = (
-        make_plan(small(), planning.apply(recipe(), (f"lora.use_dora={on}",)), card(8 * GIB), 64, bfloat16=True) for on in ("false", "true")
+        make_plan(small(), apply(recipe(), (f"lora.use_dora={on}",)), card(8 * GIB), 64, bfloat16=True) for on in ("false", "true")
     )
     magnitudes = 2 * (256 + 128 + 128 + 256 + 768 + 768 + 256)  # one for each output of seven layers, in each of two blocks
     assert dora.chosen.inventory.trainable_parameters - lora.chosen.inventory.trainable_parameters == magnitudes

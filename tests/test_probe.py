@@ -13,9 +13,9 @@ import tiny
 from click.testing import Result
 
 from ftkit import pipeline
-from ftkit.device import Device, processor
-from ftkit.memory import measured
+from ftkit.machine.device import Device, processor
 from ftkit.memory.step import Peak
+from ftkit.plan import measured
 from ftkit.recipe import parse_override
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]

@@ -15,9 +15,17 @@ import pytest
 import servers
 import tiny
 
-from ftkit import data, gguf, hf, ollama, pipeline, template, tools
+from ftkit import pipeline
+from ftkit.data import template
+from ftkit.engines import hf, ollama
 from ftkit.errors import NameTakenError, ProofError, ToolFailedError
-from ftkit.ollama import Modelfile
+from ftkit.files import file_fingerprint
+from ftkit.gguf import files as gguf
+from ftkit.machine import llama_cpp
+from ftkit.ollama import register as registering
+from ftkit.ollama.modelfile import Modelfile, make_modelfile
+from ftkit.ollama.register import PROMPTS, register
+from ftkit.ollama.template import ChatFormat, find_format
 from ftkit.recipe import Ship
 from ftkit.run import Run, Step
 
@@ -82,15 +90,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any
             tokenizer = hf.load_tokenizer(folder, date(2024, 7, 26))
             template.seal(folder, tokenizer)
             path = folder / "m-F16.gguf"
-            gguf.convert(folder, path, "F16", tools.need_converter())
+            gguf.convert(folder, path, "F16", llama_cpp.need_converter())
             made[kind] = tokenizer, path
         return made[kind]
 
     return make
 
 
-def renders(tokenizer: Any) -> ollama.Render:
-    return lambda messages, ask: data.render(tokenizer, messages, ask=ask)
+def renders(tokenizer: Any) -> template.Render:
+    return lambda messages, ask: template.render(tokenizer, messages, ask=ask)
 
 
 def modelfile(tokenizer: Any, path: Path, **ship: Any) -> Modelfile:
@@ -98,8 +106,8 @@ def modelfile(tokenizer: Any, path: Path, **ship: Any) -> Modelfile:
 
     adds = GGUFReader(path).get_field("tokenizer.ggml.add_bos_token")
     bos = tokenizer.bos_token if adds and adds.contents() else ""
-    chat = ollama.find_format(renders(tokenizer))
-    return ollama.make_modelfile(f"./{path.name}", chat, Ship(num_ctx=512, **ship), bos=bos, stops=["<stop>"])
+    chat = find_format(renders(tokenizer))
+    return make_modelfile(f"./{path.name}", chat, Ship(num_ctx=512, **ship), bos=bos, stops=["<stop>"])
 
 
 def names(client: Any) -> list[str]:
@@ -119,15 +127,15 @@ def test_the_file_and_the_request_create_the_same_model(
 ) -> None:
     _, path = files("chatml")
     (tmp_path / "m.gguf").symlink_to(path)
-    chat = ollama.ChatFormat(text, (f"s{text}", text), (f"u{text}", text), (f"a{text}", text), trimmed=frozenset(("user",)))
-    made = ollama.make_modelfile("./m.gguf", chat, Ship(system=text, temperature=0.1), bos="", stops=[text, "<|im_end|>", f"{text}x"])
+    chat = ChatFormat(text, (f"s{text}", text), (f"u{text}", text), (f"a{text}", text), trimmed=frozenset(("user",)))
+    made = make_modelfile("./m.gguf", chat, Ship(system=text, temperature=0.1), bos="", stops=[text, "<|im_end|>", f"{text}x"])
     (tmp_path / "Modelfile").write_bytes(made.text().encode())
     done = subprocess.run(
         [servers.program(server[0]), "create", "by-hand", "-f", tmp_path / "Modelfile"], capture_output=True, text=True, timeout=120,
         env={**os.environ, "OLLAMA_HOST": server[1], "HOME": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (blob,) = {f"sha256:{ollama.file_fingerprint(path)}"}
+    (blob,) = {f"sha256:{file_fingerprint(path)}"}
     client.create("by-request", files={"m.gguf": blob}, template=made.template, system=made.system, parameters=made.parameters)
     by_hand = shown(client, "by-hand")
     assert by_hand == shown(client, "by-request")
@@ -144,27 +152,27 @@ def test_families_are_asked_as_they_were_trained(kind: str, client: Any, files: 
     """Prompts equal, white space at the ends and all; and the model reads as many tokens as in training: one BOS, not two."""
     tokenizer, path = files(kind)
     made = modelfile(tokenizer, path)
-    registered = ollama.register(client, "family", path, made, renders(tokenizer))
+    registered = register(client, "family", path, made, renders(tokenizer))
     told = {check.name: check.outcome for check in registered.checks}
-    assert told.pop(ollama.PROMPTS) == "passed"
+    assert told.pop(PROMPTS) == "passed"
     assert set(told.values()) <= {"not made"}
     assert registered.digest == ollama.digest_of(client, "family")
     assert names(client) == ["family:latest"]
     question = [{"role": "user", "content": "\n Is this safe? \n"}]
     reply = client.chat("family", question, options={"num_predict": 1, "num_thread": 1})
-    assert reply.prompt_eval_count == len(data.token_ids(tokenizer, data.render(tokenizer, question, ask=True)))
+    assert reply.prompt_eval_count == len(template.token_ids(tokenizer, template.render(tokenizer, question, ask=True)))
 
 
 def test_a_system_prompt_is_checked_too(client: Any, files: Callable[[str], tuple[Any, Path]]) -> None:
     tokenizer, path = files("folded")
     made = modelfile(tokenizer, path, system=" Be\nbrief. ")
-    registered = ollama.register(client, "family", path, made, renders(tokenizer))
+    registered = register(client, "family", path, made, renders(tokenizer))
     assert registered.checks[0].outcome == "passed"
     lost = Modelfile(
         made.file, made.template.replace("{{ $m.Content }}\n\n", "\n\n") if made.template else None, made.system, made.parameters
     )
     with pytest.raises(ProofError, match="renders"):
-        ollama.register(client, "lost", path, lost, renders(tokenizer))
+        register(client, "lost", path, lost, renders(tokenizer))
     assert names(client) == ["family:latest"]
 
 
@@ -181,7 +189,7 @@ def test_a_wrong_prompt_gets_no_name(wrong: str, error: type[Exception], client:
     tokenizer, path = files("default system prompt")
     made = modelfile(tokenizer, path)
     with pytest.raises(error, match="render"):
-        ollama.register(client, "wrong", path, Modelfile(made.file, wrong, None, made.parameters, made.bos), renders(tokenizer))
+        register(client, "wrong", path, Modelfile(made.file, wrong, None, made.parameters, made.bos), renders(tokenizer))
     assert names(client) == []
 
 
@@ -192,7 +200,7 @@ def test_a_template_that_ollama_cannot_write_is_refused_or_right(
     tokenizer, path = files("default system prompt")
     made = modelfile(tokenizer, path)
     with pytest.raises(ProofError, match="Ollama renders"):  # it takes its own chatml, without the default system prompt
-        ollama.register(client, "bare", path, Modelfile(made.file, None, None, made.parameters), renders(tokenizer))
+        register(client, "bare", path, Modelfile(made.file, None, None, made.parameters), renders(tokenizer))
     assert names(client) == []
 
 
@@ -236,7 +244,7 @@ class Killed(BaseException):
 def test_killed_ships_know_their_own(ship: Callable[..., str], client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a ship left in Ollama, the next goes through without --yes, and in the end one model is there."""
 
-    copy, record, remove = type(client).copy, Run.record, ollama.remove
+    copy, record, remove = type(client).copy, Run.record, registering.remove
     for moment in ("before the copy", "after the copy", "before the record"):
         dead = False
 
@@ -259,7 +267,7 @@ def test_killed_ships_know_their_own(ship: Callable[..., str], client: Any, monk
 
         with monkeypatch.context() as sabotage:
             sabotage.setattr(type(client), "copy", die_at_copy)
-            sabotage.setattr(ollama, "remove", clean_up)
+            sabotage.setattr(registering, "remove", clean_up)
             sabotage.setattr(Run, "record", die_at_record)
             with pytest.raises(Killed):
                 ship("m:q4")
@@ -272,7 +280,7 @@ def test_killed_ships_know_their_own(ship: Callable[..., str], client: Any, monk
 
 def test_anothers_model_stays(ship: Callable[..., str], client: Any, files: Callable[[str], tuple[Any, Path]]) -> None:
     tokenizer, path = files("chatml")
-    theirs = ollama.register(client, "m:q4", path, modelfile(tokenizer, path, system="Mine."), renders(tokenizer))
+    theirs = register(client, "m:q4", path, modelfile(tokenizer, path, system="Mine."), renders(tokenizer))
     with pytest.raises(NameTakenError):
         ship("m:q4")
     assert ollama.digest_of(client, "m:q4") == theirs.digest

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from ftkit.errors import RunError, ToolFailedError
+from ftkit.files import disk_fault, file_fingerprint, fingerprint, write_atomically
 from ftkit.progress import SilentReporter
-from ftkit.run import MANIFEST, RECORD, Run, Step, disk_fault, file_fingerprint, fingerprint, write_atomically
+from ftkit.run import MANIFEST, RECORD, Run, Step
 
 Make = Callable[[Path], dict[str, Any]]
 

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import tiny
 
-from ftkit import data, hf, ollama, sandbox, templates
+from ftkit import sandbox, templates
+from ftkit.data.template import render
+from ftkit.engines import hf
 from ftkit.errors import ModelError, RecipeError
+from ftkit.ollama.modelfile import make_modelfile
 from ftkit.recipe import Ship
 
 ASKED = {"role": "user", "content": "2 + 2?"}
@@ -142,7 +145,7 @@ def test_a_fault_becomes_an_error_with_a_way_out(tokenizer: Any) -> None:
     for text, hint in (("{% for t in tools %}{% endfor %}", "model's page"), ("{{ raise_exception('no') }}", "leave that role out")):
         tokenizer.chat_template = text
         with pytest.raises(ModelError, match="chat template, over user → assistant, ") as caught:
-            data.render(tokenizer, [ASKED, ANSWERED], ask=False)
+            render(tokenizer, [ASKED, ANSWERED], ask=False)
         assert hint in str(caught.value.hint)
 
 
@@ -152,7 +155,7 @@ def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
     several = hf.load_tokenizer(folder)
     several.chat_template = {"default": tiny.CHATML, "tool_use": "{% for t in tools %}{% endfor %}"}
     several.save_pretrained(folder)
-    assert data.render(hf.load_tokenizer(folder), [ASKED], ask=True).startswith("<|im_start|>user\n2 + 2?")
+    assert render(hf.load_tokenizer(folder), [ASKED], ask=True).startswith("<|im_start|>user\n2 + 2?")
     several.chat_template = {"rag": "x", "tool_use": "y"}
     for old in folder.rglob("*.jinja"):
         old.unlink()
@@ -163,7 +166,7 @@ def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
 
 def test_a_users_modelfile_runs_in_the_same_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "root", lambda: tmp_path)
-    modelfile = ollama.make_modelfile("./a.gguf", None, Ship(), bos="", stops=["</s>"])
+    modelfile = make_modelfile("./a.gguf", None, Ship(), bos="", stops=["</s>"])
     (tmp_path / "Modelfile.j2").write_text("FROM {{ file }}\n\n", encoding="utf-8")
     assert modelfile.text() == "FROM ./a.gguf\n\n"
     for text, words in (

@@ -15,7 +15,13 @@ import pytest
 import servers
 from conftest import REPOSITORY
 
-from ftkit import data, hf, ollama, parity
+from ftkit.data import template
+from ftkit.engines import hf, ollama
+from ftkit.ollama.modelfile import make_modelfile
+from ftkit.ollama.register import register
+from ftkit.ollama.template import find_format
+from ftkit.proof import compare
+from ftkit.proof.probes import conversations
 from ftkit.recipe import Ship
 from ftkit.run import Run
 
@@ -87,13 +93,13 @@ def test_the_default_system_prompt_is_not_lost(shipped: tuple[str, str], run: Pa
     """Without ftkit's TEMPLATE both servers take their own `chatml`, which has no default system prompt."""
     tokenizer = merged_tokenizer(run)
     question = [{"role": "user", "content": "Is this C function safe?"}]
-    wanted = data.render(tokenizer, question, ask=True)
+    wanted = template.render(tokenizer, question, ask=True)
     assert DEFAULT_SYSTEM_PROMPT in wanted
     assert ollama.rendered_prompt(client, NAME, question) == wanted
     reply = client.chat(NAME, question, options={"num_predict": 1, **ONE_THREAD})
-    assert reply.prompt_eval_count == len(data.token_ids(tokenizer, wanted))
-    for messages in ollama.conversations(lambda m, ask: data.render(tokenizer, m, ask=ask)):
-        assert ollama.rendered_prompt(client, NAME, messages) == data.render(tokenizer, messages, ask=True)
+    assert reply.prompt_eval_count == len(template.token_ids(tokenizer, wanted))
+    for messages in conversations(lambda m, ask: template.render(tokenizer, m, ask=ask)):
+        assert ollama.rendered_prompt(client, NAME, messages) == template.render(tokenizer, messages, ask=True)
 
 
 def test_ollama_run_answers_as_the_client_does(shipped: tuple[str, str], server: tuple[str, str], run: Path, client: Any) -> None:
@@ -134,20 +140,20 @@ def test_the_shipped_files_answer_as_the_trained_model(
     reasked = Run(run).finished("reask")
     assert reasked
     merged = json.loads((reasked.folder / "answers.json").read_text(encoding="utf-8"))["answers"]["merged"]
-    trained = parity.score(expected, asked["answers"]["trained"][:rows], "last_line")
-    chat = ollama.find_format(lambda m, ask: data.render(tokenizer, m, ask=ask))
+    trained = compare.score(expected, asked["answers"]["trained"][:rows], "last_line")
+    chat = find_format(lambda m, ask: template.render(tokenizer, m, ask=ask))
     lines = [f"{version}: trained {trained.right} of {rows}"]
     quantised = Run(run).finished("quantise")
     assert quantised
     files = [*((converted.folder, file) for file in converted.result["files"]), (quantised.folder, quantised.result)]
     for folder, file in files:
         # all sampling values written out, as ftkit ships: v0.24.0 would penalise repetition by 1.1
-        modelfile = ollama.make_modelfile(file["path"], chat, Ship(), bos="", stops=[tokenizer.eos_token])
+        modelfile = make_modelfile(file["path"], chat, Ship(), bos="", stops=[tokenizer.eos_token])
         name = f"parity-{file['quantization'].lower()}"
-        ollama.register(client, name, folder / file["path"], modelfile, lambda m, ask: data.render(tokenizer, m, ask=ask))
+        register(client, name, folder / file["path"], modelfile, lambda m, ask: template.render(tokenizer, m, ask=ask))
         answers = ollama.answer(client, name, questions, 64, options=ONE_THREAD)
-        score = parity.score(expected, answers, "last_line")
-        equal = parity.same(answers, merged[:rows])
+        score = compare.score(expected, answers, "last_line")
+        equal = compare.same(answers, merged[:rows])
         lines.append(
             f"  {file['quantization']:7} {score.right} of {rows} right ({score.percent:.1f} %), {equal.percent:.1f} % equal to the merged model's answers"
         )

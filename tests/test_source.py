@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from ftkit import source
 from ftkit.errors import ModelError, ToolMissingError
+from ftkit.model.locate import locate
+from ftkit.model.open import open_config, open_weights
+from ftkit.model.source import INDEX
 
 
 @pytest.fixture(autouse=True)
@@ -44,21 +46,21 @@ def gguf(tmp_path: Path) -> Path:
 
 
 def test_a_folder_relative_or_absolute(model: Path, tmp_path: Path) -> None:
-    found = source.locate("tiny", tmp_path)
+    found = locate("tiny", tmp_path)
     assert (found.kind, found.folder, found.gguf) == ("directory", model.resolve(), None)
-    assert source.locate(str(model), Path("elsewhere")).fingerprint == found.fingerprint
+    assert locate(str(model), Path("elsewhere")).fingerprint == found.fingerprint
 
 
 def test_a_folder_with_weights_is_open_as_it_is(model: Path, tmp_path: Path) -> None:
-    found = source.locate("tiny", tmp_path)
-    assert source.open_config(found) == source.open_weights(found) == found
+    found = locate("tiny", tmp_path)
+    assert open_config(found) == open_weights(found) == found
 
 
 def test_a_folder_without_one_of_its_weight_files(model: Path, tmp_path: Path) -> None:
     shards = {"a": "model.safetensors", "b": "model-2.safetensors"}
-    (model / source.INDEX).write_text(json.dumps({"weight_map": shards}), encoding="utf-8")
+    (model / INDEX).write_text(json.dumps({"weight_map": shards}), encoding="utf-8")
     with pytest.raises(ModelError, match=r"has no model-2\.safetensors") as refused:
-        source.open_weights(source.locate("tiny", tmp_path))
+        open_weights(locate("tiny", tmp_path))
     assert refused.value.hint
 
 
@@ -67,33 +69,33 @@ def test_a_folder_without_one_of_its_weight_files(model: Path, tmp_path: Path) -
     [("config.json", '{"a": 1}'), ("model.safetensors", "12345"), ("tokenizer.json", "{ }"), ("chat_template.jinja", "x")],
 )
 def test_a_changed_file_changes_the_fingerprint(model: Path, tmp_path: Path, name: str, text: str) -> None:
-    before = source.locate("tiny", tmp_path).fingerprint
+    before = locate("tiny", tmp_path).fingerprint
     (model / name).write_text(text, encoding="utf-8")
-    assert source.locate("tiny", tmp_path).fingerprint != before
+    assert locate("tiny", tmp_path).fingerprint != before
 
 
 def test_weights_of_the_same_size_but_another_time_change_the_fingerprint(model: Path, tmp_path: Path) -> None:
-    before = source.locate("tiny", tmp_path).fingerprint
+    before = locate("tiny", tmp_path).fingerprint
     weights = model / "model.safetensors"
     os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1_000_000_000))
-    assert source.locate("tiny", tmp_path).fingerprint != before
+    assert locate("tiny", tmp_path).fingerprint != before
 
 
 def test_a_gguf_file_is_known_by_its_bytes(gguf: Path, tmp_path: Path) -> None:
-    found = source.locate("tiny.gguf", tmp_path)
+    found = locate("tiny.gguf", tmp_path)
     assert (found.kind, found.folder, found.gguf) == ("gguf", None, gguf.resolve())
     same = tmp_path / "renamed.gguf"
     same.write_bytes(gguf.read_bytes())
-    assert source.locate("renamed.gguf", tmp_path).fingerprint == found.fingerprint
+    assert locate("renamed.gguf", tmp_path).fingerprint == found.fingerprint
     same.write_bytes(gguf.read_bytes() + b"!")
-    assert source.locate("renamed.gguf", tmp_path).fingerprint != found.fingerprint
+    assert locate("renamed.gguf", tmp_path).fingerprint != found.fingerprint
 
 
 def test_a_local_folder_wins_over_the_hub(tmp_path: Path) -> None:
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").mkdir()
     (tmp_path / "org" / "name" / "config.json").write_text("{}", encoding="utf-8")
-    assert source.locate("org/name", tmp_path).kind == "directory"
+    assert locate("org/name", tmp_path).kind == "directory"
 
 
 @pytest.mark.parametrize("reference", ["./tinny", "tinny", "./tiny.ggfu", "models/tinny"])
@@ -101,7 +103,7 @@ def test_a_misspelt_path_gets_the_nearest_name(model: Path, gguf: Path, tmp_path
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "tiny").mkdir()
     with pytest.raises(ModelError, match="There is no model") as caught:
-        source.locate(reference, tmp_path)
+        locate(reference, tmp_path)
     assert str(caught.value.hint).startswith(f"did you mean {tmp_path}")
     assert "tiny" in str(caught.value.hint)
 
@@ -111,14 +113,14 @@ def test_a_misspelt_path_gets_the_nearest_name(model: Path, gguf: Path, tmp_path
 )
 def test_what_is_nowhere(tmp_path: Path, reference: str) -> None:
     with pytest.raises(ModelError) as caught:
-        source.locate(reference, tmp_path)
+        locate(reference, tmp_path)
     assert caught.value.hint
 
 
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").touch()
     with pytest.raises(ModelError, match="is no model") as caught:
-        source.locate("weights.safetensors", tmp_path)
+        locate("weights.safetensors", tmp_path)
     assert "config.json" in str(caught.value.hint)
 
 
@@ -126,54 +128,54 @@ def test_a_file_that_is_no_model(tmp_path: Path) -> None:
 def test_a_file_that_is_no_gguf(gguf: Path, tmp_path: Path, content: bytes) -> None:
     gguf.write_bytes(content)
     with pytest.raises(ModelError, match="not a GGUF file"):
-        source.locate("tiny.gguf", tmp_path)
+        locate("tiny.gguf", tmp_path)
 
 
 def test_a_folder_without_config(model: Path, tmp_path: Path) -> None:
     (model / "config.json").unlink()
     with pytest.raises(ModelError, match=r"no config\.json"):
-        source.locate("tiny", tmp_path)
+        locate("tiny", tmp_path)
 
 
 def test_pickle_weights_are_refused(model: Path, tmp_path: Path) -> None:
     (model / "pytorch_model.bin").touch()
-    assert source.locate("tiny", tmp_path)  # safetensors are there: the pickle is never read
+    assert locate("tiny", tmp_path)  # safetensors are there: the pickle is never read
     (model / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="pickle"):
-        source.locate("tiny", tmp_path)
+        locate("tiny", tmp_path)
 
 
 def test_a_config_alone_is_enough_to_plan(model: Path, tmp_path: Path) -> None:
     (model / "model.safetensors").unlink()
-    found = source.locate("tiny", tmp_path)
-    assert source.open_config(found) == found
+    found = locate("tiny", tmp_path)
+    assert open_config(found) == found
     with pytest.raises(ModelError, match=r"no \*\.safetensors") as caught:
-        source.open_weights(found)
+        open_weights(found)
     assert "ftkit plan" in str(caught.value.hint)
 
 
 def test_a_bare_config_is_a_model_to_plan_with(model: Path, tmp_path: Path) -> None:
-    found = source.locate("tiny/config.json", tmp_path)
+    found = locate("tiny/config.json", tmp_path)
     assert (found.kind, found.folder) == ("config", model.resolve())
-    assert source.open_config(found) == found
+    assert open_config(found) == found
     with pytest.raises(ModelError, match="config without weights") as caught:
-        source.open_weights(found)
+        open_weights(found)
     assert "--model" in str(caught.value.hint)
 
 
 def test_a_bare_config_is_known_by_what_it_says(model: Path, tmp_path: Path) -> None:
-    before = source.locate("tiny/config.json", tmp_path).fingerprint
+    before = locate("tiny/config.json", tmp_path).fingerprint
     (model / "tokenizer.json").write_text("{ }", encoding="utf-8")
-    assert source.locate("tiny/config.json", tmp_path).fingerprint == before != source.locate("tiny", tmp_path).fingerprint
+    assert locate("tiny/config.json", tmp_path).fingerprint == before != locate("tiny", tmp_path).fingerprint
     (model / "config.json").write_text('{"a": 1}', encoding="utf-8")
-    assert source.locate("tiny/config.json", tmp_path).fingerprint != before
+    assert locate("tiny/config.json", tmp_path).fingerprint != before
 
 
 @pytest.mark.parametrize("text", ["<!DOCTYPE html>", "", "[]", '{"model_type": "llama"', "\udcff"])
 def test_a_config_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ModelError, match="is no config") as caught:
-        source.locate("config.json", tmp_path)
+        locate("config.json", tmp_path)
     assert "download" in str(caught.value.hint)
 
 
@@ -208,21 +210,21 @@ def ollama(monkeypatch: pytest.MonkeyPatch) -> Ollama:
 
 def test_an_ollama_model_is_the_file_behind_it(gguf: Path, tmp_path: Path, ollama: Ollama) -> None:
     with ollama(200, {"modelfile": f"# Modelfile\n# FROM tiny:latest\n\nFROM {gguf}\nTEMPLATE x\n", "model_info": {}}):
-        found = source.locate("ollama:tiny", tmp_path)
+        found = locate("ollama:tiny", tmp_path)
     assert (found.reference, found.kind, found.gguf) == ("ollama:tiny", "gguf", gguf.resolve())
-    assert found.fingerprint == source.locate("tiny.gguf", tmp_path).fingerprint
+    assert found.fingerprint == locate("tiny.gguf", tmp_path).fingerprint
 
 
 def test_an_ollama_model_that_is_not_there(tmp_path: Path, ollama: Ollama) -> None:
     with ollama(404, {"error": "model 'tinny' not found"}), pytest.raises(ModelError, match="does not have tinny") as caught:
-        source.locate("ollama:tinny", tmp_path)
+        locate("ollama:tinny", tmp_path)
     assert "ollama list" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("line", ["FROM tiny:latest", "FROM /nowhere/sha256-0", ""])
 def test_an_ollama_model_whose_file_is_out_of_reach(tmp_path: Path, ollama: Ollama, line: str) -> None:
     with ollama(200, {"modelfile": f"{line}\n", "model_info": {}}), pytest.raises(ModelError, match="where ftkit cannot read it") as caught:
-        source.locate("ollama:tiny", tmp_path)
+        locate("ollama:tiny", tmp_path)
     assert ".gguf" in str(caught.value.hint)
 
 
@@ -231,5 +233,5 @@ def test_an_ollama_model_without_a_server(tmp_path: Path, monkeypatch: pytest.Mo
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{free.getsockname()[1]}")
         with pytest.raises(ToolMissingError, match="No Ollama server") as caught:  # bound, but nothing listens
-            source.locate("ollama:smollm2", tmp_path)
+            locate("ollama:smollm2", tmp_path)
     assert "ollama serve" in str(caught.value.hint)

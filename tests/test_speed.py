@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from ftkit.device import Device
-from ftkit.memory.plan import Planner
+from ftkit.machine.device import Device
+from ftkit.plan.choose import Planner
 from ftkit.recipe import Recipe
 from ftkit.units import GIB
 

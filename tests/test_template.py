@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import tiny
 
-from ftkit import data, hf, template
-from ftkit.data import IGNORED, Row
+from ftkit.data import template
+from ftkit.data.mask import tokenise
+from ftkit.data.rows import IGNORED, Row
+from ftkit.engines import hf
 from ftkit.errors import ModelError
 
 DAY = date(2024, 7, 26)
@@ -66,7 +68,7 @@ def tokenizer(tmp_path: Path) -> Any:
 
 def learnt(tokenizer: Any, *contents: str) -> str:
     messages = [{"role": "assistant" if n % 2 else "user", "content": content} for n, content in enumerate(contents)]
-    example = data.tokenise(tokenizer, Row(tuple(messages), 1))
+    example = tokenise(tokenizer, Row(tuple(messages), 1))
     assert len(example.labels) == len(example.input_ids)
     return str(tokenizer.decode([token for token in example.labels if token != IGNORED]))
 

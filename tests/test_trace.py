@@ -8,10 +8,14 @@ import measured
 import pytest
 
 from ftkit.errors import ModelError
-from ftkit.memory import kernels, trace
+from ftkit.memory import kernels
+from ftkit.memory.events import ALLOCATE
 from ftkit.memory.fit import StepMemory
-from ftkit.memory.inventory import Skeleton
-from ftkit.memory.trace import StepSettings, StepTracer, optimizer_events
+from ftkit.memory.model import Skeleton
+from ftkit.memory.optimizer import PAGED_ELEMENTS, optimizer_events
+from ftkit.memory.recorder import Recorder
+from ftkit.memory.settings import StepSettings
+from ftkit.memory.trace import StepTracer
 from ftkit.recipe import Lora, Method
 
 pytestmark = [
@@ -167,18 +171,18 @@ def test_optimizers_keep_what_they_keep() -> None:
     kept = {}
     for optim in ("adamw_torch", "adamw_8bit", "paged_adamw_8bit"):
         step = optimizer_events(trained, StepSettings(optim=optim))
-        kept[optim] = sum(size for kind, storage, size in step.events if kind == trace.ALLOCATE and storage in step.states)
+        kept[optim] = sum(size for kind, storage, size in step.events if kind == ALLOCATE and storage in step.states)
     assert kept["adamw_torch"] == 8 * (2 * elements + 100)
     assert kept["adamw_8bit"] == (2 * elements + 2 * 4 * elements // 256) + 8 * 100 + 8 * elements
     assert kept["paged_adamw_8bit"] == kept["adamw_8bit"]  # tensors so small are not paged
 
 
 def test_a_paged_optimizer_moves_the_moments_of_large_tensors() -> None:
-    elements = trace.PAGED_ELEMENTS
+    elements = PAGED_ELEMENTS
 
     def kept(**settings: Any) -> int:
         step = optimizer_events([(elements, False), (elements - 1, True)], StepSettings(**settings))
-        return sum(size for kind, storage, size in step.events if kind == trace.ALLOCATE and storage in step.states)
+        return sum(size for kind, storage, size in step.events if kind == ALLOCATE and storage in step.states)
 
     moments, scales = 2 * elements, 2 * 4 * -(-elements // 256)
     assert kept(optim="adamw_8bit") == moments + scales + 8 * (elements - 1)
@@ -196,7 +200,7 @@ def test_a_real_adamw_allocates_the_same(foreach: bool) -> None:
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer = torch.optim.AdamW(parameters, foreach=foreach)
-    recorder = trace._Recorder({})
+    recorder = Recorder({})
     for parameter in parameters:
         recorder.ignore(parameter)
         recorder.ignore(parameter.grad)

@@ -15,14 +15,19 @@ import tiny
 from click.testing import Result
 from conftest import conversations
 
-from ftkit import data, hf, merge
-from ftkit.data import IGNORED, Example, Row
+from ftkit.data.lengths import batching, grouped_batch_tokens
+from ftkit.data.mask import tokenise
+from ftkit.data.rows import IGNORED, Example, Row
+from ftkit.engines import hf
 from ftkit.errors import InterruptedRunError, RunError, TrainingDivergedError
-from ftkit.memory.inventory import Skeleton
-from ftkit.memory.later import checkpoint_bytes
+from ftkit.files import file_fingerprint
+from ftkit.memory.model import Skeleton
+from ftkit.merge.stream import _through_nf4
+from ftkit.plan.cost import checkpoint_bytes
 from ftkit.progress import Bar, SilentReporter
-from ftkit.run import RECORD, Run, file_fingerprint
-from ftkit.train import Point, Settings, build_trainer, read_curve, train
+from ftkit.run import RECORD, Run
+from ftkit.train.curve import Point, read_curve
+from ftkit.train.trainer import Settings, build_trainer, train
 
 pytestmark = [
     pytest.mark.torch,
@@ -43,7 +48,7 @@ def tokenizer(model: Path) -> Any:
 
 @pytest.fixture
 def examples(tokenizer: Any, rows: list[dict[str, Any]]) -> list[Example]:
-    return [data.tokenise(tokenizer, Row(tuple(row["messages"]), n)) for n, row in enumerate(rows, 1)]
+    return [tokenise(tokenizer, Row(tuple(row["messages"]), n)) for n, row in enumerate(rows, 1)]
 
 
 def gradients(trainer: Any, examples: list[Example]) -> dict[str, Any]:
@@ -73,7 +78,7 @@ def test_qlora_gradients_equal_those_of_the_dequantised_base(model: Path, tokeni
     with torch.no_grad():
         for module in plain.model.modules():
             if hasattr(module, "base_layer"):
-                module.base_layer.weight.copy_(merge._through_nf4(module.base_layer.weight, torch.float32))
+                module.base_layer.weight.copy_(_through_nf4(module.base_layer.weight, torch.float32))
     fill_adapter(quantised)
     fill_adapter(plain)
     wanted, found = gradients(plain, examples[:4]), gradients(quantised, examples[:4])
@@ -237,7 +242,7 @@ def unstopped(model: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFact
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("unstopped")
-    rows = [data.tokenise(tokenizer, Row(tuple(row["messages"]), n)) for n, row in enumerate(conversations(), 1)]
+    rows = [tokenise(tokenizer, Row(tuple(row["messages"]), n)) for n, row in enumerate(conversations(), 1)]
     train(tiny.recipe(model, method="lora"), tiny.SETTINGS, model, tokenizer, rows[2:], rows[:2], folder)
     return adapter_hash(folder)
 
@@ -293,7 +298,7 @@ def adapter_hash(folder: Path) -> str:
 def worse(tokenizer: Any) -> list[Example]:
     """Validation rows whose loss rises while `examples` are learnt."""
     question, answer = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "QXZ#~"}
-    return [data.tokenise(tokenizer, Row((question, answer), n)) for n in (1, 2)]  # type: ignore[arg-type]
+    return [tokenise(tokenizer, Row((question, answer), n)) for n in (1, 2)]  # type: ignore[arg-type]
 
 
 RISES = {"lora": 1e-2, "full": 1e-2}  # learning rates by which it does, from the first evaluation on
@@ -366,7 +371,7 @@ def test_other_weights_than_the_best_are_refused(
     assert (tmp_path / "checkpoints" / "checkpoint-2").is_dir()
 
 
-@pytest.mark.parametrize("fails", ["_point", "_refuse_other_weights", "read_curve"])
+@pytest.mark.parametrize("fails", ["point", "_refuse_other_weights", "read_curve"])
 def test_a_failure_after_the_last_step_loses_nothing(
     fails: str, model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,7 +388,7 @@ def test_a_failure_after_the_last_step_loses_nothing(
         raise OSError("no luck")
 
     with monkeypatch.context() as patched:
-        patched.setattr(f"ftkit.train.{fails}", fail)
+        patched.setattr(f"ftkit.train.trainer.{fails}", fail)
         with pytest.raises(OSError, match="no luck"):
             train(*arguments, folder)
     folder.rename(moved)
@@ -499,7 +504,7 @@ def test_padding_is_what_the_trainer_pads(model: Path, tokenizer: Any, tmp_path:
         recipe = tiny.recipe(model, method="lora", effective_batch_size=8, seed=7)
         trainer = build_trainer(recipe, settings, model, tokenizer, examples, examples[:1], tmp_path)
         real = [part["input_ids"].numel() for part in trainer.get_train_dataloader()]
-        assert data.grouped_batch_tokens(lengths, batch, batch * accumulation, 7) == real
+        assert grouped_batch_tokens(lengths, batch, batch * accumulation, 7) == real
         seen[batch] = sum(real)
     assert seen[1] == sum(lengths) < seen[2] < seen[8]
-    assert data.batching(lengths, 2, 8, 128, 7).grouped_tokens == seen[2]
+    assert batching(lengths, 2, 8, 128, 7).grouped_tokens == seen[2]

@@ -19,8 +19,8 @@ from ftkit.cli.common import json_option
 @json_option
 def command(run: Path, message: str | None, max_new_tokens: int, as_json: bool) -> None:
     """Ask the GGUF that RUN shipped: one MESSAGE (- for standard input), or a conversation without one."""
-    from ftkit import llamacpp
     from ftkit.cli.console import ConsoleReporter, print_json, say
+    from ftkit.engines import llamacpp
     from ftkit.errors import RunError
     from ftkit.run import Run
 

@@ -83,7 +83,7 @@ def overrides(model: str | None, settings: tuple[str, ...], vram: str | None, tr
 
 def absolute(reference: str) -> str:
     """A path that exists from here, so that the recipe's folder does not matter; anything else as it is."""
-    from ftkit.tools import user_path
+    from ftkit.files import user_path
 
     path = user_path(reference)
     return str(path.resolve()) if path.exists() else reference

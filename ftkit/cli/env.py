@@ -13,7 +13,7 @@ from ftkit.cli.common import json_option, training_stack
 
 if TYPE_CHECKING:
     from ftkit.check import Check
-    from ftkit.tools import Found
+    from ftkit.machine.llama_cpp import Found
 
 PACKAGES = ("ftkit", "gguf", "xllamacpp", "ollama")  # and those of the extra `train`
 PROGRAMS = ("llama-quantize", "llama-server", "llama-imatrix", "llama-perplexity")
@@ -51,18 +51,19 @@ def command(recipe: Path | None, as_json: bool) -> None:
 
 def look(recipe: Path | None = None) -> dict[str, Any]:
     """What is here, without importing any of it."""
-    from ftkit import device, source, tools
     from ftkit.errors import RecipeError
+    from ftkit.files import cache_folder, size_bytes
+    from ftkit.machine import device, llama_cpp, packages
+    from ftkit.model import dequantise
     from ftkit.recipe import load_recipe
-    from ftkit.run import size_bytes
     from ftkit.units import bytes_text
 
     try:
         devices, not_told = device.find_gpus(), None
     except RecipeError as error:  # GPUs that cannot be told apart, or slices of one
         devices, not_told = [], f"{error.message} {error.hint}."
-    own = tools.named_llama_cpp(load_recipe(recipe).tools.llama_cpp_dir, recipe.parent) if recipe else None
-    places = {"convert_hf_to_gguf.py": tools.find_converter(own), **{name: tools.find_program(name, own) for name in PROGRAMS}}
+    own = llama_cpp.named_llama_cpp(load_recipe(recipe).tools.llama_cpp_dir, recipe.parent) if recipe else None
+    places = {"convert_hf_to_gguf.py": llama_cpp.find_converter(own), **{name: llama_cpp.find_program(name, own) for name in PROGRAMS}}
     entries: dict[str, Any] = {}
     for name, found in places.items():
         bring = "ftkit setup converter" if name.endswith(".py") else "ftkit setup llama.cpp"
@@ -85,8 +86,8 @@ def look(recipe: Path | None = None) -> dict[str, Any]:
         "gpus_not_told": not_told,
         "tools": entries,
         "one_build": {"outcome": one_build.outcome, "words": one_build.detail},
-        "cache_folder": str(tools.cache_folder()),
-        "outdated": [{"path": str(folder), "size_bytes": size_bytes(folder)} for folder in (*tools.outdated(), *source.outdated())],
+        "cache_folder": str(cache_folder()),
+        "outdated": [{"path": str(folder), "size_bytes": size_bytes(folder)} for folder in (*packages.outdated(), *dequantise.outdated())],
     }
 
 
@@ -110,7 +111,7 @@ def _ollama() -> dict[str, str | None]:
     import os
     import urllib.request
 
-    from ftkit import ollama
+    from ftkit.engines import ollama
     from ftkit.errors import RecipeError
 
     try:

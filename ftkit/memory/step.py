@@ -9,7 +9,8 @@ import numpy as np
 
 from ftkit.memory import kernels
 from ftkit.memory.allocator import MIN_BLOCK_BYTES, Allocator
-from ftkit.memory.trace import ALLOCATE, GRADIENT, WORKSPACE, OptimizerEvents
+from ftkit.memory.events import ALLOCATE, GRADIENT, WORKSPACE
+from ftkit.memory.optimizer import OptimizerEvents
 from ftkit.memory.unroll import Ints, Layout
 
 OPTIMIZER_STATES = "optimizer states"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ftkit.memory.trace import ALLOCATE, WORKSPACE, Events
+from ftkit.memory.events import ALLOCATE, WORKSPACE, Events
 
 Ints = NDArray[np.int64]
 

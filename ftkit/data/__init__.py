@@ -1,0 +1,1 @@
+"""From a dataset's files to token ids, and which of them are learnt."""

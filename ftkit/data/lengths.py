@@ -1,0 +1,100 @@
+"""How long rows are, and what putting them into batches costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ftkit.data.mask import cut
+from ftkit.data.rows import Example
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Lengths of a dataset's rows, in tokens."""
+
+    rows: int
+    total: int
+    median: int
+    p95: int
+    p99: int
+    longest: int
+    cut: int  # rows longer than max_length
+    dropped: int  # of those, rows whose answer lies wholly beyond it: they are not trained on
+
+
+def count_tokens(examples: Sequence[Example], max_length: int) -> TokenCounts:
+    """Statistics of the rows' lengths."""
+    lengths = sorted(len(example.input_ids) for example in examples)
+    return TokenCounts(
+        rows=len(lengths),
+        total=sum(lengths),
+        median=lengths[len(lengths) // 2],
+        p95=lengths[min(len(lengths) - 1, int(len(lengths) * 0.95))],
+        p99=lengths[min(len(lengths) - 1, int(len(lengths) * 0.99))],
+        longest=lengths[-1],
+        cut=sum(length > max_length for length in lengths),
+        dropped=len(examples) - len(cut(examples, max_length)),
+    )
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Tokens that an epoch computes, padding included, by how rows are put together. Rows are counted as they are trained, cut."""
+
+    batch: int
+    tokens: int  # of the rows themselves
+    random_tokens: int  # batches in random order, each padded to its longest row
+    grouped_tokens: int  # rows of like length together, as ftkit trains
+    packed_tokens: int  # rows joined into rows of max_length, as a packing trainer would
+    grouped_batch_tokens: tuple[int, ...]  # of each grouped batch
+
+
+def batching(lengths: Sequence[int], batch: int, effective_batch: int, max_length: int, seed: int) -> Batching:
+    """What padding costs at this batch size, of micro-batches that make up `effective_batch` rows a step.
+
+    Packing is best fit, longest first.
+    """
+    import random
+    from bisect import bisect_left, insort
+
+    order = list(lengths)
+    random.Random(seed).shuffle(order)
+    free: list[int] = []  # room left in each packed row, sorted
+    rows = 0
+    for length in sorted(lengths, reverse=True):
+        index = bisect_left(free, length)
+        if index < len(free):
+            insort(free, free.pop(index) - length)
+        else:
+            rows += 1
+            insort(free, max_length - length)
+    grouped = grouped_batch_tokens(lengths, batch, effective_batch, seed)
+    return Batching(batch, sum(lengths), sum(padded_tokens(order, batch)), sum(grouped), rows * max_length, tuple(grouped))
+
+
+def grouped_batch_tokens(lengths: Sequence[int], batch: int, effective_batch: int, seed: int) -> list[int]:
+    """Tokens of each micro-batch of an epoch, padding included, as the trainer puts rows of like length together.
+
+    Its sampler groups by the rows of a whole optimizer step, not of a micro-batch, so that the next micro-batch of a step
+    goes on where the last ended. The order is that of the first epoch; training shuffles anew each epoch.
+    """
+    import torch
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    order = get_length_grouped_indices(lengths, effective_batch, generator=torch.Generator().manual_seed(seed))
+    return padded_tokens([lengths[index] for index in order], batch)
+
+
+def padded_tokens(lengths: Sequence[int], batch: int) -> list[int]:
+    """Tokens of each `batch` rows in this order, padded to their longest."""
+    return [max(part) * len(part) for part in (lengths[start : start + batch] for start in range(0, len(lengths), batch))]
+
+
+def asked_together(longest_tokens: int) -> int:
+    """How many questions are asked at once: at most 32, and about 8192 tokens, prompt and answer together."""
+    return max(1, min(32, 8192 // longest_tokens))

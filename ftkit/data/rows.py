@@ -1,0 +1,45 @@
+"""A training conversation, and the same in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+ROLES = ("system", "user", "assistant")
+Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training conversation; the last message is the assistant's."""
+
+    messages: tuple[Message, ...]
+    line: int  # in its file, from 1; in a JSON list, the row's number
+
+    @property
+    def question(self) -> list[Message]:
+        """All before the last answer."""
+        return list(self.messages[:-1])
+
+    @property
+    def answer(self) -> str:
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised row: `labels` are the token ids where the assistant speaks, `IGNORED` elsewhere. Same length."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def roles_text(messages: Sequence[Message]) -> str:
+    """Who speaks in which order, for a person to read: `system → user`."""
+    return " → ".join(message["role"] for message in messages)

@@ -1,0 +1,1 @@
+"""What answers: transformers, llama.cpp in this process, an Ollama server."""

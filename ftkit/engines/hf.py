@@ -1,0 +1,188 @@
+"""Run a model with transformers: load it as training or asking needs it, and ask it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftkit.data import template
+from ftkit.data.lengths import asked_together
+from ftkit.data.rows import Message
+from ftkit.data.template import render, token_ids
+from ftkit.errors import DoesNotFitError, ModelError, first_line
+from ftkit.model.source import from_files, needs_code
+from ftkit.progress import SILENT, Reporter
+from ftkit.recipe import Method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# (architecture, library, first version that is right, what goes wrong)
+WRONG_LOSSES = [
+    ("gemma4", "transformers", "5.12.1", "with gradient checkpointing the loss was 16.17 instead of 6.84 (transformers issue 45242)"),
+]
+# PyTorch only warns when a layer has no gradient formula; the loss then still falls while most gradients are lost.
+NO_GRADIENT = r".*autograd kernel was not registered.*"
+
+
+def refuse_lost_gradients() -> None:
+    """Turn the one warning that means wrong training into an error, and hear no more of transformers' own renamings."""
+    warnings.filterwarnings("error", message=NO_GRADIENT)
+    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
+
+
+def refuse_wrong_versions(model_type: str) -> None:
+    """Raise ModelError where an installed library is known to compute a wrong loss for this architecture."""
+    from packaging.version import Version
+
+    for architecture, library, fixed, what in WRONG_LOSSES:
+        if model_type.startswith(architecture) and Version(version(library)) < Version(fixed):
+            raise ModelError(f"{library} {version(library)} trains {architecture} wrongly: {what}.", f"pip install '{library}>={fixed}'")
+
+
+def load_tokenizer(folder: Path, day: date | None = None, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, its template with `day` in place of today. Raises ModelError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **from_files(trust_remote_code))
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RecursionError) as error:
+        if refused := needs_code(folder, error):
+            raise refused from None
+        raise ModelError(
+            f"{folder} has no tokenizer that transformers can load: {first_line(error)}",
+            "copy tokenizer.json and tokenizer_config.json beside config.json, from the model's page",
+        ) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if isinstance(tokenizer.chat_template, dict):  # several, by name
+        if "default" not in tokenizer.chat_template:
+            raise ModelError(
+                f"The tokenizer in {folder} has chat templates for {', '.join(sorted(tokenizer.chat_template))}, and no default.",
+                "copy the one to train with over chat_template.jinja there",
+            )
+        tokenizer.chat_template = tokenizer.chat_template["default"]
+    if day and tokenizer.chat_template:
+        tokenizer.chat_template = template.fix_date(tokenizer.chat_template, day)
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: bool, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The base model as `method` trains it, or (None) as it is asked: frozen weights in the compute format.
+
+    `full` gets float32 weights, since what is trained is kept in float32.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if bfloat16 and method != "full" else torch.float32
+    settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **from_files(trust_remote_code)}
+    if method == "qlora":
+        settings["quantization_config"] = nf4_config(dtype)
+    if cuda:
+        settings["device_map"] = {"": 0}
+    try:
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
+        if refused := needs_code(folder, error) or out_of_memory(error, f"load {folder.name}"):
+            raise refused from None
+        raise ModelError(f"transformers cannot load {folder}: {first_line(error)}", "fetch or copy the model again, whole") from None
+    model, info = loaded
+    if lost := sorted({*map(str, info["missing_keys"]), *(str(key[0]) for key in info["mismatched_keys"])}):  # else filled at random
+        raise ModelError(
+            f"The weights in {folder} do not fit its config: {lost[0]} is missing or of another shape{f', and {len(lost) - 1} more' if len(lost) > 1 else ''}.",
+            "fetch or copy the model again, whole",
+        )
+    if method == "qlora":
+        _keep_gradients_after_evaluation(model)
+    return model
+
+
+def out_of_memory(error: BaseException, what: str) -> DoesNotFitError | None:
+    """The error to raise where a library had no memory left to do `what`, on a GPU or off it."""
+    import torch
+
+    text = str(error)
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search(r"CUDA.*out of memory|can't allocate memory", text):
+        return None
+    where = "This machine's RAM" if isinstance(error, MemoryError) or "CPU" in text else "The GPU"
+    return DoesNotFitError(
+        f"{where} has too little free memory to {what}: {first_line(error)[:200]}", "see what is needed, and what fits: ftkit plan"
+    )
+
+
+def nf4_config(dtype: Any) -> Any:
+    """4-bit NF4 with double quantisation, computing in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+
+
+def _keep_gradients_after_evaluation(model: PreTrainedModel) -> None:
+    """Forbid bitsandbytes' inference packing on CPUs with AVX512-BF16.
+
+    bitsandbytes 0.50 repacks a layer the first time that it runs in eval mode and then takes a path without gradients,
+    in training too. CUDA is not affected.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[list[Message]],
+    max_new_tokens: int,
+    *,
+    label: str = "asking",
+    reporter: Reporter = SILENT,
+) -> list[str]:
+    """Greedy answers, in the order of the questions; similar lengths go through together, fewer where memory runs out.
+
+    Raises DoesNotFitError where one question alone is too much for the GPU.
+    """
+    import torch
+
+    prompts = [render(tokenizer, question, ask=True) for question in questions]
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    longest = max((len(token_ids(tokenizer, prompt)) for prompt in prompts), default=0)
+    batch = asked_together(longest + max_new_tokens)
+    answers = [""] * len(prompts)
+    model.eval()
+    stops = template.stops(tokenizer, model.generation_config.eos_token_id)
+    done = 0
+    with torch.inference_mode(), reporter.bar(label, len(prompts)) as bar:
+        while done < len(order):
+            chosen = order[done : done + batch]
+            inputs = tokenizer(
+                [prompts[n] for n in chosen], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+            ).to(model.device)
+            try:
+                output = model.generate(
+                    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
+                    do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
+                    eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, use_cache=True,
+                )  # fmt: skip
+            except torch.OutOfMemoryError:
+                if batch == 1:
+                    raise DoesNotFitError(
+                        "One question at a time does not fit on the GPU.", "--set a smaller ship.max_new_tokens"
+                    ) from None
+                batch = max(1, batch // 2)
+                torch.cuda.empty_cache()
+                continue
+            for n, ids in zip(chosen, output[:, inputs["input_ids"].shape[1] :], strict=True):
+                answers[n] = tokenizer.decode(ids, skip_special_tokens=True)
+            done += len(chosen)
+            bar.update(done)
+    return answers

@@ -1,0 +1,113 @@
+"""Run llama.cpp in this process (xllamacpp): tokenise, render, answer. It listens on a free loopback port only."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ftkit.data.rows import Message
+from ftkit.errors import ToolFailedError, ToolMissingError
+from ftkit.machine.device import asked_threads
+from ftkit.progress import SILENT, Reporter
+
+ANSWERS_WITHIN_SECONDS = 3600.0  # a large model on a slow disk
+
+
+class Engine:
+    """A loaded GGUF. Use `load` to get one."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+
+    def tokenize(self, text: str, *, begins: bool = False) -> list[int]:
+        """Ids of a text in which special tokens are written out; with `begins` the BOS that the file says to add comes first."""
+        return list(self._post("/tokenize", {"content": text, "add_special": begins, "parse_special": True})["tokens"])
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt that the file's own chat template makes, ending where the assistant begins.
+
+        Without the BOS that llama.cpp adds itself when it tokenises a prompt (`tokenizer.ggml.add_bos_token`).
+        """
+        return str(self._post("/apply-template", {"messages": list(messages)})["prompt"])
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """What the model reads before it answers: the rendered prompt and what llama.cpp adds to it."""
+        return self.tokenize(self.render(messages), begins=True)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of ids, for a person to read."""
+        return str(self._post("/detokenize", {"tokens": list(ids)})["content"])
+
+    def stops_at(self, token: int) -> bool:
+        """Whether an answer ends with this token: the model is made to say it, and either goes on or does not."""
+        request = {"prompt": [token], "n_predict": 2, "temperature": 0, "logit_bias": [[token, 1e4]], "cache_prompt": False}
+        return self._post("/completion", request).get("stop_type") == "eos"
+
+    def answer(
+        self, questions: Sequence[list[Message]], max_new_tokens: int, *, label: str = "asking", reporter: Reporter = SILENT
+    ) -> list[str]:
+        """Greedy answers through the file's own chat template, in the order of the questions, as text: nothing is parsed."""
+        answers = []
+        with reporter.bar(label, len(questions)) as bar:
+            for number, question in enumerate(questions, 1):
+                request = {"prompt": self.prompt_ids(question), "n_predict": max_new_tokens, "temperature": 0, "cache_prompt": True}
+                answers.append(str(self._post("/completion", request)["content"]))
+                bar.update(number)
+        return answers
+
+    def chat(self, messages: Sequence[Message], max_new_tokens: int, temperature: float = 0.0) -> str:
+        """One answer."""
+        request = {"messages": list(messages), "max_tokens": max_new_tokens, "temperature": temperature, "cache_prompt": True}
+        reply = self._server.handle_chat_completions(request)
+        if "choices" not in reply:
+            raise ToolFailedError(f"llama.cpp did not answer: {json.dumps(reply)[:300]}")
+        return str(reply["choices"][0]["message"]["content"] or "")
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            self._server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=ANSWERS_WITHIN_SECONDS) as reply:
+                loaded: dict[str, Any] = json.load(reply)
+        except (urllib.error.URLError, OSError) as error:
+            raise ToolFailedError(f"llama.cpp did not take {path}: {error}.") from None
+        return loaded
+
+
+@contextmanager
+def load(path: Path, num_ctx: int = 4096, threads: int | None = None) -> Iterator[Engine]:
+    """Load a GGUF for the time of the context.
+
+    Raises ToolMissingError without xllamacpp, ToolFailedError where llama.cpp refuses the file.
+    """
+    try:
+        import xllamacpp
+    except ImportError:
+        raise ToolMissingError("xllamacpp (llama.cpp in process) is not installed.", "pip install xllamacpp") from None
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(path)
+    parameters.n_ctx = num_ctx
+    parameters.n_parallel = 1
+    parameters.verbosity = 0
+    parameters.warmup = False
+    parameters.hostnames = ["127.0.0.1"]
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = (
+        threads or asked_threads() or psutil.cpu_count(logical=False) or 1
+    )
+    try:
+        server = xllamacpp.Server(parameters)
+    except (RuntimeError, ValueError) as error:
+        raise ToolFailedError(f"llama.cpp cannot load {path.name}: {error}.") from None
+    engine = Engine(server)
+    try:
+        yield engine
+    finally:
+        del engine._server, server

@@ -1,0 +1,127 @@
+"""An Ollama server: reach it, ask it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+
+from ftkit.data.rows import Message
+from ftkit.errors import RecipeError, ToolFailedError, ToolMissingError
+from ftkit.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from ollama import Client
+
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")  # noqa: S104 – as a client's address it is this machine
+ANSWERS_WITHIN_SECONDS = 10.0
+
+
+def address() -> str:
+    """The server's address, as the client reads OLLAMA_HOST. Raises RecipeError where that is none."""
+    import ollama
+
+    try:
+        with ollama.Client() as client:
+            return str(client._client.base_url).rstrip("/")
+    except ValueError as error:
+        host = os.environ.get("OLLAMA_HOST")
+        raise RecipeError(f"OLLAMA_HOST is no address: {host!r} ({error}).", "as in OLLAMA_HOST=127.0.0.1:11434") from None
+
+
+def models_folder() -> Path | None:
+    """Where this machine's server keeps its models, None where OLLAMA_HOST names another machine, or none."""
+    try:
+        here = urlparse(address()).hostname in LOOPBACK
+    except RecipeError:  # said where Ollama is asked for
+        return None
+    if not here:
+        return None
+    return Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
+
+
+@contextmanager
+def connect(reporter: Reporter = SILENT) -> Iterator[Client]:
+    """A client of the server at OLLAMA_HOST, for the time of the context. Raises ToolMissingError where none answers."""
+    import httpx
+    import ollama
+
+    where = address()
+    parts = urlparse(where)
+    if parts.scheme == "http" and parts.hostname not in LOOPBACK:
+        reporter.warn(f"{parts.hostname} is reached over plain http: model and prompts go unencrypted, and its API has no password")
+    with ollama.Client(timeout=ANSWERS_WITHIN_SECONDS) as client:
+        try:
+            client.list()
+        except (ConnectionError, httpx.HTTPError, ollama.ResponseError, ValueError):  # ValueError: what answers speaks no JSON
+            raise ToolMissingError(f"No Ollama server answers at {where}.", "start it: ollama serve") from None
+        client._client.timeout = None  # creating and answering take as long as they take
+        yield client
+
+
+def digest_of(client: Client, name: str) -> str | None:
+    """The server's digest of a model, None where it has no such model. Names match without case."""
+    wanted = (name if ":" in name else f"{name}:latest").lower()
+    return next((m.digest for m in client.list().models if (m.model or "").lower() == wanted), None)
+
+
+def rendered_prompt(client: Client, name: str, messages: Sequence[Message]) -> str | None:
+    """The exact prompt that the server makes of messages; None where it cannot say (Ollama before 0.11.5 answers instead).
+
+    Raises ToolFailedError with the server's words where it fails.
+    """
+    reply = client._client.post(
+        "/api/chat",
+        json={
+            "model": name, "messages": list(messages), "stream": False, "_debug_render_only": True, "truncate": False,
+            "options": {"num_predict": 1},
+        },
+    )  # fmt: skip
+    try:
+        body = reply.json()
+    except ValueError:
+        body = None
+    if reply.status_code != 200 or not isinstance(body, dict):
+        said = body.get("error") if isinstance(body, dict) else reply.text
+        raise ToolFailedError(f"Ollama could not render a prompt for {name} ({reply.status_code}): {one_line(said)}", SERVER_LOG)
+    info = body.get("_debug_info")
+    return None if info is None else str(info["rendered_template"])
+
+
+def answer(
+    client: Client, name: str, questions: Sequence[list[Message]], max_new_tokens: int,
+    *, options: dict[str, Any] | None = None, label: str = "asking Ollama", reporter: Reporter = SILENT,
+) -> list[str]:  # fmt: skip
+    """Greedy answers from the server, in the order of the questions."""
+    answers = []
+    with told(f"Ollama did not answer with {name}"), reporter.bar(label, len(questions)) as bar:
+        for number, question in enumerate(questions, 1):
+            reply = client.chat(name, question, options={"temperature": 0, "num_predict": max_new_tokens, **(options or {})})
+            answers.append(reply.message.content or "")
+            bar.update(number)
+    return answers
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    import httpx
+    import ollama
+
+    try:
+        yield
+    except ollama.ResponseError as error:
+        raise ToolFailedError(f"{what}: {one_line(error.error)}", SERVER_LOG) from None
+    except (ConnectionError, httpx.HTTPError) as error:
+        raise ToolFailedError(f"{what}: {error}", "is the server still running? ollama ps") from None
+
+
+SERVER_LOG = "see the server's log: journalctl -u ollama, or ~/.ollama/logs/server.log"
+
+
+def one_line(said: object) -> str:
+    return re.sub(r"\s+", " ", str(said))[:500]

@@ -1,0 +1,1 @@
+"""GGUF files: made, read back, and how large each type will be."""

@@ -1,0 +1,103 @@
+"""Merged model → GGUF files: convert, quantise, correct, and read back what was written."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ftkit.errors import ModelError, first_line
+from ftkit.machine.call import call
+from ftkit.machine.llama_cpp import Found
+from ftkit.progress import SILENT, Reporter
+
+CONVERTER_TYPES = {"F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}  # what the converter writes without llama-quantize
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A finished GGUF file, as read back from it."""
+
+    quantization: str
+    path: Path
+    bytes: int
+    bits_per_weight: float
+    tensors: int
+    fallback_tensors: int  # 2-D tensors whose rows do not divide by the wanted type's block, so that another was taken
+
+
+def convert(model: Path, path: Path, quantization: str, converter: Found, reporter: Reporter = SILENT) -> None:
+    """llama.cpp's converter, in a process of its own: its `gguf` package and PyPI's must not meet.
+
+    Raises ToolFailedError with its last lines.
+    """
+    reporter.step(f"converting to {path.name}")
+    libraries = [str(converter.path.parent)] + (
+        [str(converter.path.parent / "gguf-py")] if (converter.path.parent / "gguf-py").is_dir() else []
+    )
+    call(
+        [sys.executable, converter.path, model, "--outfile", path, "--outtype", CONVERTER_TYPES[quantization]],
+        environment={"PYTHONPATH": os.pathsep.join(libraries), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def quantize(source: Path, path: Path, quantization: str, program: Found, reporter: Reporter = SILENT) -> None:
+    """llama-quantize from an F16 file. Raises ToolFailedError with its last lines."""
+    reporter.step(f"quantising to {path.name}")
+    call([program.path, source, path, quantization])
+
+
+def read_back(path: Path, quantization: str, chat_template: str | None) -> GgufFile:
+    """Check that the file is whole and carries the model's own chat template.
+
+    Raises ModelError where it does not.
+    """
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+    except (OSError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
+        raise ModelError(
+            f"{path.name} is not a whole GGUF file: {first_line(error)}.", "give the same command again, with enough space on the disk"
+        ) from None
+    field = reader.get_field("tokenizer.chat_template")
+    if chat_template and (field is None or field.contents() != chat_template):
+        raise ModelError(f"{path.name} does not carry the model's chat template.", "report this with the model's name")
+    elements = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    size = sum(int(tensor.n_bytes) for tensor in reader.tensors)
+    block = 256 if "_K" in quantization or quantization.startswith("IQ4_XS") else 32
+    return GgufFile(
+        quantization=quantization,
+        path=path,
+        bytes=path.stat().st_size,
+        bits_per_weight=8 * size / elements,
+        tensors=len(reader.tensors),
+        fallback_tensors=sum(
+            len(tensor.shape) > 1 and bool(tensor.shape[0] % block) for tensor in reader.tensors if quantization not in ("F16", "BF16")
+        ),
+    )
+
+
+def correct(path: Path, *, eot_token_id: int | None = None, add_bos_token: bool | None = None) -> None:
+    """Name the end-of-turn token in a finished file, or say whether a BOS is added before a prompt; None leaves it as it is.
+
+    llama.cpp knows some ends of turn by their text and goes on after any other. The file is written anew beside itself and
+    takes its place, since metadata stands before the tensors.
+    """
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+    from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+
+    new = {}
+    if eot_token_id is not None:
+        new["tokenizer.ggml.eot_token_id"] = MetadataDetails(GGUFValueType.UINT32, eot_token_id)
+    if add_bos_token is not None:
+        new["tokenizer.ggml.add_bos_token"] = MetadataDetails(GGUFValueType.BOOL, add_bos_token)
+    if not new:
+        return
+    reader = GGUFReader(path)
+    architecture = reader.get_field("general.architecture")
+    assert architecture
+    partial = path.with_suffix(".corrected")
+    copy_with_new_metadata(reader, GGUFWriter(partial, arch=architecture.contents(), endianess=reader.endianess), new, [])
+    partial.replace(path)

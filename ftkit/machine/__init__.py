@@ -1,0 +1,1 @@
+"""This machine: its device, its programs, and what ftkit brought to it."""

@@ -1,0 +1,350 @@
+"""The model on the meta device: counted in full, and shortened where its layers repeat. No weight is loaded."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftkit.errors import ModelError, RecipeError, first_line
+from ftkit.memory.sizes import DTYPE_BYTES, nf4_storages, optimizer_state_bytes
+from ftkit.model.source import from_files, needs_code
+from ftkit.recipe import Lora, Method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+UNIT_COPIES = 4  # of the repeated unit of layers that a shortened model keeps: first, template's neighbour, template, last
+# What a parameter is for, by the first pattern that its name matches.
+TOWERS = "vision and audio towers"
+ROLES = (
+    (TOWERS, r"vision|visual|audio|image|multi_modal|mm_projector"),
+    ("per-layer tables", r"per_layer"),
+    ("norms", r"norm|layer_scalar"),
+    ("experts", r"expert|router|\.mlp\.gate\."),
+    ("attention", r"attn|attention"),
+    ("MLP", r"mlp|feed_forward|ffn"),
+    ("embeddings", r"embed|wte|wpe"),
+    ("head", r"lm_head|output"),
+)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A parameter of the base model; tied ones stand here once. `quantized`: `load_in_4bit` makes it NF4."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    quantized: bool
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Counts are elements; bytes are as torch and bitsandbytes would allocate them, without allocator rounding."""
+
+    method: Method
+    parameters: int  # of the base model, tied weights once
+    parameters_by_role: dict[str, int]
+    quantized_parameters: int  # in the layers that 4-bit loading replaces; 0 without it
+    trainable_parameters: int
+    trainable_by_target: dict[str, int]  # adapter parameters by the layer they sit on; empty for full fine-tuning
+    weights_bytes: int
+    adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration. Raises ModelError where transformers cannot read it, or no 16-bit model can be built from it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, **from_files(trust_remote_code))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
+        if refused := needs_code(folder, error):
+            raise refused from None
+        said = " ".join(str(error).split())
+        raise ModelError(
+            f"transformers cannot read the config in {folder}: {said}.", "check model_type and sizes in its config.json"
+        ) from None
+    if quantization := getattr(config, "quantization_config", None):
+        kind = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", "")
+        raise ModelError(
+            f"The model in {folder} is quantised already ({kind or 'quantization_config in its config.json'}); ftkit trains from 16-bit weights.",
+            "give the 16-bit model that it was made from; to plan for that one, take quantization_config out of a copy of config.json",
+        )
+    text = config.get_text_config()
+    sizes = {name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")}
+    wrong = [f"{name} is {size}" for name, size in sizes.items() if isinstance(size, int) and size < 1]
+    heads, shared = sizes["num_attention_heads"], getattr(text, "num_key_value_heads", None)
+    if not wrong and isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        wrong = [f"{heads} num_attention_heads cannot share {shared} num_key_value_heads"]
+    if wrong:
+        raise ModelError(f"The config in {folder} is of no model: {wrong[0]}.", "take config.json from the model's own page again")
+    return config
+
+
+def meta_model(config: Any, dtype: str = "bfloat16", attention: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model with all parameters on the meta device (shapes and dtypes, no memory). The config is left as it is.
+
+    `attention` is transformers' `attn_implementation`; None lets it choose.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, AttributeError, TypeError, KeyError, ImportError, RuntimeError, ArithmeticError) as error:
+        if refused := needs_code(Path(getattr(config, "_name_or_path", None) or "The config"), error):
+            raise refused from None
+        raise ModelError(f"The config does not build a language model: {first_line(error)}.") from None
+    model.tie_weights()
+    return model
+
+
+class Skeleton:
+    """A model on the meta device, counted in full and then shortened where its layers repeat each other.
+
+    Of `total_layers` decoder layers `layers` are kept: all, or four of the repeated unit of `unit_layers` and the rest.
+    """
+
+    def __init__(
+        self, config: Any, dtype: str = "bfloat16", attention: str | None = None, tied: bool = True, trust_remote_code: bool = False
+    ) -> None:
+        self._made_of = (config, dtype, attention, tied, trust_remote_code)
+        self._adapters: dict[str, list[tuple[str, int]]] = {}
+        if not tied:
+            config = copy.deepcopy(config)
+            config.tie_word_embeddings = False
+        self.model = meta_model(config, dtype, attention, trust_remote_code=trust_remote_code)
+        quantized = set(quantized_layers(self.model))
+        self.tensors = tuple(
+            Tensor(name, tuple(p.shape), role_of(name), name.removesuffix(".weight") in quantized)
+            for name, p in self.model.named_parameters()
+        )
+        self.buffer_bytes = tuple(b.numel() * b.element_size() for b in self.model.buffers())
+        self.embedding_name = next(n for n, m in self.model.named_modules() if m is self.model.get_input_embeddings()) + ".weight"
+        layers = decoder_layers(self.model)
+        self.layers_name = next(name for name, module in self.model.named_modules() if module is layers)
+        self.total_layers = self.layers = len(layers)
+        self.unit_layers = repeated_unit(layers, self.model.config.get_text_config())
+
+    def whole(self) -> Skeleton:
+        """The same model with all its layers."""
+        skeleton = Skeleton(*self._made_of)
+        skeleton.unit_layers = 0
+        return skeleton
+
+    def shorten(self) -> bool:
+        """Leave out layers that repeat others. False where none do."""
+        layers = decoder_layers(self.model)
+        if self.total_layers // self.unit_layers <= UNIT_COPIES:
+            self.unit_layers = 0
+            return False
+        self.layers = UNIT_COPIES * self.unit_layers + self.total_layers % self.unit_layers
+        del layers[self.layers :]
+        self.model.config.get_text_config().num_hidden_layers = self.layers
+        return True
+
+    @cached_property
+    def stands_for(self) -> tuple[int, ...]:
+        """For each layer of the whole model the kept one that is its like."""
+        unit, left_out = self.unit_layers, self.total_layers - self.layers
+        if not left_out:
+            return tuple(range(self.total_layers))
+        template = range(2 * unit, 3 * unit)
+        return tuple(
+            n if n < 3 * unit else template[n % unit] if n < 3 * unit + left_out else n - left_out for n in range(self.total_layers)
+        )
+
+    def adapters(self, lora: Lora) -> list[tuple[str, int]]:
+        """(name, elements) of each tensor that PEFT would train, by injecting the adapter on the meta device.
+
+        Raises RecipeError where the targets match nothing, cannot carry an adapter, or reach into other towers than the
+        text model's.
+        """
+        key = repr(lora)  # a list of target modules has no hash
+        if key not in self._adapters:
+            self._adapters[key] = self._injected(lora)
+        return self._adapters[key]
+
+    def _injected(self, lora: Lora) -> list[tuple[str, int]]:
+        if any(type(module).__name__ == "Conv1D" for module in self.model.modules()):
+            raise ModelError(
+                f"{self.model.config.model_type} keeps its weights transposed (Conv1D); ftkit cannot merge adapters into them.",
+                "--set training.method=full, or a newer model",
+            )
+        towers = any(tensor.role == TOWERS for tensor in self.tensors)
+        named = lora.target_modules if isinstance(lora.target_modules, list) else None
+        right = f"name the layers of the text model alone: --set lora.target_modules='{self.text_pattern(named)}'" if towers else None
+        adapted = inject(copy.deepcopy(self.model), lora, right)
+        kept: dict[int, list[tuple[str, int]]] = {}
+        outside = []
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                plain = re.sub(r"^base_model\.model\.|\.default\.weight$", "", name)
+                found = re.match(re.escape(self.layers_name) + r"\.(\d+)\.(.+)", plain)
+                if found:
+                    kept.setdefault(int(found[1]), []).append((found[2], parameter.numel()))
+                else:
+                    outside.append((plain, parameter.numel()))
+        reached = next((name for name, _ in outside if role_of(name) == TOWERS), None)
+        if reached:
+            raise RecipeError(
+                f"lora.target_modules: {lora.target_modules!r} reaches into the vision or audio tower ({reached.rpartition('.lora_')[0]}).",
+                right,
+            )
+        inside = [(f"{self.layers_name}.{n}.{name}", size) for n, like in enumerate(self.stands_for) for name, size in kept.get(like, [])]
+        return inside + outside
+
+    def text_pattern(self, named: list[str] | None = None) -> str:
+        """A pattern for `target_modules` that matches these (or all) linear layers of the text model's decoder only."""
+        from torch import nn
+
+        names = named or {
+            name.rpartition(".")[2]
+            for layer in decoder_layers(self.model)
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        return rf"{self.layers_name.replace('.', chr(92) + '.')}\.\d+\..*({'|'.join(sorted(names))})"
+
+    def count(
+        self, method: Method, lora: Lora, optim: str, base_dtype: str, trained_dtype: str = "float32", double_quant: bool = True
+    ) -> Inventory:
+        """The inventory for one method. Frozen weights are kept in `base_dtype`, trained ones and their gradients in `trained_dtype`."""
+        trained_bytes = DTYPE_BYTES[trained_dtype]
+        parameters = sum(t.elements for t in self.tensors)
+        by_role: dict[str, int] = {}
+        for tensor in self.tensors:
+            by_role[tensor.role] = by_role.get(tensor.role, 0) + tensor.elements
+        adapters = [] if method == "full" else self.adapters(lora)
+        by_target: dict[str, int] = {}
+        for name, size in adapters:
+            target = name.partition(".lora_")[0].rpartition(".")[2]
+            by_target[target] = by_target.get(target, 0) + size
+        trained = self.trained(method, adapters)
+        trainable = sum(size for size, _ in trained)
+        return Inventory(
+            method=method,
+            parameters=parameters,
+            parameters_by_role=by_role,
+            quantized_parameters=sum(t.elements for t in self.tensors if t.quantized) if method == "qlora" else 0,
+            trainable_parameters=trainable,
+            trainable_by_target=by_target,
+            weights_bytes=sum(size for _, size in self.storages(method, base_dtype, trained_dtype, double_quant)),
+            adapter_bytes=0 if method == "full" else trained_bytes * trainable,
+            gradient_bytes=trained_bytes * trainable,
+            optimizer_bytes=sum(optimizer_state_bytes(size, optim, trained_bytes, wide=wide) for size, wide in trained),
+        )
+
+    def storages(self, method: Method, base_dtype: str, trained_dtype: str, double_quant: bool) -> Iterator[tuple[str, int]]:
+        """(what for, bytes) of each tensor of the base model and its buffers."""
+        plain = DTYPE_BYTES[trained_dtype if method == "full" else base_dtype]
+        for tensor in self.tensors:
+            if method == "qlora" and tensor.quantized:
+                yield from (("4-bit weights", size) for size in nf4_storages(tensor.elements, double_quant))
+            else:
+                yield (
+                    "weights" if method != "qlora" else "weights that stay 16-bit" if plain == 2 else "weights that stay 32-bit",
+                    plain * tensor.elements,
+                )
+        yield from (("buffers", size) for size in self.buffer_bytes)
+
+    def trained(self, method: Method, adapters: list[tuple[str, int]]) -> list[tuple[int, bool]]:
+        """(elements, keeps 32-bit optimizer states) of each trained tensor: bitsandbytes spares input embeddings."""
+        if method == "full":
+            return [(t.elements, t.name == self.embedding_name) for t in self.tensors]
+        return [(size, False) for _, size in adapters]
+
+
+def role_of(name: str) -> str:
+    """What a parameter is for."""
+    return next((role for role, pattern in ROLES if re.search(pattern, name)), "other")
+
+
+def quantized_layers(model: PreTrainedModel) -> dict[str, Any]:
+    """The linear layers that `load_in_4bit` replaces: all but the output head, as transformers decides it."""
+    from torch import nn
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = get_keys_to_not_convert(model)
+    return {name: m for name, m in model.named_modules() if type(m) is nn.Linear and should_convert_module(name, kept)}
+
+
+def inject(model: PreTrainedModel, lora: Lora, hint: str | None = None) -> Any:
+    """PEFT's wrapper around the (meta) model. Raises RecipeError where the targets match nothing or cannot carry an adapter."""
+    from peft import get_peft_model
+
+    names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if type(m).__name__ in ("Linear", "Linear4bit")})
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    try:
+        with warnings.catch_warnings():  # PEFT 0.21 tells of its own patterns for fused experts that all-linear does not reach
+            warnings.filterwarnings("ignore", message=r".*(rank|alpha)_pattern keys did not match.*", category=RuntimeWarning)
+            return get_peft_model(model, lora_config(lora), autocast_adapter_dtype=False)
+    except (ValueError, re.error) as error:
+        wanted = lora.target_modules
+        if hint is None and wanted in names:
+            hint = f"a text is a pattern for whole names; give a list: --set 'lora.target_modules=[{wanted}]'"
+        raise RecipeError(
+            f"lora.target_modules: PEFT cannot use {wanted!r}: {first_line(error)}",
+            hint or f"give {'all-linear, or ' if wanted != 'all-linear' else ''}a list of some of: {', '.join(names)}",
+        ) from None
+
+
+def lora_config(lora: Lora) -> Any:
+    """PEFT's configuration, the same for planning and for training."""
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="CAUSAL_LM", **lora.model_dump())
+
+
+def decoder_layers(model: PreTrainedModel) -> Any:
+    """The text model's list of layers. Raises ModelError where there is none."""
+    from torch import nn
+
+    depth = model.config.get_text_config().num_hidden_layers
+    decoder = model.get_decoder()
+    found = [m for m in (decoder if decoder is not None else model).modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not found:
+        raise ModelError(f"{model.config.model_type}: no list of {depth} layers is found in the model, so its step cannot be traced.")
+    return found[0]
+
+
+def repeated_unit(layers: Any, config: Any) -> int:
+    """Length of the shortest unit that, repeated, gives all layers (the last repetition may be cut short)."""
+
+    def signature(layer: Any, kind: str) -> str:
+        """A layer's modules, its parameters' shapes, and the flags that its modules carry beside its number."""
+        shapes = [(name, tuple(p.shape)) for name, p in layer.named_parameters()]
+        flags = [
+            (name, key, value)
+            for name, module in layer.named_modules()
+            for key, value in sorted(vars(module).items())
+            if key != "layer_idx" and (value is None or isinstance(value, (bool, int, float, str)))
+        ]
+        return repr((kind, shapes, flags))
+
+    types = getattr(config, "layer_types", None) or [""] * len(layers)
+    known: list[str] = [signature(layer, kind) for layer, kind in zip(layers, types, strict=False)]
+    same: Callable[[int], bool] = lambda unit: all(a == b for a, b in zip(known, known[unit:], strict=False))  # noqa: E731
+    return next(unit for unit in range(1, len(known) + 1) if same(unit))

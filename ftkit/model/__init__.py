@@ -1,0 +1,1 @@
+"""From a model reference to its files on this machine."""

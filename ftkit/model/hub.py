@@ -1,0 +1,113 @@
+"""Models of the hub: which commit, which files, and its errors in our words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ftkit.errors import ModelError, first_line
+from ftkit.model.source import Source, indexed_files, only_pickles
+
+CONFIG_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+def locate_hub(reference: str) -> Source:
+    """The commit that the revision names today; what the cache remembers of it where the hub is not reached."""
+    from huggingface_hub import HfApi, is_offline_mode
+
+    repository, _, revision = reference.partition("@")
+    with hub_errors(reference):
+        commit = HfApi().resolve_revision(repository, revision=revision or None, local_files_only=is_offline_mode()).resolved
+    return Source(reference, "hub", commit)
+
+
+def hub_cache() -> Path:
+    """Where the hub's files are kept (HF_HOME, HF_HUB_CACHE)."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def missing_weights(opened: Source) -> dict[str, int]:
+    """Name and bytes of each weight file that is not in the cache. Raises ModelError where the hub has no such file."""
+    from huggingface_hub import get_cached_repo_tree
+
+    assert opened.folder
+    names = indexed_files(opened.folder) or ["model.safetensors"]
+    missing = [name for name in names if not (opened.folder / name).is_file()]
+    if not missing:
+        return {}
+    with hub_errors(opened.reference):
+        sizes = {file.path: file.size for file in get_cached_repo_tree(opened.reference.partition("@")[0], revision=opened.fingerprint)}
+    if absent := [name for name in missing if name not in sizes]:
+        if any(name.endswith(".bin") for name in sizes):
+            raise only_pickles(opened.reference)
+        raise ModelError(f"{opened.reference} has no {absent[0]}.", "give a model with its weights in safetensors files")
+    return {name: sizes[name] for name in missing}
+
+
+def fetch(source: Source, patterns: Sequence[str], without: Sequence[str] = ()) -> Path:
+    """The snapshot folder of the source's commit, with the files that match; asks nothing where they are all there."""
+    import huggingface_hub
+
+    with hub_errors(source.reference):
+        folder = huggingface_hub.snapshot_download(
+            source.reference.partition("@")[0],
+            revision=source.fingerprint,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(without),
+        )
+    return Path(folder)
+
+
+@contextmanager
+def hub_errors(reference: str) -> Iterator[None]:
+    """Say huggingface_hub's errors as ModelError, each with the way out."""
+    from huggingface_hub import constants, errors, is_offline_mode
+
+    repository, _, revision = reference.partition("@")
+    page = f"{constants.ENDPOINT}/{repository}"
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise ModelError(
+            f"{repository} is gated: its terms must be accepted first.",
+            f"accept them at {page}, then: hf auth login; or, only to plan, download config.json there and: ftkit plan --config config.json",
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(f"The hub has no model {repository} (or it is private).", "check the spelling, or: hf auth login") from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"{repository} has no revision {revision}.", f"see its branches and tags: {page}/tree/main") from None
+    except errors.HFValidationError as error:
+        raise ModelError(f"{reference} is no hub id: {first_line(error)}", "a hub id is org/name, or org/name@revision") from None
+    except (
+        errors.HTTPError,  # type: ignore[attr-defined]  # httpx's or, in newer versions, httpx2's
+        errors.RevisionResolutionError,
+        errors.CachedRepoTreeNotFoundError,
+        OSError,
+        RuntimeError,  # hf_xet's
+    ) as error:
+        cause = error if isinstance(error, errors.HfHubHTTPError) else error.__cause__ or error
+        if is_offline_mode():
+            raise ModelError(
+                f"HF_HUB_OFFLINE is set, and {reference} is not (or not whole) in the hub's cache at {constants.HF_HUB_CACHE}.",
+                f"unset it and fetch the model once: hf download {repository}{f' --revision {revision}' if revision else ''}",
+            ) from None
+        if isinstance(cause, errors.HfHubHTTPError):
+            status, said = cause.response.status_code, cause.server_message
+            raise ModelError(
+                f"The hub answers {status} for {reference}{f': {said.splitlines()[0]}' if said else '.'}",
+                "HF_TOKEN or the login is not valid any more: hf auth login"
+                if status == 401
+                else "try again later, or give a local folder",
+            ) from None
+        if isinstance(cause, OSError) and cause.strerror:
+            raise ModelError(
+                f"{reference} cannot be kept in {constants.HF_HUB_CACHE}: {cause.strerror}.",
+                "make space there, or set HF_HOME to another folder",
+            ) from None
+        raise ModelError(
+            f"{reference} cannot be fetched from {constants.ENDPOINT}: {first_line(cause)}",
+            "check the network and give the same command again (whole files are kept), or give a local folder or .gguf file",
+        ) from None

@@ -1,0 +1,63 @@
+"""A located model → a folder with its config, or with its 16-bit weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ftkit.errors import ModelError
+from ftkit.model.dequantise import dequantise
+from ftkit.model.hub import CONFIG_FILES, fetch, missing_weights
+from ftkit.model.source import INDEX, Source, indexed_files
+from ftkit.progress import SILENT, Reporter
+from ftkit.units import bytes_text
+
+
+def open_config(source: Source, reporter: Reporter = SILENT) -> Source:
+    """The source with a `folder` that holds at least config and tokenizer (a bare config: config.json); nothing else is fetched."""
+    if source.kind == "hub":
+        folder = fetch(source, (*CONFIG_FILES, *(["*.py"] if source.with_code else [])), ("*/*",))
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{source.reference} has no config.json: it is no base model.",
+                f"of a repository of GGUF files fetch one and give that: hf download {source.reference.partition('@')[0]} FILE.gguf",
+            )
+        return replace(source, folder=folder)
+    return source if source.folder else open_weights(source, reporter)
+
+
+def open_weights(source: Source, reporter: Reporter = SILENT) -> Source:
+    """The source with a `folder` of config, tokenizer and 16-bit safetensors; fetches or dequantises where needed."""
+    if source.kind == "hub":
+        return _open_hub_weights(source, reporter)
+    if source.kind == "gguf" and source.folder is None:
+        return replace(source, folder=dequantise(source, reporter))
+    if source.kind == "config":
+        raise ModelError(
+            f"{source.reference} is a config without weights: enough to plan, not to train.",
+            "give the model itself with --model: a folder, a .gguf file, a hub id (org/name) or ollama:NAME",
+        )
+    if source.folder:
+        if not any(source.folder.glob("*.safetensors")):
+            raise ModelError(f"{source.folder} has no *.safetensors.", "a config alone is enough for `ftkit plan` only")
+        if missing := [name for name in indexed_files(source.folder) or () if not (source.folder / name).is_file()]:
+            raise ModelError(f"{source.folder} has no {missing[0]}, which its {INDEX} names.", "fetch or copy the model again, whole")
+    return source
+
+
+def _open_hub_weights(source: Source, reporter: Reporter) -> Source:
+    """Fetch the weights that transformers loads – those in the index, or the one file – and no second copy beside them."""
+    opened = open_config(source)
+    missing = missing_weights(opened)
+    if missing:
+        size = bytes_text(sum(missing.values()))
+        reporter.step(f"fetching the weights of {source.reference}: {size} in {len(missing)} file{'s' * (len(missing) > 1)}")
+        fetch(source, list(missing))
+    return opened
+
+
+def bytes_to_fetch(source: Source) -> int:
+    """Bytes of the hub's weights that are not on this machine yet; 0 for every other source, and where it cannot be told."""
+    try:
+        return sum(missing_weights(open_config(source)).values()) if source.kind == "hub" else 0
+    except ModelError:  # said once they are wanted; a plan does without
+        return 0

@@ -1,0 +1,79 @@
+"""What a model reference was found to be, and which files belong to it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftkit.errors import ModelError
+
+INDEX = "model.safetensors.index.json"  # which file holds which tensor, where there are several
+CONVERT_PICKLES = "convert them once: https://huggingface.co/spaces/safetensors/convert"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are.
+
+    `folder` holds config, tokenizer and safetensors. Of a hub model and a `.gguf` it is unknown until opened; of a bare
+    config it is where that lies, and nothing else in it belongs to the model.
+    """
+
+    reference: str
+    kind: str  # "hub", "directory", "config" or "gguf"
+    fingerprint: str  # of a hub model the commit
+    folder: Path | None = None
+    gguf: Path | None = None
+    with_code: bool = False  # its Python code may run, and is fetched with the config
+
+
+def only_pickles(where: str) -> ModelError:
+    return ModelError(f"{where} holds only pickle weights (*.bin), which can run code when they are loaded.", CONVERT_PICKLES)
+
+
+def indexed_files(folder: Path) -> list[str] | None:
+    """The weight files that a model's index names, None without an index.
+
+    Raises ModelError where the index cannot be read or names anything but safetensors files beside it.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return None
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        elsewhere = sorted(name for name in names if name != Path(name).name or not name.endswith(".safetensors"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index} cannot be read: {error!r}.", "fetch or copy the model again") from None
+    if elsewhere:
+        hint = CONVERT_PICKLES if elsewhere[0].endswith(".bin") else "take the model from where it was first published"
+        raise ModelError(f"{index} names {elsewhere[0]!r}, which is no safetensors file beside it.", hint)
+    return sorted(names)
+
+
+def from_files(trust_remote_code: bool = False) -> dict[str, Any]:
+    """What every `from_pretrained` of a model's folder is called with. Left unset, transformers asks on stdin and obeys."""
+    return {"local_files_only": True, "trust_remote_code": trust_remote_code}
+
+
+def needs_code(folder: Path, error: BaseException) -> ModelError | None:
+    """The error to raise where transformers refuses a model because it would have to run the model's own Python code."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return ModelError(
+        f"{folder} needs Python code that comes with the model, and ftkit does not run it by itself: it can do all that you can.",
+        "take a model that transformers knows; or read that code and, if you trust its author: --trust-remote-code",
+    )
+
+
+def drop_code(folder: Path) -> None:
+    """Take `auto_map` out of the configs in a folder that ftkit made: it names Python code, and other programs run it unasked."""
+
+    def without(value: Any) -> Any:
+        return {key: without(entry) for key, entry in value.items() if key != "auto_map"} if isinstance(value, dict) else value
+
+    for path in folder.glob("*config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if (dropped := without(config)) != config:
+            path.write_text(json.dumps(dropped, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

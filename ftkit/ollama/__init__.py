@@ -1,0 +1,1 @@
+"""A shipped file becomes a model in Ollama."""

@@ -1,0 +1,130 @@
+"""Create a model in Ollama under a temporary name, check it, and only then give it its own."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ftkit.check import Check, not_made, passed
+from ftkit.data.rows import Message, roles_text
+from ftkit.data.template import Render
+from ftkit.engines.ollama import digest_of, rendered_prompt, told
+from ftkit.errors import ModelError, ProofError, ToolFailedError, first_line
+from ftkit.files import file_fingerprint
+from ftkit.ollama.modelfile import STRIPPED_BOS, Modelfile
+from ftkit.progress import SILENT, Reporter
+from ftkit.proof.probes import ACCEPTED, conversations
+
+if TYPE_CHECKING:
+    from ollama import Client
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A model that a server has now, and what was looked at before it got its name."""
+
+    digest: str
+    checks: tuple[Check, ...]
+
+
+def temporary_name(name: str) -> str:
+    """A name of its own for a model that is not checked yet; two ships never share one."""
+    return f"{name.partition(':')[0]}:ftkit-unchecked-{secrets.token_hex(4)}"
+
+
+def register(
+    client: Client, name: str, gguf: Path, modelfile: Modelfile, render: Render,
+    *, temporary: str | None = None, verify: Callable[[str], Check] | None = None,
+    before_naming: Callable[[str], None] | None = None, reporter: Reporter = SILENT,
+) -> Registered:  # fmt: skip
+    """Create the model, check that the server asks it as training did, and only then give it its name.
+
+    The check renders conversations on the server and compares them with `render`. Raises ProofError where they differ,
+    ToolFailedError where the server fails: the name then still belongs to what it belonged to before, and the temporary
+    model is gone. `verify` makes one more check, of the temporary model that it is given; `before_naming` is called with
+    the digest that the name is about to get.
+    """
+    temporary = temporary or temporary_name(name)
+    with told(f"Ollama could not create {name}"):
+        digest = f"sha256:{file_fingerprint(gguf)}"
+        if client._client.head(f"/api/blobs/{digest}").status_code != 200:
+            reporter.note(f"uploading {gguf.name} to Ollama")
+            client.create_blob(gguf)
+        try:
+            client.create(
+                temporary, files={gguf.name: digest}, template=modelfile.template, system=modelfile.system, parameters=modelfile.parameters
+            )
+            checks = check_prompts(client, temporary, modelfile, render)
+            if verify:
+                checks = (*checks, verify(temporary))
+            if wrong := next((check for check in checks if check.outcome == "failed"), None):
+                raise ProofError(f"{wrong.name}: {wrong.detail}", "take a newer Ollama, or ship without: --no-ollama")
+            made = digest_of(client, temporary)
+            if not made:
+                raise ToolFailedError(f"Ollama created {temporary}, and does not list it.")
+            if before_naming:
+                before_naming(made)
+            client.copy(temporary, name)
+            if digest_of(client, name) != made:
+                raise ToolFailedError(f"Ollama copied {temporary} to {name}, which is another model now.")
+        finally:
+            remove(client, temporary, reporter)
+    return Registered(made, checks)
+
+
+def remove(client: Client, name: str, reporter: Reporter = SILENT) -> None:
+    """Delete a temporary model, if the server has it. A server that fails at it is told of, and what went before stands."""
+    import httpx
+    import ollama
+
+    try:
+        client.delete(name)
+    except (ConnectionError, httpx.HTTPError, ollama.ResponseError) as error:
+        if getattr(error, "status_code", None) != 404:
+            reporter.warn(f"{name} may be left in Ollama; the next ship of this run removes it ({first_line(error)})")
+
+
+PROMPTS = "prompts in Ollama"
+
+
+def check_prompts(client: Client, name: str, modelfile: Modelfile, render: Render) -> tuple[Check, ...]:
+    """Compare what the model is sent by the server with the model's own template, character by character.
+
+    Both are compared with the BOS that llama.cpp writes before a prompt, exactly once. Raises ProofError at a difference.
+    """
+
+    def differs(messages: Sequence[Message]) -> tuple[str, str] | None:
+        """(trained on, Ollama's) where they differ."""
+        expected = [{"role": "system", "content": modelfile.system}, *messages] if modelfile.system else messages
+        wanted = render(messages if messages[0]["role"] == "system" else expected, True)
+        rendered = rendered_prompt(client, name, messages)
+        if rendered is None:
+            raise LookupError
+        read = rendered if modelfile.bos == STRIPPED_BOS and rendered.startswith(STRIPPED_BOS) else modelfile.bos + rendered
+        return None if read == wanted else (wanted, read)
+
+    compared = conversations(render)
+    if not compared:
+        return (not_made(PROMPTS, "the chat template takes none of the conversations that are compared"),)
+    try:
+        for messages in compared:
+            if found := differs(messages):
+                raise ProofError(
+                    f"Ollama renders {roles_text(messages)} differently from the model's chat template:\n"
+                    f"  trained on {found[0]!r}\n  Ollama has {found[1]!r}",
+                    "Ollama 0.30 and later can use the template inside the GGUF: try a newer one; or ship without: --no-ollama",
+                )
+        checks = [passed(PROMPTS, f"{len(compared)} conversations")]
+        for what, contents in ACCEPTED:
+            try:
+                found = differs([{"role": role, "content": contents.get(role, "text")} for role in ("user", "assistant", "user")])
+            except ModelError:
+                continue  # not taken by the template: training has none
+            if found:
+                checks.append(not_made(f"{PROMPTS}, {what}", "they render differently from the model's chat template, which is accepted"))
+    except LookupError:
+        return (not_made(PROMPTS, "this server does not say what it renders; Ollama 0.11.5 and later do"),)
+    return tuple(checks)

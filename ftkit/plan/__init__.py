@@ -1,0 +1,1 @@
+"""Which batch fits, what would make it fit, and what every step costs."""

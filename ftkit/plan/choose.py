@@ -1,0 +1,287 @@
+"""Choose batch × accumulation, and look for the smallest changes where nothing fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ftkit.data.lengths import batching, grouped_batch_tokens
+from ftkit.errors import ModelError
+from ftkit.gguf.types import gguf_model, gguf_sizes
+from ftkit.machine.device import Device
+from ftkit.memory.fit import StepMemory
+from ftkit.memory.model import Inventory, Skeleton
+from ftkit.memory.settings import StepSettings, compute_dtype
+from ftkit.memory.sizes import DTYPE_BYTES
+from ftkit.memory.step import Peak
+from ftkit.plan import measured
+from ftkit.plan.cost import FTKIT_BYTES, later_steps, training_step
+from ftkit.plan.plan import METHODS, Change, Fit, MemoryPlan, Work, without_margin
+from ftkit.recipe import Recipe
+
+# Below so many tokens a step waits for the weights to be read, whatever the batch: a card's operations a second divided by
+# its bytes a second, at 2 operations and 2 bytes a weight; 164 for an RTX 4090, 200 for an A100, 295 for an H100.
+RIDGE_TOKENS = 256
+CHECKPOINTING_COST = 4 / 3  # one more forward pass beside one forward and a backward pass of twice its work
+SHORTER_BY = 64  # tokens: the step in which a shorter length is looked for
+
+
+def batch_sizes(effective: int) -> list[int]:
+    """The divisors of the effective batch size, largest first: batch × accumulation is then always exactly it."""
+    return [size for size in range(effective, 0, -1) if effective % size == 0]
+
+
+class Planner:
+    """Answers what one recipe's training step needs on one device, for rows of up to `length` tokens."""
+
+    def __init__(
+        self, config: Any, recipe: Recipe, device: Device, length: int, lengths: Sequence[int], *,
+        bfloat16: bool, extra_bytes: int = 0, labelled_share: float = 1.0,
+    ) -> None:  # fmt: skip
+        self.labelled_share = labelled_share
+        self.process_bytes = 0 if device.kind == "cuda" else FTKIT_BYTES
+        self.extra_bytes = self.process_bytes + extra_bytes
+        self.recipe, self.device, self.length, self.lengths = recipe, device, length, lengths
+        self.dtype = "bfloat16" if bfloat16 else "float32"
+        self.skeleton = Skeleton(config, self.dtype, recipe.what_if.attention, recipe.what_if.tied is not False, recipe.trust_remote_code)
+        self.skeleton.shorten()
+        self._memories: dict[str, StepMemory] = {}  # by the settings in words: a list of target modules has no hash
+        self._peaks: dict[tuple[str, int, int, bool], Peak] = {}
+
+    def settings(self, recipe: Recipe, checkpointing: bool) -> StepSettings:
+        """The step that `ftkit train` runs for this recipe, with the recipe's what-ifs."""
+        asked = recipe.what_if.model_dump(exclude_none=True)
+        compute = compute_dtype(asked.get("base_dtype"), self.dtype)
+        base = StepSettings(
+            method=recipe.training.method, lora=recipe.lora, optim=recipe.training.optim, gradient_checkpointing=checkpointing,
+            base_dtype=self.dtype, compute_dtype=compute, autocast=compute != "float32",  # type: ignore[arg-type]
+            labelled_share=self.labelled_share, device=self.device.kind, capability=self.device.capability,
+        )  # fmt: skip
+        return replace(base, **asked)
+
+    def peak(self, recipe: Recipe, batch: int, checkpointing: bool, length: int | None = None) -> Peak:
+        settings = self.settings(recipe, checkpointing)
+        accumulates = recipe.training.effective_batch_size > batch
+        key = (repr(settings), batch, length or self.length, accumulates)
+        if key not in self._peaks:
+            step = self.memory(settings).step(batch, length or self.length, accumulates=accumulates)
+            extra = self.extra_of(recipe)
+            peak = step.peak(self.limit_bytes - extra)
+            self._peaks[key] = replace(peak, device_bytes=peak.device_bytes + extra)
+        return self._peaks[key]
+
+    def extra_of(self, recipe: Recipe) -> int:
+        """What is added to a step's peak: a probe's difference only where that very step is planned, not for another method."""
+        same = measured.subject(recipe, "") == measured.subject(self.recipe, "")
+        return self.extra_bytes if same else self.process_bytes
+
+    def memory(self, settings: StepSettings) -> StepMemory:
+        key = repr(settings)
+        if key not in self._memories:
+            self._memories[key] = StepMemory(self.skeleton, settings)
+        return self._memories[key]
+
+    @property
+    def limit_bytes(self) -> int:
+        """What the step may take on the device, the margin left out."""
+        return without_margin(self.device.free_bytes)
+
+    def fit(self, recipe: Recipe, batch: int, checkpointing: bool) -> Fit:
+        return Fit(
+            inventory=self.count(recipe),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=-(-recipe.training.effective_batch_size // batch),
+            gradient_checkpointing=checkpointing,
+            peak=self.peak(recipe, batch, checkpointing),
+            budget_bytes=self.device.free_bytes,
+        )
+
+    def count(self, recipe: Recipe) -> Inventory:
+        settings = self.settings(recipe, False)
+        return self.skeleton.count(
+            settings.method, settings.lora, settings.optim, settings.base_dtype, settings.trained_dtype, settings.double_quant
+        )
+
+    def choices(self, recipe: Recipe) -> list[tuple[int, bool]]:
+        """(batch, checkpointing) that the recipe allows, the fastest first; among equals the one without checkpointing."""
+        training = recipe.training
+        sizes = (
+            [training.per_device_train_batch_size] if training.per_device_train_batch_size else batch_sizes(training.effective_batch_size)
+        )
+        checkpointings = [False, True] if training.gradient_checkpointing is None else [training.gradient_checkpointing]
+        return sorted(
+            ((size, on) for size in sizes for on in checkpointings), key=lambda choice: (self.work(*choice), choice[1], choice[0])
+        )
+
+    def work(self, batch: int, checkpointing: bool) -> float:
+        """Relative time of an epoch: tokens computed, padding included, and at least RIDGE_TOKENS a pass."""
+        training = self.recipe.training
+        passes = (
+            grouped_batch_tokens(self.lengths, batch, training.effective_batch_size, training.seed)
+            if self.lengths
+            else [batch * self.length]
+        )
+        rows = len(self.lengths) if self.lengths else batch
+        tokens = sum(max(tokens, RIDGE_TOKENS) for tokens in passes) / rows
+        return tokens * (CHECKPOINTING_COST if checkpointing else 1.0)
+
+    def choose(self, recipe: Recipe) -> tuple[Fit, list[tuple[int, bool, int, bool]]]:
+        """The fastest choice that fits, and all that were looked at; where none fits, the smallest."""
+        seen = []
+        smallest: Fit | None = None
+        too_large: dict[bool, int] = {}  # by checkpointing, the smallest batch that does not fit; larger ones need no look
+        for batch, checkpointing in self.choices(recipe):
+            if batch > too_large.get(checkpointing, batch):
+                continue
+            fit = self.fit(recipe, batch, checkpointing)
+            seen.append((batch, checkpointing, fit.peak.device_bytes, fit.fits))
+            if fit.fits:
+                return fit, seen
+            too_large[checkpointing] = min(batch, too_large.get(checkpointing, batch))
+            if smallest is None or fit.peak.device_bytes < smallest.peak.device_bytes:
+                smallest = fit
+        assert smallest
+        return smallest, seen
+
+    def changes(self, fit: Fit) -> tuple[Change, ...]:
+        """What would make it fit, the smallest change first, each computed; shorter rows, which lose text, come last."""
+        singles = list(self._single_changes(fit))
+        found = [self._change(settings, words) for settings, words in singles]
+        if not any(change.fits for change in found if not _shortens(change)):
+            together: dict[str, str] = {}  # the last of two changes of one key goes furthest
+            for settings, _ in singles:
+                together |= {key: value for key, _, value in (entry.partition("=") for entry in settings) if key != "training.max_length"}
+            if len(together) > 1:
+                all_of_them = tuple(f"{key}={value}" for key, value in together.items())
+                change = self._change(all_of_them, "all of these together")
+                if not change.fits:
+                    change = self._shorter(all_of_them, "all of these together, with shorter rows") or change
+                found.append(change)
+        smaller = (change for change in found if change.peak_bytes < fit.peak.device_bytes)
+        return tuple(sorted(smaller, key=lambda change: (not change.fits, _shortens(change))))
+
+    def _single_changes(self, fit: Fit) -> Iterator[tuple[tuple[str, ...], str]]:
+        training, method = self.recipe.training, self.recipe.training.method
+        if not fit.gradient_checkpointing:
+            yield ("training.gradient_checkpointing=true",), "gradient checkpointing: a third more work, nothing lost"
+        if fit.per_device_train_batch_size > 1:
+            yield ("training.per_device_train_batch_size=1",), "one row at a time; the effective batch stays"
+        if training.optim == "adamw_torch":
+            yield ("training.optim=adamw_8bit",), "8-bit optimizer states"
+        if method == "full":
+            yield ("training.method=lora",), "LoRA: adapters on frozen 16-bit weights"
+        if method != "qlora":
+            yield ("training.method=qlora",), "QLoRA: adapters on 4-bit weights"
+        if method != "full" and self.recipe.lora.r > 8:
+            yield ("lora.r=8",), "a smaller rank"
+        shorter = self._shorter((), "shorter rows")
+        if shorter:
+            yield shorter.settings, shorter.words
+
+    def _shorter(self, settings: tuple[str, ...], words: str) -> Change | None:
+        """With these settings, the longest rows that fit, in steps of SHORTER_BY tokens."""
+        recipe = apply(self.recipe, settings)
+        low, high = 0, (self.length - 1) // SHORTER_BY
+        while low < high:  # low fits (0: nothing is known to), high + 1 does not
+            middle = (low + high + 1) // 2
+            if self._least(recipe, middle * SHORTER_BY).device_bytes <= self.limit_bytes:
+                low = middle
+            else:
+                high = middle - 1
+        if not low:
+            return None
+        peak = self._least(recipe, low * SHORTER_BY)
+        return Change((*settings, f"training.max_length={low * SHORTER_BY}"), words, peak.device_bytes, True)
+
+    def _change(self, settings: tuple[str, ...], words: str) -> Change:
+        last = settings[-1] if settings else ""
+        length = int(last.partition("=")[2]) if last.startswith("training.max_length") else self.length
+        peak = self._least(apply(self.recipe, settings), length)
+        return Change(settings, words, peak.device_bytes, peak.device_bytes <= self.limit_bytes)
+
+    def _least(self, recipe: Recipe, length: int) -> Peak:
+        """The peak of the smallest choice that the recipe allows."""
+        batch, checkpointing = min(self.choices(recipe), key=lambda choice: (choice[0], not choice[1]))
+        return self.peak(recipe, batch, checkpointing, length)
+
+
+def _shortens(change: Change) -> bool:
+    return any(setting.startswith("training.max_length=") for setting in change.settings)
+
+
+def apply(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """The recipe with `group.key=value` settings applied."""
+    import yaml
+
+    changed = recipe.model_dump()
+    for entry in settings:
+        key, _, value = entry.partition("=")
+        group, _, name = key.partition(".")
+        changed[group][name] = yaml.safe_load(value)
+    return Recipe.model_validate(changed)
+
+
+def make_plan(
+    config: Any, recipe: Recipe, device: Device, length: int, lengths: Sequence[int] = (), *,
+    bfloat16: bool, extra_bytes: int = 0, labelled_share: float = 1.0,
+) -> MemoryPlan:  # fmt: skip
+    """Plan a run for rows of up to `length` tokens; `lengths` are those of the training rows, where there is a dataset.
+
+    `labelled_share` is the largest share of a batch's tokens that is learnt, `extra_bytes` what an earlier probe of this
+    model by this method on this device found beyond the trace.
+    Counts are of the model on the meta device, peaks of traced steps. Raises ModelError where a step cannot be traced,
+    RecipeError where the adapter's targets are wrong.
+    """
+    planner = Planner(config, recipe, device, length, lengths, bfloat16=bfloat16, extra_bytes=extra_bytes, labelled_share=labelled_share)
+    chosen, seen = planner.choose(recipe)
+    training = recipe.training
+    batch, checkpointing = chosen.per_device_train_batch_size, chosen.gradient_checkpointing
+    methods, untraced = [], {}
+    for method in METHODS:
+        try:
+            other = method != recipe.training.method
+            methods.append(planner.fit(apply(recipe, (f"training.method={method}",)), batch, checkpointing) if other else chosen)
+        except ModelError as error:
+            untraced[method] = error.message
+    settings = planner.settings(recipe, checkpointing)
+    step = planner.memory(settings).step(batch, length, accumulates=chosen.gradient_accumulation_steps > 1)
+    gguf = gguf_model({tensor.name: tensor.shape for tensor in planner.skeleton.tensors}, config)
+    return MemoryPlan(
+        device=device,
+        max_length=length,
+        labelled_share=labelled_share,
+        compute_dtype=settings.compute_dtype,
+        attention=planner.skeleton.model.config._attn_implementation,
+        chosen=chosen,
+        methods=tuple(methods),
+        untraced=untraced,
+        batches=tuple(seen),
+        changes=() if chosen.fits else planner.changes(chosen),
+        batching=batching(lengths, batch, training.effective_batch_size, training.max_length, training.seed) if lengths else None,
+        work=work(recipe, lengths) if lengths else None,
+        extra_bytes=planner.extra_bytes,
+        timeline=step.timeline(),
+        later=(
+            training_step(chosen.inventory, chosen.peak.device_bytes, on_cuda=device.kind == "cuda"),
+            *later_steps(
+                gguf,
+                chosen.inventory,
+                recipe,
+                length,
+                compute_bytes=DTYPE_BYTES[planner.dtype],
+                vram_bytes=device.total_bytes if device.kind == "cuda" else None,
+            ),
+        ),
+        gguf_bytes=gguf_sizes(gguf),
+        gguf_estimated_because=gguf.estimated_because,
+    )
+
+
+def work(recipe: Recipe, lengths: Sequence[int]) -> Work:
+    """Steps, epochs and tokens of the training that the recipe asks for."""
+    training = recipe.training
+    an_epoch = math.ceil(len(lengths) / training.effective_batch_size)
+    steps = training.max_steps or math.ceil(an_epoch * training.num_train_epochs)
+    return Work(steps, round(steps / an_epoch, 3), round(sum(lengths) * steps / an_epoch))

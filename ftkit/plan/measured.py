@@ -1,0 +1,75 @@
+"""What probes and trainings told of this machine's devices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ftkit.files import cache_folder, fingerprint, make_cache_folder, write_atomically
+from ftkit.machine.device import Device
+from ftkit.memory.step import Peak
+from ftkit.recipe import Recipe
+
+
+def _file() -> Path:
+    return cache_folder() / "measured.json"
+
+
+def _all() -> dict[str, Any]:
+    """What is kept of every device, by its name. Empty where nothing was measured, or it cannot be read."""
+    try:
+        found = json.loads(_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def known(device: Device) -> dict[str, Any]:
+    """`probes`: by how many bytes each subject's last probe was above its plan (below: negative). Empty where nothing was measured."""
+    found = _all().get(device.name)
+    return found if isinstance(found, dict) else {}
+
+
+def subject(recipe: Recipe, model: str) -> str:
+    """What a probe's difference holds for: the method and the model, `model` its fingerprint, as they are trained; at any batch."""
+    method = recipe.training.method
+    adapter = None if method == "full" else recipe.lora.model_dump()
+    return f"{method} {recipe.model} {fingerprint(model, recipe.training.optim, adapter, recipe.what_if.model_dump())}"
+
+
+def _probes(device: Device) -> dict[str, Any]:
+    found = known(device).get("probes")
+    return found if isinstance(found, dict) else {}
+
+
+def extra_bytes(device: Device, subject: str) -> int:
+    """What a plan of this subject for this device has to add, by its last probe there; 0 where it was never probed."""
+    found = _probes(device).get(subject)
+    return found if isinstance(found, int) else 0
+
+
+def remember(device: Device, subject: str, planned: Peak, allocated_bytes: int, reserved_bytes: int | None) -> None:
+    """Keep a probe's difference to the plan for its subject on the device. Without an earlier probe's difference in it."""
+    measured = reserved_bytes if reserved_bytes is not None else allocated_bytes
+    expected = planned.reserved_bytes if reserved_bytes is not None else planned.allocated_bytes
+    _update(device, {"probes": {**_probes(device), subject: measured - expected}})
+
+
+def _update(device: Device, entry: dict[str, Any]) -> None:
+    kept = _all()
+    kept[device.name] = {**known(device), **entry}
+    make_cache_folder(_file().parent)
+    write_atomically(_file(), (json.dumps(kept, indent=1) + "\n").encode())
+
+
+def remember_speed(device: Device, method: str, model: str, tokens_per_second: float) -> None:
+    """Keep a training's throughput."""
+    speeds = {**known(device).get("tokens_per_second", {}), f"{method} {model}": round(tokens_per_second, 1)}
+    _update(device, {"tokens_per_second": speeds})
+
+
+def tokens_per_second(device: Device, method: str, model: str) -> float | None:
+    """The throughput of the last training of this model by this method on this device."""
+    speed = known(device).get("tokens_per_second", {}).get(f"{method} {model}")
+    return float(speed) if isinstance(speed, (int, float)) else None

@@ -1,0 +1,1 @@
+"""Whether two forms of one model are the same."""

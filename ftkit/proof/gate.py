@@ -1,0 +1,46 @@
+"""Whether the shipped file answers as the trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ftkit.check import Check, failed, not_made, passed
+from ftkit.proof.compare import Match, Score, is_right, same, score
+
+
+def judge_answers(scores: Mapping[str, Score], shipped: str, alike: Score, limit: float) -> Check:
+    """Whether the file `shipped` keeps what the trained model answers right, up to `limit` points.
+
+    Not made where a loss could not be seen: where the trained model gets no more right than may be lost.
+    """
+    name = "answers"
+    if "trained" not in scores or shipped not in scores:
+        return not_made(name, f"the {'trained model' if 'trained' not in scores else 'shipped file'} could not be asked")
+    trained, after = scores["trained"], scores[shipped]
+    lost = trained.percent - after.percent
+    figures = f"{after.right} of {after.rows} right, as trained {trained.right}; {alike.right} of {alike.rows} are the same text"
+    if trained.right == 0:
+        return not_made(name, f"as trained no answer of {trained.rows} is right, so that a loss cannot be seen; {figures}")
+    if trained.percent <= limit:
+        return not_made(
+            name, f"as trained {trained.percent:.1f} % are right, and {limit:g} points may be lost, so that no loss is too much; {figures}"
+        )
+    if lost > limit:
+        return failed(name, f"{lost:.1f} points are lost, {limit:g} are allowed; {figures}")
+    return passed(name, figures)
+
+
+def judge_served(expected: Sequence[str], file: Sequence[str], served: Sequence[str], match: Match, limit: float) -> Check:
+    """Whether a server answers as the file does in llama.cpp, up to `limit` points.
+
+    Builds of llama.cpp answer a few questions otherwise, to and fro: two standard errors of the difference of paired
+    answers (McNemar's) are allowed beside the limit. Not made where the file gets nothing right, so that no loss shows.
+    """
+    name = "answers in Ollama"
+    before, after = score(expected, file, match), score(expected, served, match)
+    figures = f"{after.right} of {after.rows} right, in llama.cpp {before.right}; {same(file, served).right} are the same text"
+    if not before.right:
+        return not_made(name, f"in llama.cpp no answer is right, so that a loss cannot be seen; {figures}")
+    other = sum(is_right(e, a, match) != is_right(e, b, match) for e, a, b in zip(expected, file, served, strict=True))
+    lost, allowed = before.right - after.right, limit / 100 * before.rows + 2 * other**0.5
+    return failed(name, f"{lost} right answers are lost; {figures}") if lost > allowed else passed(name, figures)

@@ -1,0 +1,1 @@
+"""A plan as words, picture and page."""

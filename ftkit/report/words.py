@@ -1,0 +1,128 @@
+"""A plan in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ftkit.data.lengths import Batching
+from ftkit.plan.plan import MARGIN, Change, Fit, MemoryPlan
+from ftkit.report.parts import METHOD_WORDS, NO_BREAK, kinds_of, place, share
+from ftkit.units import bytes_text
+
+if TYPE_CHECKING:
+    pass
+
+
+PHASES = {"forward": "forward", "loss": "loss", "backward pass of the loss": "loss", "backward": "backward", "optimizer": "optimizer"}
+
+
+def answer(plan: MemoryPlan) -> str:
+    """Whether it fits, and by how much."""
+    fit = plan.chosen
+    needs = f"{METHOD_WORDS[fit.inventory.method]}{' fine-tuning' if fit.inventory.method == 'full' else ''} needs {bytes_text(fit.peak.device_bytes)}"
+    spare = fit.budget_bytes - fit.peak.device_bytes
+    margin = f"the {100 * MARGIN:g} % kept free as a margin"
+    if fit.fits:
+        return (
+            f"It fits: {needs} of the {bytes_text(fit.budget_bytes)} free {place(plan)} and leaves {bytes_text(spare)}, more than {margin}."
+        )
+    if spare >= 0:
+        return f"It does not fit safely: {needs} of the {bytes_text(fit.budget_bytes)} free {place(plan)} and leaves {bytes_text(spare)}, less than {margin}."
+    times = fit.peak.device_bytes / fit.budget_bytes
+    return f"It does not fit: {needs}, {bytes_text(-spare)} more than the {bytes_text(fit.budget_bytes)} free {place(plan)}" + (
+        f": {times:.1f} times as much." if times >= 2 else "."
+    )
+
+
+def why(plan: MemoryPlan) -> str:
+    """Batch × accumulation, and how it was found."""
+    fit = plan.chosen
+    faster = len(plan.batches) - 1
+    if not fit.fits:
+        reason = (
+            f"the smallest of the {faster + 1} choices looked at, and too large" if faster else "the only choice that the recipe leaves"
+        )
+    elif faster:
+        reason = f"the fastest choice that fits; {f'the {faster} faster ones do' if faster > 1 else 'the only faster one does'} not"
+    else:
+        reason = "no allowed choice is faster"
+    return f"{choice(plan)}: {reason}."
+
+
+def choice(plan: MemoryPlan) -> str:
+    fit = plan.chosen
+    return (
+        f"Batch {fit.per_device_train_batch_size} × accumulation {fit.gradient_accumulation_steps}, gradient checkpointing "
+        f"{'on' if fit.gradient_checkpointing else 'off'}, rows of up to {plan.max_length:,} tokens"
+    )
+
+
+def peak_words(plan: MemoryPlan) -> str:
+    """When the peak comes, why then, and what most of it is."""
+    fit = plan.chosen
+    phase = fit.peak.phase
+    kept = "its input alone" if fit.gradient_checkpointing else "what its backward pass will need"
+    reasons = {
+        "forward": f"Every layer keeps {kept}, so memory climbs layer by layer",
+        "loss": "All layers’ kept activations are there, and the hidden states are scored against the vocabulary",
+        "backward pass of the loss": "All layers’ kept activations are still there, and the loss head’s gradients come on top",
+        "backward": "A layer is computed a second time, and its activations and gradients are there together"
+        if fit.gradient_checkpointing
+        else "Gradients are made while most of the kept activations are still there",
+        "optimizer": "All gradients are complete, and what the optimizer works with comes on top",
+    }
+    reason = reasons.get(phase_of(phase), "All of it is there at once")
+    if "later micro-batch" in phase:
+        reason += "; the gradients of an earlier micro-batch are there already"
+    largest = sorted(kinds_of(plan, fit).items(), key=lambda entry: -entry[1])[:2]
+    most = " and ".join(f"{kind} ({bytes_text(size)}, {share(size, fit.peak.device_bytes)})" for kind, size in largest)
+    return f"The peak comes in the {phase}. {reason}. Most of it: {most}."
+
+
+def phase_of(name: str) -> str:
+    """The key in PHASES of a phase's name."""
+    return next((start for start in sorted(PHASES, key=len, reverse=True) if name.startswith(start)), "")
+
+
+def command_for(change: Change, asked: str = "ftkit plan") -> str:
+    """What to type: the command that the plan was asked for with, and the change."""
+    import shlex
+
+    return " ".join([asked, *(f"--set {shlex.quote(setting)}" for setting in change.settings)])
+
+
+def verdict(fit: Fit) -> str:
+    return "fits" if fit.fits else "does not fit"
+
+
+def runs(names: Sequence[str]) -> list[tuple[str, float, float]]:
+    """(name, start, width) of each run of one name, as shares of the whole."""
+    cuts = [n for n in range(len(names)) if n == 0 or names[n] != names[n - 1]]
+    return [(names[a], a / len(names), (b - a) / len(names)) for a, b in zip(cuts, [*cuts[1:], len(names)], strict=True)]
+
+
+def padding(batching: Batching) -> dict[str, Any]:
+    """Tokens computed in an epoch by how rows are put together, and the sizes of the batches as ftkit trains."""
+    sizes = sorted(batching.grouped_batch_tokens)
+    bins = [0] * 12
+    for size in sizes:
+        bins[min(len(bins) - 1, size * len(bins) // (sizes[-1] + 1))] += 1
+    ways = {
+        "rows of like length together (as ftkit trains)": batching.grouped_tokens,
+        "rows in random order": batching.random_tokens,
+        "rows packed end to end": batching.packed_tokens,
+    }
+    return {
+        "ways": ways,
+        "most": max(ways.values()),
+        "smallest": sizes[0],
+        "median": sizes[len(sizes) // 2],
+        "largest": sizes[-1],
+        "bins": bins,
+    }
+
+
+def plain(text: str, keep: str = "") -> str:
+    """Without control characters, which neither SVG nor HTML can hold. Markup stays markup."""
+    return type(text)("".join(c if c.isprintable() or c in NO_BREAK + keep else " " for c in text))

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: watched, resumable, its best checkpoint kept."""

@@ -1,0 +1,139 @@
+"""What a running training shows and keeps of itself, and how it is stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from ftkit.errors import InterruptedRunError
+from ftkit.files import sync_files
+from ftkit.progress import Bar, Reporter
+from ftkit.train.checkpoints import drop_broken_checkpoints, last_checkpoint, step_of
+from ftkit.units import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    pass
+
+
+WATCHED = "watched.json"  # beside it, and ftkit's own
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What was seen of a training up to a checkpoint, in all its parts. Steps that were done again count once."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+def read_watched(checkpoint: Path | None) -> Watched:
+    """What a checkpoint's part of the training told; nothing where it was killed before it was written."""
+    if checkpoint:
+        try:
+            return Watched(**json.loads((checkpoint / WATCHED).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            pass
+    return Watched()
+
+
+def make_watcher(reporter: Reporter, tokens_per_step: float, save_seconds: float, before: Watched, *, cuda: bool) -> Any:
+    """A callback that moves the bar, watches memory, and asks for a checkpoint in time: every `save_seconds`, and once it is to stop."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Watcher(TrainerCallback):  # type: ignore[misc]
+        bar: Bar | None = None
+        stop = False
+        loss = ""
+        peak_bytes = before.peak_bytes
+        first: tuple[float, int] | None = None
+        saved_at = began_at = time.monotonic()
+        began_with: int | None = None
+
+        def watched(self, step: int) -> Watched:
+            """All of the training, now that this step is done."""
+            if self.began_with is None:
+                return before
+            return Watched(before.steps + step - self.began_with, before.seconds + time.monotonic() - self.began_at, self.peak_bytes)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.began_at = self.saved_at = time.monotonic()
+            self.began_with = state.global_step
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.first = self.first or (time.monotonic(), state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            if logs and "eval_loss" in logs:
+                reporter.note(f"step {state.global_step}: validation loss {float(logs['eval_loss']):.4f}")
+            elif logs and "loss" in logs:
+                self.loss = f"{float(logs['loss']):.3f}"
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            rss_bytes = psutil.Process().memory_info().rss
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() if cuda else rss_bytes)
+            if self.bar and self.first:
+                since = time.monotonic() - self.first[0]
+                done = state.global_step - self.first[1]
+                self.bar.update(
+                    state.global_step,
+                    loss=self.loss or "–",
+                    speed=f"{done * tokens_per_step / since:.0f} tokens/s",
+                    left=seconds_text((state.max_steps - state.global_step) * since / max(1, done)),
+                    memory=bytes_text(rss_bytes),
+                )
+            if self.stop or time.monotonic() - self.saved_at >= save_seconds:
+                control.should_save = True
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (checkpoint / WATCHED).write_text(json.dumps(asdict(self.watched(state.global_step))) + "\n", encoding="utf-8")
+            sync_files(checkpoint)
+            self.saved_at = time.monotonic()
+            if self.stop:
+                raise interrupted(checkpoint.parent)
+
+    return Watcher()
+
+
+@contextmanager
+def stop_after_a_checkpoint(watcher: Any, reporter: Reporter) -> Iterator[None]:
+    """Ctrl-C, and SIGTERM, let training end with a checkpoint at the end of its step; the second one ends it at once.
+
+    A signal that is ignored, as in a command started in the background, stays so. Only a main thread hears signals.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        if watcher.stop:
+            raise KeyboardInterrupt
+        watcher.stop = True
+        said = "stopping: a checkpoint is saved at the end of this step; Ctrl-C once more ends at once"
+        threading.Thread(target=reporter.note, args=(said,)).start()  # this may have interrupted the writing of another line
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, stop) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupted(checkpoints: Path) -> InterruptedRunError:
+    drop_broken_checkpoints(checkpoints)
+    last = last_checkpoint(checkpoints)
+    where = f"goes on from step {step_of(last)}" if last else "begins again: there was no checkpoint yet"
+    return InterruptedRunError("Training was interrupted.", f"the same command {where}")
