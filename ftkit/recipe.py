@@ -103,6 +103,8 @@ class Training(Part):
 class Budget(Part):
     vram: str | None = Field(default=None, description="memory to plan for, in GiB; left out: the GPU found, else free RAM")
 
+    gpu: str | None = Field(default=None, description="a card to plan for, by name")
+
     @field_validator("vram", mode="before")
     @classmethod
     def _amount(cls, value: Any) -> Any:

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,7 +31,7 @@ Entry = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Step:
+class Finished:
     """A finished step: its folder and what it recorded about itself."""
 
     name: str
@@ -135,7 +135,7 @@ class Run:
     def _write(self, manifest: dict[str, Any]) -> None:
         write_atomically(self.folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
 
-    def finished(self, name: str, mark: str | None = None) -> Step | None:
+    def finished(self, name: str, mark: str | None = None) -> Finished | None:
         """The step as recorded, if its folder is still there.
 
         With a mark the one with this fingerprint, be it an earlier one that was kept. Without one the last, if the steps
@@ -152,24 +152,25 @@ class Run:
                 found = self.finished(before)
                 if not found or found.fingerprint != expected:
                     return None
-        return Step(name, entry["fingerprint"], folder, entry["result"], entry["seconds"], fresh=False)
+        return Finished(name, entry["fingerprint"], folder, entry["result"], entry["seconds"], fresh=False)
 
     def ensure(
         self, name: str, inputs: object, make: Callable[[Path], dict[str, Any]], *,
-        after: Sequence[Step] = (), resumable: bool = False, keep: bool = False,
-    ) -> Step:  # fmt: skip
+        after: Mapping[str, str] | None = None, resumable: bool = False, keep: bool = False,
+    ) -> Finished:  # fmt: skip
         """The finished step `name` for these inputs, made by `make(folder)` if it is not there.
 
         A partial folder that a killed run left is thrown away, unless the step is `resumable`: then `make` finds it
-        as it was, and its CHECKPOINTS stay until nothing is left that can fail. Folders of the same step with other inputs are removed once the new one is recorded, unless `keep` says
-        that they took too long to make: then they stay, and are found again. `after` are the steps that it follows from.
+        as it was, and its CHECKPOINTS stay until nothing is left that can fail. Folders of the same step with other inputs are
+        removed once the new one is recorded, unless `keep` says that they took too long to make: then they stay, and are
+        found again. `after` are the steps that it follows from, name → fingerprint.
         Raises RunError where the disk is full or cannot be written.
         """
         mark = fingerprint(name, inputs)
         final = self.folder / f"{name}-{mark}"
         step = self.finished(name, mark)
         if not step:
-            step = self._make(name, mark, final, make, after, resumable=resumable)
+            step = self._make(name, mark, final, make, after or {}, resumable=resumable)
         entry = self._entry(name, mark)
         assert entry
         self._make_last(entry, keep=keep)
@@ -233,8 +234,8 @@ class Run:
             raise RunError(f"Cannot remove {held.path}: {error.strerror or error}.") from None
 
     def _make(
-        self, name: str, mark: str, final: Path, make: Callable[[Path], dict[str, Any]], after: Sequence[Step], *, resumable: bool
-    ) -> Step:
+        self, name: str, mark: str, final: Path, make: Callable[[Path], dict[str, Any]], after: Mapping[str, str], *, resumable: bool
+    ) -> Finished:
         partial = self.folder / f".{name}-{mark}.partial"
         if partial.exists() and not resumable:
             shutil.rmtree(partial)
@@ -245,13 +246,13 @@ class Run:
             partial.mkdir(exist_ok=True)
             self.record(begun={**self.manifest().get("begun", {}), name: mark})
             result = make(partial)
-            step = Step(name, mark, final, result, time.monotonic() - started, fresh=True)
+            step = Finished(name, mark, final, result, time.monotonic() - started, fresh=True)
             record = {
                 "name": name,
                 "fingerprint": mark,
                 "seconds": round(step.seconds, 3),
                 "finished_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                "after": {before.name: before.fingerprint for before in after},
+                "after": dict(after),
                 "result": result,
             }
             sync_files(partial)

@@ -12,9 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 from click.testing import Result
 
-from ftkit import errors, pipeline
+from ftkit import errors
+from ftkit.line.job import open_job
+from ftkit.line.plan import training_inputs
+from ftkit.line.register import refuse_anothers_name
 from ftkit.run import MANIFEST
 
 STEPS = ("plan", "train", "merge", "gguf", "prove")
@@ -32,9 +36,9 @@ class Project:
 
     def train(self) -> None:
         """Record a finished training, so that what follows is asked for."""
-        opened = pipeline.open_project(self.recipe)
+        opened = open_job(self.recipe)
         with opened.run as run:
-            run.ensure("train", opened.training_inputs, lambda folder: {})
+            run.ensure("train", training_inputs(opened), lambda folder: tiny.TRAINED)
 
     def refused(self, kind: type[errors.FtkitError], *words: str | Path, steps: tuple[str, ...] = ()) -> str:
         """Run a command that must fail with this kind of error; what stderr says."""
@@ -287,17 +291,17 @@ def test_what_answers_in_ollamas_place(project: Project, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", ["my-model", "My-Model"])
 def test_anothers_model_in_ollama_is_left_as_it_is(project: Project, name: str) -> None:
-    opened = pipeline.open_project(project.recipe, [("ship.name", name)])
+    opened = open_job(project.recipe, [("ship.name", name)])
     there: Any = SimpleNamespace(list=lambda: SimpleNamespace(models=[SimpleNamespace(model="my-model:latest", digest="theirs")]))
     with pytest.raises(errors.NameTakenError, match="that this run did not make") as refused:
-        pipeline._refuse_anothers_name(opened, there, False)
+        refuse_anothers_name(opened, there, False)
     assert "--yes" in str(refused.value.hint)
-    pipeline._refuse_anothers_name(opened, there, True)
+    refuse_anothers_name(opened, there, True)
     with opened.run as run:
         run.record(ollama={"name": name, "digest": "theirs", "converted": "x"})
-    pipeline._refuse_anothers_name(opened, there, False)  # this run's own
-    free = pipeline.open_project(project.recipe, [("ship.name", "another")])
-    pipeline._refuse_anothers_name(free, there, False)
+    refuse_anothers_name(opened, there, False)  # this run's own
+    free = open_job(project.recipe, [("ship.name", "another")])
+    refuse_anothers_name(free, there, False)
 
 
 def test_chat_gives_json_for_one_message(project: Project, ftkit: Callable[..., Result]) -> None:

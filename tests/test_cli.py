@@ -315,7 +315,7 @@ def full_run(tmp_path: Path) -> Path:
                 run.ensure("train", f"begun {number}", fail, resumable=True, keep=True)
         for number in (1, 2):
             trained = run.ensure("train", number, make, resumable=True, keep=True)
-        run.ensure("merge", 1, make, after=[trained])
+        run.ensure("merge", 1, make, after={"train": trained.fingerprint})
         with pytest.raises(RunError):
             run.ensure("train", "begun last", fail, resumable=True, keep=True)
     for name in ("failed-proof.json", "notes.txt", ".manifest.json.123.partial"):
@@ -406,17 +406,14 @@ def test_what_is_trained_is_up_to_date_whatever_fits(tmp_path: Path, rows: list[
     """The model that it made may fill the GPU by now."""
     import tiny
 
-    from ftkit import pipeline
+    from ftkit.line.job import open_job
+    from ftkit.line.plan import training_inputs
 
     write_rows(tmp_path / "train.jsonl", rows)
     (tmp_path / "recipe.yaml").write_text(f"model: {tiny.make_model(tmp_path / 'model')}\nbudget: {{vram: 0.001}}\n", encoding="utf-8")
-    project = pipeline.open_project(tmp_path)
-    with project.run:
-        made = {
-            "steps": 1, "tokens_per_second": 1.0, "first_validation_loss": 2.0, "best_validation_loss": 1.0, "best_step": 1,
-            "verdict": "trained enough", "peak_is": "resident in RAM", "peak_bytes": 1,
-        }  # fmt: skip
-        project.run.ensure("train", project.training_inputs, lambda folder: made, keep=True)
+    job = open_job(tmp_path)
+    with job.run:
+        job.run.ensure("train", training_inputs(job), lambda folder: tiny.TRAINED, keep=True)
     done = ftkit("train", tmp_path)
     assert done.exit_code == 0, done.output
     assert "Up to date" in done.stdout

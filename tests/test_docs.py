@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from ftkit.cli import COMMANDS
 from ftkit.data.read import read_rows
 from ftkit.errors import FtkitError
+from ftkit.line.line import LINE
 from ftkit.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +98,12 @@ def test_every_command_stands_in_the_documents(command: str) -> None:
 def test_every_exit_code_stands_in_the_table() -> None:
     table = RECIPE.partition("## Exit codes")[2]
     assert {int(code) for code in re.findall(r"(?m)^\| (\d+) \|", table)} == {0, *exit_codes()}
+
+
+def test_the_picture_of_the_line_is_the_line() -> None:
+    picture = ARCHITECTURE[ARCHITECTURE.index("model ──┐") :].split("\n\n")[0]
+    drawn = [word for word in re.findall(r"[a-z]+", picture.replace("data ", "")) if word in {step.name for step in LINE}]
+    assert drawn[: len(LINE)] == [step.name for step in LINE]
 
 
 @pytest.mark.parametrize("room", rooms())

@@ -13,7 +13,6 @@ import families
 import llama_cpp
 import pytest
 
-from ftkit import pipeline
 from ftkit.check import Check
 from ftkit.data import template
 from ftkit.data.mask import tokenise
@@ -21,6 +20,9 @@ from ftkit.data.rows import IGNORED, Row
 from ftkit.engines import hf, llamacpp
 from ftkit.errors import ProofError, RecipeError
 from ftkit.gguf import files as gguf
+from ftkit.line import line
+from ftkit.line.job import open_job
+from ftkit.line.prove import FAILED_PROOF, proof_checks
 from ftkit.machine import packages
 from ftkit.machine.llama_cpp import need_converter
 
@@ -65,7 +67,7 @@ def converted(folder: Path, path: Path) -> Path:
 
 def checks(tokenizer: Any, path: Path, stops: list[int]) -> dict[str, Check]:
     with llamacpp.load(path, 512) as engine:
-        return {check.name: check for check in pipeline.proof_checks(tokenizer, engine, ROWS, [ROWS[0].question], stops)}
+        return {check.name: check for check in proof_checks(tokenizer, engine, ROWS, [ROWS[0].question], stops)}
 
 
 @pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.name)
@@ -145,11 +147,11 @@ def test_the_line_ships_it_and_does_nothing_twice(
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
 
-    def ship(**settings: Any) -> pipeline.Shipped:
-        project = pipeline.open_project(tmp_path, [(f"ship.{key}", value) for key, value in settings.items()])
-        with project.run:
-            pipeline.train(project)
-            return pipeline.ship(project, use_ollama=False)
+    def ship(**settings: Any) -> line.Shipped:
+        job = open_job(tmp_path, [(f"ship.{key}", value) for key, value in settings.items()])
+        with job.run:
+            line.train(job)
+            return line.ship(job, use_ollama=False)
 
     if name == "Gemma 2":
         with pytest.raises(RecipeError, match="refuses a system message"):
@@ -166,12 +168,17 @@ def test_the_line_ships_it_and_does_nothing_twice(
     def times(*suffixes: str) -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.suffix in suffixes}
 
+    assert {state.step.name for state in line.states(open_job(tmp_path)) if not state.done} == {"register"}
     before = times(".gguf", ".safetensors", ".json", "")
     again = ship()
     changed = {path.name for path, when in times(".gguf", ".safetensors", ".json", "").items() if before.get(path) != when}
     assert changed <= {"proof.json", "manifest.json", ".lock", run.name} | {path.parent.name for path in run.rglob("proof.json")}
     assert not again.fresh
     files = times(".gguf", ".safetensors")
+    job = open_job(tmp_path)
+    with job.run:
+        line.start_from(job, "prove")
+        assert (line.make_only(job, "prove").fresh, line.make_only(job, "merge").fresh) == (True, False)
     system = {} if name == "Gemma 2" else {"system": "Be short."}  # its template refuses one
     judged = ship(max_loss_points=10, match="first_line", temperature=0.5, **system, name="other")
     assert (judged.fresh, times(".gguf", ".safetensors")) == (False, files)
@@ -187,11 +194,11 @@ def test_the_line_ships_it_and_does_nothing_twice(
         ship()
     hint = str(worse.value.hint)
     assert "--set ship.max_loss_points=100" in hint
-    assert (run / pipeline.FAILED_PROOF).exists()
+    assert (run / FAILED_PROOF).exists()
     files = times(".gguf", ".safetensors")  # with QLoRA those of the other merge, since the first lost too much
     assert not ship(max_loss_points=100).fresh  # what the hint says is judged, not made
     assert times(".gguf", ".safetensors") == files
-    assert not (run / pipeline.FAILED_PROOF).exists()
+    assert not (run / FAILED_PROOF).exists()
 
 
 def test_every_dated_template_writes_one_day_in_both_engines() -> None:

@@ -75,7 +75,7 @@ def test_a_model_that_needs_its_code_is_refused_by_the_flags_name(
 ) -> None:  # fmt: skip
     made = foreign("theirs")
     write_rows(made.recipe.parent / "train.jsonl", rows)
-    monkeypatch.setattr("ftkit.pipeline.refuse_missing_tools", lambda _: None)
+    monkeypatch.setattr("ftkit.line.line.refuse_missing_tools", lambda _: None)
     result = ftkit(command, made.recipe, stdin="y\ny\n")
     assert (result.exit_code, made.ran) == (ModelError.exit_code, False)
     assert "--trust-remote-code" in result.stderr

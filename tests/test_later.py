@@ -15,6 +15,8 @@ from conftest import REPOSITORY
 
 from ftkit.gguf import files as gguf_files
 from ftkit.gguf.types import CONVERTED, HEADER_BYTES_A_TOKEN, gguf_bytes, gguf_model, gguf_sizes, tensor_bytes, tensor_types
+from ftkit.line.line import LINE
+from ftkit.line.train import TRAIN
 from ftkit.machine import llama_cpp
 from ftkit.memory.model import load_config, meta_model
 from ftkit.model.locate import locate
@@ -25,9 +27,9 @@ from ftkit.plan.cost import (
     FTKIT_BYTES,
     LLAMA_CPP_BYTES,
     QUANTIZE_BYTES,
-    LaterStep,
+    Cost,
+    Sizes,
     converter_bytes,
-    later_steps,
     quantize_bytes,
 )
 from ftkit.recipe import QUANTIZATIONS, Recipe
@@ -180,7 +182,7 @@ def test_pictures_and_sound_are_left_out_and_rope_factors_added() -> None:
 WEIGHTS = 5 << 20  # as training holds them, in 4 bits
 
 
-def steps(method: str = "qlora", quantization: str = "Q4_K_M", *, vram_bytes: int | None = None) -> dict[str, LaterStep]:
+def steps(method: str = "qlora", quantization: str = "Q4_K_M", *, vram_bytes: int | None = None) -> dict[str, Cost]:
     counted: Any = SimpleNamespace(
         method=method,
         parameters=sum(map(math.prod, shapes().values())),
@@ -189,8 +191,12 @@ def steps(method: str = "qlora", quantization: str = "Q4_K_M", *, vram_bytes: in
         adapter_bytes=4000,
     )
     recipe = Recipe.model_validate({"model": "m", "ship": {"quantization": quantization, "num_ctx": 1024, "max_new_tokens": 100}})
-    made = later_steps(gguf_model(shapes(), config()), counted, recipe, 900, compute_bytes=2, vram_bytes=vram_bytes)
-    return {step.name: step for step in made}
+    return {cost.name: cost for cost in costs(Sizes(gguf_model(shapes(), config()), counted, recipe.ship, 900, 2, vram_bytes, 0))}
+
+
+def costs(sizes: Sizes) -> list[Cost]:
+    """Those of every step of the line after training."""
+    return [cost for step in LINE if step is not TRAIN for cost in step.costs(sizes)]
 
 
 def test_the_later_steps_and_what_they_write() -> None:
@@ -296,7 +302,7 @@ def test_asking_is_no_reason_to_refuse() -> None:
     """A card of 12 GiB beside 16 GiB of RAM trains Llama 3.1's 8 billion parameters with QLoRA, and ships them."""
     from transformers import LlamaConfig
 
-    from ftkit.pipeline import ram_shortage
+    from ftkit.line.shortage import ram_shortage
 
     llama = LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
@@ -310,7 +316,7 @@ def test_asking_is_no_reason_to_refuse() -> None:
         adapter_bytes=160 << 20,
     )
     recipe = Recipe.model_validate({"model": "m"})
-    steps = later_steps(gguf_model(made, llama), counted, recipe, 2048, compute_bytes=2, vram_bytes=12 << 30)
+    steps = costs(Sizes(gguf_model(made, llama), counted, recipe.ship, 2048, 2, 12 << 30, 0))
     assert ram_shortage(steps, 16 << 30) is None
     assert max(step.vram_bytes for step in steps) < 12 << 30
     short = ram_shortage(steps, 3 << 30)

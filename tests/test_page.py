@@ -7,7 +7,7 @@ import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ import pytest
 
 from ftkit.data.lengths import TokenCounts, batching
 from ftkit.errors import RecipeError
+from ftkit.gguf.types import GgufModel
 from ftkit.machine.device import Device
 from ftkit.memory.model import Inventory
 from ftkit.memory.step import Part, Peak, Timeline
-from ftkit.plan.cost import LaterStep
+from ftkit.plan.cost import Cost
 from ftkit.plan.plan import Change, Fit, MemoryPlan, Work
 from ftkit.report import parts as report_parts
 from ftkit.report import plan_page, plot
@@ -28,6 +29,7 @@ from ftkit.report.words import answer, command_for, peak_words, plain, why
 from ftkit.units import GIB, MIB, bytes_text
 
 NASTY = 'a "card" <script>alert(1)</script> & $x^2$ \x00\x1b[31m'
+COSTS = (Cost("merge", 13 * GIB, 0, 15 * GIB, "the run folder", 16 * GIB), Cost("ask", 0, 20 * GIB, 0, "the run folder", GIB))
 PARTS = {  # in GiB
     "4-bit weights": 3.5, "weights that stay 16-bit": 2.0, "optimizer states": 0.5, "adapter": 0.25, "gradients": 0.25,
     "MLP": 8.0, "attention": 4.0, "norms": 1.0, "buffers": 1 / 1024, "inputs": 1 / 1024,
@@ -79,8 +81,7 @@ def plan(*, chosen: Fit | None = None, device: Device | None = None, **changes: 
         methods=(fit("full", times=8), fit("lora", times=2), chosen), untraced={"full": "<i>why</i>"},
         batches=((4, False, 40 * GIB, False), (2, False, chosen.peak.device_bytes, chosen.fits)),
         changes=(), batching=batching(LENGTHS, 2, 4, 1024, 42), work=Work(100, 2.0, 90_000, None, None), extra_bytes=0, timeline=Timeline(series, phases),
-        later=(LaterStep("merge", 13 * GIB, 0, 15 * GIB, "the run folder", 16 * GIB), LaterStep("ask", 0, 20 * GIB, 0, "the run folder", GIB)),
-        gguf_bytes={"F16": 15 * GIB, "Q4_K_M": 5 * GIB}, gguf_estimated_because=None,
+        gguf=GgufModel("llama", {"token_embd.weight": (32768, 4096)}, frozenset(), 1, 32768, 4096, 1, 0, None),
     )  # fmt: skip
     return replace(made, **changes)
 
@@ -206,9 +207,9 @@ def test_the_peak_is_explained(phase: str, said: str) -> None:
 @pytest.mark.parametrize("name", PLANS)
 def test_the_page_is_the_same_each_time_whole_and_complete(tmp_path: Path, name: str) -> None:
     made, path = PLANS[name](), tmp_path / "plan.html"
-    plan_page.write_page(made, TOKENS, path)
+    plan_page.write_page(made, COSTS, TOKENS, path)
     first = path.read_bytes()
-    plan_page.write_page(MemoryPlan.load(json.loads(json.dumps(asdict(made)))), TOKENS, path)  # as recorded
+    plan_page.write_page(MemoryPlan.load(json.loads(json.dumps(made.record()))), COSTS, TOKENS, path)  # as recorded
     assert path.read_bytes() == first
     assert [found.name for found in tmp_path.iterdir()] == ["plan.html"]
     text = page_text(path)
@@ -218,7 +219,7 @@ def test_the_page_is_the_same_each_time_whole_and_complete(tmp_path: Path, name:
         *(part.bytes for part in parts_of(made, made.chosen)),
     ]
     sizes += [size for _, _, size, _ in made.batches] + list(made.gguf_bytes.values())
-    sizes += [size for step in made.later for size in (step.peak_ram_bytes, step.vram_bytes, step.disk_bytes, step.read_bytes) if size]
+    sizes += [size for step in COSTS for size in (step.peak_ram_bytes, step.vram_bytes, step.disk_bytes, step.read_bytes) if size]
     sizes += [change.peak_bytes for change in made.changes]
     for size in sizes:
         assert bytes_text(size) in text
@@ -228,7 +229,7 @@ def test_the_page_is_the_same_each_time_whole_and_complete(tmp_path: Path, name:
 
 
 def test_the_page_asks_nothing_of_the_network_and_stands_in_html_too(tmp_path: Path) -> None:
-    plan_page.write_page(plan(), TOKENS, tmp_path / "plan.html")
+    plan_page.write_page(plan(), COSTS, TOKENS, tmp_path / "plan.html")
     opened: list[str] = []
 
     class Reader(HTMLParser):
@@ -253,7 +254,7 @@ def test_the_page_asks_nothing_of_the_network_and_stands_in_html_too(tmp_path: P
 
 def test_text_from_elsewhere_is_only_text(tmp_path: Path) -> None:
     made = replace(too_large(), device=Device("cuda", NASTY, 24 * GIB, 24 * GIB))
-    plan_page.write_page(made, None, tmp_path / "plan.html", title=NASTY)
+    plan_page.write_page(made, COSTS, None, tmp_path / "plan.html", title=NASTY)
     plot.write_plot(made, tmp_path / "plan.svg")
     plot.write_plot(made, tmp_path / "plan.png")
     source = (tmp_path / "plan.html").read_text(encoding="utf-8")
@@ -268,10 +269,10 @@ def test_text_from_elsewhere_is_only_text(tmp_path: Path) -> None:
 
 
 def test_a_change_comes_with_its_command(tmp_path: Path) -> None:
-    plan_page.write_page(too_large(), None, tmp_path / "plan.html")
+    plan_page.write_page(too_large(), COSTS, None, tmp_path / "plan.html")
     assert "ftkit plan --set training.method=qlora --set training.max_length=512" in page_text(tmp_path / "plan.html")
     assert command_for(Change(("data.train=a b.jsonl",), "", 0, True)) == "ftkit plan --set 'data.train=a b.jsonl'"
-    plan_page.write_page(replace(too_large(), changes=()), None, tmp_path / "plan.html")
+    plan_page.write_page(replace(too_large(), changes=()), COSTS, None, tmp_path / "plan.html")
     assert "a smaller model or a larger device is needed" in page_text(tmp_path / "plan.html")
 
 
@@ -300,7 +301,7 @@ def test_an_outline_is_a_stair() -> None:
     assert plan_page.outline([10, 10, 30, 0]) == "M0 1000V990h2v-20h1v30h1V1000z"
 
 
-@pytest.mark.parametrize("write", [plot.write_plot, lambda made, path: plan_page.write_page(made, TOKENS, path)])
+@pytest.mark.parametrize("write", [plot.write_plot, lambda made, path: plan_page.write_page(made, COSTS, TOKENS, path)])
 @pytest.mark.parametrize("name", ["plan.pdf", "plan", "missing/plan"])
 def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path, write: Callable[[MemoryPlan, Path], None], name: str) -> None:
     path = tmp_path / name
@@ -321,6 +322,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RecipeError, match="No space left"):
-        plan_page.write_page(plan(), TOKENS, path)
+        plan_page.write_page(plan(), COSTS, TOKENS, path)
     assert path.read_text() == "old"
     assert [found.name for found in tmp_path.iterdir()] == ["plan.html"]

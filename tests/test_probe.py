@@ -12,7 +12,9 @@ import pytest
 import tiny
 from click.testing import Result
 
-from ftkit import pipeline
+from ftkit.line import line
+from ftkit.line.job import open_job
+from ftkit.line.train import probe
 from ftkit.machine.device import Device, processor
 from ftkit.memory.step import Peak
 from ftkit.plan import measured
@@ -41,10 +43,10 @@ def project(tmp_path: Path, write_rows: Any, private_cache: Path, monkeypatch: p
 def test_a_plan_holds_in_the_real_trainer(project: Path, method: str, settings: tuple[str, ...]) -> None:
     """TRL's SFTTrainer as `ftkit train` builds it, two optimizer steps on rows of one length, against the traced peak."""
     overrides = [parse_override(entry) for entry in (f"training.method={method}", "what_if.padded=false", *settings)]
-    opened = pipeline.open_project(project / "recipe.yaml", overrides)
-    with opened.run:
-        planned = pipeline.plan(opened).memory.chosen.peak.allocated_bytes
-        real = pipeline.probe(opened).allocated_bytes
+    job = open_job(project / "recipe.yaml", overrides)
+    with job.run:
+        memory = line.plan(job).memory
+        planned, real = memory.chosen.peak.allocated_bytes, probe(job, memory).allocated_bytes
     assert abs(planned / real - 1) < 0.01, f"{planned} planned, {real} measured"
 
 
@@ -80,7 +82,7 @@ def test_a_line_that_cannot_end_here_does_not_begin(project: Path, ftkit: Ftkit,
     (project / "convert_hf_to_gguf.py").touch()
     monkeypatch.setenv("LLAMA_CPP_DIR", str(project))
     usage = shutil.disk_usage(project)
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    monkeypatch.setattr("ftkit.line.shortage.shutil.disk_usage", lambda folder: usage._replace(free=1000))
     planned = ftkit("plan", project)
     assert planned.exit_code == 0
     assert "Not on this machine: the steps to come write " in planned.stdout

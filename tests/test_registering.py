@@ -15,19 +15,24 @@ import pytest
 import servers
 import tiny
 
-from ftkit import pipeline
 from ftkit.data import template
 from ftkit.engines import hf, ollama
 from ftkit.errors import NameTakenError, ProofError, ToolFailedError
 from ftkit.files import file_fingerprint
 from ftkit.gguf import files as gguf
+from ftkit.gguf.files import GgufFile
+from ftkit.line.gguf import Shipping
+from ftkit.line.job import make_job
+from ftkit.line.merge import Merged
+from ftkit.line.register import refuse_anothers_name, register_shipped
+from ftkit.line.step import Made
 from ftkit.machine import llama_cpp
 from ftkit.ollama import register as registering
 from ftkit.ollama.modelfile import Modelfile, make_modelfile
 from ftkit.ollama.register import PROMPTS, register
 from ftkit.ollama.template import ChatFormat, find_format
 from ftkit.recipe import Ship
-from ftkit.run import Run, Step
+from ftkit.run import Run
 
 pytestmark = [pytest.mark.ollama, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -217,17 +222,18 @@ def ship(client: Any, files: Callable[[str], tuple[Any, Path]], tmp_path: Path) 
     (folders["asked"] / "answers.json").write_text(
         json.dumps({"questions": [question], "expected": ["x"], "answers": {}}), encoding="utf-8"
     )
-    (folders["proven"] / "answers.json").write_text(json.dumps({"answers": ["y"]}), encoding="utf-8")
-    steps = {name: Step(name, name, folder, {}, 0, True) for name, folder in folders.items()}
-    merged = Step("merge", "merge", path.parent.parent, {"stops": [151645]}, 0, True)
+    (folders["proven"] / "answers.json").write_text(json.dumps({"answers": {"shipped": ["y"]}}), encoding="utf-8")
+    asked, proven = (Made[Any](name, name, folder, None, 0, True) for name, folder in folders.items())
+    merged = Made("merge", "merge", path.parent.parent, Merged("", (151645,)), 0, True)
     recipe = tiny.recipe(path.parent)
 
     def register(name: str, *, replace_model: bool = False) -> str:
-        project = pipeline.Project(recipe.model_copy(update={"ship": Ship(name=name, num_ctx=512, max_new_tokens=2)}), tmp_path, run)
+        named = recipe.model_copy(update={"ship": Ship(name=name, num_ctx=512, max_new_tokens=2)})
+        job = make_job(named, tmp_path, run, has_data=False)
         run.record(shipped={"mark": name})
-        pipeline._refuse_anothers_name(project, client, replace_model)
-        shipped = pipeline.GgufModel(path, "F16", merged)
-        registered, checks = pipeline._register(project, client, shipped, merged, steps["asked"], steps["proven"])
+        refuse_anothers_name(job, client, replace_model)
+        shipped = Shipping(path, GgufFile("F16", Path(path.name), 1, 16.0, 1, 0), "gguf", "", None)
+        registered, checks = register_shipped(job, client, shipped, merged, asked, proven)
         assert [check.outcome for check in checks] == ["passed", "not made"]  # no answer is right
         recorded = run.manifest()["ollama"]
         assert [entry["outcome"] for entry in recorded["checks"]] == ["passed", "not made"]

@@ -18,7 +18,7 @@ import pytest
 from ftkit.errors import RunError, ToolFailedError
 from ftkit.files import disk_fault, file_fingerprint, fingerprint, write_atomically
 from ftkit.progress import SilentReporter
-from ftkit.run import MANIFEST, RECORD, Run, Step
+from ftkit.run import MANIFEST, RECORD, Finished, Run
 
 Make = Callable[[Path], dict[str, Any]]
 
@@ -97,8 +97,8 @@ def test_what_took_long_is_kept_and_found_again(tmp_path: Path) -> None:
 def test_what_follows_from_a_step_is_out_of_date_after_another(tmp_path: Path) -> None:
     with Run(tmp_path) as run:
         one = run.ensure("train", 1, lambda folder: {}, keep=True)
-        merged = run.ensure("merge", [one.fingerprint], lambda folder: {}, after=[one])
-        run.ensure("gguf", [merged.fingerprint], lambda folder: {}, after=[merged])
+        merged = run.ensure("merge", [one.fingerprint], lambda folder: {}, after={"train": one.fingerprint})
+        run.ensure("gguf", [merged.fingerprint], lambda folder: {}, after={"merge": merged.fingerprint})
         assert run.finished("gguf")
         run.ensure("train", 2, lambda folder: {}, keep=True)
         assert (run.finished("merge"), run.finished("gguf")) == (None, None)
@@ -236,12 +236,12 @@ def test_a_step_that_goes_well_is_no_news(tmp_path: Path) -> None:
     assert notes.said == []
 
 
-def two_trainings(folder: Path) -> tuple[Step, Step, Step]:
+def two_trainings(folder: Path) -> tuple[Finished, Finished, Finished]:
     """A run with an earlier training, the last one and what was merged of it."""
     with Run(folder) as run:
         earlier = run.ensure("train", 1, writes("1"), keep=True)
         last = run.ensure("train", 2, writes("2"), keep=True)
-        merged = run.ensure("merge", [last.fingerprint], writes("merged"), after=[last])
+        merged = run.ensure("merge", [last.fingerprint], writes("merged"), after={"train": last.fingerprint})
     return earlier, last, merged
 
 

@@ -50,3 +50,11 @@ def recipe(model: Path, **training: Any) -> Recipe:
     """A recipe of a few steps."""
     settings = {"max_steps": 4, "learning_rate": 1e-3, "effective_batch_size": 2, "max_length": 128, "evaluations_per_epoch": 3, **training}
     return Recipe.model_validate({"model": str(model), "training": settings, "lora": {"r": 4, "lora_alpha": 8}})
+
+
+# What a training records of itself.
+TRAINED: dict[str, Any] = {
+    "steps": 1, "best_step": 1, "best_validation_loss": 1.0, "first_validation_loss": 2.0, "trained_tokens": 10, "seconds": 1.0,
+    "tokens_per_second": 1.0, "peak_bytes": 1, "peak_is": "resident in RAM", "resumed_from_step": 0, "verdict": "trained enough",
+    "curve": [],
+}  # fmt: skip

@@ -9,21 +9,27 @@ import click
 
 from ftkit.cli import plan as plan_command
 from ftkit.cli import ship as ship_command
-from ftkit.cli.common import open_project, recipe_options
+from ftkit.cli.common import open_job, recipe_options
 
 
 @click.command(epilog="\b\nExamples:\n  ftkit build\n  ftkit build --set training.max_steps=20 --no-ollama")
 @recipe_options
 @ship_command.ollama_option
 @ship_command.yes_option
-def command(recipe: Path, as_json: bool, use_ollama: bool | None, replace_model: bool, **options: Any) -> None:
+@ship_command.part_options
+def command(
+    recipe: Path, as_json: bool, use_ollama: bool | None, replace_model: bool, only: str | None, first: str | None, dry_run: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Plan, train and ship RECIPE. What is finished is not done again."""
-    from ftkit import pipeline
+    job = open_job(recipe, **options)
+    from ftkit.line import line
 
-    project = open_project(recipe, **options)
-    with project.run:
-        pipeline.refuse_missing_tools(project)
-        if not as_json and not pipeline.is_trained(project):  # what is trained has fitted
-            plan_command.show(pipeline.plan(project), project.recipe.training.save_minutes)
-        shipped = pipeline.build(project, use_ollama=use_ollama, replace_model=replace_model)
-        ship_command.show(project, shipped, as_json)
+    with job.run:
+        if ship_command.walked_in_part(job, only, first, dry_run, as_json):
+            return
+        line.refuse_missing_tools(job)
+        if not as_json and not line.is_trained(job):  # what is trained has fitted
+            plan_command.show(line.plan(job), job.recipe.training.save_minutes)
+        shipped = line.build(job, use_ollama=use_ollama, replace_model=replace_model)
+        ship_command.show(job, shipped, as_json)

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the project that they open."""
+"""Options that several commands share, and the job that they open."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from ftkit.pipeline import Project
+    from ftkit.line.job import Job
 
 # The libraries' own bars and advice; ftkit shows its own. Read when they are imported, so set before that.
 QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -47,7 +47,7 @@ def recipe_options(function: Function) -> Function:
     return function
 
 
-def open_project(
+def open_job(
     recipe: Path,
     model: str | None,
     settings: tuple[str, ...],
@@ -55,19 +55,19 @@ def open_project(
     gpu: str | None,
     run_dir: Path | None,
     trust_remote_code: bool | None,
-) -> Project:
-    """The project that the options name, reporting to the screen."""
+) -> Job:
+    """The job that the options name, reporting to the screen."""
     need_training_stack()
     be_quiet()
-    from ftkit import pipeline
     from ftkit.cli.console import ConsoleReporter
+    from ftkit.line import job
 
-    return pipeline.open_project(
-        recipe, overrides(model, settings, vram, trust_remote_code), run_dir=run_dir, gpu=gpu, reporter=ConsoleReporter()
-    )
+    return job.open_job(recipe, overrides(model, settings, vram, gpu, trust_remote_code), run_dir=run_dir, reporter=ConsoleReporter())
 
 
-def overrides(model: str | None, settings: tuple[str, ...], vram: str | None, trust_remote_code: bool | None) -> list[tuple[str, Any]]:
+def overrides(
+    model: str | None, settings: tuple[str, ...], vram: str | None, gpu: str | None, trust_remote_code: bool | None
+) -> list[tuple[str, Any]]:
     """What the options change in a recipe. A path is taken from the current folder."""
     from ftkit.recipe import parse_override
 
@@ -76,6 +76,8 @@ def overrides(model: str | None, settings: tuple[str, ...], vram: str | None, tr
         changed.append(("model", absolute(model)))
     if vram:
         changed.append(("budget.vram", vram))
+    if gpu:
+        changed.append(("budget.gpu", gpu))
     if trust_remote_code:
         changed.append(("trust_remote_code", True))
     return changed

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ftkit.data.lengths import TokenCounts
-    from ftkit.pipeline import Plan, Project
+    from ftkit.line.job import Job
+    from ftkit.line.line import Planned
     from ftkit.plan.plan import Fit, MemoryPlan
 
 BAR_WIDTH = 60  # columns, where the terminal has room
@@ -59,9 +60,9 @@ def command(
     Without RECIPE (default: recipe.yaml, where there is one) --model or --config is planned with default settings.
     """
     need_training_stack()
-    from ftkit import pipeline
     from ftkit.cli.console import print_json
     from ftkit.errors import DoesNotFitError
+    from ftkit.line import line, train
     from ftkit.plan.plan import MARGIN
     from ftkit.report import plan_page, write
     from ftkit.report.plot import write_plot
@@ -71,24 +72,24 @@ def command(
     for path, suffixes in ((plot, write.PLOT_SUFFIXES), (html, write.PAGE_SUFFIXES)):
         if path:
             write.check(path, suffixes)
-    project = _open(recipe, run_dir=run_dir, gpu=gpu, **options)
+    job = _open(recipe, run_dir=run_dir, gpu=gpu, **options)
     if probe:
-        pipeline.refuse_probe(project)
+        train.refuse_probe(job)
     asked = command_line(recipe, run_dir=run_dir, gpu=gpu, **options)
-    with project.run:
-        planned = pipeline.plan(project)
+    with job.run:
+        planned = line.plan(job)
         if plot:
             write_plot(planned.memory, plot)
         if html:
-            plan_page.write_page(planned.memory, planned.tokens, html, title=f"Fine-tuning plan: {project.recipe.model}", asked=asked)
-        probed = pipeline.probe(project) if probe else None
-        short = pipeline.shortages(project, planned)
+            title = f"Fine-tuning plan: {job.recipe.model}"
+            plan_page.write_page(planned.memory, planned.costs, planned.tokens, html, title=title, asked=asked)
+        probed = train.probe(job, planned.memory) if probe else None
     chosen = planned.memory.chosen
     if as_json:
-        print_json({**as_record(planned, probed), "shortages": [asdict(entry) for entry in short]})
+        print_json(as_record(planned, probed))
     else:
-        show(planned, project.recipe.training.save_minutes)
-        for entry in short:
+        show(planned, job.recipe.training.save_minutes)
+        for entry in planned.shortages:
             click.echo(f"Not on this machine: {entry.words}.")
         if probed:
             show_probe(planned.memory, probed)
@@ -113,31 +114,32 @@ def command_line(recipe: Path | None, **options: Any) -> str:
 def _open(
     recipe: Path | None, *, model: str | None, config: str | None, data: str | None, length: int | None, method: str | None,
     settings: tuple[str, ...], vram: str | None, run_dir: Path | None, gpu: str | None, trust_remote_code: bool | None,
-) -> Project:  # fmt: skip
-    from ftkit import pipeline
+) -> Job:  # fmt: skip
     from ftkit.cli.console import ConsoleReporter
     from ftkit.errors import RecipeError
+    from ftkit.line import job
 
     be_quiet()
     if model and config:
         raise RecipeError("Give --model or --config, not both.")
     flags = (("data.train", data and absolute(data)), ("training.max_length", length), ("training.method", method))
     changed = [(key, value) for key, value in flags if value is not None]
-    changed += overrides(model or config, settings, vram, trust_remote_code)  # last: what the plan advises is given with --set
+    changed += overrides(model or config, settings, vram, gpu, trust_remote_code)  # last: what the plan advises is given with --set
     reporter = ConsoleReporter()
     if recipe is None and not Path("recipe.yaml").exists() and (model or config):
         if run_dir:
             raise RecipeError("--run-dir keeps the run of a recipe, and there is none.", "make one: ftkit init")
-        return pipeline.open_without_recipe(changed, gpu=gpu, reporter=reporter)
-    return pipeline.open_project(recipe or Path("recipe.yaml"), changed, run_dir=run_dir, gpu=gpu, reporter=reporter)
+        return job.open_without_recipe(changed, reporter=reporter)
+    return job.open_job(recipe or Path("recipe.yaml"), changed, run_dir=run_dir, reporter=reporter)
 
 
-def as_record(planned: Plan, probed: Any) -> dict[str, Any]:
+def as_record(planned: Planned, probed: Any) -> dict[str, Any]:
     """Every number on the screen, with its unit in the key; docs/plan.md describes it."""
-    from ftkit.plan.cost import checkpoint_bytes
+    from ftkit.plan.cost import checkpoint_bytes, disk_by_place
 
     memory = planned.memory
     record = asdict(memory)
+    del record["gguf"]
     for entry, fit in ((record["chosen"], memory.chosen), *zip(record["methods"], memory.methods, strict=True)):
         entry |= {"limit_bytes": fit.limit_bytes, "fits": fit.fits}
     record["batches"] = [
@@ -148,18 +150,22 @@ def as_record(planned: Plan, probed: Any) -> dict[str, Any]:
         del record["batching"]["grouped_batch_tokens"]
     return {
         **record,
-        "disk_bytes": memory.disk_bytes,
+        "later": [asdict(cost) for cost in planned.costs],
+        "disk_bytes": sum(disk_by_place(planned.costs).values()),
+        "gguf_bytes": memory.gguf_bytes,
+        "gguf_estimated_because": memory.gguf.estimated_because,
         "checkpoint_bytes": checkpoint_bytes(memory.chosen.inventory),
         "tokens": planned.tokens and asdict(planned.tokens),
         "fetch_bytes": planned.fetch_bytes,
         "probe": probed and asdict(probed),
+        "shortages": [asdict(entry) for entry in planned.shortages],
     }
 
 
-def show(planned: Plan, save_minutes: float) -> None:
+def show(planned: Planned, save_minutes: float) -> None:
     """The plan on one screen."""
     from ftkit.cli.console import print_table, say
-    from ftkit.plan.cost import CHECKPOINTS_KEPT, checkpoint_bytes
+    from ftkit.plan.cost import CHECKPOINTS_KEPT, checkpoint_bytes, disk_by_place
     from ftkit.plan.plan import MARGIN
     from ftkit.units import bytes_text, count_text, seconds_text
 
@@ -238,7 +244,7 @@ def show(planned: Plan, save_minutes: float) -> None:
     say()
     later = [
         [step.name, *(bytes_text(size) if size else "–" for size in (step.peak_ram_bytes, step.vram_bytes, step.disk_bytes, step.read_bytes))]
-        for step in memory.later
+        for step in planned.costs
     ]  # fmt: skip
     if planned.fetch_bytes:
         later.insert(0, ["fetch the weights", "–", "–", bytes_text(planned.fetch_bytes), "–"])
@@ -247,10 +253,10 @@ def show(planned: Plan, save_minutes: float) -> None:
         f"Training waits while a checkpoint of {bytes_text(checkpoint_bytes(counted))} is written: at each evaluation, and every "
         f"{save_minutes:g} minutes (training.save_minutes); {CHECKPOINTS_KEPT} take room at most."
     )
-    places = ", ".join(f"{bytes_text(size)} in {place}" for place, size in memory.disk_by_place().items() if size)
+    places = ", ".join(f"{bytes_text(size)} in {place}" for place, size in disk_by_place(planned.costs).items() if size)
     say(f"Disk, at most: {places}{f', {bytes_text(planned.fetch_bytes)} in the hub’s cache' if planned.fetch_bytes else ''}.")
     sizes = ", ".join(f"{name} {bytes_text(memory.gguf_bytes[name])}" for name in ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M"))
-    say(f"As GGUF: {sizes}" + (f" (estimates: {memory.gguf_estimated_because})." if memory.gguf_estimated_because else "."))
+    say(f"As GGUF: {sizes}" + (f" (estimates: {memory.gguf.estimated_because})." if memory.gguf.estimated_because else "."))
     for method, reason in memory.untraced.items():
         say(f"Not shown: {method}. {reason}")
 

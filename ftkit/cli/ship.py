@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ftkit.cli.common import open_project, recipe_options
+from ftkit.cli.common import open_job, recipe_options
 
 if TYPE_CHECKING:
-    from ftkit.pipeline import Project, Shipped
+    from collections.abc import Callable
+
+    from ftkit.line.job import Job
+    from ftkit.line.line import Shipped, State
 
 ollama_option = click.option(
     "--ollama/--no-ollama", "use_ollama", default=None, help="Register in Ollama, or do not.  [default: if a server answers]"
@@ -21,20 +24,81 @@ yes_option = click.option(
 )
 
 
+def part_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """To walk a part of the line, or to look at it."""
+    for option in (
+        click.option("--dry-run", is_flag=True, help="Show each step, whether it is done and what it costs; make nothing."),
+        click.option("--from", "first", metavar="STEP", help="Make this step and those after it again; one of shipping."),
+        click.option("--only", metavar="STEP", help="Make this step alone; those before it must be done."),
+    ):
+        function = option(function)
+    return function
+
+
 @click.command(epilog="\b\nExamples:\n  ftkit ship\n  ftkit ship --set ship.quantization=Q5_K_M --ollama")
 @recipe_options
 @ollama_option
 @yes_option
-def command(recipe: Path, as_json: bool, use_ollama: bool | None, replace_model: bool, **options: Any) -> None:
+@part_options
+def command(
+    recipe: Path, as_json: bool, use_ollama: bool | None, replace_model: bool, only: str | None, first: str | None, dry_run: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Turn what RECIPE trained into a GGUF that answers as the trained model does, and register it in Ollama."""
-    from ftkit import pipeline
+    job = open_job(recipe, **options)
+    from ftkit.line import line
 
-    project = open_project(recipe, **options)
-    with project.run:
-        show(project, pipeline.ship(project, use_ollama=use_ollama, replace_model=replace_model), as_json)
+    with job.run:
+        if not walked_in_part(job, only, first, dry_run, as_json):
+            show(job, line.ship(job, use_ollama=use_ollama, replace_model=replace_model), as_json)
 
 
-def show(project: Project, shipped: Shipped, as_json: bool) -> None:
+def walked_in_part(job: Job, only: str | None, first: str | None, dry_run: bool, as_json: bool) -> bool:
+    """Do what --only or --dry-run asks for; False where all of the line is left to walk, `first` thrown away before."""
+    from ftkit.cli.console import print_json, say
+    from ftkit.errors import RecipeError
+    from ftkit.line import line
+    from ftkit.units import seconds_text
+
+    if sum(map(bool, (only, first, dry_run))) > 1:
+        raise RecipeError("Give one of --only, --from and --dry-run.")
+    if first:
+        line.start_from(job, first)
+    if dry_run:
+        show_states(list(line.states(job)), as_json)
+    elif only:
+        made = line.make_only(job, only)
+        if as_json:
+            print_json({"step": made.name, "fresh": made.fresh, "folder": str(made.folder), "seconds": made.seconds})
+        else:
+            say(f"{'Made' if made.fresh else 'Up to date:'} {made.name} in {made.folder}, {seconds_text(made.seconds)}.")
+    return dry_run or only is not None
+
+
+def show_states(states: list[State], as_json: bool) -> None:
+    """Every step, whether it is done, and what it costs."""
+    from ftkit.cli.console import print_json, print_table, say
+    from ftkit.units import bytes_text
+
+    if as_json:
+        entries = [
+            {"step": s.step.name, "does": s.step.does, "done": s.done is not None, "costs": [asdict(cost) for cost in s.costs]}
+            for s in states
+        ]
+        print_json({"steps": entries})
+        return
+    rows = []
+    for state in states:
+        most = [max((getattr(cost, key) for cost in state.costs), default=0) for key in ("peak_ram_bytes", "vram_bytes")]
+        sums = [sum(getattr(cost, key) for cost in state.costs) for key in ("disk_bytes", "read_bytes")]
+        done = "done" if state.done else "to do" if state.step.make else "asked of Ollama"
+        rows.append([state.step.name, state.step.does, done, *(bytes_text(size) if size else "–" for size in (*most, *sums))])
+    print_table("The line", ["step", "", "", "RAM", "VRAM", "disk", "read"], rows, figures=False)
+    if not any(state.costs for state in states):
+        say("\nWhat it costs is known once it is planned: ftkit plan")
+
+
+def show(job: Job, shipped: Shipped, as_json: bool) -> None:
     """Scores, a few answers before and after, the files, and how to go on."""
     from ftkit.cli.console import print_json, print_table, say
     from ftkit.units import bytes_text
@@ -57,7 +121,7 @@ def show(project: Project, shipped: Shipped, as_json: bool) -> None:
         say(
             f"\n  before    {_one_line(example['before'])}\n  after     {_one_line(example['after'])}\n  expected  {_one_line(example['expected'])}\n"
         )
-    what = {"first_line": "first lines", "last_line": "last lines", "whole": "answers"}[project.recipe.ship.match]
+    what = {"first_line": "first lines", "last_line": "last lines", "whole": "answers"}[job.recipe.ship.match]
     rows = [[name, f"{score.right} of {score.rows}", f"{score.percent:.1f} %"] for name, score in shipped.scores.items()]
     print_table(f"Held-out questions, {what} exactly right", ["", "right", ""], rows)
     if "dequantised" in shipped.merged_onto:
@@ -68,21 +132,21 @@ def show(project: Project, shipped: Shipped, as_json: bool) -> None:
     print_table("What was checked", ["", "", ""], [[c.name, c.outcome, c.detail] for c in shipped.checks], figures=False)
     say("")
     print_table(
-        "Files", ["", "size", "bits a weight"], [[f["path"], bytes_text(f["bytes"]), f"{f['bits_per_weight']:.2f}"] for f in shipped.files]
+        "Files", ["", "size", "bits a weight"], [[str(f.path), bytes_text(f.bytes), f"{f.bits_per_weight:.2f}"] for f in shipped.files]
     )
     say(f"in {shipped.gguf.parent}\n")
     if shipped.missing_quantization:
         say(
             f"{shipped.missing_quantization} was not made: llama-quantize is not here. Bring it: ftkit setup llama.cpp (then the same command again)"
         )
-    say(f"Ask it:      ftkit chat {project.run.folder}")
+    say(f"Ask it:      ftkit chat {job.run.folder}")
     if shipped.registered_as:
         say(f"             ollama run {shipped.registered_as}")
     else:
         if shipped.not_registered_because:
             say(f"Not registered: {shipped.not_registered_because}")
         say(f"In Ollama:   {shipped.register_with or 'start it: ollama serve'}, then: ftkit ship --ollama")
-        say(f"             or by hand: ollama create {project.recipe.ship.name} -f {shipped.modelfile}")
+        say(f"             or by hand: ollama create {job.recipe.ship.name} -f {shipped.modelfile}")
 
 
 def _one_line(text: str) -> str:

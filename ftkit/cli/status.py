@@ -13,11 +13,6 @@ from ftkit.cli.common import json_option
 if TYPE_CHECKING:
     from ftkit.run import Held, Run
 
-STEPS = {
-    "plan": "ftkit plan", "train": "ftkit train", "ask": "ftkit ship", "merge": "ftkit ship", "gguf": "ftkit ship",
-    "reask": "ftkit ship", "quantise": "ftkit ship", "prove": "ftkit ship",
-}  # fmt: skip
-
 
 @click.command(epilog="\b\nExamples:\n  ftkit status runs/recipe\n  ftkit status runs/recipe --json")
 @click.argument("run", type=click.Path(path_type=Path, file_okay=False))
@@ -25,11 +20,12 @@ STEPS = {
 def command(run: Path, as_json: bool) -> None:
     """Show the steps of RUN: finished, begun or still to do, the command that does the next one, and what lies on the disk."""
     from ftkit.cli.console import print_json, print_table, say
+    from ftkit.line.line import LINE
     from ftkit.units import bytes_text, seconds_text
 
     opened = open_run(run)
-    steps = {name: opened.finished(name) for name in STEPS}
-    begun = {name: any(run.glob(f".{name}-*.partial")) for name in STEPS}
+    steps = {name: opened.finished(name) for name in step_names()}
+    begun = {name: any(run.glob(f".{name}-*.partial")) for name in steps}
     manifest = opened.manifest()
     ollama, shipped, proof = manifest.get("ollama", {}), manifest.get("shipped", {}), manifest.get("proof", {})
     registered = ollama.get("name") if steps["gguf"] and shipped and ollama.get("shipped") == shipped["mark"] else None
@@ -39,7 +35,7 @@ def command(run: Path, as_json: bool) -> None:
     checks = proof["checks"] if proven and proof.get("step") == proven.fingerprint else []
     checks = [*checks, *(ollama.get("checks", []) if registered else [])]
     doubts = [f"{check['name']}: {check['outcome']}" for check in checks if check["outcome"] != "passed"]
-    held = opened.holds([*STEPS])
+    held = opened.holds(step_names())
     if as_json:
         states = {
             n: {"finished": bool(s), "begun": begun[n], "seconds": s.seconds if s else None, "folder": s and str(s.folder)}
@@ -64,10 +60,18 @@ def command(run: Path, as_json: bool) -> None:
     free = sum(entry.size_bytes for entry in held if not entry.needed)
     if any(not entry.needed for entry in held):
         say(f"\nWhat is not needed takes {bytes_text(free)}: ftkit clean {run}")
-    following = next((STEPS[name] for name, step in steps.items() if not step), None if registered else "ftkit ship --ollama")
+    to_do = [step.command for step in LINE if step.name in steps and not steps[step.name]]
+    following = to_do[0] if to_do else None if registered else "ftkit ship --ollama"
     if doubts:
         say(f"\nNot all is proven: {'; '.join(doubts)}. Why: ftkit ship")
     say(f"\nNext: {following or f'ollama run {registered}'}")
+
+
+def step_names() -> list[str]:
+    """The steps that have a folder in a run, in order."""
+    from ftkit.line.line import LINE
+
+    return [step.name for step in LINE if step.make]
 
 
 def open_run(folder: Path) -> Run:
@@ -77,7 +81,7 @@ def open_run(folder: Path) -> Run:
     from ftkit.run import MANIFEST, Run
 
     run = Run(folder, ConsoleReporter())
-    if not (folder / MANIFEST).exists() and not any(folder.glob(".*.partial")) and not run.holds([*STEPS]):
+    if not (folder / MANIFEST).exists() and not any(folder.glob(".*.partial")) and not run.holds(step_names()):
         raise RunError(f"{folder} is no run directory.", "a run is made by ftkit plan, train or build, in runs/RECIPE")
     return run
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ftkit.cli.common import open_project, recipe_options
+from ftkit.cli.common import open_job, recipe_options
 
 
 @click.command(epilog="\b\nExamples:\n  ftkit train\n  ftkit train --set training.method=lora --set training.learning_rate=1e-4")
@@ -17,25 +18,23 @@ def command(recipe: Path, as_json: bool, **options: Any) -> None:
 
     Ctrl-C saves a checkpoint at the end of the step and stops; a second one stops at once. The same command goes on.
     """
-    from ftkit import pipeline
+    job = open_job(recipe, **options)
     from ftkit.cli.console import print_json, say
+    from ftkit.line import line
     from ftkit.units import bytes_text, seconds_text
 
-    project = open_project(recipe, **options)
-    with project.run:
-        step = pipeline.train(project)
-    result = step.result
+    with job.run:
+        made = line.train(job)
+    result = made.result
     if as_json:
-        print_json({**result, "folder": str(step.folder), "seconds": step.seconds})
+        print_json({**asdict(result), "folder": str(made.folder), "seconds": made.seconds})
         return
-    speed = f", {result['tokens_per_second']:.0f} tokens/s" if result["tokens_per_second"] else ""
-    say(
-        f"{'Trained' if step.fresh else 'Up to date: trained'} in {seconds_text(result.get('seconds') or step.seconds)}, {result['steps']} steps{speed}."
-    )
-    say(
-        f"Validation loss {result['first_validation_loss']:.4f} → {result['best_validation_loss']:.4f} (best, step {result['best_step']}): {result['verdict']}."
-    )
-    planned = result.get("planned_device_bytes" if "RAM" in result["peak_is"] else "planned_allocated_bytes")
+    speed = f", {result.tokens_per_second:.0f} tokens/s" if result.tokens_per_second else ""
+    took = f"{'Trained' if made.fresh else 'Up to date: trained'} in {seconds_text(result.seconds or made.seconds)}"
+    say(f"{took}, {result.steps} steps{speed}.")
+    losses = f"{result.first_validation_loss:.4f} → {result.best_validation_loss:.4f}"
+    say(f"Validation loss {losses} (best, step {result.best_step}): {result.verdict}.")
+    planned = result.planned_device_bytes if "RAM" in result.peak_is else result.planned_allocated_bytes
     beside = f", planned {bytes_text(planned)}" if planned else ""  # runs of ftkit before 0.2 recorded no plan
-    say(f"Peak memory {bytes_text(result['peak_bytes'])} {result['peak_is']}{beside}. Kept in {step.folder}")
+    say(f"Peak memory {bytes_text(result.peak_bytes)} {result.peak_is}{beside}. Kept in {made.folder}")
     say("Next: ftkit ship")

@@ -9,15 +9,14 @@ from typing import Any
 
 from ftkit.data.lengths import batching, grouped_batch_tokens
 from ftkit.errors import ModelError
-from ftkit.gguf.types import gguf_model, gguf_sizes
+from ftkit.gguf.types import gguf_model
 from ftkit.machine.device import Device
 from ftkit.memory.fit import StepMemory
 from ftkit.memory.model import Inventory, Skeleton
 from ftkit.memory.settings import StepSettings, compute_dtype
-from ftkit.memory.sizes import DTYPE_BYTES
 from ftkit.memory.step import Peak
 from ftkit.plan import measured
-from ftkit.plan.cost import FTKIT_BYTES, later_steps, training_step
+from ftkit.plan.cost import FTKIT_BYTES
 from ftkit.plan.plan import METHODS, Change, Fit, MemoryPlan, Work, without_margin
 from ftkit.recipe import Recipe
 
@@ -247,7 +246,6 @@ def make_plan(
             untraced[method] = error.message
     settings = planner.settings(recipe, checkpointing)
     step = planner.memory(settings).step(batch, length, accumulates=chosen.gradient_accumulation_steps > 1)
-    gguf = gguf_model({tensor.name: tensor.shape for tensor in planner.skeleton.tensors}, config)
     return MemoryPlan(
         device=device,
         max_length=length,
@@ -263,19 +261,7 @@ def make_plan(
         work=work(recipe, lengths) if lengths else None,
         extra_bytes=planner.extra_bytes,
         timeline=step.timeline(),
-        later=(
-            training_step(chosen.inventory, chosen.peak.device_bytes, on_cuda=device.kind == "cuda"),
-            *later_steps(
-                gguf,
-                chosen.inventory,
-                recipe,
-                length,
-                compute_bytes=DTYPE_BYTES[planner.dtype],
-                vram_bytes=device.total_bytes if device.kind == "cuda" else None,
-            ),
-        ),
-        gguf_bytes=gguf_sizes(gguf),
-        gguf_estimated_because=gguf.estimated_because,
+        gguf=gguf_model({tensor.name: tensor.shape for tensor in planner.skeleton.tensors}, config),
     )
 
 

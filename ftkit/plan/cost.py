@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,7 @@ from ftkit.gguf.types import (
     tensor_types,
 )
 from ftkit.memory.model import Inventory
-from ftkit.recipe import Recipe
+from ftkit.recipe import Ship
 
 # Of a process before it touches a weight: anonymous memory (RssAnon) measured on Linux with torch 2.13 (CPU), transformers
 # 5.23 and llama.cpp b11434. Pages mapped from files are not in it: the system can drop them at any time.
@@ -30,16 +31,16 @@ CONVERTER_BYTES_A_TOKEN = 2700  # of the vocabulary: 447 MiB in all with 49,152 
 CONVERTER_VOCABULARY_BYTES = 160 << 20  # more while the vocabulary is read, before the first tensor
 QUANTIZE_BYTES = 16 << 20
 LLAMA_CPP_BYTES = 100 << 20  # compute buffers; 41 MiB for SmolLM2-135M, 86 MiB for a Llama of 1 B parameters
-CHECKPOINTS_KEPT = 3  # the best, the last, and while it is written one more: save_total_limit=2 in ftkit.train
-TRAIN, ASK, ASK_MERGED = "train", "ask", "ask the merged model"
+CHECKPOINTS_KEPT = 3  # the best, the last, and while it is written one more: save_total_limit=2 in train/trainer.py
+TRAIN = "train"
 Place = Literal["the run folder", "Ollama's models"]
 RUN_FOLDER: Place = "the run folder"
 OLLAMAS_MODELS: Place = "Ollama's models"
 
 
 @dataclass(frozen=True)
-class LaterStep:
-    """What a step after planning needs. Bytes on disk are counted, RAM and VRAM are estimates; 0: nothing, or not known.
+class Cost:
+    """What a part of a step needs. Bytes on disk are counted, RAM and VRAM are estimates; 0: nothing, or not known.
 
     Training's memory on its own device is the plan's peak; what else it takes of RAM beside a GPU is not estimated.
     RAM holds the weights of a model that is asked, since each token reads all of them, even where they are mapped from the
@@ -55,10 +56,110 @@ class LaterStep:
     needed: bool = True  # False: with less RAM it is slower, or left out and said; no reason to refuse
 
 
-def training_step(counted: Inventory, peak_bytes: int, *, on_cuda: bool) -> LaterStep:
-    """Training, which peaks at `peak_bytes` on its device."""
-    ram, vram = (0, peak_bytes) if on_cuda else (peak_bytes, 0)
-    return LaterStep(TRAIN, ram, vram, CHECKPOINTS_KEPT * checkpoint_bytes(counted), RUN_FOLDER, 2 * counted.parameters)
+@dataclass(frozen=True)
+class Sizes:
+    """What the costs of the steps follow from."""
+
+    gguf: GgufModel
+    counted: Inventory
+    ship: Ship
+    length: int  # of the longest row, in tokens
+    compute_bytes: int  # of an element of the format that the model is asked in: 2 or 4
+    vram_bytes: int | None  # of the GPU that is trained on; None: the CPU
+    training_bytes: int  # training's peak on its device
+
+    @property
+    def model_bytes(self) -> int:
+        """The model in 16 bits, as it is merged."""
+        return 2 * self.counted.parameters
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of `ship.num_ctx` tokens, in 16 bits."""
+        return 2 * self.ship.num_ctx * cache_elements(self.gguf)
+
+    def file_bytes(self, quantization: str) -> int:
+        """A GGUF file of this type, header and all."""
+        return gguf_bytes(self.gguf, quantization) + HEADER_BYTES_A_TOKEN * self.gguf.vocab_size
+
+
+def of_training(sizes: Sizes) -> tuple[Cost, ...]:
+    on_cuda = sizes.vram_bytes is not None
+    ram, vram = (0, sizes.training_bytes) if on_cuda else (sizes.training_bytes, 0)
+    disk = CHECKPOINTS_KEPT * checkpoint_bytes(sizes.counted)
+    return (Cost(TRAIN, ram, vram, disk, RUN_FOLDER, sizes.model_bytes),)
+
+
+def of_asking(sizes: Sizes) -> tuple[Cost, ...]:
+    """Asked is what was trained, where it was trained: with QLoRA the base in 4 bits."""
+    counted, on_cuda = sizes.counted, sizes.vram_bytes is not None
+    full = counted.method == "full"
+    weights = sizes.compute_bytes * counted.parameters if full else counted.weights_bytes + counted.adapter_bytes
+    asking = asking_bytes(sizes.gguf, weights, sizes.length + sizes.ship.max_new_tokens, sizes.compute_bytes, sizes.vram_bytes)
+    # before and after; an adapter's base is loaded once, asked without and with the adapter
+    read = 2 * sizes.model_bytes if full else sizes.model_bytes + adapter_file_bytes(counted)
+    ram = FTKIT_BYTES + (0 if on_cuda else asking)
+    return (Cost("ask", ram, asking if on_cuda else 0, 0, RUN_FOLDER, read, needed=False),)
+
+
+def of_merging(sizes: Sizes) -> tuple[Cost, ...]:
+    """Where a merge into the source loses too much, merge and conversion are made twice, one after the other."""
+    if sizes.counted.method == "full":
+        return (Cost("copy the trained model", FTKIT_BYTES, 0, sizes.model_bytes, RUN_FOLDER, sizes.model_bytes),)
+    ram, read = FTKIT_BYTES + merge_bytes(sizes.gguf, sizes.counted), sizes.model_bytes + adapter_file_bytes(sizes.counted)
+    return (Cost("merge", ram, 0, sizes.model_bytes, RUN_FOLDER, read),)
+
+
+def of_converting(sizes: Sizes, *quantizations: str) -> tuple[Cost, ...]:
+    """By the converter, from the merged model."""
+    return tuple(
+        Cost(f"convert to {kind}", converter_bytes(sizes.gguf, kind), 0, sizes.file_bytes(kind), RUN_FOLDER, sizes.model_bytes)
+        for kind in quantizations
+    )
+
+
+def of_asking_merged(sizes: Sizes) -> tuple[Cost, ...]:
+    """Through llama.cpp, which maps the file."""
+    file = sizes.file_bytes("F16")
+    return (Cost("ask the merged model", FTKIT_BYTES + LLAMA_CPP_BYTES + file + sizes.cache_bytes, 0, 0, RUN_FOLDER, file, needed=False),)
+
+
+def of_quantising(sizes: Sizes) -> tuple[Cost, ...]:
+    """The type that ships, where it is not among those that are always made."""
+    wanted = sizes.ship.quantization
+    if wanted in CONVERTED:
+        return of_converting(sizes, wanted)
+    ram, disk = quantize_bytes(sizes.gguf, wanted), sizes.file_bytes(wanted)
+    return (Cost(f"quantise to {wanted}", ram, 0, disk, RUN_FOLDER, sizes.file_bytes("F16")),)
+
+
+def of_proving(sizes: Sizes) -> tuple[Cost, ...]:
+    wanted = sizes.ship.quantization
+    file = sizes.file_bytes(wanted)
+    return (Cost(f"prove {wanted}", FTKIT_BYTES + LLAMA_CPP_BYTES + file + sizes.cache_bytes, 0, 0, RUN_FOLDER, file, needed=False),)
+
+
+def of_registering(sizes: Sizes) -> tuple[Cost, ...]:
+    """The file is read for its hash and for the upload; the server keeps a copy of its own, and answers with it."""
+    file = sizes.file_bytes(sizes.ship.quantization)
+    return (Cost("register in Ollama", LLAMA_CPP_BYTES + file + sizes.cache_bytes, 0, file, OLLAMAS_MODELS, 2 * file, needed=False),)
+
+
+def disk_by_place(costs: Sequence[Cost], *, trained: bool = False) -> dict[Place, int]:
+    """The most that is kept in each place; the checkpoints are gone when the steps after training begin.
+
+    `trained`: what those steps alone need.
+    """
+    sizes = dict.fromkeys((RUN_FOLDER, OLLAMAS_MODELS), 0)
+    checkpoints = 0
+    for cost in costs:
+        if cost.name == TRAIN:
+            checkpoints = cost.disk_bytes
+        else:
+            sizes[cost.disk_is] += cost.disk_bytes
+    if not trained:
+        sizes[RUN_FOLDER] = max(sizes[RUN_FOLDER], checkpoints)
+    return sizes
 
 
 def checkpoint_bytes(counted: Inventory) -> int:
@@ -69,69 +170,17 @@ def checkpoint_bytes(counted: Inventory) -> int:
     return 4 * counted.trainable_parameters + counted.optimizer_bytes
 
 
-def later_steps(
-    model: GgufModel, counted: Inventory, recipe: Recipe, length: int, *, compute_bytes: int, vram_bytes: int | None
-) -> tuple[LaterStep, ...]:
-    """What asking, merging, converting, quantising, proving and registering need, in the order of `ship`.
-
-    `length` is that of the longest row in tokens, `compute_bytes` the size of an element of the format that the model is
-    asked in (2 or 4), `vram_bytes` what the GPU has that it was trained on (None: the CPU). Asked is what was trained, where
-    it was trained: with QLoRA the base in 4 bits. The merged model and the file that ships are asked through llama.cpp. Where
-    a merge into the source loses too much, merge and conversion are made twice, one after the other.
-    """
-    ship, wanted = recipe.ship, recipe.ship.quantization
-    checkpoint = 2 * counted.parameters  # in 16 bits
-    adapter = adapter_file_bytes(counted)
-    header = HEADER_BYTES_A_TOKEN * model.vocab_size
-    files = {kind: gguf_bytes(model, kind) + header for kind in dict.fromkeys(("F16", "Q8_0", wanted))}
-    cache = 2 * ship.num_ctx * cache_elements(model)  # in 16 bits
-    answering = files[wanted] + cache
-    weights = compute_bytes * counted.parameters if counted.method == "full" else counted.weights_bytes + counted.adapter_bytes
-    asking = asking_bytes(model, weights, length + ship.max_new_tokens, compute_bytes, vram_bytes)
-    on_cuda = vram_bytes is not None
-
-    def step(name: str, ram: int, disk: int, read: int, *, vram: int = 0, place: Place = RUN_FOLDER, needed: bool = True) -> LaterStep:
-        return LaterStep(name, ram, vram, disk, place, read, needed)
-
-    if counted.method == "full":
-        asked = 2 * checkpoint  # before and after
-        merge = step("copy the trained model", FTKIT_BYTES, checkpoint, checkpoint)
-    else:
-        asked = checkpoint + adapter  # loaded once, asked without and with the adapter
-        merge = step("merge", FTKIT_BYTES + merge_bytes(model, counted), checkpoint, checkpoint + adapter)
-    return (
-        step(ASK, FTKIT_BYTES + (0 if on_cuda else asking), 0, asked, vram=asking if on_cuda else 0, needed=False),
-        merge,
-        *(
-            step(f"convert to {kind}", converter_bytes(model, kind), size, checkpoint)
-            for kind, size in files.items()
-            if kind in ("F16", "Q8_0")
-        ),
-        step(ASK_MERGED, FTKIT_BYTES + LLAMA_CPP_BYTES + files["F16"] + cache, 0, files["F16"], needed=False),
-        *(
-            step(f"convert to {kind}", converter_bytes(model, kind), size, checkpoint)
-            if kind in CONVERTED
-            else step(f"quantise to {kind}", quantize_bytes(model, kind), size, files["F16"])
-            for kind, size in files.items()
-            if kind not in ("F16", "Q8_0")
-        ),
-        step(f"prove {wanted}", FTKIT_BYTES + LLAMA_CPP_BYTES + answering, 0, files[wanted], needed=False),
-        # read for its hash and for the upload; the server keeps a copy of its own, and answers with it
-        step("register in Ollama", LLAMA_CPP_BYTES + answering, files[wanted], 2 * files[wanted], place=OLLAMAS_MODELS, needed=False),
-    )
-
-
 def adapter_file_bytes(counted: Inventory) -> int:
     """The adapter as PEFT writes it: what is trained, in float32. Its header, about 150 bytes a tensor, is left out."""
     return 0 if counted.method == "full" else 4 * counted.trainable_parameters
 
 
 def asking_bytes(model: GgufModel, weights_bytes: int, length: int, compute_bytes: int, room_bytes: int | None = None) -> int:
-    """What transformers holds while it answers a batch of rows of `length` tokens (hf.answer).
+    """What transformers holds while it answers a batch of rows of `length` tokens (engines/hf.py, answer).
 
     The weights; the cache; and of one layer that reads the whole prompt 4 × the intermediate and 6 × the hidden width. With
     the process this is 85 to 102 % of what was measured on a CPU for 135 M and 1 B parameters in 16 bits. The batch is halved
-    until it fits into `room_bytes`, as hf.answer does where memory runs out.
+    until it fits into `room_bytes`, as it does where memory runs out.
     """
     hidden = model.hidden_size
     intermediate = max((size[-2] for name, size in model.tensors.items() if "ffn_up" in name and len(size) > 1), default=4 * hidden)
@@ -143,7 +192,7 @@ def asking_bytes(model: GgufModel, weights_bytes: int, length: int, compute_byte
 
 
 def merge_bytes(model: GgufModel, counted: Inventory) -> int:
-    """What ftkit.merge holds at most, beside what is mapped from the source.
+    """What merge/stream.py holds at most, beside what is mapped from the source.
 
     The adapter; and for the largest weight W of a layer W, B·A and their sum, in float32, and the sum in 16 bits. Measured
     for 1 B parameters: 0.74 to 0.88 GB with the process.

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ftkit.data.lengths import Batching
+from ftkit.gguf.types import GgufModel, gguf_sizes
 from ftkit.machine.device import Device
 from ftkit.memory.model import Inventory
-from ftkit.memory.step import Part, Peak, Timeline
-from ftkit.plan.cost import FTKIT_BYTES, OLLAMAS_MODELS, RUN_FOLDER, TRAIN, LaterStep, Place
+from ftkit.memory.sizes import DTYPE_BYTES
+from ftkit.memory.step import Peak, Timeline
+from ftkit.plan.cost import FTKIT_BYTES, Sizes
+from ftkit.recipe import Ship
 
 METHODS = ("full", "lora", "qlora")
 MARGIN = 0.04  # of the budget, kept free: above the largest error seen against measured runs (docs/plan.md)
@@ -64,7 +67,7 @@ class Work:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The chosen fit, the same step under the three methods, what would fit instead, and the later steps."""
+    """The chosen fit, the same step under the three methods, and what would fit instead."""
 
     device: Device
     max_length: int  # tokens of the longest row that the step will see
@@ -80,30 +83,18 @@ class MemoryPlan:
     work: Work | None  # None without a dataset
     extra_bytes: int  # on the device beyond the trace: the difference of this model's probe, and on a CPU the process itself
     timeline: Timeline
-    later: tuple[LaterStep, ...]  # those after the plan, training first
-    gguf_bytes: dict[str, int]  # of each type's tensors
-    gguf_estimated_because: str | None  # None: exact
+    gguf: GgufModel  # as it will be converted
 
     @property
-    def disk_bytes(self) -> int:
-        """The most that all steps together keep on disk."""
-        return sum(self.disk_by_place().values())
+    def gguf_bytes(self) -> dict[str, int]:
+        """Of each type's tensors."""
+        return gguf_sizes(self.gguf)
 
-    def disk_by_place(self, *, trained: bool = False) -> dict[Place, int]:
-        """The most that is kept in each place; the checkpoints are gone when the steps after training begin.
-
-        `trained`: what those steps alone need.
-        """
-        sizes = dict.fromkeys((RUN_FOLDER, OLLAMAS_MODELS), 0)
-        checkpoints = 0
-        for step in self.later:
-            if step.name == TRAIN:
-                checkpoints = step.disk_bytes
-            else:
-                sizes[step.disk_is] += step.disk_bytes
-        if not trained:
-            sizes[RUN_FOLDER] = max(sizes[RUN_FOLDER], checkpoints)
-        return sizes
+    def sizes(self, ship: Ship) -> Sizes:
+        """What the costs of the steps follow from."""
+        vram_bytes = self.device.total_bytes if self.device.kind == "cuda" else None
+        compute_bytes = DTYPE_BYTES[self.compute_dtype]
+        return Sizes(self.gguf, self.chosen.inventory, ship, self.max_length, compute_bytes, vram_bytes, self.chosen.peak.device_bytes)
 
     def beside_tensors(self, fit: Fit) -> dict[str, int]:
         """What the device holds at the peak beside the step's tensors; with them it is `device_bytes`."""
@@ -137,29 +128,19 @@ class MemoryPlan:
             work=self.work and self.work.at(tokens_per_second),
         )
 
+    def record(self) -> dict[str, Any]:
+        """JSON-able, for `load`."""
+        from pydantic import TypeAdapter
+
+        recorded: dict[str, Any] = TypeAdapter(MemoryPlan).dump_python(self, mode="json")
+        return recorded
+
     @classmethod
-    def load(cls, record: dict[str, Any]) -> MemoryPlan:
-        """The plan whose `dataclasses.asdict` was recorded."""
+    def load(cls, record: object) -> MemoryPlan:
+        """The plan that was recorded. Raises ValueError for what is none."""
+        from pydantic import TypeAdapter
 
-        def fit(entry: dict[str, Any]) -> Fit:
-            peak = Peak(**{**entry["peak"], "parts": tuple(Part(**part) for part in entry["peak"]["parts"])})
-            return Fit(**{**entry, "inventory": Inventory(**entry["inventory"]), "peak": peak})
-
-        timeline, rows = record["timeline"], record["batching"]
-        return cls(
-            **{
-                **record,
-                "device": Device(**{**record["device"], "capability": tuple(record["device"]["capability"])}),
-                "chosen": fit(record["chosen"]),
-                "methods": tuple(map(fit, record["methods"])),
-                "batches": tuple(map(tuple, record["batches"])),
-                "changes": tuple(Change(**{**entry, "settings": tuple(entry["settings"])}) for entry in record["changes"]),
-                "work": Work(**record["work"]) if record["work"] else None,
-                "batching": rows and Batching(**{**rows, "grouped_batch_tokens": tuple(rows["grouped_batch_tokens"])}),
-                "timeline": Timeline({k: tuple(v) for k, v in timeline["series"].items()}, tuple(map(tuple, timeline["phases"]))),
-                "later": tuple(LaterStep(**entry) for entry in record["later"]),
-            }
-        )
+        return TypeAdapter(MemoryPlan).validate_python(record)
 
 
 def without_margin(budget_bytes: int) -> int:

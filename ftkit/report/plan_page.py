@@ -5,9 +5,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftkit.data.lengths import TokenCounts
+from ftkit.plan.cost import Cost, disk_by_place
 from ftkit.plan.plan import MARGIN, RESERVE, MemoryPlan
 from ftkit.report.parts import (
     KINDS,
@@ -28,16 +29,19 @@ from ftkit.report.words import PHASES, answer, command_for, padding, peak_words,
 from ftkit.report.write import PAGE_SUFFIXES, check, write
 from ftkit.units import bytes_text, count_text, seconds_text
 
-if TYPE_CHECKING:
-    pass
-
 
 def write_page(
-    plan: MemoryPlan, tokens: TokenCounts | None, path: Path, title: str = "Fine-tuning plan", asked: str = "ftkit plan"
+    plan: MemoryPlan,
+    costs: Sequence[Cost],
+    tokens: TokenCounts | None,
+    path: Path,
+    *,
+    title: str = "Fine-tuning plan",
+    asked: str = "ftkit plan",
 ) -> None:
     """Write the plan as one HTML file without scripts, fonts or pictures from elsewhere.
 
-    `tokens` where there is a dataset; `asked`: the command line that the plan was asked for with.
+    `costs` are those of the steps; `tokens` where there is a dataset; `asked`: the command line that the plan was asked for with.
 
     The same plan gives the same bytes. Raises RecipeError for another suffix than .html or a folder that cannot be written.
     """
@@ -61,7 +65,7 @@ def write_page(
     source = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     fit = plan.chosen
     text = environment.from_string(source).render(
-        title=title, asked=asked, plan=plan, fit=fit, tokens=tokens, answer=tied(answer(plan)), why=tied(why(plan)), peak_words=tied(peak_words(plan)),
+        title=title, asked=asked, plan=plan, fit=fit, costs=costs, disk_bytes=sum(disk_by_place(costs).values()), tokens=tokens, answer=tied(answer(plan)), why=tied(why(plan)), peak_words=tied(peak_words(plan)),
         margin=tied(f"{100 * MARGIN:g} %"), margin_words=tied(margin_words(fit)), least=tied(f"{100 * LEAST_SHARE:g} %"),
         small=fit.peak.device_bytes < SMALL_SHARE * axis_bytes(plan),
         used_kinds={kind for other in plan.methods for kind in kinds_of(plan, other)}, limit_bytes=fit.limit_bytes, span=axis_bytes(plan), total_bytes=max(plan.device.total_bytes, fit.budget_bytes),

@@ -1,0 +1,1 @@
+"""The line: what a job is, its steps, and how they are made in order."""

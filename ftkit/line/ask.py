@@ -1,0 +1,131 @@
+"""The steps `ask` and `reask`: the held-out questions, asked before and as trained, and of the merged model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ftkit.data.rows import Message
+from ftkit.engines import hf, llamacpp
+from ftkit.errors import DoesNotFitError
+from ftkit.line.gguf import GGUF, Converted
+from ftkit.line.job import Job, Onto, base_folder, computes_on, read_data, tokenizer_of
+from ftkit.line.merge import MODEL
+from ftkit.line.step import Made, Step, fingerprint_of, write_json
+from ftkit.line.train import TRAIN, Trained
+from ftkit.machine.device import processor
+from ftkit.plan.cost import FTKIT_BYTES, of_asking, of_asking_merged
+
+ANSWERS = "answers.json"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was answered, by who answered: lists in the order of the questions."""
+
+    answers: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Questions(Answers):
+    """The held-out questions, the expected answers, and the first answers."""
+
+    questions: list[list[Message]]
+    expected: list[str]
+
+
+def read_answers(made: Made[Any]) -> dict[str, list[str]]:
+    """The answers that a step recorded."""
+    found: dict[str, list[str]] = json.loads((made.folder / ANSWERS).read_text(encoding="utf-8"))["answers"]
+    return found
+
+
+def read_questions(asked: Made[Any]) -> Questions:
+    """What `ask` recorded."""
+    return Questions(**json.loads((asked.folder / ANSWERS).read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Who answered. Answers that could not be had are left out, and that was said."""
+
+    answered: tuple[str, ...] = ()
+
+
+def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
+    """On what was trained on, so that no more memory is needed.
+
+    An adapter's base is loaded once, as training loaded it (with QLoRA in 4 bits), and asked without and with the adapter.
+    """
+    recipe, base, rows = job.recipe, base_folder(job), read_data(job).test
+    (cuda, bfloat16), tokenizer = computes_on(), tokenizer_of(job, base, dated=True)
+    hf.refuse_lost_gradients()
+    questions, method = [row.question for row in rows], recipe.training.method
+    answers: dict[str, list[str]] = {}
+
+    def load(model: Path) -> Any:
+        how = None if method == "full" else method
+        return hf.load_model(model, how, bfloat16=bfloat16, cuda=cuda, trust_remote_code=recipe.trust_remote_code)
+
+    def ask(name: str, model: Any, label: str) -> None:
+        try:
+            answers[name] = hf.answer(model, tokenizer, questions, recipe.ship.max_new_tokens, label=label, reporter=job.reporter)
+        except DoesNotFitError as error:
+            job.reporter.warn(f"{label} was left out: {error.message}")
+
+    if method == "full":
+        ask("before", load(base), "asking the base model")
+        ask("trained", load(trained.folder / MODEL), "asking the trained model")
+    else:
+        from peft import PeftModel
+
+        model: Any = PeftModel.from_pretrained(load(base), trained.folder / "adapter")
+        with model.disable_adapter():
+            ask("before", model, "asking the base model")
+        ask("trained", model, "asking base and adapter")
+    write_json(folder / ANSWERS, asdict(Questions(answers, questions, [row.answer for row in rows])))
+    return Asked(tuple(answers))
+
+
+def _held_out(job: Job) -> list[Any]:
+    test, ship = job.data.get("test"), job.recipe.ship
+    return [test and test.fingerprint, ship.test_rows, ship.max_new_tokens]
+
+
+ASK = Step(
+    name="ask", does="answers before and as trained", command="ftkit ship", result=Asked, after=(TRAIN,),
+    follows_from=_held_out, costs=of_asking, make=_ask,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AskedMerged:
+    """Which merge was asked, and through which type of file; None: each was larger than this machine's memory."""
+
+    onto: Onto
+    asked_as: str | None
+
+
+def _ask_merged(job: Job, folder: Path, asked: Made[Asked], converted: Made[Converted]) -> AskedMerged:
+    """Through its GGUF, a mapped file: F16, or Q8_0 where the machine's memory is too small for that."""
+    room = processor().total_bytes - FTKIT_BYTES
+    file = next((file for file in converted.result.files if file.bytes < room), None)
+    answers: dict[str, list[str]] = {}
+    if file:
+        with llamacpp.load(converted.folder / file.path, job.recipe.ship.num_ctx) as engine:
+            answers["merged"] = engine.answer(
+                read_questions(asked).questions, job.recipe.ship.max_new_tokens,
+                label=f"asking the merged model ({file.quantization})", reporter=job.reporter,
+            )  # fmt: skip
+    else:
+        job.reporter.warn("the merged model is not asked: each of its files is larger than this machine's memory")
+    write_json(folder / ANSWERS, asdict(Answers(answers)))
+    return AskedMerged(job.onto, file.quantization if file else None)
+
+
+REASK = Step(
+    name="reask", does="answers of the merge", command="ftkit ship", result=AskedMerged, after=(ASK,), needs=(GGUF,),
+    follows_from=lambda job: [fingerprint_of(job, TRAIN), job.onto], costs=of_asking_merged, make=_ask_merged, keep=True,
+)  # fmt: skip

@@ -1,0 +1,107 @@
+"""The steps `gguf` and `quantise`: the merged model as GGUF files; and which of them ships."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ftkit.data.template import begins_with_bos
+from ftkit.engines import llamacpp
+from ftkit.gguf.files import CONVERTER_TYPES, GgufFile, convert, correct, quantize, read_back
+from ftkit.line.job import Job, tokenizer_of
+from ftkit.line.merge import MERGE, MODEL, Merged
+from ftkit.line.step import Made, Step, fingerprint_of
+from ftkit.machine.llama_cpp import find_program, need_converter
+from ftkit.plan.cost import of_converting, of_quantising
+
+ALWAYS_MADE = ("F16", "Q8_0")  # by the converter, which needs no llama-quantize
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The files that are always made, their paths from the step's folder."""
+
+    files: tuple[GgufFile, ...]
+
+    def file(self, quantization: str) -> GgufFile:
+        return next(file for file in self.files if file.quantization == quantization)
+
+
+def _convert(job: Job, folder: Path, merged: Made[Merged]) -> Converted:
+    converter, model = need_converter(job.llama_cpp_dir), merged.folder / MODEL
+    tokenizer, stem = tokenizer_of(job, model), job.recipe.ship.name.replace(":", "-")
+    paths = {quantization: folder / f"{stem}-{quantization}.gguf" for quantization in ALWAYS_MADE}
+    for quantization, path in paths.items():
+        convert(model, path, quantization, converter, job.reporter)
+    with llamacpp.load(paths["Q8_0"], 64) as engine:
+        unknown = [token for token in merged.result.stops if not engine.stops_at(token)]
+        adds_bos = engine.tokenize("x", begins=True) != engine.tokenize("x")
+    for path in paths.values():
+        correct(
+            path,
+            eot_token_id=unknown[0] if unknown else None,
+            add_bos_token=False if adds_bos and not begins_with_bos(tokenizer) else None,  # training saw none
+        )
+    return Converted(tuple(_read(path, quantization, tokenizer) for quantization, path in paths.items()))
+
+
+def _read(path: Path, quantization: str, tokenizer: Any) -> GgufFile:
+    return replace(read_back(path, quantization, tokenizer.chat_template), path=Path(path.name))
+
+
+GGUF = Step(
+    name="gguf", does="F16 and Q8_0", command="ftkit ship", result=Converted, after=(MERGE,),
+    costs=lambda sizes: of_converting(sizes, *ALWAYS_MADE), make=_convert,
+)  # fmt: skip
+
+
+def _quantise(job: Job, folder: Path, converted: Made[Converted], merged: Made[Merged]) -> GgufFile:
+    wanted, f16, model = job.recipe.ship.quantization, converted.result.file("F16").path, merged.folder / MODEL
+    path = folder / f"{f16.stem.removesuffix('F16')}{wanted}.gguf"
+    if wanted in CONVERTER_TYPES:
+        convert(model, path, wanted, need_converter(job.llama_cpp_dir), job.reporter)
+    else:
+        program = find_program("llama-quantize", job.llama_cpp_dir)
+        assert program  # else the step does not apply
+        quantize(converted.folder / f16, path, wanted, program, job.reporter)
+    return _read(path, wanted, tokenizer_of(job, model))
+
+
+def _is_quantised(job: Job) -> bool:
+    """Whether the type that is wanted is a file of its own, and can be made here or was made before."""
+    wanted = job.recipe.ship.quantization
+    if wanted in ALWAYS_MADE:
+        return False
+    if wanted in CONVERTER_TYPES or find_program("llama-quantize", job.llama_cpp_dir):
+        return True
+    return job.run.finished(QUANTISE.name, fingerprint_of(job, QUANTISE)) is not None
+
+
+QUANTISE: Step[GgufFile] = Step(
+    name="quantise", does="the type that ships", command="ftkit ship", result=GgufFile, after=(GGUF,), needs=(MERGE,),
+    follows_from=lambda job: [job.recipe.ship.quantization],
+    costs=lambda sizes: () if sizes.ship.quantization in ALWAYS_MADE else of_quantising(sizes),
+    make=_quantise, applies=_is_quantised,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shipping:
+    """The file that ships, and the step that made it."""
+
+    path: Path
+    file: GgufFile
+    step: str
+    fingerprint: str  # of the step
+    missing: str | None  # the wanted type, where llama-quantize is not here: then Q8_0 ships
+
+
+def shipping(job: Job, converted: Made[Converted], quantised: Made[GgufFile] | None) -> Shipping:
+    """Which of the files ships."""
+    wanted = job.recipe.ship.quantization
+    if quantised:
+        return Shipping(quantised.folder / quantised.result.path, quantised.result, quantised.name, quantised.fingerprint, None)
+    file = converted.result.file(wanted if wanted in ALWAYS_MADE else "Q8_0")
+    missing = None if wanted in ALWAYS_MADE else wanted
+    return Shipping(converted.folder / file.path, file, converted.name, converted.fingerprint, missing)

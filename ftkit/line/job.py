@@ -1,0 +1,136 @@
+"""A job: what is to be done, read and looked up once. Nothing in it is lazy; what is slow is called by name."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ftkit.data.mask import tokenise
+from ftkit.data.read import read_rows, split_validation
+from ftkit.data.rows import Example, Row
+from ftkit.engines import hf
+from ftkit.files import cache_folder, file_fingerprint, fingerprint, user_path
+from ftkit.machine import device
+from ftkit.machine.device import Device, computes_bfloat16
+from ftkit.machine.llama_cpp import named_llama_cpp
+from ftkit.model.locate import locate
+from ftkit.model.open import open_weights
+from ftkit.model.source import Source
+from ftkit.progress import SILENT, Reporter
+from ftkit.recipe import Recipe, load_recipe, make_recipe
+from ftkit.run import Run
+
+PLANS_KEPT = 50  # of those without a recipe, each a fifth of a megabyte
+Onto = Literal["source", "dequantised"]  # what an adapter is merged into
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of the dataset, and the SHA-256 of its bytes; "missing" where it is not there, which reading it will say."""
+
+    path: Path
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The dataset, by purpose. `test` falls back to the validation rows where the recipe names no test file."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe, and what it was found to name."""
+
+    recipe: Recipe
+    folder: Path  # that the recipe's paths are taken from
+    run: Run
+    source: Source  # the base model
+    device: Device  # that is planned for: the one that the recipe names, or this machine's
+    data: Mapping[str, DataFile]  # by purpose; empty: to be planned without a dataset
+    llama_cpp_dir: Path | None  # the recipe's own llama.cpp
+    reporter: Reporter
+    onto: Onto = "source"  # the 16-bit model, or the 4-bit base that was trained on, dequantised
+
+
+def open_job(path: Path, overrides: Sequence[tuple[str, Any]] = (), *, run_dir: Path | None = None, reporter: Reporter = SILENT) -> Job:
+    """Read a recipe (or the folder that holds `recipe.yaml`) and find its run directory: `runs/RECIPE` beside it."""
+    path = path / "recipe.yaml" if path.is_dir() else path
+    recipe = load_recipe(path, overrides)
+    folder = path.parent.resolve()
+    return make_job(recipe, folder, Run(run_dir or folder / "runs" / path.stem, reporter), reporter)
+
+
+def open_without_recipe(overrides: Sequence[tuple[str, Any]], *, reporter: Reporter = SILENT) -> Job:
+    """A job of settings alone, to be planned: `model`, and `data.train` where there is a dataset already.
+
+    Each question's plan is kept in the private folder, and paths are taken from the current one.
+    """
+    recipe = make_recipe(overrides)
+    plans = cache_folder() / "plans"
+    if plans.is_dir():
+        for old in sorted(plans.iterdir(), key=lambda path: path.stat().st_mtime)[:-PLANS_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+    run = Run(plans / fingerprint(str(Path.cwd()), recipe.model_dump()))
+    return make_job(recipe, Path.cwd(), run, reporter, has_data=any(key == "data.train" for key, _ in overrides))
+
+
+def make_job(recipe: Recipe, folder: Path, run: Run, reporter: Reporter = SILENT, *, has_data: bool = True) -> Job:
+    """Look up what the recipe names.
+
+    Raises RecipeError for a folder of tools or a card that is not there, ModelError for no model.
+    """
+    named = {"train": recipe.data.train, "validation": recipe.data.validation, "test": recipe.data.test} if has_data else {}
+    paths = {purpose: folder / user_path(name) for purpose, name in named.items() if name}
+    return Job(
+        recipe=recipe,
+        folder=folder,
+        run=run,
+        source=replace(locate(recipe.model, folder), with_code=recipe.trust_remote_code),
+        device=device.choose(recipe.budget.vram, recipe.budget.gpu),
+        data={purpose: DataFile(path, file_fingerprint(path) if path.is_file() else "missing") for purpose, path in paths.items()},
+        llama_cpp_dir=named_llama_cpp(recipe.tools.llama_cpp_dir, folder),
+        reporter=reporter,
+    )
+
+
+def read_data(job: Job) -> Rows:
+    """Read the dataset. Raises DataError with every fault by file and line."""
+    read = {purpose: read_rows(file.path) for purpose, file in job.data.items()}
+    train, validation = read["train"], read.get("validation")
+    if validation is None:
+        train, validation = split_validation(train, job.recipe.data.validation_share, job.recipe.training.seed)
+    return Rows(train, validation, read.get("test", validation)[: job.recipe.ship.test_rows])
+
+
+def open_base(job: Job) -> Source:
+    """The base model with its 16-bit weights at hand: fetched or dequantised where they are not."""
+    return open_weights(job.source, job.reporter)
+
+
+def base_folder(job: Job) -> Path:
+    folder = open_base(job).folder
+    assert folder
+    return folder
+
+
+def tokenizer_of(job: Job, folder: Path, *, dated: bool = False) -> Any:
+    """The tokenizer of a model folder; `dated`: with the recipe's date in its template, as what is merged has it already."""
+    recipe = job.recipe
+    return hf.load_tokenizer(folder, recipe.data.day if dated else None, trust_remote_code=recipe.trust_remote_code)
+
+
+def tokenised(rows: Sequence[Row], tokenizer: Any) -> list[Example]:
+    return [tokenise(tokenizer, row) for row in rows]
+
+
+def computes_on() -> tuple[bool, bool]:
+    """(on a GPU, in bfloat16) – of the machine that this runs on, whatever card the plan was made for."""
+    real = device.choose()
+    return real.kind == "cuda", computes_bfloat16(real)

@@ -1,0 +1,273 @@
+"""The line: its steps in order, and the four ways to walk it: plan, train, ship, build."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from ftkit.check import Check
+from ftkit.data.lengths import TokenCounts
+from ftkit.engines import ollama
+from ftkit.errors import DoesNotFitError, NameTakenError, RecipeError, RunError, ToolMissingError
+from ftkit.gguf.files import GgufFile
+from ftkit.line.ask import ASK, REASK
+from ftkit.line.gguf import GGUF, QUANTISE, shipping
+from ftkit.line.job import Job, Onto
+from ftkit.line.merge import MERGE
+from ftkit.line.plan import PLAN, recorded
+from ftkit.line.prove import PROOF, PROVE, judge, lost_points
+from ftkit.line.register import REGISTER, refuse_anothers_name, register_shipped, write_modelfile
+from ftkit.line.shortage import Shortage, refuse_shortages, shortages
+from ftkit.line.step import Made, Step, ensure, find
+from ftkit.line.train import TRAIN, Trained, refuse_dora
+from ftkit.machine.llama_cpp import need_converter
+from ftkit.model.open import bytes_to_fetch
+from ftkit.plan import measured
+from ftkit.plan.cost import Cost
+from ftkit.plan.plan import MARGIN, MemoryPlan
+from ftkit.proof.compare import Score
+from ftkit.run import discard
+from ftkit.units import bytes_text
+
+LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ASK, MERGE, GGUF, REASK, QUANTISE, PROVE, REGISTER)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with what is free, fetched and measured today, and what every step of the line will cost."""
+
+    memory: MemoryPlan
+    tokens: TokenCounts | None  # None: planned without a dataset
+    costs: tuple[Cost, ...]
+    fetch_bytes: int  # of the weights, those that are not on this machine yet
+    shortages: tuple[Shortage, ...]
+
+
+def plan(job: Job) -> Planned:
+    """Trace what the run's step needs and choose batch × accumulation. The run must be open.
+
+    Raises ModelError, DataError and RecipeError; a plan that does not fit is a result, not an error.
+    """
+    ensure(job, PLAN)
+    made = recorded(job.run)
+    assert made
+    speed = measured.tokens_per_second(job.device, job.recipe.training.method, job.recipe.model)
+    memory, fetch_bytes = made.memory.today(job.device.free_bytes, speed), bytes_to_fetch(job.source)
+    costs = costs_of(job, memory)
+    return Planned(memory, made.tokens, costs, fetch_bytes, tuple(shortages(job, costs, fetch_bytes)))
+
+
+def costs_of(job: Job, memory: MemoryPlan) -> tuple[Cost, ...]:
+    """What each step needs, in the order of the line."""
+    sizes = memory.sizes(job.recipe.ship)
+    return tuple(cost for step in LINE for cost in step.costs(sizes))
+
+
+def is_trained(job: Job) -> bool:
+    """Whether the run holds the finished training of this recipe, data and model."""
+    return find(job, TRAIN) is not None
+
+
+def train(job: Job) -> Made[Trained]:
+    """Train as planned. Raises DoesNotFitError before anything is loaded, InterruptedRunError on Ctrl-C."""
+    refuse_dora(job)
+    if is_trained(job):
+        return ensure(job, TRAIN)  # up to date: nothing has to fit any more
+    planned = plan(job)
+    memory, fit = planned.memory, planned.memory.chosen
+    if not fit.fits:
+        raise DoesNotFitError(
+            f"{job.recipe.training.method} at {memory.max_length} tokens needs {bytes_text(fit.peak.device_bytes)}; "
+            f"{memory.device.name} has {bytes_text(fit.budget_bytes)}, of which {MARGIN:.0%} is kept free.",
+            "see what would fit, each change computed: ftkit plan",
+        )
+    refuse_shortages(planned.shortages)
+    if earlier := job.run.finished(TRAIN.name):
+        job.reporter.note(f"an earlier training with other inputs stays in {earlier.folder}")
+    return ensure(job, TRAIN)
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What `ship` delivers."""
+
+    gguf: Path
+    files: list[GgufFile]
+    modelfile: Path
+    merged_onto: str
+    checks: list[Check]
+    scores: dict[str, Score]
+    proof_file: Path
+    same_answers: Score | None  # of the trained model and the shipped file; None where the trained model could not be asked
+    examples: list[dict[str, str]]
+    missing_quantization: str | None  # the wanted type, where llama-quantize is not here
+    registered_as: str | None
+    not_registered_because: str | None
+    register_with: str | None  # what to type for that
+    fresh: bool
+
+
+def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = False) -> Shipped:
+    """Merge, convert, quantise, prove and register what was trained.
+
+    `use_ollama`: True requires a server, False leaves it out, None registers where one answers. A model of that name
+    which this run did not register is left as it is, unless `replace_model`.
+    Raises RunError where nothing was trained, ProofError where the shipped file does not behave as the trained model.
+    """
+    _refuse_what_cannot_ship(job, use_ollama, replace_model)
+    asked, job = ensure(job, ASK), choose_merge(job)
+    merged, converted = ensure(job, MERGE), ensure(job, GGUF)
+    ensure(job, REASK)
+    shipped = shipping(job, converted, ensure(job, QUANTISE) if QUANTISE.applies(job) else None)
+    proven = ensure(job, PROVE)
+    modelfile = write_modelfile(job, merged, shipped)
+    proof = judge(job, asked, proven, shipped)
+    checks, registered, because, register_with = proof.checks, None, None, None
+    if use_ollama is not False:
+        try:
+            with ollama.connect(job.reporter) as client:
+                refuse_anothers_name(job, client, replace_model)
+                registered, in_ollama = register_shipped(job, client, shipped, merged, asked, proven)
+                checks = [*checks, *in_ollama]
+        except (ToolMissingError, NameTakenError) as error:
+            if use_ollama:
+                raise
+            because, register_with = error.message, error.hint
+    return Shipped(
+        gguf=shipped.path,
+        files=[*(file for file in converted.result.files if file != shipped.file), shipped.file],
+        modelfile=modelfile,
+        merged_onto=merged.result.onto,
+        checks=checks,
+        scores=proof.scores,
+        proof_file=proven.folder / PROOF,
+        same_answers=proof.same_answers,
+        examples=proof.examples[:3],
+        missing_quantization=shipped.missing,
+        registered_as=registered,
+        not_registered_because=because,
+        register_with=register_with,
+        fresh=proven.fresh,
+    )
+
+
+def _refuse_what_cannot_ship(job: Job, use_ollama: bool | None, replace_model: bool) -> None:
+    """All that can be known to be missing before the long work."""
+    refuse_dora(job)
+    if not is_trained(job):
+        other = "holds a training of another recipe, other data or another revision of the model"
+        what = other if job.run.finished(TRAIN.name) else "holds no finished training"
+        raise RunError(
+            f"{job.run.folder} {what}.", "ftkit train, or ftkit build for the whole line; a hub model stays the same as org/name@COMMIT"
+        )
+    refuse_missing_tools(job)
+    if use_ollama:
+        with ollama.connect(job.reporter) as client:
+            refuse_anothers_name(job, client, replace_model)
+    planned = recorded(job.run)
+    if planned and not job.run.finished(PROVE.name):
+        refuse_shortages(shortages(job, costs_of(job, planned.memory), 0, trained=True))
+
+
+def refuse_missing_tools(job: Job) -> None:
+    """Raise ToolMissingError before long work whose result could not be converted."""
+    if not job.run.finished(GGUF.name):
+        need_converter(job.llama_cpp_dir)
+
+
+def choose_merge(job: Job) -> Job:
+    """The job, with the merge that ships.
+
+    Where QLoRA's gain is lost by merging into the 16-bit source – an adapter learns around the 4-bit base – the merge is made
+    onto the dequantised base instead. One that was made so stays: a wider limit takes nothing back.
+    """
+    dequantised = replace(job, onto="dequantised")
+    if find(dequantised, MERGE):
+        return dequantised
+    if job.recipe.training.method != "qlora":
+        return job
+    lost = lost_points(job, ensure(job, ASK), ensure(job, REASK))
+    if lost is None or lost <= job.recipe.ship.max_loss_points:
+        return job
+    job.reporter.warn(
+        f"merged into the 16-bit source the model loses {lost:.1f} points; merging onto the dequantised base that it was trained on"
+    )
+    for step in (GGUF, MERGE):  # what was made of the other merge would take the disk twice
+        if stale := job.run.finished(step.name):
+            discard(stale.folder)
+    return dequantised
+
+
+def build(job: Job, *, use_ollama: bool | None = None, replace_model: bool = False) -> Shipped:
+    """The whole line."""
+    refuse_missing_tools(job)
+    train(job)
+    return ship(job, use_ollama=use_ollama, replace_model=replace_model)
+
+
+def named(name: str) -> Step[Any]:
+    """The step of this name. Raises RecipeError where there is none."""
+    for step in LINE:
+        if step.name == name:
+            return step
+    raise RecipeError(f"There is no step `{name}`.", f"the steps are {', '.join(step.name for step in LINE)}")
+
+
+def _as_merged(job: Job) -> Job:
+    """The job, with the merge that is there."""
+    dequantised = replace(job, onto="dequantised")
+    return dequantised if find(dequantised, MERGE) else job
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a step is, for this recipe, data and model."""
+
+    step: Step[Any]
+    done: Made[Any] | None
+    costs: tuple[Cost, ...]  # empty: nothing, or no plan was made yet
+
+
+def states(job: Job) -> Iterator[State]:
+    """Of every step that this job has, in order. Nothing is made."""
+    job = _as_merged(job)
+    planned = recorded(job.run)
+    sizes = planned.memory.sizes(job.recipe.ship) if planned else None
+    for step in LINE:
+        if step.applies(job):
+            yield State(step, find(job, step) if step.make else None, step.costs(sizes) if sizes else ())
+
+
+def make_only(job: Job, name: str) -> Made[Any]:
+    """Make one step alone. Raises RunError where one that it comes after is not finished, RecipeError where there is no such step."""
+    step = named(name)
+    if step is PLAN or step is TRAIN:
+        return train(job) if step is TRAIN else ensure(job, PLAN)
+    if step.make is None or not step.applies(job):
+        why = "keeps nothing in the run" if step.make is None else f"makes nothing of {job.recipe.ship.quantization}"
+        raise RecipeError(f"`{name}` {why}.", "the whole line: ftkit ship")
+    done = {state.step.name: state for state in states(job)}
+    for before in (*step.after, *step.needs):
+        if before.applies(job) and not done[before.name].done:
+            raise RunError(f"`{name}` comes after `{before.name}`, which is not finished.", f"{before.command} --only {before.name}")
+    return ensure(_as_merged(job), step)
+
+
+def start_from(job: Job, name: str) -> None:
+    """Throw away what the run holds of this step and of those after it, so that they are made again. Trainings are kept.
+
+    Raises RecipeError where there is no such step, or it is one before shipping.
+    """
+    first = LINE.index(named(name))
+    if first < LINE.index(ASK):
+        raise RecipeError(
+            f"--from {name}: plan and training are made again where something of theirs is another.", "see what can go: ftkit status"
+        )
+    for step in LINE[first:]:
+        for onto in get_args(Onto) if step.make else ():
+            if step.applies(job) and (found := find(replace(job, onto=onto), step)):
+                discard(found.folder)
+    if index := job.run.manifest().get("ollama"):
+        job.run.record(ollama={key: value for key, value in index.items() if key != "shipped"})

@@ -1,0 +1,171 @@
+"""The step `plan`: trace the training step, and choose batch × accumulation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ftkit.data.lengths import TokenCounts, count_tokens
+from ftkit.data.mask import cut, refuse_nothing_to_learn
+from ftkit.data.read import only_held_out
+from ftkit.data.rows import IGNORED, Example, Row
+from ftkit.data.template import render, token_ids
+from ftkit.engines import hf
+from ftkit.errors import RecipeError
+from ftkit.line.job import Job, Rows, read_data, tokenised, tokenizer_of
+from ftkit.line.step import Step, write_json
+from ftkit.machine.device import computes_bfloat16
+from ftkit.memory.model import load_config
+from ftkit.model.open import open_config
+from ftkit.model.source import Source
+from ftkit.ollama.modelfile import refuse_system
+from ftkit.plan import measured
+from ftkit.plan.choose import make_plan
+from ftkit.plan.plan import MemoryPlan
+from ftkit.proof.compare import counted
+from ftkit.recipe import Recipe
+from ftkit.run import Run
+
+PLAN_FILE = "plan.json"
+HOLDS_FOR = ("accelerate", "bitsandbytes", "ftkit", "gguf", "peft", "torch", "transformers", "trl")  # in these versions
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the step says of itself; the whole plan is in its PLAN_FILE."""
+
+    fits: bool
+    device_bytes: int
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A plan, and the lengths of the dataset that it was made for."""
+
+    memory: MemoryPlan
+    tokens: TokenCounts | None  # None: planned without a dataset
+
+
+def recorded(run: Run) -> Recorded | None:
+    """The run's last plan. One that cannot be read any more is thrown away, to be made again."""
+    found = run.finished("plan")
+    if not found:
+        return None
+    try:
+        result = json.loads((found.folder / PLAN_FILE).read_text(encoding="utf-8"))
+        return Recorded(MemoryPlan.load(result["memory"]), TokenCounts(**result["tokens"]) if result["tokens"] else None)
+    except (OSError, ValueError, TypeError, KeyError):
+        shutil.rmtree(found.folder)
+        return None
+
+
+def training_inputs(job: Job) -> list[Any]:
+    """What the trained weights follow from. Batch × accumulation is not among it: their product is, and gives equal updates."""
+    recipe = job.recipe
+    return [
+        job.source.fingerprint,
+        {purpose: file.fingerprint for purpose, file in job.data.items() if purpose != "test"},
+        recipe.data.model_dump(exclude={"test"}),
+        recipe.training.model_dump(exclude={"save_minutes"}),
+        recipe.lora.model_dump(exclude={"use_dora"}),  # which is planned, and refused before training
+        *(["trust_remote_code"] if recipe.trust_remote_code else []),
+    ]
+
+
+def _follows_from(job: Job) -> list[Any]:
+    recipe, device = job.recipe, job.device
+    free_bytes = device.free_bytes  # of a device that was found it changes from day to day, and seldom the choice
+    last = recorded(job.run)
+    if last and last.memory.holds_with(free_bytes):
+        free_bytes = last.memory.device.free_bytes
+    wanted = [device.name, device.total_bytes >> 20, free_bytes, recipe.budget.vram, _extra_bytes(job)]
+    versions = {name: version(name) for name in HOLDS_FOR}
+    return [*training_inputs(job), recipe.lora.use_dora, recipe.ship.model_dump(), recipe.what_if.model_dump(), wanted, versions]
+
+
+def _extra_bytes(job: Job) -> int:
+    return measured.extra_bytes(job.device, measured.subject(job.recipe, job.source.fingerprint))
+
+
+def _make(job: Job, folder: Path) -> Chosen:
+    recipe, device = job.recipe, job.device
+    rows = read_data(job) if job.data else None  # a fault in the data is found first
+    opened = open_config(job.source, job.reporter)
+    assert opened.folder
+    counts, trained, validated = _examples(job, opened, rows) if rows else (None, [], [])
+    config = load_config(opened.folder, trust_remote_code=recipe.trust_remote_code)
+    kept = [*trained, *validated]
+    length = max((len(example.input_ids) for example in kept), default=recipe.training.max_length)
+    labelled = max((sum(label != IGNORED for label in example.labels) for example in kept), default=length)
+    _check_config(config, recipe, length)
+    job.reporter.step(f"tracing a training step of {config.model_type} at {length} tokens")
+    memory = make_plan(
+        config, recipe, device, length, [len(example.input_ids) for example in trained],
+        bfloat16=computes_bfloat16(device), extra_bytes=_extra_bytes(job), labelled_share=labelled / length,
+    )  # fmt: skip
+    write_json(folder / PLAN_FILE, {"memory": memory.record(), "tokens": asdict(counts) if counts else None})
+    return Chosen(memory.chosen.fits, memory.chosen.peak.device_bytes)
+
+
+def _examples(job: Job, opened: Source, rows: Rows) -> tuple[TokenCounts | None, list[Example], list[Example]]:
+    """The dataset's rows in tokens, and the training and validation rows as the trainer sees them.
+
+    Nothing where only a config is there: it has no tokenizer.
+    """
+    if opened.kind == "config":
+        job.reporter.warn("the tokens of the dataset are not counted: a config has no tokenizer; all rows are taken as training.max_length")
+        return None, [], []
+    assert opened.folder
+    tokenizer, max_length = tokenizer_of(job, opened.folder, dated=True), job.recipe.training.max_length
+    job.reporter.step("counting the dataset's tokens")
+    examples, held_out = tokenised(rows.train, tokenizer), tokenised(rows.validation, tokenizer)
+    trained, validated = cut(examples, max_length), cut(held_out, max_length)
+    refuse_nothing_to_learn(trained, validated)
+    _say_what_is_only_held_out(job, rows)
+    _refuse_what_cannot_be_asked(job, rows.test, tokenizer)
+    return count_tokens([*examples, *held_out], max_length), trained, validated
+
+
+def _refuse_what_cannot_be_asked(job: Job, rows: Sequence[Row], tokenizer: Any) -> None:
+    """Raise RecipeError for a system prompt or a held-out question that the shipped model could not take."""
+    ship = job.recipe.ship
+    refuse_system(ship.system, lambda messages, ask: render(tokenizer, messages, ask=ask))
+    for row in rows:
+        asked = len(token_ids(tokenizer, render(tokenizer, row.question, ask=True)))
+        if asked + ship.max_new_tokens > ship.num_ctx:
+            raise RecipeError(
+                f"ship.num_ctx: the held-out question in line {row.line} has {asked} tokens, with an answer of {ship.max_new_tokens} "
+                f"more than the {ship.num_ctx} that the shipped model reads.",
+                f"--set ship.num_ctx={-(-(asked + ship.max_new_tokens) // 1024) * 1024}",
+            )
+
+
+def _say_what_is_only_held_out(job: Job, rows: Rows) -> None:
+    def kind(answer: str) -> str:
+        return counted(answer, job.recipe.ship.match)
+
+    if missing := only_held_out(rows.train, rows.validation, kind):
+        kinds = len({kind(row.answer) for row in (*rows.train, *rows.validation)})
+        first = json.dumps(kind(missing[0].answer)[:40], ensure_ascii=True)
+        job.reporter.warn(
+            f"{len(missing)} of {kinds} different answers stand in the validation rows alone and are not learnt: "
+            f"the first is {first}, line {missing[0].line}; add rows of that kind, or name a file in data.validation"
+        )
+
+
+def _check_config(config: Any, recipe: Recipe, length: int) -> None:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and length > limit:
+        raise RecipeError(
+            f"training.max_length: rows of {length} tokens are longer than this model reads ({limit}).",
+            f"--set training.max_length={limit}",
+        )
+    hf.refuse_wrong_versions(config.model_type)
+
+
+PLAN = Step(name="plan", does="choose batch × accumulation", command="ftkit plan", result=Chosen, follows_from=_follows_from, make=_make)

@@ -1,0 +1,167 @@
+"""The step `prove`: whether the file that ships is the model that was trained; and the judgement of its answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from ftkit.check import Check, failed, not_made, passed
+from ftkit.data.mask import before_answer
+from ftkit.data.rows import Message, Row, roles_text
+from ftkit.data.template import Render, render, token_ids
+from ftkit.engines import llamacpp
+from ftkit.errors import ProofError
+from ftkit.gguf.files import GgufFile
+from ftkit.line.ask import ANSWERS, ASK, REASK, Answers, Asked, AskedMerged, read_answers, read_questions
+from ftkit.line.gguf import GGUF, QUANTISE, Converted, Shipping, shipping
+from ftkit.line.job import Job, Onto, read_data, tokenizer_of
+from ftkit.line.merge import MERGE, MODEL, Merged
+from ftkit.line.step import Made, Step, find, write_json
+from ftkit.plan.cost import of_proving
+from ftkit.proof.compare import Score, same, same_ids, score
+from ftkit.proof.gate import judge_answers
+from ftkit.proof.probes import CONTROL_WORDS, HARD_TEXTS, conversations
+
+ROWS_COMPARED = 1000  # training rows whose ids are compared, the first
+PROOF, FAILED_PROOF = "proof.json", "failed-proof.json"
+HINTS = {
+    "token ids": "its pre-tokenizer is not what the file says: use the model's original safetensors as the base",
+    "training ids": "train again with these library versions, or use the model's original safetensors as the base",
+    "prompts": "its chat template renders differently in llama.cpp: report this with the model's name",
+    "stops": "an answer would not end: report this with the model's name",
+}
+SCORE_NAMES: dict[Onto, str] = {"source": "merged", "dequantised": "merged onto the dequantised base"}
+
+
+def renders(tokenizer: Any) -> Render:
+    """A tokenizer's chat template as a function."""
+    return lambda messages, ask: render(tokenizer, messages, ask=ask)
+
+
+def proof_checks(
+    tokenizer: Any, engine: llamacpp.Engine, rows: Sequence[Row], questions: Sequence[list[Message]], stops: Sequence[int]
+) -> list[Check]:
+    """Whether a loaded GGUF reads, is asked and ends as training did.
+
+    BOS counts once: compared are the ids that the model reads, those that llama.cpp adds among them.
+    """
+
+    def training() -> Iterator[tuple[str, list[int], list[int]]]:
+        for row in rows[:ROWS_COMPARED]:
+            for number, message in enumerate(row.messages):
+                if message["role"] == "assistant":
+                    seen, said = before_answer(tokenizer, row, number)
+                    yield roles_text(row.messages[:number]), seen, engine.prompt_ids(row.messages[:number])
+                    yield said, token_ids(tokenizer, said), engine.tokenize(said)
+
+    def prompts() -> Iterator[tuple[str, list[int], list[int]]]:
+        for messages in (*questions, *conversations(renders(tokenizer), taken_for_control)):
+            text = render(tokenizer, messages, ask=True)
+            yield text, token_ids(tokenizer, text), engine.prompt_ids(messages)
+
+    taken_for_control = [word for word in CONTROL_WORDS if token_ids(tokenizer, word) != engine.tokenize(word)]
+    endless = [token for token in stops if not engine.stops_at(token)]
+    names = tokenizer.convert_ids_to_tokens(list(stops))
+    return [
+        same_ids("token ids", ((t, token_ids(tokenizer, t), engine.tokenize(t)) for t in HARD_TEXTS), "hard texts"),
+        same_ids("training ids", training(), "prompts and answers of training rows"),
+        same_ids("prompts", prompts(), "prompts"),
+        *(
+            not_made(f"prompts that hold {word}", "training reads it as text, llama.cpp as one control token, which is accepted")
+            for word in taken_for_control
+        ),
+        failed("stops", f"llama.cpp goes on after {', '.join(tokenizer.convert_ids_to_tokens(endless))}")
+        if endless
+        else passed("stops", f"answers end at {' '.join(names)}"),
+    ]
+
+
+@dataclass(frozen=True)
+class Proven:
+    """What was looked at of the file that ships; its answers are beside, and judged by `judge`."""
+
+    checks: tuple[Check, ...]
+
+
+def _make(
+    job: Job, folder: Path, merged: Made[Merged], asked: Made[Asked], converted: Made[Converted], quantised: Made[GgufFile] | None = None
+) -> Proven:
+    """Raises ProofError where a check fails."""
+    path, ship = shipping(job, converted, quantised).path, job.recipe.ship
+    job.reporter.step(f"proving {path.name} against the trained model")
+    questions, tokenizer = read_questions(asked).questions, tokenizer_of(job, merged.folder / MODEL)
+    with llamacpp.load(path, ship.num_ctx) as engine:
+        checks = proof_checks(tokenizer, engine, read_data(job).train, questions, merged.result.stops)
+        for check in checks:
+            if check.outcome == "failed":
+                raise ProofError(f"{path.name} is not the model that was trained. {check.words}", HINTS[check.name])
+        answers = engine.answer(questions, ship.max_new_tokens, label=f"asking {path.name}", reporter=job.reporter)
+    write_json(folder / ANSWERS, asdict(Answers({"shipped": answers})))
+    return Proven(tuple(checks))
+
+
+PROVE = Step(
+    name="prove", does="ids, prompts, stops and answers of what ships", command="ftkit ship", result=Proven,
+    after=(MERGE, ASK, GGUF, QUANTISE), follows_from=lambda job: [job.recipe.ship.quantization], costs=of_proving, make=_make,
+)  # fmt: skip
+
+
+def lost_points(job: Job, asked: Made[Asked], told: Made[AskedMerged]) -> float | None:
+    """Points that the merged model answers less than the trained one; None where one of them could not be asked."""
+    first, merged = read_questions(asked), read_answers(told).get("merged")
+    trained = first.answers.get("trained")
+    if trained is None or merged is None:
+        return None
+    before, after = (score(first.expected, given, job.recipe.ship.match).percent for given in (trained, merged))
+    return before - after
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The checks of the shipped file, and the figures behind that of its answers."""
+
+    checks: list[Check]
+    scores: dict[str, Score]
+    same_answers: Score | None  # of the trained model and the shipped file; None where the trained model could not be asked
+    examples: list[dict[str, str]]
+
+
+def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping) -> Proof:
+    """Score the recorded answers and hold them against `ship.max_loss_points`: nothing is loaded or asked again.
+
+    Writes proof.json, or where they fail failed-proof.json, and raises ProofError.
+    """
+    ship, run, quantization = job.recipe.ship, job.run, shipped.file.quantization
+    first, after = read_questions(asked), read_answers(proven)["shipped"]
+    given: dict[str, list[str]] = {name: first.answers[name] for name in ("before", "trained") if name in first.answers}
+    for onto in get_args(Onto):  # each merge of this training that was asked
+        told = find(replace(job, onto=onto), REASK)
+        if told and (answers := read_answers(told).get("merged")):
+            given[SCORE_NAMES[onto]] = answers
+    given[quantization] = after
+    scores = {name: score(first.expected, answers, ship.match) for name, answers in given.items()}
+    alike = same(given["trained"], after) if "trained" in given else None
+    answers_check = judge_answers(scores, quantization, alike or Score(0, len(after)), ship.max_loss_points)
+    before = given.get("before", [""] * len(after))
+    examples = [
+        {"question": q[-1]["content"], "expected": e, "before": b, "after": a}
+        for q, e, b, a in zip(first.questions, first.expected, before, after, strict=True)
+    ]
+    proof = Proof([*proven.result.checks, answers_check], scores, alike, examples)
+    failing = answers_check.outcome == "failed"
+    path = run.folder / FAILED_PROOF if failing else proven.folder / PROOF
+    for old in (run.folder / FAILED_PROOF, proven.folder / PROOF):
+        old.unlink(missing_ok=True)
+    limits = {"match": ship.match, "max_loss_points": ship.max_loss_points}
+    write_json(path, {"file": shipped.path.name, **limits, **asdict(proof)})
+    run.record(proof={"step": proven.fingerprint, "checks": [asdict(check) for check in proof.checks]})
+    if failing:
+        loss = math.ceil(scores["trained"].percent - scores[quantization].percent)
+        raise ProofError(
+            f"{shipped.path.name} answers worse than the trained model: {answers_check.detail}. All answers: {path}",
+            f"a finer type loses less: --set ship.quantization=Q8_0; or allow it: --set ship.max_loss_points={loss}",
+        )
+    return proof

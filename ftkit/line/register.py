@@ -1,0 +1,132 @@
+"""The step `register`: the shipped file becomes a model in Ollama. No folder of the run: the server may forget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ftkit.check import Check
+from ftkit.data.template import dated
+from ftkit.engines import ollama
+from ftkit.errors import ModelError, NameTakenError
+from ftkit.files import fingerprint, write_atomically
+from ftkit.line.ask import Asked, read_answers, read_questions
+from ftkit.line.gguf import Shipping
+from ftkit.line.job import Job, tokenizer_of
+from ftkit.line.merge import MODEL, Merged
+from ftkit.line.prove import PROVE, Proven, renders
+from ftkit.line.step import Made, Step
+from ftkit.machine.device import asked_threads
+from ftkit.ollama.modelfile import Modelfile, make_modelfile
+from ftkit.ollama.register import register, remove, temporary_name
+from ftkit.ollama.template import find_format
+from ftkit.plan.cost import of_registering
+from ftkit.proof.compare import Score, score
+from ftkit.proof.gate import judge_served
+from ftkit.units import bytes_text
+
+OLLAMA_ROWS = 20  # held-out questions that a server is asked after registering; the proof has asked them all
+
+
+def write_modelfile(job: Job, merged: Made[Merged], shipped: Shipping) -> Path:
+    """The Modelfile beside the file that ships, written again where the file or a sampling value is another.
+
+    Recorded as what ships: `chat`, `status` and registering read it.
+    """
+    run, ship, path = job.run, job.recipe.ship, shipped.path.with_name("Modelfile")
+    mark = fingerprint(shipped.fingerprint, shipped.file.quantization, ship.model_dump(), version("ftkit"))
+    if run.manifest().get("shipped", {}).get("mark") != mark or not path.is_file():
+        modelfile = _modelfile(job, tokenizer_of(job, merged.folder / MODEL), shipped.path, merged.result.stops)
+        write_atomically(path, modelfile.text().encode())
+        gguf = shipped.path.relative_to(run.folder).as_posix()
+        run.record(shipped={"step": shipped.step, "gguf": gguf, "system": ship.system, "num_ctx": ship.num_ctx, "mark": mark})
+    return path
+
+
+def _modelfile(job: Job, tokenizer: Any, gguf: Path, stops: Sequence[int]) -> Modelfile:
+    from gguf import GGUFReader
+
+    try:
+        chat = find_format(renders(tokenizer), lambda day: renders(dated(tokenizer, day)))
+    except ModelError as error:
+        job.reporter.warn(f"{error.message} Ollama is left to use the template inside the GGUF.")
+        chat = None
+    adds_bos = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    bos = tokenizer.bos_token if adds_bos is not None and adds_bos.contents() else ""
+    texts = [str(text) for text in tokenizer.convert_ids_to_tokens(list(stops))]
+    return make_modelfile(f"./{gguf.name}", chat, job.recipe.ship, bos=bos or "", stops=texts)
+
+
+def refuse_anothers_name(job: Job, client: Any, replace_model: bool) -> None:
+    """Raise NameTakenError where Ollama has a model of this name that is not one which this run registered, or was about to."""
+    name, recorded = job.recipe.ship.name, job.run.manifest().get("ollama", {})
+    made_here = [[recorded.get("name"), recorded.get("digest")], *recorded.get("naming", [])]
+    digest = ollama.digest_of(client, name)
+    if digest and not replace_model and [name, digest] not in made_here:
+        raise NameTakenError(
+            f"Ollama has a model named {name} that this run did not make; it is left as it is.",
+            "replace it: ftkit ship --ollama --yes; or take another name: --set ship.name=NAME",
+        )
+
+
+def register_shipped(
+    job: Job, client: Any, shipped: Shipping, merged: Made[Merged], asked: Made[Asked], proven: Made[Proven]
+) -> tuple[str, list[Check]]:
+    """Create the model in Ollama unless it is there from this very file and Modelfile; its name, and what was checked of it.
+
+    Whatever moment it is killed at, the next ship knows what of Ollama's is this run's: the temporary name stands in the
+    index before the server hears it, and the digest before the name gets it.
+    """
+    run, reporter, name = job.run, job.reporter, job.recipe.ship.name
+    mark, recorded = run.manifest()["shipped"]["mark"], run.manifest().get("ollama", {})
+    if left := recorded.get("temporary"):
+        remove(client, left, reporter)
+    digest = ollama.digest_of(client, name)
+    if digest and recorded.get("digest") == digest and recorded.get("shipped") == mark and "checks" in recorded:
+        return name, [Check(**entry) for entry in recorded["checks"]]
+    if ollama.models_folder() is None:
+        reporter.note(f"Ollama is on another machine: whether its disk takes {bytes_text(shipped.path.stat().st_size)} was not looked at")
+    tokenizer = tokenizer_of(job, merged.folder / MODEL)
+    reporter.step(f"registering {name} in Ollama")
+    modelfile = _modelfile(job, tokenizer, shipped.path, merged.result.stops)
+    temporary = temporary_name(name)
+    run.record(ollama={**recorded, "temporary": temporary})
+    found: dict[str, Any] = {}
+
+    def verify(unchecked: str) -> Check:
+        served, check = _ask(job, client, unchecked, asked, proven)
+        found.update(asdict(served))
+        return check
+
+    def remember(digest: str) -> None:
+        naming = [*recorded.get("naming", []), [name, digest]]
+        run.record(ollama={**recorded, "temporary": temporary, "naming": naming})
+
+    registered = register(
+        client, name, shipped.path, modelfile, renders(tokenizer), temporary=temporary, verify=verify, before_naming=remember,
+        reporter=reporter,
+    )  # fmt: skip
+    checks = [asdict(check) for check in registered.checks]
+    run.record(ollama={"name": name, "digest": registered.digest, "shipped": mark, "score": found, "checks": checks})
+    return name, list(registered.checks)
+
+
+def _ask(job: Job, client: Any, name: str, asked: Made[Asked], proven: Made[Proven]) -> tuple[Score, Check]:
+    """Ask the server the first held-out questions: how many it answers right, and whether that is what the file answers."""
+    ship, first = job.recipe.ship, read_questions(asked)
+    questions, expected = first.questions[:OLLAMA_ROWS], first.expected[:OLLAMA_ROWS]
+    threads = asked_threads()  # more than are free slow a server down many times: they spin while they wait
+    options = {"num_thread": threads} if threads else None
+    given = ollama.answer(client, name, questions, ship.max_new_tokens, options=options, reporter=job.reporter)
+    served = score(expected, given, ship.match)
+    job.reporter.note(f"Ollama answers {served.right} of {served.rows} held-out questions right")
+    return served, judge_served(expected, read_answers(proven)["shipped"][:OLLAMA_ROWS], given, ship.match, ship.max_loss_points)
+
+
+REGISTER: Step[None] = Step(
+    name="register", does="a model in Ollama", command="ftkit ship --ollama", result=type(None), after=(PROVE,),
+    costs=of_registering, make=None,
+)  # fmt: skip

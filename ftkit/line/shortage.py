@@ -1,0 +1,70 @@
+"""What the steps to come need of this machine, and it does not have: said before the long work."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ftkit.engines.ollama import models_folder
+from ftkit.errors import DoesNotFitError
+from ftkit.line.job import Job
+from ftkit.machine.device import processor
+from ftkit.model.hub import hub_cache
+from ftkit.plan.cost import OLLAMAS_MODELS, RUN_FOLDER, TRAIN, Cost, disk_by_place
+from ftkit.units import bytes_text
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """One thing that is too small."""
+
+    what: str  # "RAM", or the folders on the disk that is too small
+    step: str | None  # that needs the RAM
+    needed_bytes: int
+    available_bytes: int
+
+    @property
+    def words(self) -> str:
+        needed, available = bytes_text(self.needed_bytes), bytes_text(self.available_bytes)
+        if self.step:
+            return f"`{self.step}` needs {needed} of {self.what}, and this machine has {available}"
+        return f"the steps to come write {needed} to {self.what}, where {available} are free"
+
+
+def shortages(job: Job, costs: Sequence[Cost], fetch_bytes: int, *, trained: bool = False) -> list[Shortage]:
+    """Of the steps after the plan; `trained`: of those after training alone. `fetch_bytes` go into the hub's cache before."""
+    found = []
+    by_disk: dict[int, list[tuple[Path, Path, int]]] = {}  # a folder, what is there already of its path, bytes
+    sizes = disk_by_place(costs, trained=trained)
+    for folder, size in (
+        (hub_cache(), 0 if trained else fetch_bytes),
+        (job.run.folder, sizes[RUN_FOLDER]),
+        (models_folder(), sizes[OLLAMAS_MODELS]),
+    ):
+        if folder and size:  # None: another machine's
+            there = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+            by_disk.setdefault(there.stat().st_dev, []).append((folder, there, size))
+    for entries in by_disk.values():
+        size, free = sum(size for _, _, size in entries), shutil.disk_usage(entries[0][1]).free
+        if size > free:
+            found.append(Shortage(" and ".join(str(folder) for folder, _, _ in entries), None, size, free))
+    if hungry := ram_shortage(costs, processor().total_bytes):
+        found.append(hungry)
+    return found
+
+
+def ram_shortage(costs: Sequence[Cost], total_bytes: int) -> Shortage | None:
+    """The step after training that needs more RAM than there is, if one does. Asking can be slow or left out, and is none."""
+    hungry = max((cost for cost in costs if cost.name != TRAIN and cost.needed), key=lambda cost: cost.peak_ram_bytes)
+    return Shortage("RAM", hungry.name, hungry.peak_ram_bytes, total_bytes) if hungry.peak_ram_bytes > total_bytes else None
+
+
+def refuse_shortages(found: Sequence[Shortage]) -> None:
+    """Raise DoesNotFitError before long work whose result could not be shipped from here."""
+    if found:
+        raise DoesNotFitError(
+            f"This machine is too small for what follows: {'; '.join(shortage.words for shortage in found)}.",
+            "free some space, put the run elsewhere with --run-dir, or --set a smaller model",
+        )

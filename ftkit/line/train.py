@@ -1,0 +1,121 @@
+"""The step `train`: supervised fine-tuning as planned; and two real steps, measured."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ftkit.data.mask import cut
+from ftkit.data.template import is_dated, render, token_ids
+from ftkit.engines import llamacpp
+from ftkit.errors import FtkitError, RecipeError, first_line
+from ftkit.line.job import Job, base_folder, computes_on, open_base, read_data, tokenised, tokenizer_of
+from ftkit.line.plan import PLAN, recorded, training_inputs
+from ftkit.line.step import Made, Step
+from ftkit.machine import device
+from ftkit.plan import measured
+from ftkit.plan.cost import of_training
+from ftkit.plan.plan import MemoryPlan
+from ftkit.proof.compare import compare_tokens
+from ftkit.proof.probes import HARD_TEXTS
+from ftkit.train import probe as probing
+from ftkit.train import trainer
+from ftkit.train.probe import Probe
+from ftkit.train.trainer import Settings, TrainResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(TrainResult):
+    """What a training recorded, beside what was planned for it; None: begun by ftkit before 0.2, which recorded no plan."""
+
+    planned_allocated_bytes: int | None = None
+    planned_reserved_bytes: int | None = None
+    planned_device_bytes: int | None = None
+    planned_for: str | None = None
+
+
+def refuse_dora(job: Job) -> None:
+    """Raise RecipeError for what can be planned alone."""
+    if job.recipe.lora.use_dora and job.recipe.training.method != "full":
+        raise RecipeError("lora.use_dora: DoRA can be planned, and neither trained nor merged yet.", "for LoRA: --set lora.use_dora=false")
+
+
+def _settings(planned: MemoryPlan) -> Settings:
+    fit, (cuda, bfloat16) = planned.chosen, computes_on()
+    return Settings(fit.per_device_train_batch_size, fit.gradient_accumulation_steps, fit.gradient_checkpointing, bfloat16, cuda)
+
+
+def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
+    last, recipe, reporter = recorded(job.run), job.recipe, job.reporter
+    assert last
+    planned = last.memory
+    opened, rows = open_base(job), read_data(job)
+    assert opened.folder
+    tokenizer, max_length = tokenizer_of(job, opened.folder, dated=True), recipe.training.max_length
+    if is_dated(tokenizer.chat_template):
+        reporter.note(f"the chat template writes today's date: it is {recipe.data.date}, here and in the shipped file (data.date)")
+    if opened.gguf:
+        _check_recovered_tokenizer(job, opened.gguf, tokenizer, [render(tokenizer, row.messages, ask=False) for row in rows.train[:200]])
+    settings = _settings(planned)
+    reporter.step(f"training ({recipe.training.method}, {settings.per_device_train_batch_size} × {settings.gradient_accumulation_steps})")
+    train, validation = (cut(tokenised(part, tokenizer), max_length) for part in (rows.train, rows.validation))
+    result = trainer.train(recipe, settings, opened.folder, tokenizer, train, validation, folder, reporter)
+    if result.tokens_per_second:
+        _remember_speed(job, planned, result.tokens_per_second)
+    peak = planned.chosen.peak
+    return Trained(
+        **{**asdict(result), "curve": result.curve},
+        planned_allocated_bytes=peak.allocated_bytes,
+        planned_reserved_bytes=peak.reserved_bytes,
+        planned_device_bytes=peak.device_bytes,
+        planned_for=planned.device.name,
+    )
+
+
+def _remember_speed(job: Job, planned: MemoryPlan, tokens_per_second: float) -> None:
+    """Keep a training's speed for the next plan, if it ran on the device that it was planned for. Training does not fail by this."""
+    try:
+        real = device.choose()
+        if planned.device.name == real.name:
+            measured.remember_speed(real, job.recipe.training.method, job.recipe.model, tokens_per_second)
+    except (OSError, FtkitError) as error:
+        job.reporter.warn(f"the speed of this training is not kept for the next plan: {first_line(error)}")
+
+
+def _check_recovered_tokenizer(job: Job, gguf: Path, tokenizer: Any, rows: list[str]) -> None:
+    """A tokenizer that was rebuilt from a GGUF is a guess until llama.cpp gives the same ids for the training texts."""
+    with llamacpp.load(gguf) as engine:
+        count = compare_tokens([*HARD_TEXTS, *rows], lambda text: token_ids(tokenizer, text), engine.tokenize, gguf.name)
+    job.reporter.note(f"the tokenizer rebuilt from {gguf.name} gives llama.cpp's ids on {count} texts")
+
+
+TRAIN = Step(
+    name="train", does="fine-tune as planned", command="ftkit train", result=Trained, needs=(PLAN,),
+    follows_from=training_inputs, costs=of_training, make=_make, resumable=True, keep=True,
+)  # fmt: skip
+
+
+def refuse_probe(job: Job) -> None:
+    """Raise RecipeError where two real steps cannot be run: without rows, or for another device than this machine's."""
+    refuse_dora(job)
+    real, wanted = device.choose(), job.device
+    if wanted.kind != real.kind or (real.kind == "cuda" and wanted.name != real.name):
+        raise RecipeError(f"--probe runs on this machine's {real.name}; the plan is for {wanted.name}.", "leave --gpu and --vram out")
+    if not job.data:
+        raise RecipeError("--probe trains on real rows.", "name them: --data train.jsonl")
+
+
+def probe(job: Job, planned: MemoryPlan) -> Probe:
+    """Two real optimizer steps as planned, measured. Raises as `refuse_probe` does."""
+    refuse_probe(job)
+    recipe, base = job.recipe, base_folder(job)
+    tokenizer = tokenizer_of(job, base, dated=True)
+    examples = cut(tokenised(read_data(job).train, tokenizer), recipe.training.max_length)
+    job.reporter.step("probing: two real steps")
+    with tempfile.TemporaryDirectory(dir=job.run.folder, prefix=".probe-") as folder:
+        probed = probing.probe(recipe, _settings(planned), base, tokenizer, examples, Path(folder))
+    subject = measured.subject(recipe, job.source.fingerprint)
+    measured.remember(device.choose(), subject, planned.chosen.peak, probed.allocated_bytes, probed.reserved_bytes)
+    return probed
