@@ -44,10 +44,20 @@ YES = {"yes": True, "no": False}
 METRICS = {"max_memory_reserved": "reserved_bytes", "max_memory_allocated": "allocated_bytes", "nvidia-smi": "device_bytes"}
 
 
+# What is known of the training loop of a source, by how its name begins, whatever its rows say.
+LOOPS: dict[str, dict[str, Any]] = {
+    # finetune/lora.py and model.py: a head of its own, logits in chunks of 128 tokens, one layer for query, key and value
+    "litgpt": {"tied": False, "loss": "float32_chunks", "fused_qkv": True},
+    # method_comparison: batches come sorted, longest first, and the cache is emptied on the way
+    "huggingface/peft": {"use_cache": True, "longest_first": True},
+}
+DROPOUTS = {"litgpt": 0.05}  # LitGPT's config_hub; no table has a column for it
+
+
 def settings(row: dict[str, str]) -> StepSettings:
     """What a row says of its training loop, and what is known of the loops of its source."""
-    notes, loss = row["notes"].lower(), row["loss"].lower()
-    litgpt, peft = (row["source"].lower().startswith(name) for name in ("litgpt", "huggingface/peft"))
+    notes, loss, source = row["notes"].lower(), row["loss"].lower(), row["source"].lower()
+    loop = next((name for name in LOOPS if source.startswith(name)), "")
     method, dora = variant(row)
     if ("fused" not in loss and not re.search(r"logits|causal lm|cross[ -]entropy", loss)) or "liger" in loss:
         raise RecipeError(f"loss {row['loss']!r} is not known")
@@ -63,22 +73,20 @@ def settings(row: dict[str, str]) -> StepSettings:
         "padded": bool(re.search(r"(?<!un)(?<!not )(?<!non-)padded", row["attention"].lower())),
         "attention": "eager" if "eager" in row["attention"] else None,
         "autocast": "autocast" in notes,
-        "use_cache": peft or "use_cache on" in notes,
+        "use_cache": "use_cache on" in notes,
         "loss": "fused" if "fused" in loss else "logits",
         "keep_outputs": "fused" not in loss,
-        "longest_first": peft or "long to short" in notes,  # PEFT's batches come sorted, and its cache is emptied on the way
+        "longest_first": "long to short" in notes,
         "capability": capability(row["gpu"]),
     }
     if method != "full":
         given["lora"] = Lora(
             r=int(row["r"]),
             target_modules=row["target_modules"].split("|") if row["target_modules"] != "all-linear" else "all-linear",
-            lora_dropout=0.05 if litgpt else 0.0,  # LitGPT's config_hub
+            lora_dropout=DROPOUTS.get(loop, 0.0),
             use_dora=dora,
         )
-    if litgpt:  # its finetune/lora.py and model.py: a head of its own, logits in chunks of 128 tokens, one layer for q, k and v
-        given |= {"tied": False, "loss": "float32_chunks", "fused_qkv": True}
-    return StepSettings(**given)
+    return StepSettings(**{**given, **LOOPS.get(loop, {})})
 
 
 def variant(row: dict[str, str]) -> tuple[Any, bool]:

@@ -116,27 +116,6 @@ class Budget(Part):
         return None if value is None else str(value)
 
 
-class WhatIf(Part):
-    """For the plan alone: steps of other training loops than ftkit's. What is left out is what `ftkit train` does."""
-
-    loss: Literal["fused", "logits", "float32_logits", "float32_chunks"] | None = Field(
-        default=None,
-        description="fused: no logits are built; logits: all, and transformers' loss; float32_logits: all, cast to float32; "
-        "float32_chunks: the same, 128 tokens at a time",
-    )
-    attention: Literal["sdpa", "eager"] | None = None
-    padded: bool | None = Field(default=None, description="false: all rows of a batch have one length, so that no mask is built")
-    base_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    trained_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(default=None, description="of adapters, or all weights")
-    autocast: bool | None = None
-    double_quant: bool | None = None
-    use_cache: bool | None = Field(default=None, description="true: the key/value cache is built and kept with the outputs")
-    keep_outputs: bool | None = Field(default=None, description="true: the model's outputs are kept until the next are there")
-    fused_qkv: bool | None = Field(default=None, description="true: one layer computes query, key and value (LoRA alone)")
-    tied: bool | None = Field(default=None, description="false: the output head has weights of its own")
-    longest_first: bool | None = Field(default=None, description="true: only the first step sees the longest batch")
-
-
 def modelfile_value(text: str) -> str:
     """A text as a Modelfile holds it. Raises ValueError with what it cannot hold.
 
@@ -201,7 +180,6 @@ class Recipe(Part):
     training: Training = Training()
     lora: Lora = Lora()
     budget: Budget = Budget()
-    what_if: WhatIf = WhatIf()
     ship: Ship = Ship()
     tools: Tools = Tools()
 

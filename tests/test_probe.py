@@ -42,7 +42,7 @@ def project(tmp_path: Path, write_rows: Any, private_cache: Path, monkeypatch: p
 @pytest.mark.parametrize("settings", [(), ("training.per_device_train_batch_size=2", "training.gradient_checkpointing=true")])
 def test_a_plan_holds_in_the_real_trainer(project: Path, method: str, settings: tuple[str, ...]) -> None:
     """TRL's SFTTrainer as `ftkit train` builds it, two optimizer steps on rows of one length, against the traced peak."""
-    overrides = [parse_override(entry) for entry in (f"training.method={method}", "what_if.padded=false", *settings)]
+    overrides = [parse_override(entry) for entry in (f"training.method={method}", *settings)]
     job = open_job(project / "recipe.yaml", overrides)
     with job.run:
         memory = line.plan(job).memory

@@ -39,7 +39,7 @@ def test_without_a_model_there_is_no_recipe(tmp_path: Path) -> None:
 
 def test_a_group_with_every_key_commented_out_has_its_defaults(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text("model: org/name\nlora:\n  # r: 8\ntraining:\n  # seed: 1\nship:\nwhat_if: ~\n", encoding="utf-8")
+    path.write_text("model: org/name\nlora:\n  # r: 8\ntraining:\n  # seed: 1\nship: ~\n", encoding="utf-8")
     assert load_recipe(path) == Recipe(model="org/name")
     assert load_recipe(path, [("lora.r", 8)]).lora.r == 8
 

@@ -83,6 +83,18 @@ def test_padding(attention: str, padded: bool) -> None:
     assert vram.settings({**ROW, "attention": attention}).padded == padded
 
 
+def test_what_is_known_of_a_source_stands_before_what_its_rows_say() -> None:
+    plain, litgpt, peft = (vram.settings({**ROW, "source": source}) for source in ("somebody", "LitGPT docs", "huggingface/peft main"))
+    assert (plain.tied, plain.loss, plain.lora.lora_dropout, plain.use_cache) == (True, "logits", 0.0, False)
+    assert (litgpt.tied, litgpt.loss, litgpt.lora.lora_dropout, litgpt.fused_qkv) == (False, "float32_chunks", 0.05, True)
+    assert (peft.use_cache, peft.longest_first, peft.tied) == (True, True, True)
+
+
+@pytest.mark.parametrize("base_dtype", ["float16", "bfloat16"])
+def test_float16_weights_are_computed_with_in_float16(base_dtype: str) -> None:
+    assert vram.settings({**ROW, "base_dtype": base_dtype}).compute_dtype == base_dtype
+
+
 def test_a_faulty_row_does_not_end_the_table(tmp_path: Path) -> None:
     tiny.make_model(tmp_path / "tiny")
     rows = [ROW, {**ROW, "gpu": "Voodoo 2"}, {**ROW, "r": ""}, {**ROW, "metric": "guess"}, {**ROW, "config": "none"}]

@@ -85,7 +85,7 @@ def _follows_from(job: Job) -> list[Any]:
         free_bytes = last.memory.device.free_bytes
     wanted = [device.name, device.total_bytes >> 20, free_bytes, recipe.budget.vram, _extra_bytes(job)]
     versions = {name: version(name) for name in HOLDS_FOR}
-    return [*training_inputs(job), recipe.lora.use_dora, recipe.ship.model_dump(), recipe.what_if.model_dump(), wanted, versions]
+    return [*training_inputs(job), recipe.lora.use_dora, recipe.ship.model_dump(), wanted, versions]
 
 
 def _extra_bytes(job: Job) -> int:

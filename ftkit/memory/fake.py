@@ -35,7 +35,7 @@ def prepare(model: PreTrainedModel, settings: StepSettings) -> Any:
             wrapped = inject(model, settings.lora)
         if settings.fused_qkv and settings.method == "lora":
             if settings.lora.use_dora:
-                raise ModelError("DoRA on one layer for query, key and value (what_if.fused_qkv) is not modelled.", "leave one of them out")
+                raise ModelError("DoRA on one layer for query, key and value is not modelled.", "leave one of them out")
             for layer in decoder_layers(model):
                 fused_qkv.fuse(getattr(layer, "self_attn", None), settings.lora.lora_dropout)
         for parameter in wrapped.parameters():

@@ -13,7 +13,7 @@ from ftkit.gguf.types import gguf_model
 from ftkit.machine.device import Device
 from ftkit.memory.fit import StepMemory
 from ftkit.memory.model import Inventory, Skeleton
-from ftkit.memory.settings import StepSettings, compute_dtype
+from ftkit.memory.settings import Dtype, StepSettings
 from ftkit.memory.step import Peak
 from ftkit.plan import measured
 from ftkit.plan.cost import FTKIT_BYTES
@@ -43,22 +43,27 @@ class Planner:
         self.process_bytes = 0 if device.kind == "cuda" else FTKIT_BYTES
         self.extra_bytes = self.process_bytes + extra_bytes
         self.recipe, self.device, self.length, self.lengths = recipe, device, length, lengths
-        self.dtype = "bfloat16" if bfloat16 else "float32"
-        self.skeleton = Skeleton(config, self.dtype, recipe.what_if.attention, recipe.what_if.tied is not False, recipe.trust_remote_code)
+        self.dtype: Dtype = "bfloat16" if bfloat16 else "float32"
+        self.skeleton = Skeleton(config, self.dtype, trust_remote_code=recipe.trust_remote_code)
         self.skeleton.shorten()
         self._memories: dict[str, StepMemory] = {}  # by the settings in words: a list of target modules has no hash
         self._peaks: dict[tuple[str, int, int, bool], Peak] = {}
 
     def settings(self, recipe: Recipe, checkpointing: bool) -> StepSettings:
-        """The step that `ftkit train` runs for this recipe, with the recipe's what-ifs."""
-        asked = recipe.what_if.model_dump(exclude_none=True)
-        compute = compute_dtype(asked.get("base_dtype"), self.dtype)
-        base = StepSettings(
-            method=recipe.training.method, lora=recipe.lora, optim=recipe.training.optim, gradient_checkpointing=checkpointing,
-            base_dtype=self.dtype, compute_dtype=compute, autocast=compute != "float32",  # type: ignore[arg-type]
-            labelled_share=self.labelled_share, device=self.device.kind, capability=self.device.capability,
-        )  # fmt: skip
-        return replace(base, **asked)
+        """The step that `ftkit train` runs for this recipe; a dataset whose rows have one length is never padded."""
+        return StepSettings(
+            method=recipe.training.method,
+            lora=recipe.lora,
+            optim=recipe.training.optim,
+            gradient_checkpointing=checkpointing,
+            base_dtype=self.dtype,
+            compute_dtype=self.dtype,
+            autocast=self.dtype != "float32",
+            padded=len({*self.lengths}) != 1,
+            labelled_share=self.labelled_share,
+            device=self.device.kind,
+            capability=self.device.capability,
+        )
 
     def peak(self, recipe: Recipe, batch: int, checkpointing: bool, length: int | None = None) -> Peak:
         settings = self.settings(recipe, checkpointing)

@@ -35,7 +35,7 @@ def subject(recipe: Recipe, model: str) -> str:
     """What a probe's difference holds for: the method and the model, `model` its fingerprint, as they are trained; at any batch."""
     method = recipe.training.method
     adapter = None if method == "full" else recipe.lora.model_dump()
-    return f"{method} {recipe.model} {fingerprint(model, recipe.training.optim, adapter, recipe.what_if.model_dump())}"
+    return f"{method} {recipe.model} {fingerprint(model, recipe.training.optim, adapter)}"
 
 
 def _probes(device: Device) -> dict[str, Any]:
