@@ -1,4 +1,4 @@
-"""Every name of another library that ftkit replaces while it works: a table. A name that is gone is an error, never another path."""
+"""Names inside other libraries that ftkit replaces, calls or overrides: two tables. A name that is gone is an error, never another path."""
 
 from __future__ import annotations
 
@@ -34,6 +34,19 @@ class Patch:
     replacement: Callable[[Any], Any]  # from what it depends on (Traced, or None) to the object that takes the name's place
     why: str
     package: str  # the distribution, and the version of it that this was tried with
+    tried: str
+
+
+@dataclass(frozen=True)
+class Inside:
+    """One method of another library that is no promise of its, and that ftkit calls or overrides."""
+
+    when: When
+    module: str
+    owner: str  # the class
+    name: str
+    why: str
+    package: str
     tried: str
 
 
@@ -99,9 +112,21 @@ PATCHES: tuple[Patch, ...] = (
 )  # fmt: skip
 
 
+INSIDES: tuple[Inside, ...] = (
+    Inside("training", "transformers.trainer", "Trainer", "_get_train_sampler", "else rows come in an order that no seed fixes", *_TRANSFORMERS),
+    Inside("training", "transformers.trainer", "Trainer", "_load_best_model", "a finished training is taken up with it", *_TRANSFORMERS),
+)  # fmt: skip
+
+
 @contextlib.contextmanager
 def applied(*when: When, to: Traced | None = None) -> Iterator[None]:
-    """Replace the names of these rows for the time of the context. Raises ToolFailedError where one of them is gone."""
+    """Replace the names of these rows for the time of the context.
+
+    Raises ToolFailedError where one of them is gone, or one that is called or overridden meanwhile.
+    """
+    for inside in INSIDES:
+        if inside.when in when and not hasattr(getattr(_module(inside.module), inside.owner, None), inside.name):
+            raise _gone(inside, f"{inside.owner}.{inside.name}", "uses")
     rows = [patch for patch in PATCHES if patch.when in when]
     kept = [(place, patch, getattr(place, patch.name)) for patch in rows for place in [_place(patch)]]
     try:
@@ -114,17 +139,24 @@ def applied(*when: When, to: Traced | None = None) -> Iterator[None]:
 
 
 def _place(patch: Patch) -> types.ModuleType:
-    try:
-        place = importlib.import_module(patch.module)
-    except ModuleNotFoundError:
-        place = None
+    place = _module(patch.module)
     if place is None or not hasattr(place, patch.name):
-        raise ToolFailedError(
-            f"{patch.package} {version(patch.package)} has no {patch.module}.{patch.name} any more, which ftkit replaces while "
-            f"{patch.when}: {patch.why}.",
-            f"pip install '{patch.package}=={patch.tried}'",
-        )
+        raise _gone(patch, patch.name, "replaces")
     return place
+
+
+def _module(name: str) -> types.ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return None
+
+
+def _gone(row: Patch | Inside, name: str, does: str) -> ToolFailedError:
+    return ToolFailedError(
+        f"{row.package} {version(row.package)} has no {row.module}.{name} any more, which ftkit {does} while {row.when}: {row.why}.",
+        f"pip install '{row.package}=={row.tried}'",
+    )
 
 
 @contextlib.contextmanager

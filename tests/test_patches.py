@@ -34,11 +34,22 @@ def test_a_name_that_is_gone_is_an_error_that_names_the_library(monkeypatch: pyt
     assert functional.dropout is dropout
 
 
+@pytest.mark.parametrize("inside", patches.INSIDES, ids=lambda inside: f"{inside.owner}.{inside.name}")
+def test_a_method_that_is_gone_is_an_error_before_the_work(inside: patches.Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = getattr(importlib.import_module(inside.module), inside.owner)
+    monkeypatch.delattr(owner, inside.name)
+    gone = rf"{inside.package} [\d.]+ has no {inside.module}.{inside.owner}.{inside.name} any more, which ftkit uses"
+    with pytest.raises(ToolFailedError, match=gone) as caught, patches.applied(inside.when):
+        pass
+    assert caught.value.hint == f"pip install '{inside.package}=={inside.tried}'"
+
+
 def test_the_versions_that_were_tried_are_those_of_the_lock() -> None:
     from importlib.metadata import version
 
-    assert {(patch.package, patch.tried) for patch in patches.PATCHES} == {
-        (package, version(package).partition("+")[0]) for package in {patch.package for patch in patches.PATCHES}
+    rows = (*patches.PATCHES, *patches.INSIDES)
+    assert {(row.package, row.tried) for row in rows} == {
+        (package, version(package).partition("+")[0]) for package in {row.package for row in rows}
     }
 
 

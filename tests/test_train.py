@@ -15,6 +15,7 @@ import tiny
 from click.testing import Result
 from conftest import conversations
 
+from ftkit import patches
 from ftkit.data.lengths import batching, grouped_batch_tokens
 from ftkit.data.mask import tokenise
 from ftkit.data.rows import IGNORED, Example, Row
@@ -91,7 +92,7 @@ def test_qlora_gradients_equal_those_of_the_dequantised_base(model: Path, tokeni
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_evaluation_does_not_change_the_gradients(
-    checkpointing: bool, model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path
+    checkpointing: bool, model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bitsandbytes 0.50 repacks 4-bit layers in eval mode on some CPUs, and then gives no gradient."""
     from dataclasses import replace
@@ -100,6 +101,7 @@ def test_an_evaluation_does_not_change_the_gradients(
     import torch
 
     settings = replace(tiny.SETTINGS, gradient_checkpointing=checkpointing)
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)  # as on such a CPU
     trainer = build_trainer(tiny.recipe(model, method="qlora"), settings, model, tokenizer, examples, examples, tmp_path)
     fill_adapter(trainer)
     before = gradients(trainer, examples[:4])
@@ -118,13 +120,16 @@ def test_scoring_answers_only_gives_the_same_loss_and_gradients(
     import torch
     from trl.trainer import utils
 
-    original = utils._use_triton
     trainer = build_trainer(tiny.recipe(model, method="lora"), tiny.SETTINGS, model, tokenizer, examples, examples, tmp_path)
     fill_adapter(trainer)
     assert any(label == IGNORED for label in examples[0].labels)
-    compact = gradients(trainer, examples[:4])
-    monkeypatch.setattr(utils, "_use_triton", original)
+    seen: list[bool] = []
+    original = utils._use_triton
+    monkeypatch.setattr(utils, "_use_triton", lambda device: seen.append(False) or original(device))
     everything = gradients(trainer, examples[:4])
+    assert seen  # TRL asks it
+    with patches.applied("training"):
+        compact = gradients(trainer, examples[:4])
     for name, gradient in everything.items():
         torch.testing.assert_close(compact[name], gradient, rtol=1e-4, atol=1e-7)
 

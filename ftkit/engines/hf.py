@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftkit import patches
 from ftkit.data import template
 from ftkit.data.lengths import asked_together
 from ftkit.data.rows import Message
@@ -88,8 +90,12 @@ def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: boo
         settings["quantization_config"] = nf4_config(dtype)
     if cuda:
         settings["device_map"] = {"": 0}
+    patched = patches.applied("loading in 4 bits") if method == "qlora" else nullcontext()
     try:
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
+        with patched:
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+                folder, output_loading_info=True, **settings
+            )
     except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
         if refused := needs_code(folder, error) or out_of_memory(error, f"load {folder.name}"):
             raise refused from None
@@ -100,8 +106,6 @@ def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: boo
             f"The weights in {folder} do not fit its config: {lost[0]} is missing or of another shape{f', and {len(lost) - 1} more' if len(lost) > 1 else ''}.",
             "fetch or copy the model again, whole",
         )
-    if method == "qlora":
-        _keep_gradients_after_evaluation(model)
     return model
 
 
@@ -123,19 +127,6 @@ def nf4_config(dtype: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-
-
-def _keep_gradients_after_evaluation(model: PreTrainedModel) -> None:
-    """Forbid bitsandbytes' inference packing on CPUs with AVX512-BF16.
-
-    bitsandbytes 0.50 repacks a layer the first time that it runs in eval mode and then takes a path without gradients,
-    in training too. CUDA is not affected.
-    """
-    import bitsandbytes
-
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def answer(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftkit import patches
 from ftkit.data.mask import refuse_nothing_to_learn
 from ftkit.data.rows import Example
 from ftkit.engines import hf
@@ -75,7 +76,6 @@ def build_trainer(
 
     refuse_nothing_to_learn(training, validation)
     hf.refuse_lost_gradients()
-    _score_answers_only()
     method, t = recipe.training.method, recipe.training
     per_epoch = math.ceil(len(training) / (settings.per_device_train_batch_size * settings.gradient_accumulation_steps))
     steps = t.max_steps or math.ceil(per_epoch * t.num_train_epochs)
@@ -213,7 +213,7 @@ def train(
 
 
 def _reproducible(kind: Any) -> Any:
-    """A trainer whose order of rows follows from seed and epoch alone.
+    """A trainer whose order of rows follows from seed and epoch alone, and that trains with the table's patches.
 
     transformers draws it from the global generator, whose state at the beginning of an epoch no checkpoint holds: a training
     resumed within a second epoch would see some rows of it twice and others not at all.
@@ -222,6 +222,10 @@ def _reproducible(kind: Any) -> Any:
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
     class Trainer(kind):  # type: ignore[misc]
+        def train(self, *args: Any, **options: Any) -> Any:
+            with patches.applied("training"):
+                return super().train(*args, **options)
+
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             dataset = self.train_dataset if train_dataset is None else train_dataset
             trainer = self
@@ -240,18 +244,6 @@ def _reproducible(kind: Any) -> Any:
 
 def _dataset(kind: Any, examples: Sequence[Example]) -> Any:
     return kind.from_dict({"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]})
-
-
-def _score_answers_only() -> None:
-    """Let TRL's loss head skip the prompt's tokens on a CPU as it does on a GPU.
-
-    TRL 1.16 multiplies every position with the whole vocabulary where there is no Triton, labelled or not. The loss is
-    the same (tested); only the work on tokens without a label goes.
-    """
-    from trl.trainer import utils
-
-    if hasattr(utils, "_use_triton"):
-        utils._use_triton = lambda device: True
 
 
 def _is_over(checkpoint: Path, max_steps: int) -> bool:
