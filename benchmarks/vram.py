@@ -35,8 +35,10 @@ METHODS: dict[str, tuple[Any, bool]] = {
 }  # fmt: skip
 # What a source or a note says of a method that takes other memory than plain LoRA.
 OTHERS = (
-    "adalora", "adamss", "aqlm", "arrow", "bdlora", "boft", "bone", "c3a", "deepspeed", "delora", "fourierft", "fsdp", "galore", "gptq", "gralora",
-    "hira", "ia3", "loha", "lokr", "lorafa", "lora-fa", "miss", "oft", "offload", "osf", "prefix tuning", "prompt tuning", "p-tuning", "randlora", "road",
+    "adalora", "adamss", "aqlm", "arrow", "bdlora", "boft", "bone", "c3a", "deepspeed", "delora", "fourierft", "fsdp", "galore",
+    "gptq", "gralora",
+    "hira", "ia3", "loha", "lokr", "lorafa", "lora-fa", "miss", "oft", "offload", "osf", "prefix tuning", "prompt tuning",
+    "p-tuning", "randlora", "road",
     "shira", "unsloth", "vblora", "vera", "zero-2", "zero-3",
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")

@@ -113,8 +113,10 @@ PATCHES: tuple[Patch, ...] = (
 
 
 INSIDES: tuple[Inside, ...] = (
-    Inside("training", "transformers.trainer", "Trainer", "_get_train_sampler", "else rows come in an order that no seed fixes", *_TRANSFORMERS),
-    Inside("training", "transformers.trainer", "Trainer", "_load_best_model", "a finished training is taken up with it", *_TRANSFORMERS),
+    Inside("training", "transformers.trainer", "Trainer", "_get_train_sampler",
+           "else rows come in an order that no seed fixes", *_TRANSFORMERS),
+    Inside("training", "transformers.trainer", "Trainer", "_load_best_model",
+           "a finished training is taken up with it", *_TRANSFORMERS),
 )  # fmt: skip
 
 

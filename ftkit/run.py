@@ -155,9 +155,15 @@ class Run:
         return Finished(name, entry["fingerprint"], folder, entry["result"], entry["seconds"], fresh=False)
 
     def ensure(
-        self, name: str, inputs: object, make: Callable[[Path], dict[str, Any]], *,
-        after: Mapping[str, str] | None = None, resumable: bool = False, keep: bool = False,
-    ) -> Finished:  # fmt: skip
+        self,
+        name: str,
+        inputs: object,
+        make: Callable[[Path], dict[str, Any]],
+        *,
+        after: Mapping[str, str] | None = None,
+        resumable: bool = False,
+        keep: bool = False,
+    ) -> Finished:
         """The finished step `name` for these inputs, made by `make(folder)` if it is not there.
 
         A partial folder that a killed run left is thrown away, unless the step is `resumable`: then `make` finds it

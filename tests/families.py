@@ -40,8 +40,10 @@ class Family:
 
 FAMILIES = (
     Family("Qwen 2.5", "qwen2", "Qwen-Qwen2.5-7B-Instruct", "Qwen2Config", "<|endoftext|>", "<|im_end|>"),
-    Family("Llama 3.1", "llama-bpe", "meta-llama-Llama-3.1-8B-Instruct", "LlamaConfig", "<|end_of_text|>", "<|eot_id|>", "<|begin_of_text|>"),
-    Family("Llama 3.2", "llama-bpe", "meta-llama-Llama-3.2-3B-Instruct", "LlamaConfig", "<|end_of_text|>", "<|eot_id|>", "<|begin_of_text|>"),
+    Family("Llama 3.1", "llama-bpe", "meta-llama-Llama-3.1-8B-Instruct", "LlamaConfig", "<|end_of_text|>", "<|eot_id|>",
+    "<|begin_of_text|>"),
+    Family("Llama 3.2", "llama-bpe", "meta-llama-Llama-3.2-3B-Instruct", "LlamaConfig", "<|end_of_text|>", "<|eot_id|>",
+    "<|begin_of_text|>"),
     Family(
         "Gemma 2", "gemma-4", "google-gemma-2-2b-it", "Gemma3TextConfig", "<eos>", "<end_of_turn>", "<bos>",
         tokens={"<|turn>": "<start_of_turn>", "<turn|>": "<end_of_turn>"},

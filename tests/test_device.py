@@ -107,7 +107,8 @@ def test_a_gpu_that_does_not_tell_its_memory_is_passed_over() -> None:
 @pytest.mark.parametrize(
     ("visible", "numbers"),
     [
-        ("", []), ("-1", []), ("1", [1]), ("1,0", [1, 0]), (" 1 , 0 ", [1, 0]), ("0,5", [0]), ("0,-1,1", [0]), ("0,0", []), ("GPU-1a2b", [1]),
+        ("", []), ("-1", []), ("1", [1]), ("1,0", [1, 0]), (" 1 , 0 ", [1, 0]), ("0,5", [0]), ("0,-1,1", [0]), ("0,0", []),
+        ("GPU-1a2b", [1]),
         ("GPU-9,GPU-1", [0, 1]), ("GPU-", []), ("GPU-5", []), ("none", []),
     ],
 )  # fmt: skip
@@ -208,7 +209,8 @@ def test_an_amount_alone_or_on_a_card() -> None:
         ("RTX 4090", "RTX 4090"), ("rtx4090", "RTX 4090"), ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("rtx-4090", "RTX 4090"),
         ("NVIDIA GeForce RTX 4070 Laptop GPU", "RTX 4070 Laptop"), ("NVIDIA GeForce RTX 4070", "RTX 4070"), ("NVIDIA L4", "L4"),
         ("NVIDIA A100-SXM4-80GB", "A100 80GB"), ("NVIDIA A100 80GB PCIe", "A100 80GB"), ("Tesla V100-SXM2-16GB", "V100 16GB"),
-        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"), ("NVIDIA H100 PCIe", "H100"), ("NVIDIA H100 80GB HBM3", "H100"), ("RTX 3060 12GB", "RTX 3060"), ("T4 16 GB", "T4"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"), ("NVIDIA H100 PCIe", "H100"), ("NVIDIA H100 80GB HBM3", "H100"),
+        ("RTX 3060 12GB", "RTX 3060"), ("T4 16 GB", "T4"),
     ],
 )  # fmt: skip
 def test_a_card_by_any_of_its_names(name: str, row: str) -> None:

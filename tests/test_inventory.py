@@ -144,7 +144,8 @@ def gemma4(**text: Any) -> Any:
     from transformers import AutoConfig
 
     sizes = {
-        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 32,
         "vocab_size": 512, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 512,
     }  # fmt: skip
     tower = {

@@ -155,7 +155,8 @@ def test_the_shipped_files_answer_as_the_trained_model(
         score = compare.score(expected, answers, "last_line")
         equal = compare.same(answers, merged[:rows])
         lines.append(
-            f"  {file['quantization']:7} {score.right} of {rows} right ({score.percent:.1f} %), {equal.percent:.1f} % equal to the merged model's answers"
+            f"  {file['quantization']:7} {score.right} of {rows} right ({score.percent:.1f} %), "
+            f"{equal.percent:.1f} % equal to the merged model's answers"
         )
         if file["quantization"] == "F16":
             assert equal.percent >= 95

@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.timing, pytest.mark.filterwarnings("ignore:.*is_gradie
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072, "torch_dtype": "bfloat16",
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
 }  # fmt: skip
 LLAMA_70B = {**LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 
@@ -66,7 +67,8 @@ def test_a_plan_from_nothing_and_the_same_again(tmp_path: Path, report_figures: 
     small_seconds, large_seconds = (min(used["seconds"] for used in model) for model in zip(*turns, strict=True))
     peak_bytes = max(used["peak_bytes"] for used in (*turns[0], *turns[1]))
     report_figures(
-        f"plan of 8B {small_seconds:.1f} s, of 70B {large_seconds:.1f} s, at most {peak_bytes / GIB:.2f} GiB; of 8B again {again['seconds']:.2f} s"
+        f"plan of 8B {small_seconds:.1f} s, of 70B {large_seconds:.1f} s, at most {peak_bytes / GIB:.2f} GiB; "
+        f"of 8B again {again['seconds']:.2f} s"
     )
     assert small_seconds < 20
     assert large_seconds < 1.5 * small_seconds  # layers that repeat are traced once

@@ -24,7 +24,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.utils._pytree.*:FutureWarning"),
 ]
 SIZES = {
-    "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "max_position_embeddings": 4096,
 }  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {

@@ -33,7 +33,8 @@ ROW = {
     ("gpu", "capability"),
     [
         ("NVIDIA H100 80GB HBM3", (9, 0)), ("NVIDIA A100-SXM4-40GB", (8, 0)), ("RTX 3090 Ti", (8, 6)), ("GeForce RTX4090", (8, 9)),
-        ("NVIDIA GeForce RTX 2080 Ti", (7, 5)), ("Tesla V100-SXM2-16GB", (7, 0)), ("Tesla T4", (7, 5)), ("A10G", (8, 6)), ("NVIDIA L4", (8, 9)),
+        ("NVIDIA GeForce RTX 2080 Ti", (7, 5)), ("Tesla V100-SXM2-16GB", (7, 0)), ("Tesla T4", (7, 5)), ("A10G", (8, 6)),
+        ("NVIDIA L4", (8, 9)),
     ],
 )  # fmt: skip
 def test_cards(gpu: str, capability: tuple[int, int]) -> None:
@@ -43,7 +44,8 @@ def test_cards(gpu: str, capability: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("name", "optim"),
     [
-        ("torch AdamW", "adamw_torch"), ("AdamW 8-bit", "adamw_8bit"), ("bnb.optim.AdamW8bit", "adamw_8bit"), ("adamw_bnb_8bit", "adamw_8bit"),
+        ("torch AdamW", "adamw_torch"), ("AdamW 8-bit", "adamw_8bit"), ("bnb.optim.AdamW8bit", "adamw_8bit"),
+        ("adamw_bnb_8bit", "adamw_8bit"),
         ("paged_adamw_8bit", "paged_adamw_8bit"), ("PagedAdamW8bit", "paged_adamw_8bit"),
     ],
 )  # fmt: skip
@@ -56,7 +58,8 @@ def test_optimizers(name: str, optim: str) -> None:
     [
         ("optimizer", "SGD"), ("optimizer", ""), ("optimizer", "paged_adamw_32bit"), ("gpu", "Voodoo 2"), ("gpu", ""), ("method", "vera"),
         ("method", ""), ("base_dtype", "int8"), ("adapter_dtype", "fp8"), ("gradient_checkpointing", "selective"), ("loss", "Liger fused"),
-        ("loss", "reward"), ("attention", "xformers"), ("notes", "LoHa instead of LoRA"), ("notes", "FSDP on two cards"), ("variant", "AdaLoRA"),
+        ("loss", "reward"), ("attention", "xformers"), ("notes", "LoHa instead of LoRA"), ("notes", "FSDP on two cards"),
+        ("variant", "AdaLoRA"),
     ],
 )  # fmt: skip
 def test_what_is_not_known_or_modelled_is_refused_by_name(key: str, value: str) -> None:
@@ -68,7 +71,8 @@ def test_what_is_not_known_or_modelled_is_refused_by_name(key: str, value: str) 
     ("method", "notes", "planned", "dora"),
     [
         ("lora", "", "lora", False), ("dora", "", "lora", True), ("QDoRA", "", "qlora", True), ("lora+dora", "", "lora", True),
-        ("lora", "use_dora", "lora", True), ("lora", "DoRA, as its authors train", "lora", True), ("lora", "on Pandora's table", "lora", False),
+        ("lora", "use_dora", "lora", True), ("lora", "DoRA, as its authors train", "lora", True),
+        ("lora", "on Pandora's table", "lora", False),
     ],
 )  # fmt: skip
 def test_dora_is_planned_as_dora(method: str, notes: str, planned: str, dora: bool) -> None:

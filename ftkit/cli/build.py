@@ -18,9 +18,15 @@ from ftkit.cli.common import open_job, recipe_options
 @ship_command.yes_option
 @ship_command.part_options
 def command(
-    recipe: Path, as_json: bool, use_ollama: bool | None, replace_model: bool, only: str | None, first: str | None, dry_run: bool,
+    recipe: Path,
+    as_json: bool,
+    use_ollama: bool | None,
+    replace_model: bool,
+    only: str | None,
+    first: str | None,
+    dry_run: bool,
     **options: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Plan, train and ship RECIPE. What is finished is not done again."""
     job = open_job(recipe, **options)
     from ftkit.line import line

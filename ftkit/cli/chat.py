@@ -11,7 +11,8 @@ from ftkit.cli.common import json_option
 
 
 @click.command(
-    epilog='\b\nExamples:\n  ftkit chat runs/recipe\n  ftkit chat runs/recipe "Is this C function safe? …"\n  cat file.c | ftkit chat runs/recipe -'
+    epilog="\b\nExamples:\n  ftkit chat runs/recipe\n"
+    '  ftkit chat runs/recipe "Is this C function safe? …"\n  cat file.c | ftkit chat runs/recipe -'
 )
 @click.argument("run", type=click.Path(path_type=Path, file_okay=False))
 @click.argument("message", required=False)

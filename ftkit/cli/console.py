@@ -82,7 +82,11 @@ class ConsoleReporter:
         if not sys.stderr.isatty():
             yield _PlainBar(label, total)
             return
-        columns = (TextColumn("  {task.description}", markup=False), BarColumn(bar_width=24), TaskProgressColumn(),
-                   TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[fields]}", markup=False))  # fmt: skip
+        columns = (
+            TextColumn("  {task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[fields]}", markup=False),
+        )
         with Progress(*columns, console=stderr) as progress:
             yield _TerminalBar(progress, progress.add_task(label, total=total, fields=""))

@@ -96,7 +96,8 @@ def command(
     if not chosen.fits:
         best = next((change for change in planned.memory.changes if change.fits), None)
         raise DoesNotFitError(
-            f"It does not fit: {bytes_text(chosen.peak.device_bytes)} of {bytes_text(chosen.budget_bytes)}, of which {MARGIN:.0%} is kept free.",
+            f"It does not fit: {bytes_text(chosen.peak.device_bytes)} of {bytes_text(chosen.budget_bytes)}, "
+            f"of which {MARGIN:.0%} is kept free.",
             f"this would: {command_for(best, asked)}" if best else "a smaller model, or a larger card",
         )
 
@@ -112,9 +113,19 @@ def command_line(recipe: Path | None, **options: Any) -> str:
 
 
 def _open(
-    recipe: Path | None, *, model: str | None, config: str | None, data: str | None, length: int | None, method: str | None,
-    settings: tuple[str, ...], vram: str | None, run_dir: Path | None, gpu: str | None, trust_remote_code: bool | None,
-) -> Job:  # fmt: skip
+    recipe: Path | None,
+    *,
+    model: str | None,
+    config: str | None,
+    data: str | None,
+    length: int | None,
+    method: str | None,
+    settings: tuple[str, ...],
+    vram: str | None,
+    run_dir: Path | None,
+    gpu: str | None,
+    trust_remote_code: bool | None,
+) -> Job:
     from ftkit.cli.console import ConsoleReporter
     from ftkit.errors import RecipeError
     from ftkit.line import job
@@ -174,13 +185,15 @@ def show(planned: Planned, save_minutes: float) -> None:
     peak, counted = chosen.peak, chosen.inventory
     free = chosen.budget_bytes - peak.device_bytes
     say(
-        f"{'Fits' if chosen.fits else 'Does not fit'}: {counted.method} needs {bytes_text(peak.device_bytes)} of {bytes_text(chosen.budget_bytes)} on "
-        f"{memory.device.name}, {bytes_text(abs(free))} {'are left' if free >= 0 else 'are missing'} ({MARGIN:.0%} is kept free). "
+        f"{'Fits' if chosen.fits else 'Does not fit'}: {counted.method} needs {bytes_text(peak.device_bytes)} of "
+        f"{bytes_text(chosen.budget_bytes)} on {memory.device.name}, {bytes_text(abs(free))} "
+        f"{'are left' if free >= 0 else 'are missing'} ({MARGIN:.0%} is kept free). "
         f"Rows of {memory.max_length} tokens, {memory.compute_dtype}."
     )
     say(
         f"Batch {chosen.per_device_train_batch_size} × accumulation {chosen.gradient_accumulation_steps}, gradient checkpointing "
-        f"{'on' if chosen.gradient_checkpointing else 'off'}: {'the fastest that fits' if chosen.fits else 'the least that the recipe allows'}."
+        f"{'on' if chosen.gradient_checkpointing else 'off'}: "
+        f"{'the fastest that fits' if chosen.fits else 'the least that the recipe allows'}."
     )
     if tokens:
         say(
@@ -242,10 +255,10 @@ def show(planned: Planned, save_minutes: float) -> None:
             figures=False,
         )
     say()
-    later = [
-        [step.name, *(bytes_text(size) if size else "–" for size in (step.peak_ram_bytes, step.vram_bytes, step.disk_bytes, step.read_bytes))]
-        for step in planned.costs
-    ]  # fmt: skip
+    later = []
+    for cost in planned.costs:
+        sizes = (cost.peak_ram_bytes, cost.vram_bytes, cost.disk_bytes, cost.read_bytes)
+        later.append([cost.name, *(bytes_text(size) if size else "–" for size in sizes)])
     if planned.fetch_bytes:
         later.insert(0, ["fetch the weights", "–", "–", bytes_text(planned.fetch_bytes), "–"])
     print_table("The steps to come", ["", "RAM", "VRAM", "disk", "read"], later)
@@ -255,8 +268,8 @@ def show(planned: Planned, save_minutes: float) -> None:
     )
     places = ", ".join(f"{bytes_text(size)} in {place}" for place, size in disk_by_place(planned.costs).items() if size)
     say(f"Disk, at most: {places}{f', {bytes_text(planned.fetch_bytes)} in the hub’s cache' if planned.fetch_bytes else ''}.")
-    sizes = ", ".join(f"{name} {bytes_text(memory.gguf_bytes[name])}" for name in ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M"))
-    say(f"As GGUF: {sizes}" + (f" (estimates: {memory.gguf.estimated_because})." if memory.gguf.estimated_because else "."))
+    files = ", ".join(f"{name} {bytes_text(memory.gguf_bytes[name])}" for name in ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M"))
+    say(f"As GGUF: {files}" + (f" (estimates: {memory.gguf.estimated_because})." if memory.gguf.estimated_because else "."))
     for method, reason in memory.untraced.items():
         say(f"Not shown: {method}. {reason}")
 

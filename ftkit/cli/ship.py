@@ -41,9 +41,15 @@ def part_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @yes_option
 @part_options
 def command(
-    recipe: Path, as_json: bool, use_ollama: bool | None, replace_model: bool, only: str | None, first: str | None, dry_run: bool,
+    recipe: Path,
+    as_json: bool,
+    use_ollama: bool | None,
+    replace_model: bool,
+    only: str | None,
+    first: str | None,
+    dry_run: bool,
     **options: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Turn what RECIPE trained into a GGUF that answers as the trained model does, and register it in Ollama."""
     job = open_job(recipe, **options)
     from ftkit.line import line
@@ -119,14 +125,16 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
         say("─" * 72)
         say(example["question"])
         say(
-            f"\n  before    {_one_line(example['before'])}\n  after     {_one_line(example['after'])}\n  expected  {_one_line(example['expected'])}\n"
+            f"\n  before    {_one_line(example['before'])}\n  after     {_one_line(example['after'])}\n"
+            f"  expected  {_one_line(example['expected'])}\n"
         )
     what = {"first_line": "first lines", "last_line": "last lines", "whole": "answers"}[job.recipe.ship.match]
     rows = [[name, f"{score.right} of {score.rows}", f"{score.percent:.1f} %"] for name, score in shipped.scores.items()]
     print_table(f"Held-out questions, {what} exactly right", ["", "right", ""], rows)
     if "dequantised" in shipped.merged_onto:
         say(
-            "\nMerged into the source the gain was lost. The dequantised base keeps it, at a price outside the task: its weights are as coarse as 4 bits."
+            "\nMerged into the source the gain was lost. The dequantised base keeps it, "
+            "at a price outside the task: its weights are as coarse as 4 bits."
         )
     say(f"\nMerged into {shipped.merged_onto}.\n")
     print_table("What was checked", ["", "", ""], [[c.name, c.outcome, c.detail] for c in shipped.checks], figures=False)
@@ -137,7 +145,8 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
     say(f"in {shipped.gguf.parent}\n")
     if shipped.missing_quantization:
         say(
-            f"{shipped.missing_quantization} was not made: llama-quantize is not here. Bring it: ftkit setup llama.cpp (then the same command again)"
+            f"{shipped.missing_quantization} was not made: llama-quantize is not here. "
+            "Bring it: ftkit setup llama.cpp (then the same command again)"
         )
     say(f"Ask it:      ftkit chat {job.run.folder}")
     if shipped.registered_as:

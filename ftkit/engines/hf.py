@@ -102,8 +102,9 @@ def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: boo
         raise ModelError(f"transformers cannot load {folder}: {first_line(error)}", "fetch or copy the model again, whole") from None
     model, info = loaded
     if lost := sorted({*map(str, info["missing_keys"]), *(str(key[0]) for key in info["mismatched_keys"])}):  # else filled at random
+        more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise ModelError(
-            f"The weights in {folder} do not fit its config: {lost[0]} is missing or of another shape{f', and {len(lost) - 1} more' if len(lost) > 1 else ''}.",
+            f"The weights in {folder} do not fit its config: {lost[0]} is missing or of another shape{more}.",
             "fetch or copy the model again, whole",
         )
     return model
@@ -160,10 +161,18 @@ def answer(
             ).to(model.device)
             try:
                 output = model.generate(
-                    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
-                    do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
-                    eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, use_cache=True,
-                )  # fmt: skip
+                    input_ids=inputs["input_ids"],
+                    attention_mask=inputs["attention_mask"],
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    repetition_penalty=1.0,
+                    eos_token_id=stops,
+                    pad_token_id=tokenizer.pad_token_id,
+                    use_cache=True,
+                )
             except torch.OutOfMemoryError:
                 if batch == 1:
                     raise DoesNotFitError(

@@ -78,10 +78,14 @@ def rendered_prompt(client: Client, name: str, messages: Sequence[Message]) -> s
     reply = client._client.post(
         "/api/chat",
         json={
-            "model": name, "messages": list(messages), "stream": False, "_debug_render_only": True, "truncate": False,
+            "model": name,
+            "messages": list(messages),
+            "stream": False,
+            "_debug_render_only": True,
+            "truncate": False,
             "options": {"num_predict": 1},
         },
-    )  # fmt: skip
+    )
     try:
         body = reply.json()
     except ValueError:
@@ -94,9 +98,15 @@ def rendered_prompt(client: Client, name: str, messages: Sequence[Message]) -> s
 
 
 def answer(
-    client: Client, name: str, questions: Sequence[list[Message]], max_new_tokens: int,
-    *, options: dict[str, Any] | None = None, label: str = "asking Ollama", reporter: Reporter = SILENT,
-) -> list[str]:  # fmt: skip
+    client: Client,
+    name: str,
+    questions: Sequence[list[Message]],
+    max_new_tokens: int,
+    *,
+    options: dict[str, Any] | None = None,
+    label: str = "asking Ollama",
+    reporter: Reporter = SILENT,
+) -> list[str]:
     """Greedy answers from the server, in the order of the questions."""
     answers = []
     with told(f"Ollama did not answer with {name}"), reporter.bar(label, len(questions)) as bar:

@@ -95,9 +95,15 @@ def _held_out(job: Job) -> list[Any]:
 
 
 ASK = Step(
-    name="ask", does="answers before and as trained", command="ftkit ship", result=Asked, after=(TRAIN,),
-    follows_from=_held_out, costs=of_asking, make=_ask,
-)  # fmt: skip
+    name="ask",
+    does="answers before and as trained",
+    command="ftkit ship",
+    result=Asked,
+    after=(TRAIN,),
+    follows_from=_held_out,
+    costs=of_asking,
+    make=_ask,
+)
 
 
 @dataclass(frozen=True)
@@ -116,9 +122,11 @@ def _ask_merged(job: Job, folder: Path, asked: Made[Asked], converted: Made[Conv
     if file:
         with llamacpp.load(converted.folder / file.path, job.recipe.ship.num_ctx) as engine:
             answers["merged"] = engine.answer(
-                read_questions(asked).questions, job.recipe.ship.max_new_tokens,
-                label=f"asking the merged model ({file.quantization})", reporter=job.reporter,
-            )  # fmt: skip
+                read_questions(asked).questions,
+                job.recipe.ship.max_new_tokens,
+                label=f"asking the merged model ({file.quantization})",
+                reporter=job.reporter,
+            )
     else:
         job.reporter.warn("the merged model is not asked: each of its files is larger than this machine's memory")
     write_json(folder / ANSWERS, asdict(Answers(answers)))
@@ -126,6 +134,14 @@ def _ask_merged(job: Job, folder: Path, asked: Made[Asked], converted: Made[Conv
 
 
 REASK = Step(
-    name="reask", does="answers of the merge", command="ftkit ship", result=AskedMerged, after=(ASK,), needs=(GGUF,),
-    follows_from=lambda job: [fingerprint_of(job, TRAIN), job.onto], costs=of_asking_merged, make=_ask_merged, keep=True,
-)  # fmt: skip
+    name="reask",
+    does="answers of the merge",
+    command="ftkit ship",
+    result=AskedMerged,
+    after=(ASK,),
+    needs=(GGUF,),
+    follows_from=lambda job: [fingerprint_of(job, TRAIN), job.onto],
+    costs=of_asking_merged,
+    make=_ask_merged,
+    keep=True,
+)

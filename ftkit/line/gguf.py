@@ -51,9 +51,14 @@ def _read(path: Path, quantization: str, tokenizer: Any) -> GgufFile:
 
 
 GGUF = Step(
-    name="gguf", does="F16 and Q8_0", command="ftkit ship", result=Converted, after=(MERGE,),
-    costs=lambda sizes: of_converting(sizes, *ALWAYS_MADE), make=_convert,
-)  # fmt: skip
+    name="gguf",
+    does="F16 and Q8_0",
+    command="ftkit ship",
+    result=Converted,
+    after=(MERGE,),
+    costs=lambda sizes: of_converting(sizes, *ALWAYS_MADE),
+    make=_convert,
+)
 
 
 def _quantise(job: Job, folder: Path, converted: Made[Converted], merged: Made[Merged]) -> GgufFile:
@@ -79,11 +84,17 @@ def _is_quantised(job: Job) -> bool:
 
 
 QUANTISE: Step[GgufFile] = Step(
-    name="quantise", does="the type that ships", command="ftkit ship", result=GgufFile, after=(GGUF,), needs=(MERGE,),
+    name="quantise",
+    does="the type that ships",
+    command="ftkit ship",
+    result=GgufFile,
+    after=(GGUF,),
+    needs=(MERGE,),
     follows_from=lambda job: [job.recipe.ship.quantization],
     costs=lambda sizes: () if sizes.ship.quantization in ALWAYS_MADE else of_quantising(sizes),
-    make=_quantise, applies=_is_quantised,
-)  # fmt: skip
+    make=_quantise,
+    applies=_is_quantised,
+)
 
 
 @dataclass(frozen=True)

@@ -38,13 +38,24 @@ def _make(job: Job, folder: Path, trained: Made[Trained]) -> Merged:
     target.mkdir()
     _, bfloat16 = computes_on()
     merge(
-        base, trained.folder / "adapter", target, onto=job.onto, bfloat16=bfloat16,
-        with_code=job.recipe.trust_remote_code, reporter=job.reporter,
-    )  # fmt: skip
+        base,
+        trained.folder / "adapter",
+        target,
+        onto=job.onto,
+        bfloat16=bfloat16,
+        with_code=job.recipe.trust_remote_code,
+        reporter=job.reporter,
+    )
     return Merged(ONTO_WORDS[job.onto], tuple(seal(target, tokenizer)))
 
 
 MERGE = Step(
-    name="merge", does="the trained model in 16 bits", command="ftkit ship", result=Merged, after=(TRAIN,),
-    follows_from=lambda job: [job.onto], costs=of_merging, make=_make,
-)  # fmt: skip
+    name="merge",
+    does="the trained model in 16 bits",
+    command="ftkit ship",
+    result=Merged,
+    after=(TRAIN,),
+    follows_from=lambda job: [job.onto],
+    costs=of_merging,
+    make=_make,
+)

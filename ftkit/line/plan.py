@@ -105,9 +105,15 @@ def _make(job: Job, folder: Path) -> Chosen:
     _check_config(config, recipe, length)
     job.reporter.step(f"tracing a training step of {config.model_type} at {length} tokens")
     memory = make_plan(
-        config, recipe, device, length, [len(example.input_ids) for example in trained],
-        bfloat16=computes_bfloat16(device), extra_bytes=_extra_bytes(job), labelled_share=labelled / length,
-    )  # fmt: skip
+        config,
+        recipe,
+        device,
+        length,
+        [len(example.input_ids) for example in trained],
+        bfloat16=computes_bfloat16(device),
+        extra_bytes=_extra_bytes(job),
+        labelled_share=labelled / length,
+    )
     write_json(folder / PLAN_FILE, {"memory": memory.record(), "tokens": asdict(counts) if counts else None})
     return Chosen(memory.chosen.fits, memory.chosen.peak.device_bytes)
 

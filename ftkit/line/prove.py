@@ -104,9 +104,15 @@ def _make(
 
 
 PROVE = Step(
-    name="prove", does="ids, prompts, stops and answers of what ships", command="ftkit ship", result=Proven,
-    after=(MERGE, ASK, GGUF, QUANTISE), follows_from=lambda job: [job.recipe.ship.quantization], costs=of_proving, make=_make,
-)  # fmt: skip
+    name="prove",
+    does="ids, prompts, stops and answers of what ships",
+    command="ftkit ship",
+    result=Proven,
+    after=(MERGE, ASK, GGUF, QUANTISE),
+    follows_from=lambda job: [job.recipe.ship.quantization],
+    costs=of_proving,
+    make=_make,
+)
 
 
 def lost_points(job: Job, asked: Made[Asked], told: Made[AskedMerged]) -> float | None:

@@ -106,9 +106,16 @@ def register_shipped(
         run.record(ollama={**recorded, "temporary": temporary, "naming": naming})
 
     registered = register(
-        client, name, shipped.path, modelfile, renders(tokenizer), temporary=temporary, verify=verify, before_naming=remember,
+        client,
+        name,
+        shipped.path,
+        modelfile,
+        renders(tokenizer),
+        temporary=temporary,
+        verify=verify,
+        before_naming=remember,
         reporter=reporter,
-    )  # fmt: skip
+    )
     checks = [asdict(check) for check in registered.checks]
     run.record(ollama={"name": name, "digest": registered.digest, "shipped": mark, "score": found, "checks": checks})
     return name, list(registered.checks)
@@ -127,6 +134,11 @@ def _ask(job: Job, client: Any, name: str, asked: Made[Asked], proven: Made[Prov
 
 
 REGISTER: Step[None] = Step(
-    name="register", does="a model in Ollama", command="ftkit ship --ollama", result=type(None), after=(PROVE,),
-    costs=of_registering, make=None,
-)  # fmt: skip
+    name="register",
+    does="a model in Ollama",
+    command="ftkit ship --ollama",
+    result=type(None),
+    after=(PROVE,),
+    costs=of_registering,
+    make=None,
+)

@@ -80,9 +80,13 @@ def ensure(job: Job, step: Step[R]) -> Made[R]:
         return _record(step, step.make(job, folder, *before, *needed))
 
     found = job.run.ensure(
-        step.name, _inputs(job, step), make, after={made.name: made.fingerprint for made in before},
-        resumable=step.resumable, keep=step.keep,
-    )  # fmt: skip
+        step.name,
+        _inputs(job, step),
+        make,
+        after={made.name: made.fingerprint for made in before},
+        resumable=step.resumable,
+        keep=step.keep,
+    )
     return _made(step, found)
 
 

@@ -92,9 +92,17 @@ def _check_recovered_tokenizer(job: Job, gguf: Path, tokenizer: Any, rows: list[
 
 
 TRAIN = Step(
-    name="train", does="fine-tune as planned", command="ftkit train", result=Trained, needs=(PLAN,),
-    follows_from=training_inputs, costs=of_training, make=_make, resumable=True, keep=True,
-)  # fmt: skip
+    name="train",
+    does="fine-tune as planned",
+    command="ftkit train",
+    result=Trained,
+    needs=(PLAN,),
+    follows_from=training_inputs,
+    costs=of_training,
+    make=_make,
+    resumable=True,
+    keep=True,
+)
 
 
 def refuse_probe(job: Job) -> None:

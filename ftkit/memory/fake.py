@@ -58,9 +58,13 @@ def quantize(model: PreTrainedModel, settings: StepSettings) -> None:
     for name, linear in quantized_layers(model).items():
         with torch.device("meta"):
             layer = Linear4bit(
-                linear.in_features, linear.out_features, linear.bias is not None, compute,
-                compress_statistics=settings.double_quant, quant_type="nf4",
-            )  # fmt: skip
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                compute,
+                compress_statistics=settings.double_quant,
+                quant_type="nf4",
+            )
         if linear.bias is not None:
             layer.bias = torch.nn.Parameter(linear.bias.data, requires_grad=False)
         layer.source_cls = type(linear)
@@ -90,9 +94,12 @@ def make_fake(model: PreTrainedModel, settings: StepSettings) -> None:
         if isinstance(layer, Linear4bit):
             meta = layer.weight
             packed, state = functional.quantize_4bit(
-                torch.empty(layer.out_features, layer.in_features, dtype=base), blocksize=meta.blocksize,
-                compress_statistics=settings.double_quant, quant_type="nf4", quant_storage=meta.quant_storage,
-            )  # fmt: skip
+                torch.empty(layer.out_features, layer.in_features, dtype=base),
+                blocksize=meta.blocksize,
+                compress_statistics=settings.double_quant,
+                quant_type="nf4",
+                quant_storage=meta.quant_storage,
+            )
             # A plain parameter: bitsandbytes' Params4bit cannot wrap a fake tensor.
             weight: Any = torch.nn.Parameter(packed, requires_grad=False)
             weight.quant_state, weight.bnb_quantized = state, True

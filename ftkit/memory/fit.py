@@ -94,9 +94,12 @@ class StepMemory:
     def _order(self, fitted: Fitted, accumulates: bool) -> Order:
         if accumulates not in fitted.orders:
             fitted.orders[accumulates] = Order(
-                fitted.layout, self._optimizer, accumulates=accumulates,
-                keep_outputs=self.settings.keep_outputs, longest_first=self.settings.longest_first,
-            )  # fmt: skip
+                fitted.layout,
+                self._optimizer,
+                accumulates=accumulates,
+                keep_outputs=self.settings.keep_outputs,
+                longest_first=self.settings.longest_first,
+            )
         return fitted.orders[accumulates]
 
     def _regime(self, batch: int, length: int) -> tuple[bool, bool, bool]:

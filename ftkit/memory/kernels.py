@@ -150,9 +150,15 @@ def attention(capability: tuple[int, int], repeat_kv: bool = False) -> Callable[
     import torch
 
     def attend(
-        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
-        scale: float | None = None, enable_gqa: bool = False,
-    ) -> Any:  # fmt: skip
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
         if torch.is_autocast_enabled("cpu"):  # attention is on autocast's list on CUDA, not on the CPU
             query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
         if repeat_kv and query.shape[1] != key.shape[1]:

@@ -83,7 +83,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if quantization := getattr(config, "quantization_config", None):
         kind = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", "")
         raise ModelError(
-            f"The model in {folder} is quantised already ({kind or 'quantization_config in its config.json'}); ftkit trains from 16-bit weights.",
+            f"The model in {folder} is quantised already ({kind or 'quantization_config in its config.json'}); "
+            "ftkit trains from 16-bit weights.",
             "give the 16-bit model that it was made from; to plan for that one, take quantization_config out of a copy of config.json",
         )
     text = config.get_text_config()

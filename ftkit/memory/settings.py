@@ -15,11 +15,12 @@ HEAD_TILE_TOKENS = 4096  # TRL 1.16 scores at most so many tokens at a time
 class StepSettings:
     """All of a training step that decides its memory. The defaults are what `ftkit train` runs on a GPU with bfloat16.
 
-    The other values are other people's training loops, which benchmarks/vram.py holds against their measurements. `loss`: "logits" builds all logits and takes transformers' own
-    loss in float32, "float32_logits" casts the model's output to float32 as Fabric does, "float32_chunks" does so for 128
-    tokens at a time. `keep_outputs` holds what the loss was computed from until the next is there; `fused_qkv` (LoRA alone)
-    has one layer compute query, key and value, each a view of its output; `tied` false gives the head
-    weights of its own; `longest_first` has only the first step see the longest batch, before the optimizer has states.
+    The other values are other people's training loops, which benchmarks/vram.py holds against their measurements.
+    `loss`: "logits" builds all logits and takes transformers' own loss in float32, "float32_logits" casts the model's output to
+    float32 as Fabric does, "float32_chunks" does so for 128 tokens at a time. `keep_outputs` holds what the loss was computed
+    from until the next is there; `fused_qkv` (LoRA alone) has one layer compute query, key and value, each a view of its output;
+    `tied` false gives the head weights of its own; `longest_first` has only the first step see the longest batch, before the
+    optimizer has states.
     """
 
     method: Method = "qlora"

@@ -168,9 +168,16 @@ class StepTracer:
         text = self.model.config.get_text_config()
         softcap = getattr(text, "final_logit_softcapping", None)
         scored = ChunkedLogProbFunction.apply(
-            hidden[rows, columns], head.weight, head.bias, labels[:, 1:][rows, columns], 1.0, kernels.HEAD_TILE_VOCABULARY, softcap, 1.0,
+            hidden[rows, columns],
+            head.weight,
+            head.bias,
+            labels[:, 1:][rows, columns],
+            1.0,
+            kernels.HEAD_TILE_VOCABULARY,
+            softcap,
+            1.0,
             ("log_probs", "entropy", "is_top1"),
-        )  # fmt: skip
+        )
         del hidden, rows, columns
         log_probs, entropy, top1 = (x.new_zeros(wanted.shape).masked_scatter(wanted, x) for x in (scored[0], scored[1], scored[4]))
         del scored

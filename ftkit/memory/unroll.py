@@ -38,9 +38,13 @@ def unroll(events: Events, unit: int, layers: int, total: int) -> Layout:
     """
     if unit == 0:
         return Layout(
-            kinds=np.array(events.kinds), storages=np.array(events.storages), source=np.arange(len(events.kinds)),
-            labels=tuple(events.labels), marks=tuple(events.marks), release=_release(events.marks),
-        )  # fmt: skip
+            kinds=np.array(events.kinds),
+            storages=np.array(events.storages),
+            source=np.arange(len(events.kinds)),
+            labels=tuple(events.labels),
+            marks=tuple(events.marks),
+            release=_release(events.marks),
+        )
     starts = {mark: index for index, mark in events.marks}
     copies = (total - layers) // unit  # beside the template itself
 

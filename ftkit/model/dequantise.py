@@ -72,8 +72,16 @@ def _write_checkpoint(path: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **where)
         fields = GGUFReader(path).fields
     except (
-        ValueError, LookupError, ImportError, struct.error, OSError, TypeError, AttributeError, ArithmeticError, NotImplementedError
-    ) as error:  # fmt: skip
+        ValueError,
+        LookupError,
+        ImportError,
+        struct.error,
+        OSError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        NotImplementedError,
+    ) as error:
         raise ModelError(
             f"transformers cannot read {path.name} back: {first_line(error)}.",
             "download it again, whole; or use the model's original safetensors instead: --model org/name",

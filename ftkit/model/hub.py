@@ -73,7 +73,8 @@ def hub_errors(reference: str) -> Iterator[None]:
     except errors.GatedRepoError:
         raise ModelError(
             f"{repository} is gated: its terms must be accepted first.",
-            f"accept them at {page}, then: hf auth login; or, only to plan, download config.json there and: ftkit plan --config config.json",
+            f"accept them at {page}, then: hf auth login; "
+            "or, only to plan, download config.json there and: ftkit plan --config config.json",
         ) from None
     except errors.RepositoryNotFoundError:
         raise ModelError(f"The hub has no model {repository} (or it is private).", "check the spelling, or: hf auth login") from None

@@ -76,9 +76,13 @@ def make_modelfile(file: str, chat: ChatFormat | None, ship: Ship, *, bos: str, 
     if ship.system and chat and chat.system is None:
         raise RecipeError(*SYSTEM_REFUSED)
     parameters: dict[str, Any] = {
-        "num_ctx": ship.num_ctx, "temperature": ship.temperature, "top_k": 40, "top_p": 0.9, "repeat_penalty": 1.0,
+        "num_ctx": ship.num_ctx,
+        "temperature": ship.temperature,
+        "top_k": 40,
+        "top_p": 0.9,
+        "repeat_penalty": 1.0,
         "stop": list(stops),
-    }  # fmt: skip
+    }
     return Modelfile(file, go_template(chat, bos) if chat else None, ship.system, parameters, bos)
 
 

@@ -36,10 +36,17 @@ def temporary_name(name: str) -> str:
 
 
 def register(
-    client: Client, name: str, gguf: Path, modelfile: Modelfile, render: Render,
-    *, temporary: str | None = None, verify: Callable[[str], Check] | None = None,
-    before_naming: Callable[[str], None] | None = None, reporter: Reporter = SILENT,
-) -> Registered:  # fmt: skip
+    client: Client,
+    name: str,
+    gguf: Path,
+    modelfile: Modelfile,
+    render: Render,
+    *,
+    temporary: str | None = None,
+    verify: Callable[[str], Check] | None = None,
+    before_naming: Callable[[str], None] | None = None,
+    reporter: Reporter = SILENT,
+) -> Registered:
     """Create the model, check that the server asks it as training did, and only then give it its name.
 
     The check renders conversations on the server and compares them with `render`. Raises ProofError where they differ,

@@ -36,9 +36,17 @@ class Planner:
     """Answers what one recipe's training step needs on one device, for rows of up to `length` tokens."""
 
     def __init__(
-        self, config: Any, recipe: Recipe, device: Device, length: int, lengths: Sequence[int], *,
-        bfloat16: bool, extra_bytes: int = 0, labelled_share: float = 1.0,
-    ) -> None:  # fmt: skip
+        self,
+        config: Any,
+        recipe: Recipe,
+        device: Device,
+        length: int,
+        lengths: Sequence[int],
+        *,
+        bfloat16: bool,
+        extra_bytes: int = 0,
+        labelled_share: float = 1.0,
+    ) -> None:
         self.labelled_share = labelled_share
         self.process_bytes = 0 if device.kind == "cuda" else FTKIT_BYTES
         self.extra_bytes = self.process_bytes + extra_bytes
@@ -228,9 +236,16 @@ def apply(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 
 
 def make_plan(
-    config: Any, recipe: Recipe, device: Device, length: int, lengths: Sequence[int] = (), *,
-    bfloat16: bool, extra_bytes: int = 0, labelled_share: float = 1.0,
-) -> MemoryPlan:  # fmt: skip
+    config: Any,
+    recipe: Recipe,
+    device: Device,
+    length: int,
+    lengths: Sequence[int] = (),
+    *,
+    bfloat16: bool,
+    extra_bytes: int = 0,
+    labelled_share: float = 1.0,
+) -> MemoryPlan:
     """Plan a run for rows of up to `length` tokens; `lengths` are those of the training rows, where there is a dataset.
 
     `labelled_share` is the largest share of a batch's tokens that is learnt, `extra_bytes` what an earlier probe of this

@@ -27,7 +27,8 @@ KINDS = {
 # Kind and colour of the parts that memory.step names; what is not here are activations.
 PARTS = {
     "4-bit weights": ("weights", "#0072B2"), "weights": ("weights", "#0072B2"), "weights that stay 16-bit": ("weights", "#56B4E9"),
-    "weights that stay 32-bit": ("weights", "#56B4E9"), "buffers": ("weights", "#A9D8F5"), "optimizer states": ("optimizer states", "#009E73"),
+    "weights that stay 32-bit": ("weights", "#56B4E9"), "buffers": ("weights", "#A9D8F5"),
+    "optimizer states": ("optimizer states", "#009E73"),
     "adapter": ("adapter", "#8FD9C0"), "gradients": ("gradients", "#7B4FA3"), "gradients in flight": ("gradients", "#BBA1D6"),
     "loss head": ("loss head", "#CC79A7"), "cuBLAS workspace": ("workspaces", "#8C8C8C"), "kernel workspaces": ("workspaces", "#A6A6A6"),
     "optimizer temporaries": ("workspaces", "#757575"),

@@ -49,9 +49,13 @@ def write_page(
 
     check(path, PAGE_SUFFIXES)
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
         finalize=lambda value: plain(value) if isinstance(value, str) else value,
-    )  # fmt: skip
+    )
     environment.filters |= {"bytes": bytes_text, "count": count_text, "seconds": seconds_text, "command": command_for, "tied": tied}
     environment.globals |= {
         "share": share,
@@ -65,12 +69,28 @@ def write_page(
     source = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     fit = plan.chosen
     text = environment.from_string(source).render(
-        title=title, asked=asked, plan=plan, fit=fit, costs=costs, disk_bytes=sum(disk_by_place(costs).values()), tokens=tokens, answer=tied(answer(plan)), why=tied(why(plan)), peak_words=tied(peak_words(plan)),
-        margin=tied(f"{100 * MARGIN:g} %"), margin_words=tied(margin_words(fit)), least=tied(f"{100 * LEAST_SHARE:g} %"),
+        title=title,
+        asked=asked,
+        plan=plan,
+        fit=fit,
+        costs=costs,
+        disk_bytes=sum(disk_by_place(costs).values()),
+        tokens=tokens,
+        answer=tied(answer(plan)),
+        why=tied(why(plan)),
+        peak_words=tied(peak_words(plan)),
+        margin=tied(f"{100 * MARGIN:g} %"),
+        margin_words=tied(margin_words(fit)),
+        least=tied(f"{100 * LEAST_SHARE:g} %"),
         small=fit.peak.device_bytes < SMALL_SHARE * axis_bytes(plan),
-        used_kinds={kind for other in plan.methods for kind in kinds_of(plan, other)}, limit_bytes=fit.limit_bytes, span=axis_bytes(plan), total_bytes=max(plan.device.total_bytes, fit.budget_bytes),
-        timeline=timeline(plan), padding=padding(plan.batching) if plan.batching else None, on_gpu=plan.device.kind == "cuda",
-    )  # fmt: skip
+        used_kinds={kind for other in plan.methods for kind in kinds_of(plan, other)},
+        limit_bytes=fit.limit_bytes,
+        span=axis_bytes(plan),
+        total_bytes=max(plan.device.total_bytes, fit.budget_bytes),
+        timeline=timeline(plan),
+        padding=padding(plan.batching) if plan.batching else None,
+        on_gpu=plan.device.kind == "cuda",
+    )
     write(path, text.encode())
 
 
@@ -111,14 +131,22 @@ def timeline(plan: MemoryPlan) -> dict[str, Any]:
     }
     step = 1 << max(0, int(top / 4).bit_length() - 1)
     return {
-        "width": len(totals), "outlines": outlines[::-1], "highest": highest, "peak": peak, "peak_height": highest / top,
-        "budget_height": budget / top if shows_budget else None, "ticks": [(size, size / top) for size in range(0, int(top) + 1, step)],
+        "width": len(totals),
+        "outlines": outlines[::-1],
+        "highest": highest,
+        "peak": peak,
+        "peak_height": highest / top,
+        "budget_height": budget / top if shows_budget else None,
+        "ticks": [(size, size / top) for size in range(0, int(top) + 1, step)],
         "phases": runs([PHASES.get(phase_of(name), name) for name in phase_at]),
         "micro_batches": runs(
-            ["optimizer" if name.startswith("optimizer") else "a later micro-batch" if "later" in name else "first micro-batch" for name in phase_at]
+            [
+                "optimizer" if name.startswith("optimizer") else "a later micro-batch" if "later" in name else "first micro-batch"
+                for name in phase_at
+            ]
         ),
         "readout": {**readout, "texts": list(texts)},
-    }  # fmt: skip
+    }
 
 
 def outline(heights: Sequence[int]) -> str:

@@ -76,9 +76,16 @@ def draw(plan: MemoryPlan, axes: Axes) -> None:
             a, b = at(base, whole), at(base + part.bytes, whole)
             hatch = "////" if part.kind == RESERVE else None
             axes.bar(
-                a, height, b - a, y - height / 2, align="edge", color=part.colour,
-                edgecolor="#999999" if hatch else "white", linewidth=0.8, hatch=hatch,
-            )  # fmt: skip
+                a,
+                height,
+                b - a,
+                y - height / 2,
+                align="edge",
+                color=part.colour,
+                edgecolor="#999999" if hatch else "white",
+                linewidth=0.8,
+                hatch=hatch,
+            )
             found.append((a, b))
             base += part.bytes
         if base > whole:

@@ -20,7 +20,8 @@ PHASES = {"forward": "forward", "loss": "loss", "backward pass of the loss": "lo
 def answer(plan: MemoryPlan) -> str:
     """Whether it fits, and by how much."""
     fit = plan.chosen
-    needs = f"{METHOD_WORDS[fit.inventory.method]}{' fine-tuning' if fit.inventory.method == 'full' else ''} needs {bytes_text(fit.peak.device_bytes)}"
+    method = METHOD_WORDS[fit.inventory.method] + (" fine-tuning" if fit.inventory.method == "full" else "")
+    needs = f"{method} needs {bytes_text(fit.peak.device_bytes)}"
     spare = fit.budget_bytes - fit.peak.device_bytes
     margin = f"the {100 * MARGIN:g} % kept free as a margin"
     if fit.fits:
@@ -28,7 +29,10 @@ def answer(plan: MemoryPlan) -> str:
             f"It fits: {needs} of the {bytes_text(fit.budget_bytes)} free {place(plan)} and leaves {bytes_text(spare)}, more than {margin}."
         )
     if spare >= 0:
-        return f"It does not fit safely: {needs} of the {bytes_text(fit.budget_bytes)} free {place(plan)} and leaves {bytes_text(spare)}, less than {margin}."
+        return (
+            f"It does not fit safely: {needs} of the {bytes_text(fit.budget_bytes)} free {place(plan)} "
+            f"and leaves {bytes_text(spare)}, less than {margin}."
+        )
     times = fit.peak.device_bytes / fit.budget_bytes
     return f"It does not fit: {needs}, {bytes_text(-spare)} more than the {bytes_text(fit.budget_bytes)} free {place(plan)}" + (
         f": {times:.1f} times as much." if times >= 2 else "."
