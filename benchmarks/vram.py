@@ -22,8 +22,8 @@ import click
 
 from ftkit.errors import FtkitError, RecipeError
 from ftkit.machine import cards
-from ftkit.memory.fit import StepMemory
 from ftkit.memory.model import Skeleton, load_config
+from ftkit.memory.polynomial import StepMemory
 from ftkit.memory.settings import StepSettings, compute_dtype
 from ftkit.recipe import Lora
 from ftkit.units import GIB

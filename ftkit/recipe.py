@@ -29,11 +29,11 @@ SHORT = reprlib.Repr()  # values as an error shows them: YAML's aliases can make
 SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 80, 80
 
 
-class Part(BaseModel):
+class Group(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
-class Data(Part):
+class Data(Group):
     train: str = "train.jsonl"
     validation: str | None = Field(default=None, description="a file; without one, a share of the training rows is held out")
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -53,7 +53,7 @@ class Data(Part):
         return datetime.date.fromisoformat(self.date)
 
 
-class Lora(Part):
+class Lora(Group):
     """PEFT's LoraConfig, under its own names."""
 
     r: Annotated[int, Field(ge=1, le=1024)] = 16
@@ -71,7 +71,7 @@ class Lora(Part):
         return value
 
 
-class Training(Part):
+class Training(Group):
     """TRL's SFTConfig, under its own names, and the method."""
 
     method: Method = "qlora"
@@ -100,7 +100,7 @@ class Training(Part):
         return self
 
 
-class Budget(Part):
+class Budget(Group):
     vram: str | None = Field(default=None, description="memory to plan for, in GiB; left out: the GPU found, else free RAM")
 
     gpu: str | None = Field(default=None, description="a card to plan for, by name")
@@ -130,7 +130,7 @@ def modelfile_value(text: str) -> str:
     return f'"""{text}"""' if set(text) & set('"\r\n') or not text else f'"{text}"'
 
 
-class Ship(Part):
+class Ship(Group):
     name: str = "my-model"
     quantization: str = "Q4_K_M"
     match: Literal["first_line", "last_line", "whole"] = Field(default="whole", description="how much of an answer must be right to count")
@@ -167,11 +167,11 @@ class Ship(Part):
         return upper
 
 
-class Tools(Part):
+class Tools(Group):
     llama_cpp_dir: str | None = Field(default=None, description="a llama.cpp checkout or folder of programs; before LLAMA_CPP_DIR and PATH")
 
 
-class Recipe(Part):
+class Recipe(Group):
     """All of one run. Paths are as written: relative ones are taken from the recipe's folder."""
 
     model: str
@@ -184,7 +184,7 @@ class Recipe(Part):
     tools: Tools = Tools()
 
 
-GROUPS = [name for name, field in Recipe.model_fields.items() if isinstance(field.default, Part)]  # each may stand there without keys
+GROUPS = [name for name, field in Recipe.model_fields.items() if isinstance(field.default, Group)]  # each may stand there without keys
 
 
 def load_recipe(path: Path, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe:

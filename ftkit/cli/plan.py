@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ftkit.data.lengths import TokenCounts
     from ftkit.line.job import Job
     from ftkit.line.line import Planned
-    from ftkit.plan.plan import Fit, MemoryPlan
+    from ftkit.plan.plan import Candidate, MemoryPlan
 
 BAR_WIDTH = 60  # columns, where the terminal has room
 
@@ -217,7 +217,7 @@ def show(planned: Planned, save_minutes: float) -> None:
     for line in bar_lines(memory):
         say(line)
     say()
-    parts: dict[str, Callable[[Fit], str]] = {
+    parts: dict[str, Callable[[Candidate], str]] = {
         "weights": lambda f: bytes_text(f.inventory.weights_bytes),
         "adapter": lambda f: bytes_text(f.inventory.adapter_bytes) if f.inventory.adapter_bytes else "–",
         "gradients": lambda f: bytes_text(f.inventory.gradient_bytes),

@@ -11,13 +11,13 @@ from ftkit.data.lengths import batching, grouped_batch_tokens
 from ftkit.errors import ModelError
 from ftkit.gguf.types import gguf_model
 from ftkit.machine.device import Device
-from ftkit.memory.fit import StepMemory
 from ftkit.memory.model import Inventory, Skeleton
+from ftkit.memory.polynomial import StepMemory
+from ftkit.memory.replay import Peak
 from ftkit.memory.settings import Dtype, StepSettings
-from ftkit.memory.step import Peak
 from ftkit.plan import measured
 from ftkit.plan.cost import FTKIT_BYTES
-from ftkit.plan.plan import METHODS, Change, Fit, MemoryPlan, Work, without_margin
+from ftkit.plan.plan import METHODS, Candidate, MemoryPlan, Remedy, Workload, without_margin
 from ftkit.recipe import Recipe
 
 # Below so many tokens a step waits for the weights to be read, whatever the batch: a card's operations a second divided by
@@ -100,8 +100,8 @@ class Planner:
         """What the step may take on the device, the margin left out."""
         return without_margin(self.device.free_bytes)
 
-    def fit(self, recipe: Recipe, batch: int, checkpointing: bool) -> Fit:
-        return Fit(
+    def candidate(self, recipe: Recipe, batch: int, checkpointing: bool) -> Candidate:
+        return Candidate(
             inventory=self.count(recipe),
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=-(-recipe.training.effective_batch_size // batch),
@@ -139,15 +139,15 @@ class Planner:
         tokens = sum(max(tokens, RIDGE_TOKENS) for tokens in passes) / rows
         return tokens * (CHECKPOINTING_COST if checkpointing else 1.0)
 
-    def choose(self, recipe: Recipe) -> tuple[Fit, list[tuple[int, bool, int, bool]]]:
+    def choose(self, recipe: Recipe) -> tuple[Candidate, list[tuple[int, bool, int, bool]]]:
         """The fastest choice that fits, and all that were looked at; where none fits, the smallest."""
         seen = []
-        smallest: Fit | None = None
+        smallest: Candidate | None = None
         too_large: dict[bool, int] = {}  # by checkpointing, the smallest batch that does not fit; larger ones need no look
         for batch, checkpointing in self.choices(recipe):
             if batch > too_large.get(checkpointing, batch):
                 continue
-            fit = self.fit(recipe, batch, checkpointing)
+            fit = self.candidate(recipe, batch, checkpointing)
             seen.append((batch, checkpointing, fit.peak.device_bytes, fit.fits))
             if fit.fits:
                 return fit, seen
@@ -157,7 +157,7 @@ class Planner:
         assert smallest
         return smallest, seen
 
-    def changes(self, fit: Fit) -> tuple[Change, ...]:
+    def changes(self, fit: Candidate) -> tuple[Remedy, ...]:
         """What would make it fit, the smallest change first, each computed; shorter rows, which lose text, come last."""
         singles = list(self._single_changes(fit))
         found = [self._change(settings, words) for settings, words in singles]
@@ -174,7 +174,7 @@ class Planner:
         smaller = (change for change in found if change.peak_bytes < fit.peak.device_bytes)
         return tuple(sorted(smaller, key=lambda change: (not change.fits, _shortens(change))))
 
-    def _single_changes(self, fit: Fit) -> Iterator[tuple[tuple[str, ...], str]]:
+    def _single_changes(self, fit: Candidate) -> Iterator[tuple[tuple[str, ...], str]]:
         training, method = self.recipe.training, self.recipe.training.method
         if not fit.gradient_checkpointing:
             yield ("training.gradient_checkpointing=true",), "gradient checkpointing: a third more work, nothing lost"
@@ -192,7 +192,7 @@ class Planner:
         if shorter:
             yield shorter.settings, shorter.words
 
-    def _shorter(self, settings: tuple[str, ...], words: str) -> Change | None:
+    def _shorter(self, settings: tuple[str, ...], words: str) -> Remedy | None:
         """With these settings, the longest rows that fit, in steps of SHORTER_BY tokens."""
         recipe = apply(self.recipe, settings)
         low, high = 0, (self.length - 1) // SHORTER_BY
@@ -205,13 +205,13 @@ class Planner:
         if not low:
             return None
         peak = self._least(recipe, low * SHORTER_BY)
-        return Change((*settings, f"training.max_length={low * SHORTER_BY}"), words, peak.device_bytes, True)
+        return Remedy((*settings, f"training.max_length={low * SHORTER_BY}"), words, peak.device_bytes, True)
 
-    def _change(self, settings: tuple[str, ...], words: str) -> Change:
+    def _change(self, settings: tuple[str, ...], words: str) -> Remedy:
         last = settings[-1] if settings else ""
         length = int(last.partition("=")[2]) if last.startswith("training.max_length") else self.length
         peak = self._least(apply(self.recipe, settings), length)
-        return Change(settings, words, peak.device_bytes, peak.device_bytes <= self.limit_bytes)
+        return Remedy(settings, words, peak.device_bytes, peak.device_bytes <= self.limit_bytes)
 
     def _least(self, recipe: Recipe, length: int) -> Peak:
         """The peak of the smallest choice that the recipe allows."""
@@ -219,7 +219,7 @@ class Planner:
         return self.peak(recipe, batch, checkpointing, length)
 
 
-def _shortens(change: Change) -> bool:
+def _shortens(change: Remedy) -> bool:
     return any(setting.startswith("training.max_length=") for setting in change.settings)
 
 
@@ -261,7 +261,7 @@ def make_plan(
     for method in METHODS:
         try:
             other = method != recipe.training.method
-            methods.append(planner.fit(apply(recipe, (f"training.method={method}",)), batch, checkpointing) if other else chosen)
+            methods.append(planner.candidate(apply(recipe, (f"training.method={method}",)), batch, checkpointing) if other else chosen)
         except ModelError as error:
             untraced[method] = error.message
     settings = planner.settings(recipe, checkpointing)
@@ -285,9 +285,9 @@ def make_plan(
     )
 
 
-def work(recipe: Recipe, lengths: Sequence[int]) -> Work:
+def work(recipe: Recipe, lengths: Sequence[int]) -> Workload:
     """Steps, epochs and tokens of the training that the recipe asks for."""
     training = recipe.training
     an_epoch = math.ceil(len(lengths) / training.effective_batch_size)
     steps = training.max_steps or math.ceil(an_epoch * training.num_train_epochs)
-    return Work(steps, round(steps / an_epoch, 3), round(sum(lengths) * steps / an_epoch))
+    return Workload(steps, round(steps / an_epoch, 3), round(sum(lengths) * steps / an_epoch))

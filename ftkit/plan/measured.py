@@ -8,7 +8,7 @@ from typing import Any
 
 from ftkit.files import cache_folder, fingerprint, make_cache_folder, write_atomically
 from ftkit.machine.device import Device
-from ftkit.memory.step import Peak
+from ftkit.memory.replay import Peak
 from ftkit.recipe import Recipe
 
 

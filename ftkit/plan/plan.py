@@ -10,8 +10,8 @@ from ftkit.data.lengths import Batching
 from ftkit.gguf.types import GgufModel, gguf_sizes
 from ftkit.machine.device import Device
 from ftkit.memory.model import Inventory
+from ftkit.memory.replay import Peak, Timeline
 from ftkit.memory.sizes import DTYPE_BYTES
-from ftkit.memory.step import Peak, Timeline
 from ftkit.plan.cost import FTKIT_BYTES, Sizes
 from ftkit.recipe import Ship
 
@@ -21,7 +21,7 @@ RESERVE, CONTEXT, PROBED, PROCESS = "allocator’s reserve", "CUDA context", "mo
 
 
 @dataclass(frozen=True)
-class Fit:
+class Candidate:
     """One method at one batch size and length, against a budget."""
 
     inventory: Inventory
@@ -41,7 +41,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Change:
+class Remedy:
     """A change of the recipe, as `--set` takes it, and what the step then needs."""
 
     settings: tuple[str, ...]
@@ -51,7 +51,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What training computes. `seconds` is None until a training of this model on this device has told its throughput."""
 
     steps: int
@@ -60,7 +60,7 @@ class Work:
     tokens_per_second: float | None = None
     seconds: float | None = None
 
-    def at(self, tokens_per_second: float | None) -> Work:
+    def at(self, tokens_per_second: float | None) -> Workload:
         """The same work at a known speed."""
         return replace(self, tokens_per_second=tokens_per_second, seconds=self.tokens / tokens_per_second if tokens_per_second else None)
 
@@ -74,13 +74,13 @@ class MemoryPlan:
     labelled_share: float  # of its tokens, those that are learnt, at most; they alone cost in the loss head
     compute_dtype: str
     attention: str
-    chosen: Fit
-    methods: tuple[Fit, ...]
+    chosen: Candidate
+    methods: tuple[Candidate, ...]
     untraced: dict[str, str]  # methods that cannot be traced for this model, and why
     batches: tuple[tuple[int, bool, int, bool], ...]  # those looked at: batch, checkpointing, bytes on the device, fits
-    changes: tuple[Change, ...]
+    changes: tuple[Remedy, ...]
     batching: Batching | None
-    work: Work | None  # None without a dataset
+    work: Workload | None  # None without a dataset
     extra_bytes: int  # on the device beyond the trace: the difference of this model's probe, and on a CPU the process itself
     timeline: Timeline
     gguf: GgufModel  # as it will be converted
@@ -96,7 +96,7 @@ class MemoryPlan:
         compute_bytes = DTYPE_BYTES[self.compute_dtype]
         return Sizes(self.gguf, self.chosen.inventory, ship, self.max_length, compute_bytes, vram_bytes, self.chosen.peak.device_bytes)
 
-    def beside_tensors(self, fit: Fit) -> dict[str, int]:
+    def beside_tensors(self, fit: Candidate) -> dict[str, int]:
         """What the device holds at the peak beside the step's tensors; with them it is `device_bytes`."""
         peak = fit.peak
         if self.device.kind == "cpu":

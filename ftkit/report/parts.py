@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ftkit.plan.plan import CONTEXT, MARGIN, PROBED, PROCESS, RESERVE, Fit, MemoryPlan
+from ftkit.plan.plan import CONTEXT, MARGIN, PROBED, PROCESS, RESERVE, Candidate, MemoryPlan
 from ftkit.units import bytes_text
 
 if TYPE_CHECKING:
@@ -82,14 +82,14 @@ def stacked(slices: Iterable[Slice], whole: int) -> list[Slice]:
     return sorted([*(s for s in ranked if s not in small), rest], key=lambda s: order.index(s.kind))
 
 
-def parts_of(plan: MemoryPlan, fit: Fit) -> list[Slice]:
+def parts_of(plan: MemoryPlan, fit: Candidate) -> list[Slice]:
     """What the device holds at the peak: the tensors by what they are for, and what is beside them."""
     tensors = (slice_of(part.name, part.bytes) for part in fit.peak.parts)
     beside = (Slice(name, name, KINDS[name], size) for name, size in plan.beside_tensors(fit).items())
     return stacked([*tensors, *beside], fit.peak.device_bytes)
 
 
-def kinds_of(plan: MemoryPlan, fit: Fit) -> dict[str, int]:
+def kinds_of(plan: MemoryPlan, fit: Candidate) -> dict[str, int]:
     """Bytes of each kind at the peak; they add up to `device_bytes`."""
     sums = dict.fromkeys(KINDS, 0)
     for part in fit.peak.parts:
@@ -98,7 +98,7 @@ def kinds_of(plan: MemoryPlan, fit: Fit) -> dict[str, int]:
     return {kind: size for kind, size in sums.items() if size > 0}
 
 
-def coarse(plan: MemoryPlan, fit: Fit) -> list[Slice]:
+def coarse(plan: MemoryPlan, fit: Candidate) -> list[Slice]:
     """`kinds_of` as slices of a bar."""
     return stacked((Slice(kind, kind, KINDS[kind], size) for kind, size in kinds_of(plan, fit).items()), fit.peak.device_bytes)
 
@@ -107,7 +107,7 @@ def place(plan: MemoryPlan) -> str:
     return f"on {plan.device.name}" if plan.device.kind == "cuda" else "in this machine’s RAM"
 
 
-def margin_words(fit: Fit) -> str:
+def margin_words(fit: Candidate) -> str:
     return f"{100 * MARGIN:g} % margin from {bytes_text(fit.limit_bytes)}"
 
 

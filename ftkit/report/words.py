@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ftkit.data.lengths import Batching
-from ftkit.plan.plan import MARGIN, Change, Fit, MemoryPlan
+from ftkit.plan.plan import MARGIN, Candidate, MemoryPlan, Remedy
 from ftkit.report.parts import METHOD_WORDS, NO_BREAK, kinds_of, place, share
 from ftkit.units import bytes_text
 
@@ -89,14 +89,14 @@ def phase_of(name: str) -> str:
     return next((start for start in sorted(PHASES, key=len, reverse=True) if name.startswith(start)), "")
 
 
-def command_for(change: Change, asked: str = "ftkit plan") -> str:
+def command_for(change: Remedy, asked: str = "ftkit plan") -> str:
     """What to type: the command that the plan was asked for with, and the change."""
     import shlex
 
     return " ".join([asked, *(f"--set {shlex.quote(setting)}" for setting in change.settings)])
 
 
-def verdict(fit: Fit) -> str:
+def verdict(fit: Candidate) -> str:
     return "fits" if fit.fits else "does not fit"
 
 

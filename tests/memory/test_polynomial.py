@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from test_trace import config
 
-from ftkit.memory import fit
+from ftkit.memory import polynomial
 from ftkit.memory.events import Events
-from ftkit.memory.fit import StepMemory
 from ftkit.memory.model import Skeleton
+from ftkit.memory.polynomial import StepMemory
 from ftkit.memory.settings import StepSettings
 from ftkit.recipe import Lora
 
@@ -103,18 +103,18 @@ def test_layers_that_do_not_repeat_are_told_apart() -> None:
         events.add(0, index, 512 * (index + 1), "layers")  # each larger than the one before
     events.marks += [(4, ("head", 0)), (4, ("loss backward", 0))]
     events.marks += [(4, ("backward", index)) for index in (3, 2, 1, 0)] + [(4, ("release", 0))]
-    with pytest.raises(fit.NotRepeating):
-        fit.unroll(events, 1, 4, 8)
+    with pytest.raises(polynomial.NotRepeating):
+        polynomial.unroll(events, 1, 4, 8)
 
 
 def test_a_model_whose_layers_do_not_repeat_is_traced_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = fit.unroll
+    real = polynomial.unroll
 
-    def refuse(events: Events, unit: int, layers: int, total: int) -> fit.Layout:
+    def refuse(events: Events, unit: int, layers: int, total: int) -> polynomial.Layout:
         if unit:
-            raise fit.NotRepeating
+            raise polynomial.NotRepeating
         return real(events, unit, layers, total)
 
     expected = memory(config("llama"), StepSettings()).step(1, 128).peak()
-    monkeypatch.setattr(fit, "unroll", refuse)
+    monkeypatch.setattr(polynomial, "unroll", refuse)
     assert memory(config("llama"), StepSettings()).step(1, 128).peak() == expected

@@ -28,7 +28,7 @@ from ftkit.units import GIB, MIB
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 Ftkit = Callable[..., Result]
-DOCUMENT = (Path(__file__).parent.parent / "docs" / "plan.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

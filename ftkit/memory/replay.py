@@ -190,7 +190,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """All of one training step at one batch and length, ready to be replayed.
 
     `fixed` are the storages that are there before the first step, by what they are for; `sizes` the bytes of the

@@ -19,9 +19,9 @@ from ftkit.errors import RecipeError
 from ftkit.gguf.types import GgufModel
 from ftkit.machine.device import Device
 from ftkit.memory.model import Inventory
-from ftkit.memory.step import Part, Peak, Timeline
+from ftkit.memory.replay import Part, Peak, Timeline
 from ftkit.plan.cost import Cost
-from ftkit.plan.plan import Change, Fit, MemoryPlan, Work
+from ftkit.plan.plan import Candidate, MemoryPlan, Remedy, Workload
 from ftkit.report import parts as report_parts
 from ftkit.report import plan_page, plot
 from ftkit.report.parts import ACTIVATION_COLOURS, KINDS, Slice, kinds_of, parts_of
@@ -41,13 +41,13 @@ TOKENS = TokenCounts(rows=40, total=sum(LENGTHS), median=100, p95=900, p99=900, 
 
 def fit(
     method: Any = "qlora", *, parts: dict[str, float] = PARTS, budget: float = 24, times: float = 1, cuda: bool = True, phase: str = ""
-) -> Fit:
+) -> Candidate:
     sized = tuple(Part(name, int(times * size * GIB)) for name, size in sorted(parts.items(), key=lambda entry: -entry[1]))
     allocated = sum(part.bytes for part in sized)
     reserved = allocated + (RESERVE_BYTES if cuda else 0)
     device = reserved + CONTEXT_BYTES  # on a CPU: the process itself
     inventory = Inventory(method, 8_030_000_000, {"MLP": 1}, 7_000_000_000, 41_943_040, {"q_proj": 1}, 1, 1, 1, 1)
-    return Fit(
+    return Candidate(
         inventory,
         2,
         4,
@@ -57,7 +57,7 @@ def fit(
     )
 
 
-def plan(*, chosen: Fit | None = None, device: Device | None = None, **changes: Any) -> MemoryPlan:
+def plan(*, chosen: Candidate | None = None, device: Device | None = None, **changes: Any) -> MemoryPlan:
     """A step of two layers and two micro-batches on a 24 GiB card."""
     chosen = chosen or fit()
     fixed = {"4-bit weights": 3.5, "weights that stay 16-bit": 2.0, "optimizer states": 0.5, "adapter": 0.25}
@@ -80,7 +80,7 @@ def plan(*, chosen: Fit | None = None, device: Device | None = None, **changes: 
         max_length=1024, labelled_share=1.0, compute_dtype="bfloat16", attention="sdpa", chosen=chosen,
         methods=(fit("full", times=8), fit("lora", times=2), chosen), untraced={"full": "<i>why</i>"},
         batches=((4, False, 40 * GIB, False), (2, False, chosen.peak.device_bytes, chosen.fits)),
-        changes=(), batching=batching(LENGTHS, 2, 4, 1024, 42), work=Work(100, 2.0, 90_000, None, None),
+        changes=(), batching=batching(LENGTHS, 2, 4, 1024, 42), work=Workload(100, 2.0, 90_000, None, None),
         extra_bytes=0, timeline=Timeline(series, phases),
         gguf=GgufModel("llama", {"token_embd.weight": (32768, 4096)}, frozenset(), 1, 32768, 4096, 1, 0, None),
     )  # fmt: skip
@@ -89,7 +89,7 @@ def plan(*, chosen: Fit | None = None, device: Device | None = None, **changes: 
 
 def too_large() -> MemoryPlan:
     """Ten times what there is."""
-    change = Change(("training.method=qlora", "training.max_length=512"), "QLoRA <b>", 10 * GIB, True)
+    change = Remedy(("training.method=qlora", "training.max_length=512"), "QLoRA <b>", 10 * GIB, True)
     return plan(chosen=fit("full", times=12, phase="optimizer step"), changes=(change,), batching=None)
 
 
@@ -177,7 +177,7 @@ def test_text_on_a_part_can_be_read() -> None:
         (fit("full", budget=10), "It does not fit: full fine-tuning needs 20.99 GiB, 10.99 GiB more than the 10.00 GiB free"),
     ],
 )  # fmt: skip
-def test_the_answer(chosen: Fit, said: str) -> None:
+def test_the_answer(chosen: Candidate, said: str) -> None:
     assert chosen.peak.device_bytes == round((3.5 + 2 + 0.5 + 0.25 + 0.25 + 8 + 4 + 1) * GIB) + 2 * MIB + RESERVE_BYTES + CONTEXT_BYTES
     assert answer(plan(chosen=chosen)).startswith(said)
 
@@ -273,7 +273,7 @@ def test_text_from_elsewhere_is_only_text(tmp_path: Path) -> None:
 def test_a_change_comes_with_its_command(tmp_path: Path) -> None:
     plan_page.write_page(too_large(), COSTS, None, tmp_path / "plan.html")
     assert "ftkit plan --set training.method=qlora --set training.max_length=512" in page_text(tmp_path / "plan.html")
-    assert command_for(Change(("data.train=a b.jsonl",), "", 0, True)) == "ftkit plan --set 'data.train=a b.jsonl'"
+    assert command_for(Remedy(("data.train=a b.jsonl",), "", 0, True)) == "ftkit plan --set 'data.train=a b.jsonl'"
     plan_page.write_page(replace(too_large(), changes=()), COSTS, None, tmp_path / "plan.html")
     assert "a smaller model or a larger device is needed" in page_text(tmp_path / "plan.html")
 

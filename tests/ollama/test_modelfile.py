@@ -201,7 +201,7 @@ def test_template_and_system_stand_as_they_are() -> None:
     ],
 )
 def test_a_modelfile_holds(text: str, held: str) -> None:
-    """What Ollama makes of it, tests/test_servers.py asks real servers."""
+    """What Ollama makes of it, test_servers.py asks real servers."""
     assert modelfile_value(text) == held
 
 

@@ -10,9 +10,9 @@ import pytest
 from ftkit.errors import ModelError
 from ftkit.memory import kernels
 from ftkit.memory.events import ALLOCATE
-from ftkit.memory.fit import StepMemory
 from ftkit.memory.model import Skeleton
 from ftkit.memory.optimizer import PAGED_ELEMENTS, optimizer_events
+from ftkit.memory.polynomial import StepMemory
 from ftkit.memory.recorder import Recorder
 from ftkit.memory.settings import StepSettings
 from ftkit.memory.trace import StepTracer

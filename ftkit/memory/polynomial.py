@@ -11,9 +11,9 @@ from ftkit.errors import ModelError
 from ftkit.memory.kernels import MASK_ALIGNMENT
 from ftkit.memory.model import Skeleton
 from ftkit.memory.optimizer import optimizer_events
+from ftkit.memory.replay import Order, Part, TrainingStep
 from ftkit.memory.settings import HEAD_TILE_TOKENS, StepSettings, labelled_tokens
 from ftkit.memory.sizes import DTYPE_BYTES
-from ftkit.memory.step import Order, Part, Step
 from ftkit.memory.trace import StepTracer
 from ftkit.memory.unroll import Ints, Layout, NotRepeating, unroll
 
@@ -80,10 +80,10 @@ class StepMemory:
         self._optimizer_bytes = np.array([size for _, _, size in self._optimizer.events], dtype=np.int64)
         self._fits: dict[tuple[int | bool, ...], Fitted] = {}
 
-    def step(self, batch: int, length: int, *, accumulates: bool = False) -> Step:
+    def step(self, batch: int, length: int, *, accumulates: bool = False) -> TrainingStep:
         """The step for `batch` rows of `length` tokens. Raises ModelError where it cannot be traced."""
         fitted = self._fitted(batch, length)
-        return Step(
+        return TrainingStep(
             fixed=self._fixed,
             order=self._order(fitted, accumulates),
             sizes=np.concatenate([self._optimizer_bytes, fitted.sizes.at(batch, length)]),

@@ -16,7 +16,7 @@ from ftkit.line import line
 from ftkit.line.job import open_job
 from ftkit.line.train import probe
 from ftkit.machine.device import Device, processor
-from ftkit.memory.step import Peak
+from ftkit.memory.replay import Peak
 from ftkit.plan import measured
 from ftkit.recipe import parse_override
 
