@@ -31,11 +31,11 @@ def command(
     job = open_job(recipe, **options)
     from ftkit.line import line
 
-    with job.run:
-        if ship_command.walked_in_part(job, only, first, dry_run, as_json):
-            return
+    def whole() -> None:
         line.refuse_missing_tools(job)
         if not as_json and not line.is_trained(job):  # what is trained has fitted
             plan_command.show(line.plan(job), job.recipe.training.save_minutes)
         shipped = line.build(job, use_ollama=use_ollama, replace_model=replace_model)
         ship_command.show(job, shipped, as_json)
+
+    ship_command.walk(job, whole, only=only, first=first, dry_run=dry_run, as_json=as_json)

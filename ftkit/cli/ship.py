@@ -54,13 +54,14 @@ def command(
     job = open_job(recipe, **options)
     from ftkit.line import line
 
-    with job.run:
-        if not walked_in_part(job, only, first, dry_run, as_json):
-            show(job, line.ship(job, use_ollama=use_ollama, replace_model=replace_model), as_json)
+    def whole() -> None:
+        show(job, line.ship(job, use_ollama=use_ollama, replace_model=replace_model), as_json)
+
+    walk(job, whole, only=only, first=first, dry_run=dry_run, as_json=as_json)
 
 
-def walked_in_part(job: Job, only: str | None, first: str | None, dry_run: bool, as_json: bool) -> bool:
-    """Do what --only or --dry-run asks for; False where all of the line is left to walk, `first` thrown away before."""
+def walk(job: Job, whole: Callable[[], None], *, only: str | None, first: str | None, dry_run: bool, as_json: bool) -> None:
+    """The whole line, or what --only, --from or --dry-run asks for."""
     from ftkit.cli.console import print_json, say
     from ftkit.errors import RecipeError
     from ftkit.line import line
@@ -68,17 +69,20 @@ def walked_in_part(job: Job, only: str | None, first: str | None, dry_run: bool,
 
     if sum(map(bool, (only, first, dry_run))) > 1:
         raise RecipeError("Give one of --only, --from and --dry-run.")
-    if first:
-        line.start_from(job, first)
-    if dry_run:
+    if dry_run:  # nothing is written, the run's folder neither
         show_states(list(line.states(job)), as_json)
-    elif only:
+        return
+    with job.run:
+        if first:
+            line.start_from(job, first)
+        if not only:
+            whole()
+            return
         made = line.make_only(job, only)
-        if as_json:
-            print_json({"step": made.name, "fresh": made.fresh, "folder": str(made.folder), "seconds": made.seconds})
-        else:
-            say(f"{'Made' if made.fresh else 'Up to date:'} {made.name} in {made.folder}, {seconds_text(made.seconds)}.")
-    return dry_run or only is not None
+    if as_json:
+        print_json({"step": made.name, "fresh": made.fresh, "folder": str(made.folder), "seconds": made.seconds})
+    else:
+        say(f"{'Made' if made.fresh else 'Up to date:'} {made.name} in {made.folder}, {seconds_text(made.seconds)}.")
 
 
 def show_states(states: list[State], as_json: bool) -> None:

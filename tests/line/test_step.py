@@ -129,6 +129,8 @@ def test_a_dry_run_shows_every_step_and_makes_none(trained: Path, ftkit: Ftkit) 
     assert list(states) == ["plan", "train", "ask", "merge", "gguf", "reask", "prove", "register"]  # Q8_0 is not quantised
     assert [name for name, text in states.items() if " done " in text] == ["train"]
     assert sorted(trained.parent.rglob("*")) == before
+    assert ftkit("build", trained, "--dry-run", "--run-dir", trained.parent / "other").exit_code == 0
+    assert not (trained.parent / "other").exists()
 
 
 @pytest.mark.parametrize(
