@@ -1,4 +1,4 @@
-"""Names inside other libraries that ftkit replaces, calls or overrides: two tables. A name that is gone is an error, never another path."""
+"""Names inside other libraries that ftkit replaces, or uses as they are: two tables. One that is gone is an error, never another path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from typing import Any, Literal
 
 from ftkit.errors import ToolFailedError
 
-When = Literal["tracing", "tracing for CUDA", "tracing DoRA", "training", "loading in 4 bits"]
+When = Literal[
+    "tracing", "tracing for CUDA", "tracing DoRA", "training", "loading in 4 bits", "reading 4-bit weights", "looking at the CPU",
+    "asking Ollama",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Patch:
 
     when: When
     module: str
-    name: str
+    name: str  # in the module; of a class's, after the class and a dot
     replacement: Callable[[Any], Any]  # from what it depends on (Traced, or None) to the object that takes the name's place
     why: str
     package: str  # the distribution, and the version of it that this was tried with
@@ -39,11 +42,10 @@ class Patch:
 
 @dataclass(frozen=True)
 class Inside:
-    """One method of another library that is no promise of its, and that ftkit calls or overrides."""
+    """One name inside another library that is no promise of its, and that ftkit calls, overrides or goes by."""
 
     when: When
     module: str
-    owner: str  # the class
     name: str
     why: str
     package: str
@@ -73,7 +75,7 @@ def _dequantised(module: Any) -> Any:
 
     if not isinstance(module, Linear4bit):
         return module.weight
-    state = getattr(module.weight, "quant_state", None)
+    state = inside("reading 4-bit weights", module.weight, "quant_state")
     if state is None:
         return torch.empty(module.out_features, module.in_features, dtype=module.compute_dtype, device="meta")
     from bitsandbytes.functional import dequantize_4bit
@@ -81,9 +83,21 @@ def _dequantised(module: Any) -> Any:
     return dequantize_4bit(module.weight.data, state)
 
 
+def _forward_4bit(layer: Any, x: Any) -> Any:
+    """`Linear4bit.forward` without its look at Params4bit."""
+    import bitsandbytes
+
+    given = x.dtype
+    if layer.compute_dtype is not None:
+        x = x.to(layer.compute_dtype)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return bitsandbytes.matmul_4bit(x, layer.weight, bias=bias, quant_state=layer.quant_state).to(given)
+
+
 _CUDA: When = "tracing for CUDA"
 _HEAD = "trl.kernels.chunked_logprob"
 _TORCH, _TRANSFORMERS, _TRL, _PEFT = ("torch", "2.13.0"), ("transformers", "5.23.0"), ("trl", "1.16.0"), ("peft", "0.21.2")
+_BITSANDBYTES, _OLLAMA = ("bitsandbytes", "0.50.2"), ("ollama", "0.6.3")
 _NO_VALUES = "asks for values that fake tensors do not have; without an answer the mask is built in full"
 
 # Functions, not torch function modes: a mode is not active while checkpointing recomputes.
@@ -100,6 +114,8 @@ PATCHES: tuple[Patch, ...] = (
     Patch("tracing", "transformers.masking_utils", "is_tracing", lambda _: lambda *a, **k: False, _NO_VALUES, *_TRANSFORMERS),
     Patch("tracing", "transformers.masking_utils", "fast_all", lambda traced: lambda mask: not traced.padded, _NO_VALUES, *_TRANSFORMERS),
     Patch("tracing", "transformers.masking_utils", "find_packed_sequence_indices", lambda _: _nothing, _NO_VALUES, *_TRANSFORMERS),
+    Patch("tracing", "bitsandbytes.nn.modules", "Linear4bit.forward", lambda _: _forward_4bit,
+          "looks for Params4bit, which cannot wrap a fake tensor", *_BITSANDBYTES),
     Patch("tracing DoRA", "peft.tuners.lora.dora", "dequantize_module_weight", lambda _: _dequantised,
           "looks for Params4bit, which cannot wrap a fake tensor", *_PEFT),
     Patch("tracing DoRA", "peft.tuners.lora.dora", "deepcopy", lambda _: lambda layer: layer,
@@ -108,55 +124,79 @@ PATCHES: tuple[Patch, ...] = (
           "without Triton TRL scores every position with the whole vocabulary, labelled or not; loss and gradients are the same", *_TRL),
     Patch("loading in 4 bits", "bitsandbytes.nn.modules", "has_avx512bf16", lambda _: lambda: False,
           "a layer is repacked at its first evaluation on such a CPU, and then computes without gradients, in training too",
-          "bitsandbytes", "0.50.2"),
+          *_BITSANDBYTES),
 )  # fmt: skip
 
 
 INSIDES: tuple[Inside, ...] = (
-    Inside("training", "transformers.trainer", "Trainer", "_get_train_sampler",
-           "else rows come in an order that no seed fixes", *_TRANSFORMERS),
-    Inside("training", "transformers.trainer", "Trainer", "_load_best_model",
-           "a finished training is taken up with it", *_TRANSFORMERS),
+    Inside("tracing", "torch._subclasses.fake_tensor", "FakeTensorMode", "a step is traced on fake tensors", *_TORCH),
+    Inside("tracing", "torch.utils._python_dispatch", "TorchDispatchMode", "it shows every allocation", *_TORCH),
+    Inside("tracing", "torch", "UntypedStorage._cdata", "a storage is known by its address", *_TORCH),
+    Inside("tracing", "torch", "_C._storage_Use_Count", "it tells which gradients are summed in place", *_TORCH),
+    Inside("tracing", "torch.autograd.graph", "_engine_run_backward", "the engine's own sums of gradients are known by it", *_TORCH),
+    Inside("tracing", "transformers", "PreTrainedConfig._attn_implementation", "the plan names it", *_TRANSFORMERS),
+    *(Inside(_CUDA, "torch", f"ops.aten._scaled_dot_product_{name}", "a GPU computes attention with it", *_TORCH)
+      for kernel in ("cudnn_attention", "flash_attention", "efficient_attention") for name in (kernel, f"{kernel}_backward")),
+    Inside(_CUDA, "torch", "ops.aten._scaled_dot_product_attention_math", "a GPU computes attention with it", *_TORCH),
+    Inside("training", "transformers.trainer_pt_utils", "LengthGroupedSampler", "rows of like length go together", *_TRANSFORMERS),
+    Inside("training", "transformers.trainer", "Trainer._get_train_sampler", "else no seed fixes the order of rows", *_TRANSFORMERS),
+    Inside("training", "transformers.trainer", "Trainer._load_best_model", "a finished training is taken up with it", *_TRANSFORMERS),
+    Inside("reading 4-bit weights", "bitsandbytes.nn", "Params4bit.quant_state", "scales and code books are in it", *_BITSANDBYTES),
+    Inside("looking at the CPU", "torch", "cpu._is_avx512_bf16_supported", "else bfloat16 is emulated", *_TORCH),
+    Inside("looking at the CPU", "torch", "cpu._is_amx_tile_supported", "else bfloat16 is emulated", *_TORCH),
+    Inside("asking Ollama", "ollama", "Client._client", "the client's own methods render no prompt and look for no blob", *_OLLAMA),
 )  # fmt: skip
+IN_OBJECTS: tuple[When, ...] = ("reading 4-bit weights", "asking Ollama")  # which only objects have, and no class
+
+
+def require(*when: When) -> None:
+    """Raise ToolFailedError where a name of these rows is gone."""
+    for row in (*PATCHES, *INSIDES):
+        if row.when in when and row.when not in IN_OBJECTS and not hasattr(_owner(row), _leaf(row)):
+            raise _gone(row)
+
+
+def inside(when: When, of: object, name: str) -> Any:
+    """What an object has under the name of a row. Raises ToolFailedError where it is gone."""
+    row = next(row for row in INSIDES if row.when == when and _leaf(row) == name)
+    if not hasattr(of, name):
+        raise _gone(row)
+    return getattr(of, name)
 
 
 @contextlib.contextmanager
 def applied(*when: When, to: Traced | None = None) -> Iterator[None]:
-    """Replace the names of these rows for the time of the context.
-
-    Raises ToolFailedError where one of them is gone, or one that is called or overridden meanwhile.
-    """
-    for inside in INSIDES:
-        if inside.when in when and not hasattr(getattr(_module(inside.module), inside.owner, None), inside.name):
-            raise _gone(inside, f"{inside.owner}.{inside.name}", "uses")
-    rows = [patch for patch in PATCHES if patch.when in when]
-    kept = [(place, patch, getattr(place, patch.name)) for patch in rows for place in [_place(patch)]]
+    """Replace the names of these rows for the time of the context. Raises ToolFailedError as `require` does."""
+    require(*when)
+    kept = [(owner, patch, getattr(owner, _leaf(patch))) for patch in PATCHES if patch.when in when for owner in [_owner(patch)]]
     try:
-        for place, patch, _ in kept:
-            setattr(place, patch.name, patch.replacement(to))
+        for owner, patch, _ in kept:
+            setattr(owner, _leaf(patch), patch.replacement(to))
         yield
     finally:
-        for place, patch, value in kept:
-            setattr(place, patch.name, value)
+        for owner, patch, value in kept:
+            setattr(owner, _leaf(patch), value)
 
 
-def _place(patch: Patch) -> types.ModuleType:
-    place = _module(patch.module)
-    if place is None or not hasattr(place, patch.name):
-        raise _gone(patch, patch.name, "replaces")
-    return place
+def _leaf(row: Patch | Inside) -> str:
+    return row.name.rpartition(".")[2]
 
 
-def _module(name: str) -> types.ModuleType | None:
+def _owner(row: Patch | Inside) -> Any:
+    """The module or the class that a row's name is in; None where that is gone itself."""
     try:
-        return importlib.import_module(name)
+        owner: Any = importlib.import_module(row.module)
     except ModuleNotFoundError:
         return None
+    for part in row.name.split(".")[:-1]:
+        owner = getattr(owner, part, None)
+    return owner
 
 
-def _gone(row: Patch | Inside, name: str, does: str) -> ToolFailedError:
+def _gone(row: Patch | Inside) -> ToolFailedError:
+    does = "replaces" if isinstance(row, Patch) else "uses"
     return ToolFailedError(
-        f"{row.package} {version(row.package)} has no {row.module}.{name} any more, which ftkit {does} while {row.when}: {row.why}.",
+        f"{row.package} {version(row.package)} has no {row.module}.{row.name} any more, which ftkit {does} while {row.when}: {row.why}.",
         f"pip install '{row.package}=={row.tried}'",
     )
 

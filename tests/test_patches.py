@@ -2,54 +2,92 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import re
 import sys
+import tomllib
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
+from conftest import REPOSITORY
+from packaging.requirements import Requirement
 
 from ftkit import patches
 from ftkit.errors import ToolFailedError
+from ftkit.memory.fake import quantization_tensors
+
+ROWS = (*patches.PATCHES, *patches.INSIDES)
 
 
-@pytest.mark.parametrize("patch", patches.PATCHES, ids=lambda patch: f"{patch.module}.{patch.name}")
+def full_name(row: patches.Patch | patches.Inside) -> str:
+    return f"{row.module}.{row.name}"
+
+
+@pytest.mark.parametrize("patch", patches.PATCHES, ids=full_name)
 def test_a_replaced_name_comes_back(patch: patches.Patch) -> None:
-    place = importlib.import_module(patch.module)
-    before = getattr(place, patch.name)
+    *path, name = patch.name.split(".")
+    owner = functools.reduce(getattr, path, importlib.import_module(patch.module))
+    before = getattr(owner, name)
     with patches.applied(patch.when, to=patches.Traced(attention=test_a_replaced_name_comes_back, padded=True)):
-        assert getattr(place, patch.name) is not before
-    assert getattr(place, patch.name) is before
+        assert getattr(owner, name) is not before
+    assert getattr(owner, name) is before
 
 
-def test_a_name_that_is_gone_is_an_error_that_names_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = tuple(replace(patch, name="gone") if patch.name == "_addmm_fp32" else patch for patch in patches.PATCHES)
-    monkeypatch.setattr(patches, "PATCHES", rows)
+@pytest.mark.parametrize("gone", ["name", "module", "owner"])
+@pytest.mark.parametrize("row", [row for row in ROWS if row.when not in patches.IN_OBJECTS], ids=full_name)
+def test_a_name_that_is_gone_is_an_error_that_names_the_library(
+    row: patches.Patch | patches.Inside, gone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, _, name = row.name.rpartition(".")
+    wrong = {"name": {"name": f"{row.name}_gone"}, "module": {"module": f"{row.module}.gone"}, "owner": {"name": f"{owner}gone.{name}"}}
+    other: Any = replace(row, **wrong[gone])
+    patches.require(row.when)
+    table = "PATCHES" if isinstance(row, patches.Patch) else "INSIDES"
+    monkeypatch.setattr(patches, table, tuple(other if one is row else one for one in getattr(patches, table)))
+    said = rf"{row.package} [\d.]+ has no {re.escape(full_name(other))} any more, which ftkit \w+ while {row.when}"
     from torch.nn import functional
 
     dropout = functional.dropout
-    gone = r"trl [\d.]+ has no trl.kernels.chunked_logprob.gone any more"
-    with pytest.raises(ToolFailedError, match=gone) as caught, patches.applied("tracing for CUDA", to=patches.Traced(None, padded=False)):
+    with pytest.raises(ToolFailedError, match=said) as caught, patches.applied(row.when, to=patches.Traced(None, padded=False)):
         pass
-    assert caught.value.hint == "pip install 'trl==1.16.0'"
+    assert caught.value.hint == f"pip install '{row.package}=={row.tried}'"
     assert functional.dropout is dropout
 
 
-@pytest.mark.parametrize("inside", patches.INSIDES, ids=lambda inside: f"{inside.owner}.{inside.name}")
-def test_a_method_that_is_gone_is_an_error_before_the_work(inside: patches.Inside, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner = getattr(importlib.import_module(inside.module), inside.owner)
-    monkeypatch.delattr(owner, inside.name)
-    gone = rf"{inside.package} [\d.]+ has no {inside.module}.{inside.owner}.{inside.name} any more, which ftkit uses"
-    with pytest.raises(ToolFailedError, match=gone) as caught, patches.applied(inside.when):
-        pass
-    assert caught.value.hint == f"pip install '{inside.package}=={inside.tried}'"
+def test_what_objects_have_is_looked_for_in_them() -> None:
+    import ollama
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    from ftkit.engines.ollama import http
+
+    with ollama.Client("http://127.0.0.1:1") as client:
+        assert str(http(client).base_url) == "http://127.0.0.1:1"
+    with pytest.raises(ToolFailedError, match=r"ollama [\d.]+ has no ollama.Client._client any more"):
+        http(cast(Any, object()))
+    layer = Linear4bit(64, 64)
+    assert patches.inside("reading 4-bit weights", layer.weight, "quant_state") is None  # nothing was loaded
+    layer.weight = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ToolFailedError, match=r"bitsandbytes [\d.]+ has no bitsandbytes.nn.Params4bit.quant_state any more"):
+        list(quantization_tensors(layer))
+
+
+def test_what_is_patched_has_an_upper_bound_just_above_what_was_tried() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {each.name: each for each in map(Requirement, (*project["dependencies"], *project["optional-dependencies"]["train"]))}
+    for package, tried in {(row.package, row.tried) for row in ROWS}:
+        major, minor = map(int, tried.split(".")[:2])
+        assert tried in named[package].specifier
+        assert f"{major}.{minor + 1}" not in named[package].specifier, package
 
 
 def test_the_versions_that_were_tried_are_those_of_the_lock() -> None:
     from importlib.metadata import version
 
-    rows = (*patches.PATCHES, *patches.INSIDES)
-    assert {(row.package, row.tried) for row in rows} == {
-        (package, version(package).partition("+")[0]) for package in {row.package for row in rows}
+    assert {(row.package, row.tried) for row in ROWS} == {
+        (package, version(package).partition("+")[0]) for package in {row.package for row in ROWS}
     }
 
 

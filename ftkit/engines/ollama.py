@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
+from ftkit import patches
 from ftkit.data.rows import Message
 from ftkit.errors import RecipeError, ToolFailedError, ToolMissingError
 from ftkit.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
+    import httpx
     from ollama import Client
 
 
@@ -28,7 +30,7 @@ def address() -> str:
 
     try:
         with ollama.Client() as client:
-            return str(client._client.base_url).rstrip("/")
+            return str(http(client).base_url).rstrip("/")
     except ValueError as error:
         host = os.environ.get("OLLAMA_HOST")
         raise RecipeError(f"OLLAMA_HOST is no address: {host!r} ({error}).", "as in OLLAMA_HOST=127.0.0.1:11434") from None
@@ -60,8 +62,14 @@ def connect(reporter: Reporter = SILENT) -> Iterator[Client]:
             client.list()
         except (ConnectionError, httpx.HTTPError, ollama.ResponseError, ValueError):  # ValueError: what answers speaks no JSON
             raise ToolMissingError(f"No Ollama server answers at {where}.", "start it: ollama serve") from None
-        client._client.timeout = None  # creating and answering take as long as they take
+        http(client).timeout = None  # creating and answering take as long as they take
         yield client
+
+
+def http(client: Client) -> httpx.Client:
+    """What a client sends with."""
+    found: httpx.Client = patches.inside("asking Ollama", client, "_client")
+    return found
 
 
 def digest_of(client: Client, name: str) -> str | None:
@@ -75,7 +83,7 @@ def rendered_prompt(client: Client, name: str, messages: Sequence[Message]) -> s
 
     Raises ToolFailedError with the server's words where it fails.
     """
-    reply = client._client.post(
+    reply = http(client).post(
         "/api/chat",
         json={
             "model": name,

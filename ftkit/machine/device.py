@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import psutil
 
+from ftkit import patches
 from ftkit.errors import RecipeError
 from ftkit.machine.cards import find_card
 from ftkit.units import GIB, parse_vram
@@ -184,4 +185,5 @@ def computes_bfloat16(device: Device) -> bool:
         return device.capability >= (8, 0)
     import torch
 
+    patches.require("looking at the CPU")
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -105,25 +105,15 @@ def make_fake(model: PreTrainedModel, settings: StepSettings) -> None:
             weight.quant_state, weight.bnb_quantized = state, True
             layer._parameters["weight"] = weight
             layer.quant_state = state
-            layer.forward = _forward_4bit.__get__(layer)
-
-
-def _forward_4bit(layer: Any, x: Any) -> Any:
-    """`Linear4bit.forward` without its look at Params4bit."""
-    import bitsandbytes
-
-    given = x.dtype
-    if layer.compute_dtype is not None:
-        x = x.to(layer.compute_dtype)
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return bitsandbytes.matmul_4bit(x, layer.weight, bias=bias, quant_state=layer.quant_state).to(given)
 
 
 def quantization_tensors(model: Any) -> Iterator[Any]:
     """The tensors beside the packed weights of 4-bit layers: scales, code books, offsets."""
-    for weight in model.parameters():
-        state = getattr(weight, "quant_state", None)
-        if state is not None:
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            state = patches.inside("reading 4-bit weights", layer.weight, "quant_state")
             yield from (state.absmax, state.code)
             if state.nested:
                 yield from (state.offset, state.state2.absmax, state.state2.code)

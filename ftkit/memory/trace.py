@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftkit import patches
 from ftkit.errors import ModelError, first_line
@@ -16,10 +16,6 @@ from ftkit.memory.model import Skeleton, decoder_layers
 from ftkit.memory.recorder import Recorder
 from ftkit.memory.settings import StepSettings, labelled_tokens
 
-if TYPE_CHECKING:
-    pass
-
-
 CHUNK_TOKENS = 128  # LitGPT's lm_head_chunk_size
 
 
@@ -27,9 +23,10 @@ class StepTracer:
     """A skeleton on fake tensors, ready to be traced at any batch and length."""
 
     def __init__(self, skeleton: Skeleton, settings: StepSettings) -> None:
+        self.settings = settings
+        patches.require(*self._when())
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        self.settings = settings
         self.layers = skeleton.layers
         kernels.prepare_bitsandbytes()
         self.model = copy.deepcopy(skeleton.model)
@@ -38,6 +35,9 @@ class StepTracer:
         with self._fake:
             make_fake(self.model, settings)
         self._hooks()
+
+    def _when(self) -> tuple[patches.When, ...]:
+        return ("tracing", *for_dora(self.settings), *(("tracing for CUDA",) if self.settings.device == "cuda" else ()))
 
     def _hooks(self) -> None:
         """Tell the recorder where a layer begins, forward and backward, and what an allocation is for."""
@@ -95,15 +95,14 @@ class StepTracer:
         for state in quantization_tensors(self.model):
             recorder.ignore(state)
         self._recorder = recorder
-        on_cuda = settings.device == "cuda"
-        traced = patches.Traced(kernels.attention(settings.capability, settings.fused_qkv) if on_cuda else None, padded)
-        when: tuple[patches.When, ...] = ("tracing", *for_dora(settings), *(("tracing for CUDA",) if on_cuda else ()))
+        attention = kernels.attention(settings.capability, settings.fused_qkv) if settings.device == "cuda" else None
+        traced = patches.Traced(attention, padded)
         try:
-            with self._fake, patches.without_trainer(), patches.applied(*when, to=traced), recorder:
+            with self._fake, patches.without_trainer(), patches.applied(*self._when(), to=traced), recorder:
                 self._step(recorder, batch, length)
         except ModelError:
             raise
-        except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError, ImportError, ValueError) as error:
             raise ModelError(
                 f"A training step of {self.model.config.model_type} cannot be traced: {type(error).__name__}: {first_line(error)}",
                 "nothing is guessed in its place; docs/plan.md names model types that are tested",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ftkit.check import Check, not_made, passed
 from ftkit.data.rows import Message, roles_text
 from ftkit.data.template import Render
-from ftkit.engines.ollama import digest_of, rendered_prompt, told
+from ftkit.engines.ollama import digest_of, http, rendered_prompt, told
 from ftkit.errors import ModelError, ProofError, ToolFailedError, first_line
 from ftkit.files import file_fingerprint
 from ftkit.ollama.modelfile import STRIPPED_BOS, Modelfile
@@ -57,7 +57,7 @@ def register(
     temporary = temporary or temporary_name(name)
     with told(f"Ollama could not create {name}"):
         digest = f"sha256:{file_fingerprint(gguf)}"
-        if client._client.head(f"/api/blobs/{digest}").status_code != 200:
+        if http(client).head(f"/api/blobs/{digest}").status_code != 200:
             reporter.note(f"uploading {gguf.name} to Ollama")
             client.create_blob(gguf)
         try:

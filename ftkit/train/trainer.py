@@ -75,6 +75,7 @@ def build_trainer(
     from trl import SFTConfig, SFTTrainer
 
     refuse_nothing_to_learn(training, validation)
+    patches.require("training")  # before the model is loaded
     hf.refuse_lost_gradients()
     method, t = recipe.training.method, recipe.training
     per_epoch = math.ceil(len(training) / (settings.per_device_train_batch_size * settings.gradient_accumulation_steps))

@@ -124,6 +124,12 @@ def test_a_fused_layer_trains_as_much_as_its_parts(targets: list[str]) -> None:
     assert tracer.record(2, 128).kinds  # and it runs
 
 
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_float16_weights_take_what_bfloat16_weights_take(method: Method) -> None:
+    half, brain = StepSettings(method, base_dtype="float16", compute_dtype="float16"), StepSettings(method)
+    assert traced_bytes(config("llama"), half, 2, 64) == traced_bytes(config("llama"), brain, 2, 64)
+
+
 def test_a_trace_leaves_the_libraries_as_they_were() -> None:
     import torch
     from transformers import masking_utils

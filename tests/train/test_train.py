@@ -20,7 +20,7 @@ from ftkit.data.lengths import batching, grouped_batch_tokens
 from ftkit.data.mask import tokenise
 from ftkit.data.rows import IGNORED, Example, Row
 from ftkit.engines import hf
-from ftkit.errors import InterruptedRunError, RunError, TrainingDivergedError
+from ftkit.errors import InterruptedRunError, RunError, ToolFailedError, TrainingDivergedError
 from ftkit.files import file_fingerprint
 from ftkit.memory.model import Skeleton
 from ftkit.merge.stream import _through_nf4
@@ -69,6 +69,18 @@ def fill_adapter(trainer: Any) -> None:
     for name, parameter in trainer.model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn_like(parameter) * 0.05
+
+
+@pytest.mark.parametrize("name", ["_load_best_model", "_get_train_sampler"])
+def test_a_trainer_without_what_training_uses_is_refused_before_the_model_is_loaded(
+    name: str, tokenizer: Any, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    monkeypatch.delattr(transformers.Trainer, name)
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(ToolFailedError, match=rf"has no transformers.trainer.Trainer.{name} any more"):
+        build_trainer(tiny.recipe(nowhere), tiny.SETTINGS, nowhere, tokenizer, examples, examples, tmp_path)
 
 
 def test_qlora_gradients_equal_those_of_the_dequantised_base(model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path) -> None:
