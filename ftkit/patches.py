@@ -151,7 +151,8 @@ IN_OBJECTS: tuple[When, ...] = ("reading 4-bit weights", "asking Ollama")  # whi
 
 def require(*when: When) -> None:
     """Raise ToolFailedError where a name of these rows is gone."""
-    for row in (*PATCHES, *INSIDES):
+    rows: tuple[Patch | Inside, ...] = (*PATCHES, *INSIDES)
+    for row in rows:
         if row.when in when and row.when not in IN_OBJECTS and not hasattr(_owner(row), _leaf(row)):
             raise _gone(row)
 
