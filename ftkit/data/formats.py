@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import reprlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftkit.data.rows import ROLES, Message
-
-if TYPE_CHECKING:
-    pass
-
 
 FORMATS = 'ftkit reads {"messages": [...]}, {"prompt", "completion"}, {"instruction", "input", "output"} and {"conversations": [...]}'
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ftkit.data.mask import cut
 from ftkit.data.rows import Example
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,11 @@ import json
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftkit.data.formats import FORMATS, messages_of
 from ftkit.data.rows import Row
 from ftkit.errors import DataError
-
-if TYPE_CHECKING:
-    pass
-
 
 # Files that hold rows too and are not read yet, by their first bytes or their name: what they are, and what makes JSON lines of them.
 _CSV = (

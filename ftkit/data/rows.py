@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 ROLES = ("system", "user", "assistant")

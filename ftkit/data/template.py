@@ -18,8 +18,6 @@ from ftkit.files import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-if TYPE_CHECKING:
-    pass
 
 
 DATE_STRING = "%d %b %Y"  # how llama.cpp writes its date_string (common/chat.cpp), and Llama's own templates write theirs

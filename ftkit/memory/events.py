@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 ALLOCATE, FREE, WORKSPACE, GRADIENT = range(4)  # kinds of events; see Events
 

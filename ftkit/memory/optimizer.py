@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ftkit.memory.events import ALLOCATE, FREE
 from ftkit.memory.settings import StepSettings
 from ftkit.memory.sizes import DTYPE_BYTES, state_storages_8bit
-
-if TYPE_CHECKING:
-    pass
-
 
 PAGED_ELEMENTS = 100_000  # bitsandbytes/optim/optimizer.py, get_state_buffer
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftkit.memory import kernels
 from ftkit.memory.events import ALLOCATE, FREE, GRADIENT, WORKSPACE, Events
-
-if TYPE_CHECKING:
-    pass
 
 
 class Recorder:

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 NF4_BLOCK = 64  # elements that share one absmax
 ABSMAX_BLOCK = 256  # absmax values that share one second-level absmax, with double quantisation

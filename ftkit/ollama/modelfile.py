@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftkit import sandbox, templates
 from ftkit.data.template import Render
 from ftkit.errors import ModelError, RecipeError
 from ftkit.ollama.template import ChatFormat, go_template
 from ftkit.recipe import Ship, modelfile_value
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import TYPE_CHECKING
 
 from ftkit.data.rows import Message, roles_text
 from ftkit.data.template import Render
 from ftkit.errors import ModelError
 from ftkit.proof.probes import conversations
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

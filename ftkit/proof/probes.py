@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from ftkit.data.rows import Message
 from ftkit.data.template import Render
 from ftkit.errors import ModelError
-
-if TYPE_CHECKING:
-    pass
-
 
 # Where tokenizers of one family come apart: digits, spaces, scripts, controls, contractions, emoji, code.
 HARD_TEXTS = (

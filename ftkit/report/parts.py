@@ -5,14 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ftkit.plan.plan import CONTEXT, MARGIN, PROBED, PROCESS, RESERVE, Candidate, MemoryPlan
 from ftkit.units import bytes_text
-
-if TYPE_CHECKING:
-    pass
-
 
 NO_BREAK = "\u00a0"
 METHOD_WORDS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftkit.data.lengths import Batching
 from ftkit.plan.plan import MARGIN, Candidate, MemoryPlan, Remedy
 from ftkit.report.parts import METHOD_WORDS, NO_BREAK, kinds_of, place, share
 from ftkit.units import bytes_text
-
-if TYPE_CHECKING:
-    pass
-
 
 PHASES = {"forward": "forward", "loss": "loss", "backward pass of the loss": "loss", "backward": "backward", "optimizer": "optimizer"}
 

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ftkit.errors import RecipeError
 from ftkit.files import write_atomically
-
-if TYPE_CHECKING:
-    pass
-
 
 PLOT_SUFFIXES, PAGE_SUFFIXES = (".svg", ".png"), (".html", ".htm")
 

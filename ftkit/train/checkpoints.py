@@ -6,14 +6,10 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftkit.files import write_atomically
 from ftkit.progress import Reporter
-
-if TYPE_CHECKING:
-    pass
-
 
 TRAINER_STATE = "trainer_state.json"  # of a checkpoint; the trainer writes it last
 

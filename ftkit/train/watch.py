@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
@@ -19,10 +19,6 @@ from ftkit.files import sync_files
 from ftkit.progress import Bar, Reporter
 from ftkit.train.checkpoints import drop_broken_checkpoints, last_checkpoint, step_of
 from ftkit.units import bytes_text, seconds_text
-
-if TYPE_CHECKING:
-    pass
-
 
 WATCHED = "watched.json"  # beside it, and ftkit's own
 
