@@ -133,6 +133,7 @@ def _examples(job: Job, opened: Source, rows: Rows) -> tuple[TokenCounts | None,
     trained, validated = cut(examples, max_length), cut(held_out, max_length)
     refuse_nothing_to_learn(trained, validated)
     _say_what_is_only_held_out(job, rows)
+    _say_another_system_message(job, rows.train)
     _refuse_what_cannot_be_asked(job, rows.test, tokenizer)
     return count_tokens([*examples, *held_out], max_length), trained, validated
 
@@ -162,6 +163,16 @@ def _say_what_is_only_held_out(job: Job, rows: Rows) -> None:
             f"{len(missing)} of {kinds} different answers stand in the validation rows alone and are not learnt: "
             f"the first is {first}, line {missing[0].line}; add rows of that kind, or name a file in data.validation"
         )
+
+
+def _say_another_system_message(job: Job, rows: Sequence[Row]) -> None:
+    """The shipped model puts `ship.system` before what it is asked: training should have seen it there."""
+    shipped = job.recipe.ship.system
+    learnt = {first["content"] if (first := row.messages[0])["role"] == "system" else None for row in rows}
+    if shipped is not None and shipped not in learnt:
+        job.reporter.warn("no training row has the system message of ship.system, which the shipped model puts before every question")
+    elif shipped is None and None not in learnt and len(learnt) == 1:
+        job.reporter.warn("every training row has one system message, and the shipped model is asked without it: give it in ship.system")
 
 
 def _check_config(config: Any, recipe: Recipe, length: int) -> None:

@@ -81,6 +81,28 @@ def test_a_kind_that_is_held_out_whole_is_named(here: Path, model: Path, ftkit: 
     assert "validation rows alone" not in ftkit(*ask).stderr  # as a whole each answer is one of its kind, as in free text
 
 
+@pytest.mark.parametrize(
+    ("learnt", "shipped", "said"),
+    [
+        ("Be brief.", None, "give it in ship.system"),
+        ("Be brief.", "Be brief.", ""),
+        ("Be brief.", "Be long.", "no training row has the system message of ship.system"),
+        (None, "Be brief.", "no training row has the system message of ship.system"),
+        (None, None, ""),
+    ],
+)
+def test_another_system_message_than_training_saw_is_told(
+    learnt: str | None, shipped: str | None, said: str, here: Path, model: Path, ftkit: Ftkit, write_rows: Any
+) -> None:
+    first = [{"role": "system", "content": learnt}] if learnt else []
+    turns = [[*first, {"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes."}] for n in range(12)]
+    write_rows(here / "t.jsonl", [{"messages": messages} for messages in turns])
+    setting = ("--set", f"ship.system={shipped}") if shipped else ()
+    told = ftkit("plan", "--model", model, "--data", "t.jsonl", "--vram", "8", "--length", "64", *setting).stderr
+    assert said in told
+    assert ("ship.system" in told) == bool(said)
+
+
 def test_rows_whose_answer_lies_beyond_the_length_are_left_out(
     here: Path, model: Path, ftkit: Ftkit, rows: list[Any], write_rows: Any
 ) -> None:
