@@ -38,6 +38,13 @@ class Data(Group):
     validation: str | None = Field(default=None, description="a file; without one, a share of the training rows is held out")
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     test: str | None = Field(default=None, description="rows that training never sees; the proof asks them before and after")
+    columns: dict[str, str] | None = Field(default=None, description="the rows' own names for ftkit's keys: {prompt: q, completion: a}")
+    labels: list[str] | None = Field(default=None, description="names of a classification's numbers, from 0")
+    template: str | None = Field(default=None, description="the chat template: chatml, plain or a file; left out: the model's own")
+    thinking: bool | None = Field(default=None, description="whether the model thinks before it answers; left out: as its template has it")
+    system_in_question: bool = Field(
+        default=False, description="put a system message before the first question, where a template takes none"
+    )
     date: str = Field(default="2024-07-26", description="what a chat template that writes today's date writes, in training and shipped")
 
     @field_validator("date", mode="before")

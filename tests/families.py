@@ -50,6 +50,23 @@ FAMILIES = (
         sizes={"head_dim": 32, "sliding_window": 512, "layer_types": ["full_attention"]}, says={"add_bos_token": True},
     ),
     Family(
+        "Qwen 3", "qwen2", "Qwen-Qwen3-0.6B", "Qwen2Config", "<|endoftext|>", "<|im_end|>",
+        tokens={"[PAD151667]": "<think>", "[PAD151668]": "</think>"},
+    ),
+    Family(
+        "DeepSeek R1", "llama-bpe", "deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "LlamaConfig", "<｜end▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>",
+        tokens={
+            "<|begin_of_text|>": "<｜begin▁of▁sentence｜>", "<|end_of_text|>": "<｜end▁of▁sentence｜>",
+            "<|reserved_special_token_3|>": "<｜User｜>", "<|reserved_special_token_4|>": "<｜Assistant｜>",
+            "<|reserved_special_token_5|>": "<think>", "<|reserved_special_token_6|>": "</think>",
+        },
+    ),
+    Family(
+        "Gemma 4", "gemma-4", "google-gemma-4-31B-it", "Gemma3TextConfig", "<eos>", "<turn|>", "<bos>",
+        sizes={"head_dim": 32, "sliding_window": 512, "layer_types": ["full_attention"]}, says={"add_bos_token": True},
+    ),
+    Family(
         "Phi 3.5", "phi-3", "microsoft-Phi-3.5-mini-instruct", "LlamaConfig", "<|endoftext|>", "<|end|>", "<s>",
         says={"add_bos_token": False, "add_prefix_space": True},
     ),
@@ -64,6 +81,18 @@ def make_model(family: Family, folder: Path, template: str | None = None) -> Pat
     """Write config, weights and tokenizer of a family; `template` takes the place of its own."""
     import torch
     import transformers
+
+    make_tokenizer(family, folder, template)
+    ids = json.loads((folder / "tokenizer_ids.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_ids.json").unlink()
+    config = getattr(transformers, family.config)(**{**SIZES, **family.sizes}, **ids)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer(family: Family, folder: Path, template: str | None = None) -> Path:
+    """Write the tokenizer of a family alone, and beside it the ids that its model's config holds."""
     from gguf import GGUFReader
     from tokenizers import processors
 
@@ -87,10 +116,8 @@ def make_model(family: Family, folder: Path, template: str | None = None) -> Pat
     names = {"eos_token": family.eos, "pad_token": family.eos, "bos_token": family.bos}
     says = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "chat_template": chat_template, **family.says}
     (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in says.items() if v is not None}), encoding="utf-8")
-    ids = {f"{name}_id": tokens.index(token) if token else None for name, token in names.items()}
-    config = getattr(transformers, family.config)(vocab_size=len(tokens), **{**SIZES, **family.sizes}, **ids)
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    ids = {"vocab_size": len(tokens), **{f"{name}_id": tokens.index(token) if token else None for name, token in names.items()}}
+    (folder / "tokenizer_ids.json").write_text(json.dumps(ids), encoding="utf-8")
     return folder
 
 

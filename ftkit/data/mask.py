@@ -2,67 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ftkit.data.rows import IGNORED, Example, Row
-from ftkit.data.template import answer_end, render, token_ids
+from ftkit.data.template import token_ids
+from ftkit.data.turns import Turn, turns_of
 from ftkit.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[tuple[str, bool]]:
-    """A rendered row cut into (text, learnt): prompts, and what the assistant says up to and including its end of turn.
+def tokenise(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> list[Example]:
+    """Rows in tokens. What stands before a learnt answer is, id for id, what the model reads when it is asked.
 
-    A turn is what the template adds after the prompt that ends in it, up to the first special token behind its text; where
-    there is none, up to where the row goes on. What follows the last turn teaches nothing and is left out. Raises
-    DataError where the template does not render a prompt as the beginning of the whole.
+    A conversation stays one example where each of its prompts begins the whole; where the template renders earlier turns
+    otherwise once later ones are there, it becomes one for each answer. Raises DataError by file and line.
     """
-    whole = render(tokenizer, row.messages, ask=False)
-    cut_up: list[tuple[str, bool]] = []
-    cursor = 0
-    for number, message in enumerate(row.messages):
-        if message["role"] == "assistant":
-            prompt = render(tokenizer, row.messages[:number], ask=True)
-            if not whole.startswith(prompt):
-                raise DataError(f"line {row.line}: the chat template renders the prompt differently once the answer is there.")
-            said = message["content"].strip()
-            at = whole.find(said, len(prompt))
-            end = answer_end(tokenizer, whole, at + len(said) if at >= 0 else len(prompt))
-            if end is None:
-                alone = render(tokenizer, row.messages[: number + 1], ask=False)
-                end = next((n for n, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), min(len(whole), len(alone)))
-            cut_up += [(whole[cursor : len(prompt)], False), (whole[len(prompt) : end], True)]
-            cursor = end
-    return cut_up
+    return [example for row in rows for example in examples_of(tokenizer, row)]
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
-    """Token ids and labels of a row: each assistant turn is learnt up to and including its end-of-turn token.
-
-    Each piece is tokenised by itself, so that the tokens before an answer are those of the prompt at inference.
-    """
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for text, learnt in pieces(tokenizer, row):
-        ids = token_ids(tokenizer, text)
-        input_ids += ids
-        labels += ids if learnt else [IGNORED] * len(ids)
-    return Example(input_ids, labels)
+def examples_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Example]:
+    """One row in tokens."""
+    turns = list(turns_of(tokenizer, row))
+    together = _together(tokenizer, turns)
+    if together:
+        return [together]
+    return [Example(seen + said, [IGNORED] * len(seen) + said) for seen, said in (_alone(tokenizer, turn) for turn in turns)]
 
 
-def before_answer(tokenizer: PreTrainedTokenizerBase, row: Row, number: int) -> tuple[list[int], str]:
-    """What training saw of a row before the answer that is its message `number`, in ids, and that answer as it was learnt."""
-    seen: list[int] = []
-    answers = sum(message["role"] == "assistant" for message in row.messages[:number])
-    for text, learnt in pieces(tokenizer, row):
-        if learnt and not answers:
-            return seen, text
-        answers -= learnt
-        seen += token_ids(tokenizer, text)
-    raise IndexError(number)
+def trained_turns(tokenizer: PreTrainedTokenizerBase, row: Row) -> Iterator[tuple[Turn, list[int], list[int]]]:
+    """Each learnt answer of a row: (turn, the ids that training saw before it, the ids of what is said)."""
+    for turn in turns_of(tokenizer, row):
+        yield (turn, *_alone(tokenizer, turn))
+
+
+def _together(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> Example | None:
+    """All turns in one example; None where a prompt, or what was said by then, does not begin the whole in ids."""
+    *earlier, last = turns
+    text = last.prompt + last.said
+    if not all(text.startswith(turn.prompt + turn.said) for turn in earlier):
+        return None
+    ids = token_ids(tokenizer, text)
+    labels = [IGNORED] * len(ids)
+    for turn in turns:
+        seen, whole = token_ids(tokenizer, turn.prompt), ids if turn is last else token_ids(tokenizer, turn.prompt + turn.said)
+        if ids[: len(whole)] != whole or ids[: len(seen)] != seen:
+            return None
+        labels[len(seen) : len(whole)] = whole[len(seen) :]
+    return Example(ids, labels)
+
+
+def _alone(tokenizer: PreTrainedTokenizerBase, turn: Turn) -> tuple[list[int], list[int]]:
+    """A turn by itself, in ids. Where its text is joined to the prompt's last token, as inference has it: first one, then the other."""
+    seen, whole = token_ids(tokenizer, turn.prompt), token_ids(tokenizer, turn.prompt + turn.said)
+    return seen, whole[len(seen) :] if whole[: len(seen)] == seen else _continued(tokenizer, turn.said)
+
+
+def _continued(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text that goes on: without the space that some vocabularies put before a text that begins."""
+    for before in ("\n", ":", "."):
+        begun, whole = token_ids(tokenizer, before), token_ids(tokenizer, before + text)
+        if whole[: len(begun)] == begun:
+            return whole[len(begun) :]
+    return token_ids(tokenizer, text)
 
 
 def cut(examples: Sequence[Example], max_length: int) -> list[Example]:

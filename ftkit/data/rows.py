@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from ftkit.data.thinking import split_thinking
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 ROLES = ("system", "user", "assistant")
-Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+Message = dict[str, str]  # {"role": one of ROLES, "content": text}; an answer that was thought about also has "reasoning_content"
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,14 @@ class Row:
 
     messages: tuple[Message, ...]
     line: int  # in its file, from 1; in a JSON list, the row's number
+    place: str = field(default="", compare=False)  # file and line, for a person
+    unlearnt: frozenset[int] = frozenset()  # answers that are not learnt, by their place among the messages
+    form: str = field(default="", compare=False)  # in which it was written
+
+    @property
+    def where(self) -> str:
+        """The row's place, for an error."""
+        return self.place or f"line {self.line}"
 
     @property
     def question(self) -> list[Message]:
@@ -24,7 +34,8 @@ class Row:
 
     @property
     def answer(self) -> str:
-        return self.messages[-1]["content"]
+        """The last answer, without what was thought before it."""
+        return split_thinking(self.messages[-1]["content"])[1]
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,16 @@ import re
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit import patches
-from ftkit.data import template
 from ftkit.data.lengths import asked_together
 from ftkit.data.rows import Message
-from ftkit.data.template import render, token_ids
+from ftkit.data.stops import stops
+from ftkit.data.template import ChatSettings, render, settle, token_ids
+from ftkit.data.turns import answer_reader
 from ftkit.errors import DoesNotFitError, ModelError, first_line
 from ftkit.model.source import from_files, needs_code
 from ftkit.progress import SILENT, Reporter
@@ -48,8 +48,8 @@ def refuse_wrong_versions(model_type: str) -> None:
             raise ModelError(f"{library} {version(library)} trains {architecture} wrongly: {what}.", f"pip install '{library}>={fixed}'")
 
 
-def load_tokenizer(folder: Path, day: date | None = None, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, its template with `day` in place of today. Raises ModelError where there is none."""
+def load_tokenizer(folder: Path, settings: ChatSettings | None = None, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, its template as `settings` have it. Raises ModelError where there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -70,8 +70,8 @@ def load_tokenizer(folder: Path, day: date | None = None, *, trust_remote_code: 
                 "copy the one to train with over chat_template.jinja there",
             )
         tokenizer.chat_template = tokenizer.chat_template["default"]
-    if day and tokenizer.chat_template:
-        tokenizer.chat_template = template.fix_date(tokenizer.chat_template, day)
+    if settings:
+        tokenizer.chat_template = settle(tokenizer, settings)
     return tokenizer  # type: ignore[no-any-return]
 
 
@@ -139,7 +139,9 @@ def answer(
     label: str = "asking",
     reporter: Reporter = SILENT,
 ) -> list[str]:
-    """Greedy answers, in the order of the questions; similar lengths go through together, fewer where memory runs out.
+    """Greedy answers without their reasoning, in the order of the questions.
+
+    Similar lengths go through together, fewer where memory runs out.
 
     Raises DoesNotFitError where one question alone is too much for the GPU.
     """
@@ -151,7 +153,7 @@ def answer(
     batch = asked_together(longest + max_new_tokens)
     answers = [""] * len(prompts)
     model.eval()
-    stops = template.stops(tokenizer, model.generation_config.eos_token_id)
+    ends, read = stops(tokenizer, model.generation_config.eos_token_id), answer_reader(tokenizer)
     done = 0
     with torch.inference_mode(), reporter.bar(label, len(prompts)) as bar:
         while done < len(order):
@@ -169,7 +171,7 @@ def answer(
                     top_p=None,
                     top_k=None,
                     repetition_penalty=1.0,
-                    eos_token_id=stops,
+                    eos_token_id=ends,
                     pad_token_id=tokenizer.pad_token_id,
                     use_cache=True,
                 )
@@ -182,7 +184,7 @@ def answer(
                 torch.cuda.empty_cache()
                 continue
             for n, ids in zip(chosen, output[:, inputs["input_ids"].shape[1] :], strict=True):
-                answers[n] = tokenizer.decode(ids, skip_special_tokens=True)
+                answers[n] = read(ids.tolist())
             done += len(chosen)
             bar.update(done)
     return answers

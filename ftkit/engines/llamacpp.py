@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,20 @@ class Engine:
         return self._post("/completion", request).get("stop_type") == "eos"
 
     def answer(
-        self, questions: Sequence[list[Message]], max_new_tokens: int, *, label: str = "asking", reporter: Reporter = SILENT
+        self,
+        questions: Sequence[list[Message]],
+        max_new_tokens: int,
+        read: Callable[[Sequence[int]], str],
+        *,
+        label: str = "asking",
+        reporter: Reporter = SILENT,
     ) -> list[str]:
-        """Greedy answers through the file's own chat template, in the order of the questions, as text: nothing is parsed."""
+        """Greedy answers through the file's own chat template, in the order of the questions; `read` makes text of their ids."""
         answers = []
         with reporter.bar(label, len(questions)) as bar:
             for number, question in enumerate(questions, 1):
                 request = {"prompt": self.prompt_ids(question), "n_predict": max_new_tokens, "temperature": 0, "cache_prompt": True}
-                answers.append(str(self._post("/completion", request)["content"]))
+                answers.append(read(self._post("/completion", {**request, "return_tokens": True})["tokens"]))
                 bar.update(number)
         return answers
 

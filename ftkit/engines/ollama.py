@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,7 @@ def rendered_prompt(client: Client, name: str, messages: Sequence[Message]) -> s
         "/api/chat",
         json={
             "model": name,
-            "messages": list(messages),
+            "messages": _named(messages),
             "stream": False,
             "_debug_render_only": True,
             "truncate": False,
@@ -105,22 +105,29 @@ def rendered_prompt(client: Client, name: str, messages: Sequence[Message]) -> s
     return None if info is None else str(info["rendered_template"])
 
 
+def _named(messages: Sequence[Message]) -> list[Message]:
+    """Messages with the reasoning by Ollama's name."""
+    return [{"thinking" if key == "reasoning_content" else key: value for key, value in message.items()} for message in messages]
+
+
 def answer(
     client: Client,
     name: str,
     questions: Sequence[list[Message]],
     max_new_tokens: int,
+    read: Callable[[str], str] = str,
     *,
     options: dict[str, Any] | None = None,
     label: str = "asking Ollama",
     reporter: Reporter = SILENT,
 ) -> list[str]:
-    """Greedy answers from the server, in the order of the questions."""
+    """Greedy answers from the server, in the order of the questions; of those that hold more than the answer `read` takes it."""
     answers = []
     with told(f"Ollama did not answer with {name}"), reporter.bar(label, len(questions)) as bar:
         for number, question in enumerate(questions, 1):
-            reply = client.chat(name, question, options={"temperature": 0, "num_predict": max_new_tokens, **(options or {})})
-            answers.append(reply.message.content or "")
+            reply = client.chat(name, _named(question), options={"temperature": 0, "num_predict": max_new_tokens, **(options or {})})
+            said = reply.message.content or ""
+            answers.append(said if reply.message.thinking else read(said))
             bar.update(number)
     return answers
 

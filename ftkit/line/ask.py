@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.data.rows import Message
+from ftkit.data.turns import answer_reader, question
 from ftkit.engines import hf, llamacpp
 from ftkit.errors import DoesNotFitError
 from ftkit.line.gguf import GGUF, Converted
 from ftkit.line.job import Job, Onto, base_folder, computes_on, read_data, tokenizer_of
-from ftkit.line.merge import MODEL
+from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step, fingerprint_of, write_json
 from ftkit.line.train import TRAIN, Trained
 from ftkit.machine.device import processor
@@ -60,9 +61,9 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
     An adapter's base is loaded once, as training loaded it (with QLoRA in 4 bits), and asked without and with the adapter.
     """
     recipe, base, rows = job.recipe, base_folder(job), read_data(job).test
-    (cuda, bfloat16), tokenizer = computes_on(), tokenizer_of(job, base, dated=True)
+    (cuda, bfloat16), tokenizer = computes_on(), tokenizer_of(job, base, base=True)
     hf.refuse_lost_gradients()
-    questions, method = [row.question for row in rows], recipe.training.method
+    questions, method = [question(tokenizer, row) for row in rows], recipe.training.method
     answers: dict[str, list[str]] = {}
 
     def load(model: Path) -> Any:
@@ -114,16 +115,18 @@ class AskedMerged:
     asked_as: str | None
 
 
-def _ask_merged(job: Job, folder: Path, asked: Made[Asked], converted: Made[Converted]) -> AskedMerged:
+def _ask_merged(job: Job, folder: Path, asked: Made[Asked], converted: Made[Converted], merged: Made[Merged]) -> AskedMerged:
     """Through its GGUF, a mapped file: F16, or Q8_0 where the machine's memory is too small for that."""
     room = processor().total_bytes - FTKIT_BYTES
     file = next((file for file in converted.result.files if file.bytes < room), None)
     answers: dict[str, list[str]] = {}
+    read = answer_reader(tokenizer_of(job, merged.folder / MODEL))
     if file:
         with llamacpp.load(converted.folder / file.path, job.recipe.ship.num_ctx) as engine:
             answers["merged"] = engine.answer(
                 read_questions(asked).questions,
                 job.recipe.ship.max_new_tokens,
+                read,
                 label=f"asking the merged model ({file.quantization})",
                 reporter=job.reporter,
             )
@@ -139,7 +142,7 @@ REASK = Step(
     command="ftkit ship",
     result=AskedMerged,
     after=(ASK,),
-    needs=(GGUF,),
+    needs=(GGUF, MERGE),
     follows_from=lambda job: [fingerprint_of(job, TRAIN), job.onto],
     costs=of_asking_merged,
     make=_ask_merged,

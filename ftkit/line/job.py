@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ftkit.data.mask import tokenise
 from ftkit.data.read import read_rows, split_validation
-from ftkit.data.rows import Example, Row
+from ftkit.data.rows import Row
+from ftkit.data.template import ChatSettings, named_template
 from ftkit.engines import hf
 from ftkit.files import cache_folder, file_fingerprint, fingerprint, user_path
 from ftkit.machine import device
@@ -55,6 +55,7 @@ class Job:
     device: Device  # that is planned for: the one that the recipe names, or this machine's
     data: Mapping[str, DataFile]  # by purpose; empty: to be planned without a dataset
     llama_cpp_dir: Path | None  # the recipe's own llama.cpp
+    chat_template: str | None  # the recipe's own
     reporter: Reporter
     onto: Onto = "source"  # the 16-bit model, or the 4-bit base that was trained on, dequantised
 
@@ -84,7 +85,7 @@ def open_without_recipe(overrides: Sequence[tuple[str, Any]], *, reporter: Repor
 def make_job(recipe: Recipe, folder: Path, run: Run, reporter: Reporter = SILENT, *, has_data: bool = True) -> Job:
     """Look up what the recipe names.
 
-    Raises RecipeError for a folder of tools or a card that is not there, ModelError for no model.
+    Raises RecipeError for a folder of tools, a template or a card that is not there, ModelError for no model.
     """
     named = {"train": recipe.data.train, "validation": recipe.data.validation, "test": recipe.data.test} if has_data else {}
     paths = {purpose: folder / user_path(name) for purpose, name in named.items() if name}
@@ -96,13 +97,15 @@ def make_job(recipe: Recipe, folder: Path, run: Run, reporter: Reporter = SILENT
         device=device.choose(recipe.budget.vram, recipe.budget.gpu),
         data={purpose: DataFile(path, file_fingerprint(path) if path.is_file() else "missing") for purpose, path in paths.items()},
         llama_cpp_dir=named_llama_cpp(recipe.tools.llama_cpp_dir, folder),
+        chat_template=named_template(recipe.data.template, folder),
         reporter=reporter,
     )
 
 
 def read_data(job: Job) -> Rows:
     """Read the dataset. Raises DataError with every fault by file and line."""
-    read = {purpose: read_rows(file.path) for purpose, file in job.data.items()}
+    settings = job.recipe.data
+    read = {purpose: read_rows(file.path, settings.columns, settings.labels or ()) for purpose, file in job.data.items()}
     train, validation = read["train"], read.get("validation")
     if validation is None:
         train, validation = split_validation(train, job.recipe.data.validation_share, job.recipe.training.seed)
@@ -120,14 +123,11 @@ def base_folder(job: Job) -> Path:
     return folder
 
 
-def tokenizer_of(job: Job, folder: Path, *, dated: bool = False) -> Any:
-    """The tokenizer of a model folder; `dated`: with the recipe's date in its template, as what is merged has it already."""
-    recipe = job.recipe
-    return hf.load_tokenizer(folder, recipe.data.day if dated else None, trust_remote_code=recipe.trust_remote_code)
-
-
-def tokenised(rows: Sequence[Row], tokenizer: Any) -> list[Example]:
-    return [tokenise(tokenizer, row) for row in rows]
+def tokenizer_of(job: Job, folder: Path, *, base: bool = False) -> Any:
+    """The tokenizer of a model folder; of a `base` with the template that the recipe makes of it, as what is merged has it already."""
+    recipe, data = job.recipe, job.recipe.data
+    settings = ChatSettings(data.day, data.thinking, data.system_in_question, job.chat_template) if base else None
+    return hf.load_tokenizer(folder, settings, trust_remote_code=recipe.trust_remote_code)
 
 
 def computes_on() -> tuple[bool, bool]:

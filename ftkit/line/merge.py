@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftkit.data.template import seal
+from ftkit.data.stops import seal
 from ftkit.line.job import Job, Onto, base_folder, computes_on, tokenizer_of
 from ftkit.line.step import Made, Step
 from ftkit.line.train import TRAIN, Trained
@@ -28,7 +28,7 @@ class Merged:
 
 def _make(job: Job, folder: Path, trained: Made[Trained]) -> Merged:
     base, target = base_folder(job), folder / MODEL
-    tokenizer = tokenizer_of(job, base, dated=True)
+    tokenizer = tokenizer_of(job, base, base=True)
     if job.recipe.training.method == "full":
         shutil.copytree(trained.folder / MODEL, target)
         if not job.recipe.trust_remote_code:

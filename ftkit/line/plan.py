@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.data.lengths import TokenCounts, count_tokens
-from ftkit.data.mask import cut, refuse_nothing_to_learn
+from ftkit.data.mask import cut, refuse_nothing_to_learn, tokenise
 from ftkit.data.read import only_held_out
 from ftkit.data.rows import IGNORED, Example, Row
 from ftkit.data.template import render, token_ids
+from ftkit.data.turns import has_reasoning, question, turns_of
 from ftkit.engines import hf
-from ftkit.errors import RecipeError
-from ftkit.line.job import Job, Rows, read_data, tokenised, tokenizer_of
+from ftkit.errors import ModelError, RecipeError
+from ftkit.line.job import Job, Rows, read_data, tokenizer_of
 from ftkit.line.step import Step, write_json
 from ftkit.machine.device import computes_bfloat16
 from ftkit.memory.model import load_config
@@ -70,7 +71,11 @@ def training_inputs(job: Job) -> list[Any]:
     return [
         job.source.fingerprint,
         {purpose: file.fingerprint for purpose, file in job.data.items() if purpose != "test"},
-        recipe.data.model_dump(exclude={"test"}),
+        {
+            **recipe.data.model_dump(include={"train", "validation", "validation_share", "date"}),
+            **recipe.data.model_dump(include={"columns", "labels", "thinking", "system_in_question"}, exclude_defaults=True),
+        },
+        *([job.chat_template] if job.chat_template else []),
         recipe.training.model_dump(exclude={"save_minutes"}),
         recipe.lora.model_dump(exclude={"use_dora"}),  # which is planned, and refused before training
         *(["trust_remote_code"] if recipe.trust_remote_code else []),
@@ -97,8 +102,8 @@ def _make(job: Job, folder: Path) -> Chosen:
     rows = read_data(job) if job.data else None  # a fault in the data is found first
     opened = open_config(job.source, job.reporter)
     assert opened.folder
-    counts, trained, validated = _examples(job, opened, rows) if rows else (None, [], [])
     config = load_config(opened.folder, trust_remote_code=recipe.trust_remote_code)
+    counts, trained, validated = _examples(job, opened, rows, config) if rows else (None, [], [])
     kept = [*trained, *validated]
     length = max((len(example.input_ids) for example in kept), default=recipe.training.max_length)
     labelled = max((sum(label != IGNORED for label in example.labels) for example in kept), default=length)
@@ -118,7 +123,7 @@ def _make(job: Job, folder: Path) -> Chosen:
     return Chosen(memory.chosen.fits, memory.chosen.peak.device_bytes)
 
 
-def _examples(job: Job, opened: Source, rows: Rows) -> tuple[TokenCounts | None, list[Example], list[Example]]:
+def _examples(job: Job, opened: Source, rows: Rows, config: Any) -> tuple[TokenCounts | None, list[Example], list[Example]]:
     """The dataset's rows in tokens, and the training and validation rows as the trainer sees them.
 
     Nothing where only a config is there: it has no tokenizer.
@@ -127,15 +132,44 @@ def _examples(job: Job, opened: Source, rows: Rows) -> tuple[TokenCounts | None,
         job.reporter.warn("the tokens of the dataset are not counted: a config has no tokenizer; all rows are taken as training.max_length")
         return None, [], []
     assert opened.folder
-    tokenizer, max_length = tokenizer_of(job, opened.folder, dated=True), job.recipe.training.max_length
+    tokenizer, max_length = tokenizer_of(job, opened.folder, base=True), job.recipe.training.max_length
     job.reporter.step("counting the dataset's tokens")
-    examples, held_out = tokenised(rows.train, tokenizer), tokenised(rows.validation, tokenizer)
+    examples, held_out = tokenise(tokenizer, rows.train), tokenise(tokenizer, rows.validation)
+    _say_what_became_of_the_rows(job, tokenizer, rows, len(examples) + len(held_out))
     trained, validated = cut(examples, max_length), cut(held_out, max_length)
     refuse_nothing_to_learn(trained, validated)
+    _refuse_ids_beyond(config.get_text_config().vocab_size, tokenizer, [*trained, *validated])
     _say_what_is_only_held_out(job, rows)
     _say_another_system_message(job, rows.train)
     _refuse_what_cannot_be_asked(job, rows.test, tokenizer)
     return count_tokens([*examples, *held_out], max_length), trained, validated
+
+
+def _refuse_ids_beyond(rows: int, tokenizer: Any, examples: Sequence[Example]) -> None:
+    """Raise ModelError for a token that has no row in the embedding: one that was added to the tokenizer alone."""
+    highest = max((max(example.input_ids) for example in examples), default=0)
+    for what, token in (("the dataset holds", highest), ("rows are padded with", tokenizer.pad_token_id or 0)):
+        if token >= rows:
+            raise ModelError(
+                f"The model's embedding has {rows:,} rows, and {what} {tokenizer.convert_ids_to_tokens(token)} with id {token:,}.",
+                "take added tokens out of tokenizer.json and the data, or name another pad_token in tokenizer_config.json; "
+                "ftkit does not resize embeddings",
+            )
+
+
+def _say_what_became_of_the_rows(job: Job, tokenizer: Any, rows: Rows, examples: int) -> None:
+    read = [*rows.train, *rows.validation]
+    if examples > len(read):
+        job.reporter.note(
+            f"{len(read):,} rows become {examples:,}: the chat template writes earlier turns otherwise once later ones are there, "
+            "so that each answer is learnt by itself, after what the model is really asked with"
+        )
+    unsaid = [row for row in read if has_reasoning(row) and any(turn.unsaid for turn in turns_of(tokenizer, row))]
+    if unsaid:
+        job.reporter.warn(
+            f"the reasoning in {len(unsaid):,} rows is not learnt, the first in {unsaid[0].where}: the chat template's prompt ends "
+            "the reasoning before the answer; with data.thinking=true it may not"
+        )
 
 
 def _refuse_what_cannot_be_asked(job: Job, rows: Sequence[Row], tokenizer: Any) -> None:
@@ -143,10 +177,10 @@ def _refuse_what_cannot_be_asked(job: Job, rows: Sequence[Row], tokenizer: Any) 
     ship = job.recipe.ship
     refuse_system(ship.system, lambda messages, ask: render(tokenizer, messages, ask=ask))
     for row in rows:
-        asked = len(token_ids(tokenizer, render(tokenizer, row.question, ask=True)))
+        asked = len(token_ids(tokenizer, render(tokenizer, question(tokenizer, row), ask=True)))
         if asked + ship.max_new_tokens > ship.num_ctx:
             raise RecipeError(
-                f"ship.num_ctx: the held-out question in line {row.line} has {asked} tokens, with an answer of {ship.max_new_tokens} "
+                f"ship.num_ctx: the held-out question in {row.where} has {asked} tokens, with an answer of {ship.max_new_tokens} "
                 f"more than the {ship.num_ctx} that the shipped model reads.",
                 f"--set ship.num_ctx={-(-(asked + ship.max_new_tokens) // 1024) * 1024}",
             )

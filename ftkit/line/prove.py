@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ftkit.check import Check, failed, not_made, passed
-from ftkit.data.mask import before_answer
+from ftkit.data.mask import trained_turns
 from ftkit.data.rows import Message, Row, roles_text
 from ftkit.data.template import Render, render, token_ids
+from ftkit.data.turns import answer_reader
 from ftkit.engines import llamacpp
 from ftkit.errors import ProofError
 from ftkit.gguf.files import GgufFile
@@ -51,11 +52,11 @@ def proof_checks(
 
     def training() -> Iterator[tuple[str, list[int], list[int]]]:
         for row in rows[:ROWS_COMPARED]:
-            for number, message in enumerate(row.messages):
-                if message["role"] == "assistant":
-                    seen, said = before_answer(tokenizer, row, number)
-                    yield roles_text(row.messages[:number]), seen, engine.prompt_ids(row.messages[:number])
-                    yield said, token_ids(tokenizer, said), engine.tokenize(said)
+            for turn, seen, said in trained_turns(tokenizer, row):
+                yield roles_text(turn.asked), seen, engine.prompt_ids(turn.asked)
+                whole = turn.prompt + turn.said
+                if token_ids(tokenizer, whole) == seen + said:  # else the two were not read at once, which a model never does
+                    yield whole, seen + said, engine.tokenize(whole)
 
     def prompts() -> Iterator[tuple[str, list[int], list[int]]]:
         for messages in (*questions, *conversations(renders(tokenizer), taken_for_control)):
@@ -98,7 +99,9 @@ def _make(
         for check in checks:
             if check.outcome == "failed":
                 raise ProofError(f"{path.name} is not the model that was trained. {check.words}", HINTS[check.name])
-        answers = engine.answer(questions, ship.max_new_tokens, label=f"asking {path.name}", reporter=job.reporter)
+        answers = engine.answer(
+            questions, ship.max_new_tokens, answer_reader(tokenizer), label=f"asking {path.name}", reporter=job.reporter
+        )
     write_json(folder / ANSWERS, asdict(Answers({"shipped": answers})))
     return Proven(tuple(checks))
 

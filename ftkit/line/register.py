@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from ftkit.check import Check
 from ftkit.data.template import dated
+from ftkit.data.turns import answer_reader
 from ftkit.engines import ollama
 from ftkit.errors import ModelError, NameTakenError
 from ftkit.files import fingerprint, write_atomically
@@ -97,7 +98,7 @@ def register_shipped(
     found: dict[str, Any] = {}
 
     def verify(unchecked: str) -> Check:
-        served, check = _ask(job, client, unchecked, asked, proven)
+        served, check = _ask(job, client, unchecked, asked, proven, answer_reader(tokenizer))
         found.update(asdict(served))
         return check
 
@@ -121,13 +122,13 @@ def register_shipped(
     return name, list(registered.checks)
 
 
-def _ask(job: Job, client: Any, name: str, asked: Made[Asked], proven: Made[Proven]) -> tuple[Score, Check]:
+def _ask(job: Job, client: Any, name: str, asked: Made[Asked], proven: Made[Proven], read: Callable[[str], str]) -> tuple[Score, Check]:
     """Ask the server the first held-out questions: how many it answers right, and whether that is what the file answers."""
     ship, first = job.recipe.ship, read_questions(asked)
     questions, expected = first.questions[:OLLAMA_ROWS], first.expected[:OLLAMA_ROWS]
     threads = asked_threads()  # more than are free slow a server down many times: they spin while they wait
     options = {"num_thread": threads} if threads else None
-    given = ollama.answer(client, name, questions, ship.max_new_tokens, options=options, reporter=job.reporter)
+    given = ollama.answer(client, name, questions, ship.max_new_tokens, read, options=options, reporter=job.reporter)
     served = score(expected, given, ship.match)
     job.reporter.note(f"Ollama answers {served.right} of {served.rows} held-out questions right")
     return served, judge_served(expected, read_answers(proven)["shipped"][:OLLAMA_ROWS], given, ship.match, ship.max_loss_points)

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ftkit.data.mask import cut
+from ftkit.data.mask import cut, tokenise
 from ftkit.data.template import is_dated, render, token_ids
 from ftkit.engines import llamacpp
 from ftkit.errors import FtkitError, RecipeError, first_line
-from ftkit.line.job import Job, base_folder, computes_on, open_base, read_data, tokenised, tokenizer_of
+from ftkit.line.job import Job, base_folder, computes_on, open_base, read_data, tokenizer_of
 from ftkit.line.plan import PLAN, recorded, training_inputs
 from ftkit.line.step import Made, Step
 from ftkit.machine import device
@@ -53,14 +53,14 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     planned = last.memory
     opened, rows = open_base(job), read_data(job)
     assert opened.folder
-    tokenizer, max_length = tokenizer_of(job, opened.folder, dated=True), recipe.training.max_length
+    tokenizer, max_length = tokenizer_of(job, opened.folder, base=True), recipe.training.max_length
     if is_dated(tokenizer.chat_template):
         reporter.note(f"the chat template writes today's date: it is {recipe.data.date}, here and in the shipped file (data.date)")
     if opened.gguf:
         _check_recovered_tokenizer(job, opened.gguf, tokenizer, [render(tokenizer, row.messages, ask=False) for row in rows.train[:200]])
     settings = _settings(planned)
     reporter.step(f"training ({recipe.training.method}, {settings.per_device_train_batch_size} × {settings.gradient_accumulation_steps})")
-    train, validation = (cut(tokenised(part, tokenizer), max_length) for part in (rows.train, rows.validation))
+    train, validation = (cut(tokenise(tokenizer, part), max_length) for part in (rows.train, rows.validation))
     result = trainer.train(recipe, settings, opened.folder, tokenizer, train, validation, folder, reporter)
     if result.tokens_per_second:
         _remember_speed(job, planned, result.tokens_per_second)
@@ -119,8 +119,8 @@ def probe(job: Job, planned: MemoryPlan) -> Probe:
     """Two real optimizer steps as planned, measured. Raises as `refuse_probe` does."""
     refuse_probe(job)
     recipe, base = job.recipe, base_folder(job)
-    tokenizer = tokenizer_of(job, base, dated=True)
-    examples = cut(tokenised(read_data(job).train, tokenizer), recipe.training.max_length)
+    tokenizer = tokenizer_of(job, base, base=True)
+    examples = cut(tokenise(tokenizer, read_data(job).train), recipe.training.max_length)
     job.reporter.step("probing: two real steps")
     with tempfile.TemporaryDirectory(dir=job.run.folder, prefix=".probe-") as folder:
         probed = probing.probe(recipe, _settings(planned), base, tokenizer, examples, Path(folder))

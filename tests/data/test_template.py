@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import tiny
 
-from ftkit.data import template
+from ftkit.data import stops, template
 from ftkit.data.mask import tokenise
 from ftkit.data.rows import IGNORED, Row
 from ftkit.engines import hf
-from ftkit.errors import ModelError
+from ftkit.errors import ModelError, RecipeError
 
 DAY = date(2024, 7, 26)
 ASKED = [{"role": "user", "content": "hi"}]
@@ -68,7 +68,7 @@ def tokenizer(tmp_path: Path) -> Any:
 
 def learnt(tokenizer: Any, *contents: str) -> str:
     messages = [{"role": "assistant" if n % 2 else "user", "content": content} for n, content in enumerate(contents)]
-    example = tokenise(tokenizer, Row(tuple(messages), 1))
+    (example,) = tokenise(tokenizer, [Row(tuple(messages), 1)])
     assert len(example.labels) == len(example.input_ids)
     return str(tokenizer.decode([token for token in example.labels if token != IGNORED]))
 
@@ -83,20 +83,64 @@ def test_what_ends_a_turn_is_learnt_and_no_more(tokenizer: Any) -> None:
 
 
 @pytest.mark.torch
+def test_a_base_model_is_given_a_template_of_its_vocabulary(tmp_path: Path) -> None:
+    folder = tiny.make_model(tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    bare = hf.load_tokenizer(folder)
+    with pytest.raises(ModelError, match="no chat template") as caught:
+        learnt(bare, "a", "b")
+    assert "--set data.template=chatml" in str(caught.value.hint)
+
+    def given(name: str) -> Any:
+        text = template.named_template(name, tmp_path)
+        return hf.load_tokenizer(folder, template.ChatSettings(DAY, text=text))
+
+    assert learnt(given("chatml"), "a", "b") == "b<|im_end|>"
+    assert template.render(given("chatml"), ASKED, ask=True) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    plain = given("plain")
+    assert learnt(plain, "a", " b", "c", "d") == "  b<|im_end|> d<|im_end|>"  # the end of sequence
+    assert template.render(plain, ASKED, ask=True) == "User: hi\nAssistant:"
+    (tmp_path / "my.jinja").write_text(LIKE_PHI, encoding="utf-8")
+    assert given("my.jinja").chat_template == LIKE_PHI
+    assert "plain" in template.NAMED
+    for name, words in (("none.jinja", "cannot read"), ("empty.jinja", "is empty"), ("\0", "cannot read")):
+        (tmp_path / "empty.jinja").touch()
+        with pytest.raises(RecipeError, match=words):
+            given(name)
+
+
+@pytest.mark.torch
+def test_chatml_is_refused_where_the_vocabulary_has_no_such_tokens(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    settings = template.ChatSettings(DAY, text=template.CHATML)
+    assert template.settle(tokenizer, settings) == template.CHATML
+
+    class Other(type(tokenizer)):  # type: ignore[misc]
+        def __call__(self, text: str, **how: Any) -> Any:
+            return super().__call__(text.replace("<|im_start|>", "<start>"), **how)
+
+    tokenizer.__class__ = Other
+    with pytest.raises(ModelError, match="no such tokens") as caught:
+        template.settle(tokenizer, settings)
+    assert "data.template=plain" in str(caught.value.hint)
+
+
+@pytest.mark.torch
 @pytest.mark.parametrize("chat_template", [tiny.CHATML, LIKE_PHI])
 def test_answers_stop_where_the_template_ends_them(tokenizer: Any, chat_template: str) -> None:
     tokenizer.chat_template = chat_template
     ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|pad|>", "<|im_start|>"])
-    assert template.turn_ends(tokenizer) == ids[:1]
-    assert template.stops(tokenizer, None) == ids[:2]
-    assert template.stops(tokenizer, [ids[2], ids[0]]) == [ids[0], ids[2], ids[1]]
+    assert stops.turn_ends(tokenizer) == ids[:1]
+    assert stops.stops(tokenizer, None) == ids[:2]
+    assert stops.stops(tokenizer, [ids[2], ids[0]]) == [ids[0], ids[2], ids[1]]
 
 
 @pytest.mark.torch
 def test_a_template_without_an_end_of_turn_leaves_the_end_of_sequence(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    assert template.turn_ends(tokenizer) == []
-    assert template.stops(tokenizer, None) == [tokenizer.eos_token_id]
+    assert stops.turn_ends(tokenizer) == [tokenizer.eos_token_id]
+    assert learnt(tokenizer, "a", "b") == "assistant: b<|pad|>"  # of a prompt that asks for nothing
+    assert stops.stops(tokenizer, None) == [tokenizer.eos_token_id]
 
 
 @pytest.mark.torch
@@ -105,11 +149,11 @@ def test_a_merged_model_carries_what_it_was_trained_with(tmp_path: Path) -> None
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     generation = json.loads(before["generation_config.json"])
     tokenizer = hf.load_tokenizer(folder)
-    assert template.seal(folder, tokenizer) == [generation["eos_token_id"]]
+    assert stops.seal(folder, tokenizer) == [generation["eos_token_id"]]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before  # all was there already
     tokenizer.chat_template = template.fix_date(DEFAULT + tiny.CHATML, DAY)
     tokenizer.eos_token = "<|pad|>"  # noqa: S105
-    stops = template.seal(folder, tokenizer)
-    assert len(stops) == 2
-    assert template.configured_stops(folder) == stops
+    ends = stops.seal(folder, tokenizer)
+    assert len(ends) == 2
+    assert stops.configured_stops(folder) == ends
     assert hf.load_tokenizer(folder).chat_template == tokenizer.chat_template

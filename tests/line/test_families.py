@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import llama_cpp
 import pytest
 
 from ftkit.check import Check
-from ftkit.data import template
-from ftkit.data.mask import tokenise
+from ftkit.data import stops, template
+from ftkit.data.mask import tokenise, trained_turns
 from ftkit.data.rows import IGNORED, Row
+from ftkit.data.turns import answer_reader, question, turns_of
 from ftkit.engines import hf, llamacpp
 from ftkit.errors import ProofError, RecipeError
 from ftkit.gguf import files as gguf
@@ -28,7 +30,7 @@ from ftkit.machine.llama_cpp import need_converter
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
-DAY = date(2024, 7, 26)
+SETTINGS = template.ChatSettings(date(2024, 7, 26))
 ROWS = [
     Row(({"role": "user", "content": "What is 1 plus 1?"}, {"role": "assistant", "content": "It is 2."}), 1),
     Row(({"role": "user", "content": "Ünder {x}"}, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Under?"},
@@ -85,26 +87,52 @@ def test_the_vocabulary_is_the_real_one(family: families.Family, made: Callable[
 def test_a_family_is_read_asked_and_ended_as_in_training(family: families.Family, made: Callable[..., Path], tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(made(family), model)
-    tokenizer = hf.load_tokenizer(model, DAY)
-    stops = template.seal(model, tokenizer)
-    assert tokenizer.convert_ids_to_tokens(stops) == [family.ends, family.eos]
-    assert template.configured_stops(model) == stops
-    learnt = [[n for n in tokenise(tokenizer, row).labels if n != IGNORED] for row in ROWS]
-    texts = [tokenizer.decode(ids).replace(f"{family.ends} ", family.ends) for ids in learnt]  # some begin each piece with a space
-    assert texts == [f"It is 2.{family.ends}", f"Yes.{family.ends}No.{family.ends}"]
-    found = checks(tokenizer, converted(model, tmp_path / "m.gguf"), stops)
+    tokenizer = hf.load_tokenizer(model, SETTINGS)
+    ends = stops.seal(model, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(ends) == list(dict.fromkeys([family.ends, family.eos]))
+    assert stops.configured_stops(model) == ends
+    learnt = [said for row in ROWS for _, _, said in trained_turns(tokenizer, row)]
+    assert [said[-1] for said in learnt] == ends[:1] * 3
+    assert [answer_reader(tokenizer)(said).strip() for said in learnt] == ["It is 2.", "Yes.", "No."]
+    labels = [n for example in tokenise(tokenizer, ROWS) for n in example.labels if n != IGNORED]
+    assert labels == [token for said in learnt for token in said]
+    found = checks(tokenizer, converted(model, tmp_path / "m.gguf"), ends)
     wrong = {name for name, check in found.items() if check.outcome != "passed"}
-    control = {"prompts that hold </s>"} if family.name == "Qwen 2.5" else set()  # its vocabulary holds that word as text
+    control = {"prompts that hold </s>"} if family.vocabulary == "qwen2" else set()  # its vocabulary holds that word as text
     assert {found[name].outcome for name in control} <= {"not made"}
-    # A vocabulary that begins each text with a space: training reads earlier answers with one, the server without. Not mended.
-    assert wrong - control == ({"training ids"} if family.says.get("add_prefix_space") else set())
-    assert control <= wrong
+    assert wrong == control
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Llama 3.1", replace(SETTINGS, text=template.PLAIN)),
+        ("Gemma 2", replace(SETTINGS, system_in_question=True)),
+        ("Qwen 3", replace(SETTINGS, thinking=False)),
+        ("Gemma 4", replace(SETTINGS, thinking=True)),
+    ],
+)
+def test_what_a_recipe_makes_of_a_template_is_so_in_llama_cpp(
+    name: str, settings: template.ChatSettings, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(made(families.by_name(name)), model)
+    tokenizer = hf.load_tokenizer(model, settings)
+    ends = stops.seal(model, tokenizer)
+    rows = [*ROWS, Row(({"role": "system", "content": "Be brief."}, *ROWS[1].messages), 3)]
+    sealed = hf.load_tokenizer(model)
+    with llamacpp.load(converted(model, tmp_path / "m.gguf"), 512) as engine:
+        found = proof_checks(sealed, engine, rows, [question(sealed, row) for row in rows], ends)
+    assert {check.name for check in found if check.outcome != "passed"} <= {"prompts that hold </s>"}
+    prompt = template.render(sealed, rows[2].question, ask=True)
+    assert "Be brief." in prompt
+    assert [turn.prompt for turn in turns_of(tokenizer, rows[2])][-1] == prompt
 
 
 def test_another_date_is_found(made: Callable[..., Path], tmp_path: Path) -> None:
     path = converted(made(LLAMA), tmp_path / "m.gguf")  # its template asks llama.cpp for today
-    tokenizer = hf.load_tokenizer(made(LLAMA), DAY)
-    found = checks(tokenizer, path, template.stops(tokenizer, None))
+    tokenizer = hf.load_tokenizer(made(LLAMA), SETTINGS)
+    found = checks(tokenizer, path, stops.stops(tokenizer, None))
     assert (found["training ids"].outcome, found["prompts"].outcome) == ("failed", "failed")
     assert found["token ids"].outcome == found["stops"].outcome == "passed"
 
@@ -113,23 +141,23 @@ def test_a_bos_that_training_never_saw_is_found_and_taken_away(made: Callable[..
     model = made(LLAMA, PLAIN)
     tokenizer, path = hf.load_tokenizer(model), converted(model, tmp_path / "m.gguf")
     assert not template.begins_with_bos(tokenizer)
-    stops = template.stops(tokenizer, None)
-    found = checks(tokenizer, path, stops)
+    ends = stops.stops(tokenizer, None)
+    found = checks(tokenizer, path, ends)
     assert (found["training ids"].outcome, found["prompts"].outcome) == ("failed", "failed")
     gguf.correct(path, add_bos_token=False)
-    assert {check.outcome for check in checks(tokenizer, path, stops).values()} == {"passed"}
+    assert {check.outcome for check in checks(tokenizer, path, ends).values()} == {"passed"}
 
 
 def test_an_end_of_turn_that_llama_cpp_does_not_know_is_found_and_named(made: Callable[..., Path], tmp_path: Path) -> None:
     model = made(LLAMA, "{{ bos_token }}" + PLAIN.replace("<|eot_id|>", "<|reserved_special_token_7|>"))
     tokenizer, path = hf.load_tokenizer(model), converted(model, tmp_path / "m.gguf")
-    stops = template.stops(tokenizer, None)
-    assert tokenizer.convert_ids_to_tokens(stops) == ["<|reserved_special_token_7|>", "<|end_of_text|>"]
-    found = checks(tokenizer, path, stops)
+    ends = stops.stops(tokenizer, None)
+    assert tokenizer.convert_ids_to_tokens(ends) == ["<|reserved_special_token_7|>", "<|end_of_text|>"]
+    found = checks(tokenizer, path, ends)
     assert found.pop("stops").outcome == "failed"
     assert {check.outcome for check in found.values()} == {"passed"}
     gguf.correct(path, eot_token_id=stops[0])
-    assert {check.outcome for check in checks(tokenizer, path, stops).values()} == {"passed"}
+    assert {check.outcome for check in checks(tokenizer, path, ends).values()} == {"passed"}
     assert gguf.read_back(path, "F16", tokenizer.chat_template).tensors > 1
 
 

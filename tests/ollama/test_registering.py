@@ -15,7 +15,7 @@ import pytest
 import servers
 import tiny
 
-from ftkit.data import template
+from ftkit.data import stops, template
 from ftkit.engines import hf, ollama
 from ftkit.errors import NameTakenError, ProofError, ToolFailedError
 from ftkit.files import file_fingerprint
@@ -92,8 +92,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any
             folder = tmp_path_factory.mktemp("model") / "model"
             family, chat_template = TEMPLATES.get(kind, (kind, None))
             families.make_model(families.by_name(family), folder, chat_template)
-            tokenizer = hf.load_tokenizer(folder, date(2024, 7, 26))
-            template.seal(folder, tokenizer)
+            tokenizer = hf.load_tokenizer(folder, template.ChatSettings(date(2024, 7, 26)))
+            stops.seal(folder, tokenizer)
             path = folder / "m-F16.gguf"
             gguf.convert(folder, path, "F16", llama_cpp.need_converter())
             made[kind] = tokenizer, path
