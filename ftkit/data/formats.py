@@ -1,49 +1,235 @@
-"""The forms of a row that ftkit reads."""
+"""The forms of a row that ftkit reads, as a table; and what it does not read, by name."""
 
 from __future__ import annotations
 
+import json
 import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ftkit.data.rows import ROLES, Message
+from ftkit.data.thinking import KEYS
 
-FORMATS = 'ftkit reads {"messages": [...]}, {"prompt", "completion"}, {"instruction", "input", "output"} and {"conversations": [...]}'
+# Who speaks, by the names that datasets have for it.
+SPEAKERS = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant", "chatgpt": "assistant",
+}  # fmt: skip
+TOOL_SPEAKERS = ("tool", "function", "observation", "function_call", "tool_call", "ipython")
+# Keys that change what a row or a message means and are not read: what they are, and what to do.
+UNREAD = {
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "tool calls are not learnt yet"),
+    **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "only text is learnt"),
+    **dict.fromkeys(("chosen", "rejected"), "preferences are not learnt; keep the chosen answer as `completion`"),
+}
+UNREAD_IN_MESSAGES = {
+    **UNREAD,
+    "tool_call_id": "tool calls are not learnt yet",
+    "name": "chat templates write no names; put it into the text, or take the key out",
+}
+EMPTY = ("[]", "{}", "null")  # as some tables hold nothing
+LEARNT = ("weight", "train", "loss")  # of a message: whether it is learnt
+HISTORY = "history"
 
 
-def messages_of(value: Any) -> tuple[Message, ...]:
-    """A row in any of the known forms, as messages. Raises ValueError with what is wrong with it."""
-    if not isinstance(value, dict):
+@dataclass(frozen=True)
+class Conversation:
+    """A row, read: its messages, and which of the answers (by their place, from 0) are not learnt."""
+
+    messages: tuple[Message, ...]
+    unlearnt: frozenset[int]
+    form: str
+
+
+@dataclass
+class _Reading:
+    """Messages as they are found."""
+
+    labels: Sequence[str] = ()
+    messages: list[Message] = field(default_factory=list)
+    unlearnt: set[int] = field(default_factory=set)
+
+    def add(self, message: Any, *, learnt: bool = True) -> None:
+        """One message, of any of the usual shapes."""
+        number = len(self.messages) + 1
+        speaker = _first(message, ("role", "from")) if isinstance(message, Mapping) else message
+        if not isinstance(message, Mapping) or not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
+            if isinstance(speaker, str) and speaker.lower() in TOOL_SPEAKERS:
+                raise ValueError(f"message {number} is the {speaker}'s: tool calls are not learnt yet")
+            raise ValueError(f"message {number} has role {reprlib.repr(speaker)}; roles are {', '.join(ROLES)} (or {_OTHER_NAMES})")
+        _refuse_unread(message, UNREAD_IN_MESSAGES, f"message {number}: ")
+        role = SPEAKERS[speaker.lower()]
+        made: Message = {"role": role, "content": _text(_first(message, ("content", "value", "text")), number)}
+        if role == "assistant":
+            reasoning = _first(message, KEYS)
+            if reasoning:
+                made[KEYS[0]] = _text(reasoning, number)
+            if not (learnt and _is_learnt(message, number)):
+                self.unlearnt.add(number - 1)
+        self.messages.append(made)
+
+    def say(self, role: str, content: Any) -> None:
+        self.add({"role": role, "content": content})
+
+
+_OTHER_NAMES = ", ".join(name for name, role in SPEAKERS.items() if name != role)
+
+
+def _first(value: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    return next((value[key] for key in keys if value.get(key) is not None), None)
+
+
+def _text(content: Any, number: int) -> str:
+    """A content as text; parts of text are put together."""
+    if isinstance(content, list):
+        for part in content:
+            if isinstance(part, Mapping) and part.get("type") != "text":
+                raise ValueError(f"message {number} has a part of type {reprlib.repr(part.get('type'))}; only text is learnt")
+        texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+        content = "".join(map(str, texts)) if texts and all(isinstance(text, str) for text in texts) else None
+    elif isinstance(content, (bool, int, float)):
+        content = json.dumps(content)
+    if not isinstance(content, str):
+        raise ValueError(f"message {number} has no text")
+    if any("\ud800" <= character <= "\udfff" for character in content):
+        raise ValueError(f"message {number} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+    return content
+
+
+def _is_learnt(message: Mapping[str, Any], number: int) -> bool:
+    for key in LEARNT:
+        value = message.get(key)
+        if value is not None and value not in (0, 1):  # False and True are these
+            raise ValueError(f"message {number}: `{key}` is {reprlib.repr(value)}; an answer is learnt (1, true) or not (0, false)")
+        if value is not None and not value:
+            return False
+    return True
+
+
+def _refuse_unread(value: Mapping[str, Any], unread: Mapping[str, str], where: str = "") -> None:
+    """Raise ValueError for a key that changes the meaning; an empty one changes nothing."""
+    for key, why in unread.items():
+        if value.get(key) and value[key] not in EMPTY:
+            raise ValueError(f"{where}`{key}` is not read: {why}")
+
+
+def _messages(key: str) -> Callable[[_Reading, Mapping[str, Any]], None]:
+    def read(reading: _Reading, row: Mapping[str, Any]) -> None:
+        messages = row[key]
+        if not isinstance(messages, list) or not messages:
+            raise ValueError("no messages" if key == "messages" else f"`{key}` is not a list of objects")
+        for message in messages:
+            reading.add(message)
+
+    return read
+
+
+def _question_and_answer(asked: str, answered: str, more: str | None = None) -> Callable[[_Reading, Mapping[str, Any]], None]:
+    def read(reading: _Reading, row: Mapping[str, Any]) -> None:
+        question, answer = row[asked], row[answered]
+        if more and row.get(more):
+            parts = [part for part in (question, row[more]) if part not in (None, "")]
+            question = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
+        if isinstance(question, list) or isinstance(answer, list):  # TRL's conversational form
+            _both(reading, question, answer)
+            return
+        reading.say("user", question)
+        label = answered == "label" and isinstance(answer, int) and not isinstance(answer, bool) and reading.labels
+        if label and not 0 <= answer < len(reading.labels):
+            raise ValueError(f"label {answer} has no name: data.labels names {len(reading.labels)}, from 0")
+        reading.say("assistant", reading.labels[answer] if label else answer)
+
+    return read
+
+
+def _both(reading: _Reading, asked: Any, answered: Any) -> None:
+    """Messages before the answer, of which none is learnt, and the answer's own."""
+    for messages, role, learnt in ((asked, "user", False), (answered, "assistant", True)):
+        for message in messages if isinstance(messages, list) else [{"role": role, "content": messages}]:
+            reading.add(message, learnt=learnt)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form: it is a row's where the row has all of `keys`."""
+
+    name: str
+    keys: tuple[str, ...]
+    read: Callable[[_Reading, Mapping[str, Any]], None]
+    example: str
+
+
+FORMS = (
+    Form("messages", ("messages",), _messages("messages"), '{"messages": [...]}'),
+    Form("ShareGPT", ("conversations",), _messages("conversations"), '{"conversations": [...]}'),
+    Form("conversation", ("conversation",), _messages("conversation"), '{"conversation": [...]}'),
+    Form("prompt and completion", ("prompt", "completion"), _question_and_answer("prompt", "completion"), '{"prompt", "completion"}'),
+    Form("prompt and response", ("prompt", "response"), _question_and_answer("prompt", "response"), '{"prompt", "response"}'),
+    Form("Alpaca", ("instruction", "output"), _question_and_answer("instruction", "output", "input"), '{"instruction", "input", "output"}'),
+    Form("Dolly", ("instruction", "response"), _question_and_answer("instruction", "response", "context"),
+         '{"instruction", "context", "response"}'),
+    Form("question and answer", ("question", "answer"), _question_and_answer("question", "answer", "context"), '{"question", "answer"}'),
+    Form("query and response", ("query", "response"), _question_and_answer("query", "response"), '{"query", "response"}'),
+    Form("input and output", ("input", "output"), _question_and_answer("input", "output"), '{"input", "output"}'),
+    Form("classification", ("text", "label"), _question_and_answer("text", "label"), '{"text", "label"}'),
+)  # fmt: skip
+FORMATS = f"ftkit reads {', '.join(form.example for form in FORMS)}; data.columns names other keys"
+
+
+def conversation_of(value: Any, columns: Mapping[str, str] | None = None, labels: Sequence[str] = ()) -> Conversation:
+    """A row in any of the forms. Raises ValueError with what is wrong with it.
+
+    `columns`: the row's own names for ftkit's keys. `labels`: names of a classification's numbers.
+    """
+    if not isinstance(value, Mapping):
         raise ValueError(f"a row is an object, not {type(value).__name__}")
-    if "messages" in value:
-        messages = value["messages"]
-    elif "conversations" in value:  # ShareGPT
-        names = {"human": "user", "gpt": "assistant"}
-        turns = value["conversations"]
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise ValueError("`conversations` is not a list of objects")
-        messages = [{"role": names.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")} for turn in turns]
-    elif "prompt" in value and "completion" in value:
-        messages = [{"role": "user", "content": value["prompt"]}, {"role": "assistant", "content": value["completion"]}]
-    elif "instruction" in value and "output" in value:  # Alpaca
-        parts = [part for part in (value["instruction"], value.get("input")) if part]
-        asked = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
-        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": value["output"]}]
-    else:
+    row: Mapping[str, Any] = _renamed(value, columns) if columns else value
+    form = next((form for form in FORMS if all(key in row for key in form.keys)), None)
+    _refuse_unread(row, UNREAD)
+    if not form:
+        if isinstance(row.get("text"), str):
+            raise ValueError('plain `text` has no answer to be asked for; give it as {"prompt", "completion"}')
         raise ValueError(f"no known form (keys: {', '.join(map(str, value)) or 'none'})")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("no messages")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
-            raise ValueError(f"message {number} has role {reprlib.repr(role)}; roles are {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise ValueError(f"message {number} has no text")
-        if any("\ud800" <= character <= "\udfff" for character in message["content"]):
-            raise ValueError(f"message {number} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"no answer: the last message is the {messages[-1]['role']}'s; it must be the assistant's")
-    if not messages[-1]["content"].strip():
-        raise ValueError("no answer: the last message is empty")
+    for key in LEARNT:
+        if row.get(key) is not None and row[key] not in (1, True):
+            raise ValueError(f"`{key}` of a whole row is not read; take the row out, or give it to the message")
+    reading = _Reading(labels)
+    if row.get("system"):
+        reading.say("system", row["system"])
+    for turn in row.get(HISTORY) or ():
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise ValueError(f"`{HISTORY}` is not a list of [question, answer]")
+        reading.say("user", turn[0])
+        reading.say("assistant", turn[1])
+    form.read(reading, row)
+    return _checked(reading, form.name)
+
+
+def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    missing = [theirs for theirs in columns.values() if theirs not in value]
+    if missing:
+        raise ValueError(f"no `{missing[0]}`, which data.columns names (keys: {', '.join(map(str, value)) or 'none'})")
+    rest = {key: each for key, each in value.items() if key not in columns.values()}
+    return {**rest, **{ours: value[theirs] for ours, theirs in columns.items()}}
+
+
+def _checked(reading: _Reading, form: str) -> Conversation:
+    """Raise ValueError where there is nothing to ask or nothing to learn. What follows the last learnt answer is left out."""
+    messages, unlearnt = reading.messages, reading.unlearnt
+    if not messages or messages[-1]["role"] != "assistant":
+        last = messages[-1]["role"] if messages else "nobody"
+        raise ValueError(f"no answer: the last message is the {last}'s; it must be the assistant's")
     if not any(message["role"] == "user" for message in messages):
         raise ValueError("no question: a user message is missing")
-    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
+    if [message["role"] for message in messages[:2]] == ["system", "system"]:
+        raise ValueError("two system messages, one after the other (a row's `system` is one): make one of them")
+    learnt = [n for n, message in enumerate(messages) if message["role"] == "assistant" and n not in unlearnt]
+    if not learnt:
+        raise ValueError(f"no answer is learnt: each has {' or '.join(f'`{key}`' for key in LEARNT)} 0 or false")
+    for n in learnt:
+        if not messages[n]["content"].strip():
+            which = "last message" if n == len(messages) - 1 else f"message {n + 1}"
+            raise ValueError(f"no answer: the {which} is empty")
+    return Conversation(tuple(messages[: learnt[-1] + 1]), frozenset(n for n in unlearnt if n < learnt[-1]), form)

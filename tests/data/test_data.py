@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +26,7 @@ ANSWERED = {"role": "assistant", "content": "4"}
     "value",
     [
         {"messages": [ASKED, ANSWERED]},
-        {"messages": [{**ASKED, "name": "ann"}, {**ANSWERED, "weight": 1}], "id": 7},
+        {"messages": [{**ASKED, "name": None}, {**ANSWERED, "weight": 1}], "id": 7},
         {"prompt": "2 + 2?", "completion": "4"},
         {"instruction": "2 + 2?", "output": "4"},
         {"instruction": "2 + 2?", "input": "", "output": "4"},
@@ -71,7 +69,8 @@ def test_a_json_list_is_read_too(tmp_path: Path, rows: list[dict[str, Any]]) -> 
     ("value", "fault"),
     [
         ({}, "no known form (keys: none)"),
-        ({"text": "x", "label": 1}, "no known form (keys: text, label)"),
+        ({"review": "x", "label": 1}, "no known form (keys: review, label)"),
+        ({"text": "x"}, "plain `text` has no answer to be asked for"),
         ({"prompt": "x"}, "no known form (keys: prompt)"),
         ([1], "a row is an object, not list"),
         ("x", "a row is an object, not str"),
@@ -79,18 +78,19 @@ def test_a_json_list_is_read_too(tmp_path: Path, rows: list[dict[str, Any]]) -> 
         ({"messages": []}, "no messages"),
         ({"messages": "x"}, "no messages"),
         ({"messages": ["x"]}, "message 1 has role 'x'"),
-        ({"messages": [ASKED, {"role": "tool", "content": "4"}]}, "message 2 has role 'tool'; roles are system, user, assistant"),
+        ({"messages": [ASKED, {"role": "tool", "content": "4"}]}, "message 2 is the tool's: tool calls are not learnt yet"),
         ({"messages": [{"role": "user", "content": None}, ANSWERED]}, "message 1 has no text"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}, ANSWERED]}, "message 1 has no text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWERED]}, "message 1 has a part of type 'image_url'"),
+        ({"messages": [{"role": "user", "content": []}, ANSWERED]}, "message 1 has no text"),
         ({"messages": [ASKED]}, "no answer: the last message is the user's; it must be the assistant's"),
         ({"messages": [ASKED, ANSWERED, ASKED, ASKED]}, "no answer: the last message is the user's"),
         ({"messages": [ASKED, {**ANSWERED, "content": " \n"}]}, "no answer: the last message is empty"),
         ({"messages": [{"role": ["x" * 9] * 999, "content": "x"}, ANSWERED]}, "message 1 has role ['xxxxxxxxx', 'xxxxxxxxx', "),
         ({"messages": [ANSWERED]}, "no question"),
-        ({"prompt": 5, "completion": "4"}, "message 1 has no text"),
-        ({"instruction": 5, "input": "", "output": "4"}, "message 1 has no text"),
+        ({"prompt": {}, "completion": "4"}, "message 1 has no text"),
+        ({"instruction": {}, "input": "x", "output": "4"}, "message 1 has no text"),
         ({"conversations": "x"}, "`conversations` is not a list of objects"),
-        ({"conversations": [{"from": "bot", "value": "x"}]}, "message 1 has role 'bot'"),
+        ({"conversations": [{"from": "owl", "value": "x"}]}, "message 1 has role 'owl'"),
         ({"conversations": [{"from": ["human"], "value": "x"}]}, "message 1 has role ['human']"),
     ],
 )
@@ -127,12 +127,12 @@ def test_a_fault_in_a_json_list_is_not_put_on_another_line(tmp_path: Path) -> No
         (b"[]", "has no rows"),
         (b'[{"prompt": "x"},\n{"prompt"]', "line 2: not JSON"),
         (b'{"prompt": "x", "completion": "y"}\n{"prompt": "caf\xe9"}\n', "line 2: not UTF-8 text"),
-        ('{"prompt": "x"}'.encode("utf-16")[:-1], "begins as UTF-16 text, and is not"),
+        ('{"prompt": "x"}'.encode("utf-16")[:-1], "begins as UTF-16(-LE)? text, and is not"),
         (b'{"prompt": "x", "completion": "y"}\n' + b"[" * 100_000, "line 2: nested too deeply"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"prompt": ' + b"9" * 5000 + b"}", "line 1: not JSON: Exceeds the limit"),
-        (b"PAR1", "is a Parquet file, which ftkit does not read yet"),
-        (b"\x1f\x8b\x08", "is packed with gzip"),
+        (b"PAR1", "is a Parquet file that cannot be read"),
+        (b"\x1f\x8b\x08", "Cannot read"),
         (b"PK\x03\x04", "is a zip archive"),
     ],
 )
@@ -151,29 +151,6 @@ def test_text_as_windows_writes_it(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(f"{text}\r\n{text}\r\n".encode(encoding))
     assert [(row.question[0]["content"], row.answer, row.line) for row in read_rows(path)] == [("ä 2 + 2?", "4 €", n) for n in (1, 2)]
-
-
-@pytest.mark.parametrize(("suffix", "between"), [(".csv", ","), (".tsv", "\t")])
-def test_of_a_csv_the_hint_makes_rows(tmp_path: Path, suffix: str, between: str) -> None:
-    path = tmp_path / f"my rows{suffix}"
-    path.write_text(f'prompt{between}completion\n"2 + 2?"{between}4\n"3 + 3? ä"{between}6\n', encoding="utf-8-sig")
-    with pytest.raises(DataError, match=r"is CSV.*which ftkit does not read yet") as caught:
-        read_rows(path)
-    subprocess.run(["/bin/sh", "-c", str(caught.value.hint).replace("python", sys.executable, 1)], check=True, cwd=tmp_path)
-    assert [(row.question[0]["content"], row.answer) for row in read_rows(tmp_path / "my rows.jsonl")] == [
-        ("2 + 2?", "4"),
-        ("3 + 3? ä", "6"),
-    ]
-
-
-def test_of_a_parquet_the_hint_makes_rows(tmp_path: Path) -> None:
-    import datasets
-
-    datasets.Dataset.from_list([{"prompt": "2 + 2?", "completion": "4"}]).to_parquet(tmp_path / "rows.parquet")
-    with pytest.raises(DataError, match="is a Parquet file") as caught:
-        read_rows(tmp_path / "rows.parquet")
-    subprocess.run(["/bin/sh", "-c", str(caught.value.hint).replace("python", sys.executable, 1)], check=True, cwd=tmp_path)
-    assert read_rows(tmp_path / "rows.jsonl") == [Row((ASKED, ANSWERED), 1)]
 
 
 def make_rows(count: int) -> list[Row]:
@@ -222,7 +199,7 @@ class Characters:
 
     chat_template = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}⏏\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
     special_tokens_map: ClassVar[dict[str, str]] = {}
-    eos_token_id = ord("⏏")
+    eos_token, eos_token_id = "⏏", ord("⏏")
     all_special_tokens = ("⏏",)
     added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
@@ -236,14 +213,14 @@ def text_of(ids: Sequence[int]) -> str:
 
 
 def test_only_the_answer_and_its_end_are_learned() -> None:
-    example = tokenise(Characters(), Row((ASKED, ANSWERED), 1))  # type: ignore[arg-type]
+    (example,) = tokenise(Characters(), [Row((ASKED, ANSWERED), 1)])  # type: ignore[arg-type]
     prompt = "<u>2 + 2?⏏\n<a>"
     assert text_of(example.input_ids) == f"{prompt}4⏏"  # the line break after the last end of turn is left out
     assert text_of(example.labels) == "·" * len(prompt) + "4⏏"
 
 
 def test_every_answer_of_a_conversation_is_learned() -> None:
-    example = tokenise(Characters(), Row((ASKED, ANSWERED, {"role": "user", "content": "Sure?"}, ANSWERED), 1))  # type: ignore[arg-type]
+    (example,) = tokenise(Characters(), [Row((ASKED, ANSWERED, {"role": "user", "content": "Sure?"}, ANSWERED), 1)])  # type: ignore[arg-type]
     first, second = "<u>2 + 2?⏏\n<a>", "\n<u>Sure?⏏\n<a>"
     assert text_of(example.input_ids) == f"{first}4⏏{second}4⏏"
     assert text_of(example.labels) == "·" * len(first) + "4⏏" + "·" * len(second) + "4⏏"
@@ -257,12 +234,33 @@ def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
     assert "Instruct" in str(caught.value.hint)
 
 
-def test_a_template_that_changes_the_prompt_afterwards_is_refused() -> None:
-    class Rewriting(Characters):
+def test_a_template_that_changes_the_prompt_afterwards_gives_an_example_for_each_answer() -> None:
+    class Counting(Characters):
         chat_template = "{{ messages | length }}" + Characters.chat_template
 
-    with pytest.raises(DataError, match="line 7"):
-        tokenise(Rewriting(), Row((ASKED, ANSWERED), 7))  # type: ignore[arg-type]
+    examples = tokenise(Counting(), [Row((ASKED, ANSWERED, {"role": "user", "content": "Sure?"}, ANSWERED), 7)])  # type: ignore[arg-type]
+    assert [text_of(example.input_ids) for example in examples] == [
+        "1<u>2 + 2?⏏\n<a>4⏏",
+        "3<u>2 + 2?⏏\n<a>4⏏\n<u>Sure?⏏\n<a>4⏏",
+    ]
+    assert [text_of(example.labels).strip("·") for example in examples] == ["4⏏", "4⏏"]
+
+
+def test_a_template_that_changes_the_answer_is_refused() -> None:
+    row = Row((ASKED, {"role": "assistant", "content": " four"}), 7, "a.jsonl, line 7")
+
+    def tokenised(content: str) -> Any:
+        class Changing(Characters):
+            chat_template = Characters.chat_template.replace("{{ m.content }}", content)
+
+        return tokenise(Changing(), [row])  # type: ignore[arg-type]
+
+    with pytest.raises(DataError, match=r"^a.jsonl, line 7, message 2: the chat template renders the prompt differently"):
+        tokenised("{{ m.content }}{{ messages | length }}")
+    with pytest.raises(DataError, match=r"^a.jsonl, line 7, message 2: the chat template changes the text of the answer"):
+        tokenised("{{ m.content | replace('f', 'F') }}")
+    with pytest.raises(ModelError, match="does not write what the assistant says"):
+        tokenised("{{ m.content | upper }}")
 
 
 def test_token_counts() -> None:

@@ -1,0 +1,195 @@
+"""Files of rows → values, one at a time, each with its place: JSON lines, JSON, CSV, Parquet, packed or not."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import shlex
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from ftkit.data.formats import FORMATS, FORMS
+from ftkit.errors import DataError, ToolMissingError
+
+Place = str  # "line 3", "row 3"
+FIELD_CHARACTERS = 1 << 30  # of a CSV's field
+ENCODINGS = (  # by the first bytes, the longest first
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+
+
+class Fault(ValueError):
+    """A row that cannot be read; those after it may be."""
+
+
+def values(path: Path) -> Iterator[tuple[int, Place, Any | Fault]]:
+    """(number, place, value) of each row in a file. Raises DataError where the file as a whole cannot be read."""
+    try:
+        with path.open("rb") as file:
+            yield from _values(path, file, path.suffix.lower())
+    except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        words = getattr(error, "strerror", None) or error
+        raise DataError(f"Cannot read {path}: {words}.", "name the dataset's file, as in --set data.train=train.jsonl") from None
+
+
+def _values(path: Path, file: IO[bytes], suffix: str) -> Iterator[tuple[int, Place, Any]]:
+    first = file.read(4)
+    file.seek(0)
+    if first == b"PAR1":
+        yield from _parquet(path, file)
+    elif first[:2] == b"\x1f\x8b":
+        inner = Path(path.name.removesuffix(".gz").removesuffix(".GZ")).suffix.lower()
+        with gzip.open(file) as unpacked:
+            yield from _values(path, unpacked, inner)  # type: ignore[arg-type]
+    elif first == b"PK\x03\x04":
+        raise DataError(f"{path} is a zip archive (or a workbook).", "unpack it; of a workbook save a sheet as CSV UTF-8")
+    elif suffix in (".csv", ".tsv"):
+        with _text(file) as text:
+            yield from _csv(path, text, "\t" if suffix == ".tsv" else None)
+    else:
+        with _text(file) as text:
+            yield from _json(path, text)
+
+
+def _text(file: IO[bytes]) -> io.TextIOWrapper:
+    """UTF-8, or UTF-16 or UTF-32 where the first bytes say so, with line ends made one."""
+    start = file.read(4)
+    file.seek(0)
+    encoding = next((name for bom, name in ENCODINGS if start.startswith(bom)), None) or json.detect_encoding(start or b"{}")
+    return io.TextIOWrapper(file, encoding)
+
+
+def _undecodable(path: Path, error: UnicodeError) -> DataError:
+    """Where the first byte is that is no text."""
+    encoding = str(getattr(error, "encoding", "utf-8"))
+    if encoding.replace("_", "-").startswith("utf-8"):
+        opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+        with opener(path, "rb") as file:
+            line = next((n for n, content in enumerate(file, 1) if _is_no_text(content)), 1)
+        hint = f"if it is Latin-1: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > fixed{path.suffix}"
+        return DataError(f"{path}, line {line}: not UTF-8 text.", hint)
+    return DataError(f"{path} begins as {encoding.upper()} text, and is not: {getattr(error, 'reason', error)}.", "write it as UTF-8")
+
+
+def _is_no_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return True
+    return False
+
+
+def _json(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[int, Place, Any]]:
+    """An object a line; or one JSON value over several lines: a list of objects, alone or as the one thing in an object."""
+    before = 0  # blank lines
+    try:
+        for first in text:
+            if first.strip():
+                break
+            before += 1
+        else:
+            return
+        value = _value(first, before + 1)
+        if first.lstrip().startswith("[") or isinstance(value, Fault):
+            whole = "\n" * before + first + text.read()
+            rows = _listed(path, whole)
+            lines: Iterable[str] = whole.split("\n")[before + 1 :]
+        else:
+            rows, lines = _only_list(value), text
+        if rows is not None:
+            yield from ((n, f"row {n}", row) for n, row in enumerate(rows, 1))
+            return
+        yield before + 1, f"line {before + 1}", value
+        for line, content in enumerate(lines, before + 2):
+            before = line - 2
+            if content.strip():
+                yield line, f"line {line}", _value(content, line)
+    except UnicodeError as error:
+        raise _undecodable(path, error) from None
+
+
+def _only_list(value: Any) -> list[Any] | None:
+    """The rows of an object that holds nothing but a list of them, as {"data": [...]}."""
+    rows = next(iter(value.values())) if isinstance(value, dict) and len(value) == 1 else None
+    whole_row = isinstance(value, dict) and any(form.keys == tuple(value) for form in FORMS)
+    return rows if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows) and not whole_row else None
+
+
+def _listed(path: Path, whole: str) -> list[Any] | None:
+    """The rows of a text that is one JSON value; None where it is none, and each line is to be looked at by itself."""
+    try:
+        value = json.loads(whole)
+    except RecursionError:
+        if whole.lstrip().startswith("["):
+            raise DataError(f"{path}: not JSON that can be read: nested too deeply.", FORMATS) from None
+        return None
+    except ValueError as error:
+        if whole.lstrip().startswith("["):
+            raise DataError(
+                f"{path}, line {getattr(error, 'lineno', 1)}: not JSON: {getattr(error, 'msg', error)}.",
+                "a list whose end is missing was cut short: write the file again, or close it by hand",
+            ) from None
+        return None
+    return value if isinstance(value, list) else _only_list(value) or [value]
+
+
+def _value(content: str, line: int) -> Any:
+    try:
+        return json.loads(content)
+    except RecursionError:
+        return Fault("nested too deeply")
+    except ValueError as error:
+        return Fault(f"not JSON: {getattr(error, 'msg', error)} (column {getattr(error, 'colno', 1)})")
+
+
+def _csv(path: Path, text: io.TextIOWrapper, delimiter: str | None) -> Iterator[tuple[int, Place, Any]]:
+    """Rows under a header; an empty field is none. Without a `delimiter` the most frequent of the usual ones in the header."""
+    csv.field_size_limit(FIELD_CHARACTERS)
+    line = 1
+    try:
+        header = text.readline()
+        text.seek(0)
+        reader = csv.DictReader(_without_nul(text), delimiter=delimiter or max(",;\t|", key=header.count), strict=True)
+        columns, line = len(reader.fieldnames or ()), reader.line_num + 1
+        for row in reader:
+            place = f"line {line}"
+            if None in row:
+                yield line, place, Fault(f"more values than the header has columns ({columns})")
+            elif None in row.values():
+                yield line, place, Fault(f"fewer values than the header has columns ({columns})")
+            else:
+                yield line, place, {key.strip(): value for key, value in row.items() if value}
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}, line {line}: not CSV: {error}.", "a quote inside a quoted field is written twice") from None
+    except UnicodeError as error:
+        raise _undecodable(path, error) from None
+
+
+def _without_nul(text: IO[str]) -> Iterator[str]:
+    for line in text:
+        yield line.replace("\0", "")
+
+
+def _parquet(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Place, Any]]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ToolMissingError("Parquet is read with pyarrow, which is not here.", "pip install 'ftkit[train]'") from None
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, f"row {number}", row
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is a Parquet file that cannot be read: {str(error).splitlines()[0]}.", "write it again") from None
