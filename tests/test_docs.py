@@ -81,8 +81,11 @@ def test_every_dataset_example_is_read(tmp_path: Path) -> None:
     assert [set(json.loads(text)) for text in examples] == [
         {"messages"},
         {"prompt", "completion"},
+        {"question", "answer"},
         {"instruction", "input", "output"},
+        {"instruction", "context", "response"},
         {"conversations"},
+        {"text", "label"},
     ]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(examples), encoding="utf-8")

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from ftkit.errors import visible
 from ftkit.progress import Bar
@@ -42,6 +43,18 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def say(text: str = "") -> None:
     """A line of the result on stdout."""
     click.echo(visible(text))
+
+
+def show_marked(pieces: Sequence[tuple[str, bool]]) -> None:
+    """Pieces of text apart from each other by │, the marked ones in ⟦ ⟧ and, on a terminal, in colour."""
+    console, marked, text = Console(highlight=False, soft_wrap=True), False, Text()
+    for number, (piece, mark) in enumerate(pieces):
+        between = ("⟧" if marked else "") + ("⟦" if mark else "") if mark != marked else "│" if number else ""
+        text.append(between, style="dim" if mark == marked else "bold")
+        text.append(visible(piece), style="bold green" if mark else "")
+        marked = mark
+    text.append("⟧" if marked else "")
+    console.print(text)
 
 
 class _TerminalBar:

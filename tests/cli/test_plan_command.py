@@ -258,3 +258,24 @@ def test_versions_that_compute_wrong_losses_are_refused(monkeypatch: pytest.Monk
     with pytest.raises(hf.ModelError, match=r"transformers 5\.12\.0 trains gemma4 wrongly") as refused:
         hf.refuse_wrong_versions("gemma4")
     assert "pip install" in (refused.value.hint or "")
+
+
+@pytest.mark.parametrize("what", ["the dataset holds <new>", "rows are padded with <new>"])
+def test_a_token_without_a_row_in_the_embedding_is_found_before_training(
+    here: Path, model: Path, ftkit: Ftkit, rows: list[dict[str, Any]], write_rows: Callable[[Path, list[Any]], Path], what: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    other = here / "other"
+    shutil.copytree(model, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<new>", "<newer>"], special_tokens=True)  # ids 259 and 260 of 260 rows, so that one is beyond
+    text = "<newer>"
+    if "padded" in what:
+        tokenizer.pad_token, text = "<newer>", "new"
+    tokenizer.save_pretrained(other)
+    rows[3]["messages"][0]["content"] = f"say {text}"
+    write_rows(here / "rows.jsonl", rows)
+    refused = ftkit("plan", "--model", other, "--data", "rows.jsonl", "--vram", "8")
+    assert refused.exit_code == 1
+    assert f"has 260 rows, and {what[:-1]}er> with id 260" in refused.stderr
