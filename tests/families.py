@@ -163,6 +163,8 @@ def _sentence_pieces(folder: Path, tokens: list[str], read: Any) -> Any:
         piece = model.pieces.add(piece=token, score=score)
         piece.type = UNKNOWN if token == unknown else UNUSED if kind == UNKNOWN else kind  # a model has one unknown token
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    added_by_the_user = {token: n for n, token in enumerate(tokens) if types[n] == USER_DEFINED}  # which the converter knows by this file
+    (folder / "added_tokens.json").write_text(json.dumps(added_by_the_user), encoding="utf-8")
     tokenizer = Tokenizer(models.BPE(number, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     steps = [normalizers.Prepend("▁")] * space + [normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = normalizers.Sequence(steps)
