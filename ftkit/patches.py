@@ -15,7 +15,7 @@ from ftkit.errors import ToolFailedError
 
 When = Literal[
     "tracing", "tracing for CUDA", "tracing DoRA", "training", "loading in 4 bits", "reading 4-bit weights", "looking at the CPU",
-    "asking Ollama",
+    "merging", "asking Ollama",
 ]  # fmt: skip
 
 
@@ -142,6 +142,8 @@ INSIDES: tuple[Inside, ...] = (
     Inside("training", "transformers.trainer", "Trainer._get_train_sampler", "else no seed fixes the order of rows", *_TRANSFORMERS),
     Inside("training", "transformers.trainer", "Trainer._load_best_model", "a finished training is taken up with it", *_TRANSFORMERS),
     Inside("reading 4-bit weights", "bitsandbytes.nn", "Params4bit.quant_state", "scales and code books are in it", *_BITSANDBYTES),
+    Inside("merging", "transformers.core_model_loading", "revert_weight_conversion", "it names a model's weights as its files do",
+           *_TRANSFORMERS),
     Inside("looking at the CPU", "torch", "cpu._is_avx512_bf16_supported", "else bfloat16 is emulated", *_TORCH),
     Inside("looking at the CPU", "torch", "cpu._is_amx_tile_supported", "else bfloat16 is emulated", *_TORCH),
     Inside("asking Ollama", "ollama", "Client._client", "the client's own methods render no prompt and look for no blob", *_OLLAMA),

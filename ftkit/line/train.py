@@ -15,6 +15,7 @@ from ftkit.line.job import Job, base_folder, computes_on, open_base, read_data, 
 from ftkit.line.plan import PLAN, recorded, training_inputs
 from ftkit.line.step import Made, Step
 from ftkit.machine import device
+from ftkit.merge.deltas import refuse_what_cannot_be_merged
 from ftkit.plan import measured
 from ftkit.plan.cost import of_training
 from ftkit.plan.plan import MemoryPlan
@@ -58,6 +59,8 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
         reporter.note(f"the chat template writes today's date: it is {recipe.data.date}, here and in the shipped file (data.date)")
     if opened.gguf:
         _check_recovered_tokenizer(job, opened.gguf, tokenizer, [render(tokenizer, row.messages, ask=False) for row in rows.train[:200]])
+    if recipe.training.method != "full":
+        refuse_what_cannot_be_merged(opened.folder, recipe.lora, trust_remote_code=recipe.trust_remote_code)
     settings = _settings(planned)
     reporter.step(f"training ({recipe.training.method}, {settings.per_device_train_batch_size} × {settings.gradient_accumulation_steps})")
     train, validation = (cut(tokenise(tokenizer, part), max_length) for part in (rows.train, rows.validation))

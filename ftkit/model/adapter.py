@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,41 +12,44 @@ if TYPE_CHECKING:
     import torch
 
 
-PREFIX = "base_model.model."
-# Keys of adapter_config.json that this merge computes with, and those that say nothing about the result.
-COMPUTED = ("r", "lora_alpha", "use_rslora")
+# Keys of adapter_config.json that PEFT's own layers compute with, and those that say nothing about the result.
+COMPUTED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters")
 WITHOUT_EFFECT = (
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",
     "lora_dropout", "peft_version", "revision", "target_modules", "task_type",
 )  # fmt: skip
 PLAIN_STARTS = (True, False, "gaussian")  # of A and B; each other init_lora_weights changes the base, or the adapter's form, as well
+KEPT_BESIDE = ".base_layer.weight"  # PEFT's copy of an embedding, which an adapter on it leaves as it is
 WITH_PEFT = "merge it with PEFT: merge_and_unload()"
+AGAIN = "train it again, or copy it again, whole"
 
 
-def read_adapter(adapter: Path) -> tuple[dict[str, dict[str, torch.Tensor]], float]:
-    """A and B of each weight by its name in the base, and the scale. Raises ModelError where it is no plain LoRA, or not whole."""
+def load_config(adapter: Path) -> dict[str, Any]:
+    """An adapter's config. Raises ModelError where it cannot be read, or is of no plain LoRA."""
+    try:
+        config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        if not (config["r"] > 0 and config["lora_alpha"] > 0):
+            raise ValueError("r and lora_alpha are positive")
+        _refuse_more_than_lora(config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"The adapter in {adapter} cannot be read: {error!r}.", AGAIN) from None
+    return config
+
+
+def load_tensors(adapter: Path) -> dict[str, torch.Tensor]:
+    """An adapter's tensors by their names in its file. Raises ModelError where it cannot be read, or holds anything but A and B."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    file = adapter / "adapter_config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        _refuse_more_than_lora(config)
-        scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
         tensors = load_file(adapter / "adapter_model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, SafetensorError) as error:
-        raise ModelError(f"The adapter in {adapter} cannot be read: {error!r}.", "train it again, or copy it again, whole") from None
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        module, _, kind = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
-        if kind not in ("A", "B") or not module or tensor.ndim != 2:
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"The adapter in {adapter} cannot be read: {error!r}.", AGAIN) from None
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(KEPT_BESIDE)}
+    for name in tensors:
+        if ".lora_A" not in name and ".lora_B" not in name and ".lora_embedding_" not in name:
             raise ModelError(f"The adapter's tensor {name} is no LoRA matrix.", WITH_PEFT)
-        pairs.setdefault(f"{module}.weight", {})[kind] = tensor
-    for name, pair in pairs.items():
-        if len(pair) < 2 or pair["A"].shape[0] != pair["B"].shape[1]:
-            shapes = ", ".join(f"{kind} is {tuple(tensor.shape)}" for kind, tensor in sorted(pair.items()))
-            raise ModelError(f"The adapter's {name} is not whole: {shapes}.", "train it again, or copy it again, whole")
-    return pairs, scale
+    return tensors
 
 
 def _refuse_more_than_lora(config: dict[str, Any]) -> None:

@@ -33,6 +33,32 @@ def only_pickles(where: str) -> ModelError:
     return ModelError(f"{where} holds only pickle weights (*.bin), which can run code when they are loaded.", CONVERT_PICKLES)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: a folder may hold other files, such as another layout of the same weights."""
+    names = indexed_files(folder)
+    return [folder / name for name in names] if names else sorted(folder.glob("*.safetensors"))
+
+
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in a model's files, from their headers."""
+    shapes = {}
+    for path in weight_files(folder):
+        for name, entry in header(path).items():
+            shapes[name] = tuple(entry["shape"])
+    return shapes
+
+
+def header(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of its tensors: after eight bytes of length JSON, whose offsets count from behind it (here: from 0)."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries: dict[str, Any] = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    for entry in entries.values():
+        entry["begin"] = 8 + length + entry["data_offsets"][0]
+    return entries
+
+
 def indexed_files(folder: Path) -> list[str] | None:
     """The weight files that a model's index names, None without an index.
 
