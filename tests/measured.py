@@ -6,6 +6,7 @@ import copy
 import gc
 from typing import Any
 
+from ftkit.memory.model import lora_config
 from ftkit.memory.settings import StepSettings
 from ftkit.train.probe import peak_of
 
@@ -18,7 +19,7 @@ def storage_bytes(tensors: Any) -> int:
 def peak_bytes(config: Any, settings: StepSettings, batch: int, length: int, *, accumulation: int = 1) -> int:
     """Peak of live tensors over two optimizer steps of a plain loop over transformers, PEFT and torch, by torch's profiler."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from torch.profiler import ProfilerActivity, profile
     from transformers import AutoModelForCausalLM
 
@@ -30,7 +31,7 @@ def peak_bytes(config: Any, settings: StepSettings, batch: int, length: int, *, 
     if settings.method == "lora":
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings.lora.model_dump()), autocast_adapter_dtype=False)
+        model = get_peft_model(model, lora_config(settings.lora, config), autocast_adapter_dtype=False)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(getattr(torch, settings.trained_dtype))

@@ -301,7 +301,7 @@ def inject(model: PreTrainedModel, lora: Lora, hint: str | None = None) -> Any:
     try:
         with warnings.catch_warnings():  # PEFT 0.21 tells of its own patterns for fused experts that all-linear does not reach
             warnings.filterwarnings("ignore", message=r".*(rank|alpha)_pattern keys did not match.*", category=RuntimeWarning)
-            return get_peft_model(model, lora_config(lora), autocast_adapter_dtype=False)
+            return get_peft_model(model, lora_config(lora, model.config), autocast_adapter_dtype=False)
     except (ValueError, re.error) as error:
         wanted = lora.target_modules
         if hint is None and wanted in names:
@@ -312,11 +312,17 @@ def inject(model: PreTrainedModel, lora: Lora, hint: str | None = None) -> Any:
         ) from None
 
 
-def lora_config(lora: Lora) -> Any:
-    """PEFT's configuration, the same for planning and for training."""
+# Layers that PEFT refuses to adapt, since a kernel reads their weights past the adapter (peft.tuners.tuners_utils, 0.21): `all-linear`
+# leaves them out.
+WITHOUT_ADAPTER = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("out_proj",))
+
+
+def lora_config(lora: Lora, config: Any) -> Any:
+    """PEFT's configuration for a model's config, the same for planning and for training."""
     from peft import LoraConfig
 
-    return LoraConfig(task_type="CAUSAL_LM", **lora.model_dump())
+    left_out = WITHOUT_ADAPTER.get(config.model_type, ()) if lora.target_modules == "all-linear" else ()
+    return LoraConfig(task_type="CAUSAL_LM", exclude_modules=list(left_out) or None, **lora.model_dump())
 
 
 def decoder_layers(model: PreTrainedModel) -> Any:

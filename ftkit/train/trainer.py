@@ -117,13 +117,14 @@ def build_trainer(
         report_to=[],
         disable_tqdm=True,
     )
+    model = hf.load_model(base, method, bfloat16=settings.bfloat16, cuda=settings.cuda, trust_remote_code=recipe.trust_remote_code)
     trainer = _reproducible(SFTTrainer)(
-        model=hf.load_model(base, method, bfloat16=settings.bfloat16, cuda=settings.cuda, trust_remote_code=recipe.trust_remote_code),
+        model=model,
         args=config,
         train_dataset=_dataset(Dataset, training),
         eval_dataset=_dataset(Dataset, validation),
         processing_class=tokenizer,
-        peft_config=None if method == "full" else lora_config(recipe.lora),
+        peft_config=None if method == "full" else lora_config(recipe.lora, model.config),
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)  # it writes every log entry to stdout, which carries results only

@@ -156,7 +156,7 @@ def test_an_end_of_turn_that_llama_cpp_does_not_know_is_found_and_named(made: Ca
     found = checks(tokenizer, path, ends)
     assert found.pop("stops").outcome == "failed"
     assert {check.outcome for check in found.values()} == {"passed"}
-    gguf.correct(path, eot_token_id=stops[0])
+    gguf.correct(path, eot_token_id=ends[0])
     assert {check.outcome for check in checks(tokenizer, path, ends).values()} == {"passed"}
     assert gguf.read_back(path, "F16", tokenizer.chat_template).tensors > 1
 
@@ -227,6 +227,36 @@ def test_the_line_ships_it_and_does_nothing_twice(
     assert not ship(max_loss_points=100).fresh  # what the hint says is judged, not made
     assert times(".gguf", ".safetensors") == files
     assert not (run / FAILED_PROOF).exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern keys did not match.*:RuntimeWarning")
+def test_fused_experts_are_trained_merged_and_shipped(
+    tmp_path: Path, write_rows: Callable[[Path, list[Any]], Path], rows: list[Any]
+) -> None:
+    """Qwen 3's with experts: what PEFT adapts in one tensor of all experts is merged into the files' tensor of each."""
+    from safetensors.torch import load_file
+
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
+    base = families.make_model(replace(families.by_name("Qwen 3"), config="Qwen3MoeConfig", sizes=sizes), tmp_path / "base")
+    write_rows(tmp_path / "train.jsonl", rows)
+    recipe = {
+        "model": str(base),
+        "training": {"method": "lora", "max_steps": 2, "effective_batch_size": 2, "max_length": 128, "learning_rate": 1e-2},
+        "lora": {"r": 4},
+        "ship": {"name": "tiny", "quantization": "F16", "max_new_tokens": 4, "test_rows": 2, "num_ctx": 512},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    job = open_job(tmp_path)
+    with job.run:
+        line.train(job)
+        shipped = line.ship(job, use_ollama=False)
+    outcomes = {check.name: check.outcome for check in shipped.checks}
+    assert {name for name, outcome in outcomes.items() if outcome != "passed"} == {"answers", "prompts that hold </s>"}
+    (merged,) = (tmp_path / "runs" / "recipe").glob("merge-*/model/model.safetensors")
+    before, after = load_file(base / "model.safetensors"), load_file(merged)
+    assert before.keys() == after.keys()
+    changed = {name.rpartition(".mlp.")[2] for name in before if not before[name].equal(after[name])}
+    assert {f"experts.{n}.{part}_proj.weight" for n in range(4) for part in ("gate", "up", "down")} <= changed
 
 
 def test_every_dated_template_writes_one_day_in_both_engines() -> None:
