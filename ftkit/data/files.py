@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ftkit.data.formats import FORMATS, FORMS
+from ftkit.data.formats import FORMATS, form_of
 from ftkit.errors import DataError, ToolMissingError
 
 Place = str  # "line 3", "row 3"
@@ -117,10 +117,12 @@ def _json(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[int, Place, Any]
 
 
 def _only_list(value: Any) -> list[Any] | None:
-    """The rows of an object that holds nothing but a list of them, as {"data": [...]}."""
-    rows = next(iter(value.values())) if isinstance(value, dict) and len(value) == 1 else None
-    whole_row = isinstance(value, dict) and any(form.keys == tuple(value) for form in FORMS)
-    return rows if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows) and not whole_row else None
+    """The rows of an object that is no row and holds one list of them, as {"data": [...]}, and besides at most a few words."""
+    if not isinstance(value, dict) or form_of(value):
+        return None
+    lists = [each for each in value.values() if isinstance(each, list) and each and all(isinstance(row, dict) for row in each)]
+    others = [each for each in value.values() if isinstance(each, (list, dict))]
+    return lists[0] if len(lists) == len(others) == 1 else None
 
 
 def _listed(path: Path, whole: str) -> list[Any] | None:
@@ -158,7 +160,10 @@ def _csv(path: Path, text: io.TextIOWrapper, delimiter: str | None) -> Iterator[
         header = text.readline()
         text.seek(0)
         reader = csv.DictReader(_without_nul(text), delimiter=delimiter or max(",;\t|", key=header.count), strict=True)
-        columns, line = len(reader.fieldnames or ()), reader.line_num + 1
+        names = [name.strip() for name in reader.fieldnames or ()]
+        columns, line = len(names), reader.line_num + 1
+        if twice := next((name for name in names if name and names.count(name) > 1), None):
+            raise DataError(f"{path}, line 1: two columns are named {twice!r}.", "give each a name of its own")
         for row in reader:
             place = f"line {line}"
             if None in row:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ftkit.data.rows import ROLES, Message
-from ftkit.data.thinking import KEYS
+from ftkit.data.thinking import KEYS, split_thinking
 
 # Who speaks, by the names that datasets have for it.
 SPEAKERS = {
@@ -89,7 +90,7 @@ def _text(content: Any, number: int) -> str:
                 raise ValueError(f"message {number} has a part of type {reprlib.repr(part.get('type'))}; only text is learnt")
         texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         content = "".join(map(str, texts)) if texts and all(isinstance(text, str) for text in texts) else None
-    elif isinstance(content, (bool, int, float)):
+    elif isinstance(content, (bool, int, float)) and math.isfinite(content):
         content = json.dumps(content)
     if not isinstance(content, str):
         raise ValueError(f"message {number} has no text")
@@ -118,6 +119,11 @@ def _refuse_unread(value: Mapping[str, Any], unread: Mapping[str, str], where: s
 def _messages(key: str) -> Callable[[_Reading, Mapping[str, Any]], None]:
     def read(reading: _Reading, row: Mapping[str, Any]) -> None:
         messages = row[key]
+        if isinstance(messages, str) and messages.lstrip().startswith("["):  # as a table holds them
+            try:
+                messages = json.loads(messages)
+            except (ValueError, RecursionError):
+                raise ValueError(f"`{key}` is a text that is not JSON") from None
         if not isinstance(messages, list) or not messages:
             raise ValueError("no messages" if key == "messages" else f"`{key}` is not a list of objects")
         for message in messages:
@@ -129,6 +135,9 @@ def _messages(key: str) -> Callable[[_Reading, Mapping[str, Any]], None]:
 def _question_and_answer(asked: str, answered: str, more: str | None = None) -> Callable[[_Reading, Mapping[str, Any]], None]:
     def read(reading: _Reading, row: Mapping[str, Any]) -> None:
         question, answer = row[asked], row[answered]
+        for key, value in ((asked, question), (answered, answer)):
+            if isinstance(value, list) and not all(isinstance(message, Mapping) for message in value):
+                raise ValueError(f"`{key}` is a list of {len(value)}; a row is one question and its answer (pandas: orient='records')")
         if more and row.get(more):
             parts = [part for part in (question, row[more]) if part not in (None, "")]
             question = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
@@ -136,10 +145,11 @@ def _question_and_answer(asked: str, answered: str, more: str | None = None) -> 
             _both(reading, question, answer)
             return
         reading.say("user", question)
-        label = answered == "label" and isinstance(answer, int) and not isinstance(answer, bool) and reading.labels
-        if label and not 0 <= answer < len(reading.labels):
-            raise ValueError(f"label {answer} has no name: data.labels names {len(reading.labels)}, from 0")
-        reading.say("assistant", reading.labels[answer] if label else answer)
+        if answered == "label" and reading.labels and str(answer).isdecimal():
+            if int(answer) >= len(reading.labels):
+                raise ValueError(f"label {answer} has no name: data.labels names {len(reading.labels)}, from 0")
+            answer = reading.labels[int(answer)]
+        reading.say("assistant", answer)
 
     return read
 
@@ -186,7 +196,9 @@ def conversation_of(value: Any, columns: Mapping[str, str] | None = None, labels
     if not isinstance(value, Mapping):
         raise ValueError(f"a row is an object, not {type(value).__name__}")
     row: Mapping[str, Any] = _renamed(value, columns) if columns else value
-    form = next((form for form in FORMS if all(key in row for key in form.keys)), None)
+    form = form_of(row)
+    if not form and (form := form_of(lower := {str(key).lower(): each for key, each in row.items()})):
+        row = lower
     _refuse_unread(row, UNREAD)
     if not form:
         if isinstance(row.get("text"), str):
@@ -207,6 +219,11 @@ def conversation_of(value: Any, columns: Mapping[str, str] | None = None, labels
     return _checked(reading, form.name)
 
 
+def form_of(row: Mapping[str, Any]) -> Form | None:
+    """The first form whose keys a row has."""
+    return next((form for form in FORMS if all(key in row for key in form.keys)), None)
+
+
 def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     missing = [theirs for theirs in columns.values() if theirs not in value]
     if missing:
@@ -225,11 +242,13 @@ def _checked(reading: _Reading, form: str) -> Conversation:
         raise ValueError("no question: a user message is missing")
     if [message["role"] for message in messages[:2]] == ["system", "system"]:
         raise ValueError("two system messages, one after the other (a row's `system` is one): make one of them")
+    asked = next(n for n, message in enumerate(messages) if message["role"] == "user")
+    unlearnt |= {n for n in range(asked) if messages[n]["role"] == "assistant"}  # a greeting that nobody asked for
     learnt = [n for n, message in enumerate(messages) if message["role"] == "assistant" and n not in unlearnt]
     if not learnt:
         raise ValueError(f"no answer is learnt: each has {' or '.join(f'`{key}`' for key in LEARNT)} 0 or false")
     for n in learnt:
-        if not messages[n]["content"].strip():
+        if not split_thinking(messages[n]["content"])[1].strip():
             which = "last message" if n == len(messages) - 1 else f"message {n + 1}"
             raise ValueError(f"no answer: the {which} is empty")
     return Conversation(tuple(messages[: learnt[-1] + 1]), frozenset(n for n in unlearnt if n < learnt[-1]), form)

@@ -148,6 +148,7 @@ def _findings(parts: Mapping[str, Sequence[Row]], examples: Mapping[str, Sequenc
         _finding("rows cut at training.max_length, whose end is not learnt", cut_short),
         _finding("rows left out: their answer lies beyond training.max_length", left_out),
     ]
+    found.append(_finding("rows whose question is empty", [row for row in parts["train"] if not row.question[-1]["content"].strip()]))
     answers = Counter(row.answer.strip() for row in parts["train"])
     common, times = answers.most_common(1)[0]
     if len(answers) > 1 and 2 * times > len(parts["train"]):

@@ -108,7 +108,7 @@ def turns_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> Iterator[Turn]:
     """
     manner_of(tokenizer)
     for number, message in enumerate(row.messages):
-        if message["role"] == "assistant" and number not in row.unlearnt:
+        if message["role"] == "assistant" and number and number not in row.unlearnt:  # what comes first, nobody has asked for
             try:
                 yield _turn(tokenizer, row.messages, number)
             except ModelError as error:
@@ -149,8 +149,8 @@ class _Written:
     """An answer as the template writes it, with what ends its turn."""
 
     follows: bool  # whether the whole begins with the prompt
-    said: str  # what follows the prompt, or what stands where the whole leaves it
-    answer: str  # of that, the content alone and the end
+    lead: str  # what stands before the content, behind the prompt or where the whole leaves it
+    answer: str  # the content, and the end
     asked_alike: bool  # whether it stands behind what the prompt ends with after the last question
 
 
@@ -180,22 +180,22 @@ def _write(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Message], prompt:
     content = next((each for each in _trimmed(message["content"]) if whole.endswith(each + manner.tail)), None)
     if content is None:
         raise ModelError("the chat template changes the text of the answer, so that its end is not known.", _OTHER_TEMPLATE)
-    follows = whole.startswith(prompt)
-    begin, end = len(prompt) if follows else _branches_off(tokenizer, prompt, whole), len(whole) - len(manner.tail)
-    asks = prompt.rpartition(asked[-1]["content"].strip())[2]
-    alike = bool(asks) and whole[:end].endswith(asks + manner.before + content)
-    return _Written(follows, whole[begin:end] + manner.end, content + manner.end, alike)
+    follows, at = whole.startswith(prompt), len(whole) - len(manner.tail) - len(content)
+    lead = whole[len(prompt) if follows else _branches_off(tokenizer, prompt, whole) : at]
+    question = asked[-1]["content"].strip()
+    asks = prompt.rpartition(question)[2] if question else ""
+    return _Written(follows, lead, content + manner.end, bool(asks) and whole[:at].endswith(asks + manner.before))
 
 
 def _said(manner: Manner, prompt: str, written: _Written) -> str:
     """An answer without reasoning. Reasoning that the prompt begins is ended first."""
     mark = opened(prompt)
-    if mark and not (written.follows and mark.closes in written.said.removesuffix(written.answer)):
+    if mark and not (written.follows and mark.closes in written.lead):
         return (manner.between or mark.closing(prompt)) + written.answer
     if written.follows:
-        return written.said
+        return written.lead + written.answer
     if is_closed(prompt):
-        return without_thinking(written.said)
+        return without_thinking(written.lead) + written.answer
     if written.asked_alike:  # what differs stands before the last question
         return manner.before + written.answer
     raise ModelError("the chat template renders the prompt differently once the answer is there.", _OTHER_TEMPLATE)
@@ -205,16 +205,16 @@ def _said_with_reasoning(manner: Manner, prompt: str, plain: Message, reasoning:
     """An answer after its reasoning: as the template writes it, else after the mark that the prompt ends with, or in its empty block."""
     if manner.key:
         written = write({**plain, manner.key: reasoning})
-        if written.follows and reasoning.strip() in written.said and manner.end not in written.said.removesuffix(written.answer):
-            return written.said
+        if written.follows and reasoning.strip() in written.lead and manner.end not in written.lead:
+            return written.lead + written.answer
     written, mark = write(plain), opened(prompt)
     if mark:
         return reasoning + (manner.between or mark.closing(prompt)) + written.answer
     for mark in MARKS:
-        empty = re.match(rf"\s*{re.escape(mark.opens)}(\s*){re.escape(mark.closes)}", written.said)
+        empty = re.match(rf"\s*{re.escape(mark.opens)}(\s*){re.escape(mark.closes)}", written.lead)
         if empty and written.follows:
             line = "\n" if empty[1] else ""
-            return written.said[: empty.start(1)] + line + reasoning + line + written.said[empty.end(1) :]
+            return written.lead[: empty.start(1)] + line + reasoning + line + written.lead[empty.end(1) :] + written.answer
     raise ModelError("the chat template has no place for the reasoning of this answer.", _OTHER_TEMPLATE)
 
 

@@ -32,6 +32,8 @@ def said(*contents: str) -> tuple[dict[str, str], ...]:
         ({"instruction": "Spam?", "output": 1}, said("Spam?", "1")),
         ({"instruction": "Spam?", "output": True}, said("Spam?", "true")),
         ({"prompt": [ASKED], "completion": [ANSWERED]}, (ASKED, ANSWERED)),
+        ({"Question": "Q", "Answer": "A", "ID": 1}, (ASKED, ANSWERED)),
+        ({"messages": json.dumps([ASKED, ANSWERED])}, (ASKED, ANSWERED)),
         ({"prompt": [SYSTEM, ASKED], "completion": "A"}, (SYSTEM, ASKED, ANSWERED)),
         ({"messages": [{"role": "developer", "content": "Be brief."}, ASKED, ANSWERED]}, (SYSTEM, ASKED, ANSWERED)),
         ({"messages": [{"role": "User", "content": "Q"}, {"role": "model", "content": "A"}]}, (ASKED, ANSWERED)),
@@ -87,6 +89,14 @@ def test_only_the_learnt_answers_have_labels() -> None:
     assert model.decode(example.input_ids) == "<|user|>Q<|end|><|assistant|>draft<|end|><|user|>Q<|end|><|assistant|>good<|end|>"
 
 
+def test_a_greeting_that_nobody_asked_for_is_not_learnt() -> None:
+    read = conversation_of(
+        {"conversations": [{"from": "gpt", "value": "Hello!"}, {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    )
+    assert read.messages == ({"role": "assistant", "content": "Hello!"}, ASKED, ANSWERED)
+    assert read.unlearnt == {0}
+
+
 def test_of_messages_in_a_prompt_none_is_learnt() -> None:
     read = conversation_of({"prompt": [*said("Q1", "A1"), ASKED], "completion": [ANSWERED]})
     assert read.messages == said("Q1", "A1", "Q", "A")
@@ -120,6 +130,10 @@ def test_a_key_that_changes_the_meaning_is_refused_by_name(key: str) -> None:
         ({"instruction": "Q", "output": "A", "history": ["x"]}, "`history` is not a list of"),
         ({"prompt": "Q", "completion": "A", "system": SYSTEM}, "message 1 has no text"),
         ({"system": "Be brief.", "messages": [SYSTEM, ASKED, ANSWERED]}, "two system messages, one after the other"),
+        ({"prompt": "Q", "completion": float("nan")}, "message 2 has no text"),
+        ({"prompt": ["a", "b"], "completion": ["1", "2"]}, "`prompt` is a list of 2; a row is one question"),
+        ({"prompt": "Q", "completion": "<think>\nR\n</think>\n\n"}, "no answer: the last message is empty"),
+        ({"messages": "[{"}, "`messages` is a text that is not JSON"),
         ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "`chosen` is not read: preferences"),
     ],
 )
@@ -133,6 +147,7 @@ def test_columns_are_named_and_labels_have_names() -> None:
     with pytest.raises(ValueError, match=r"no `q`, which data.columns names \(keys: Q\)"):
         conversation_of({"Q": "Q"}, {"prompt": "q", "completion": "a"})
     assert conversation_of({"text": "win", "label": 1}, labels=["ham", "spam"]).messages == said("win", "spam")
+    assert conversation_of({"text": "win", "label": "1"}, labels=["ham", "spam"]).messages == said("win", "spam")  # of a CSV
     assert conversation_of({"text": "win", "label": 1}).messages == said("win", "1")
     assert conversation_of({"text": "win", "label": "spam"}, labels=["ham", "spam"]).messages == said("win", "spam")
     with pytest.raises(ValueError, match=r"label 2 has no name: data.labels names 2, from 0"):
@@ -154,7 +169,7 @@ def written(folder: Path, kind: str) -> Path:
     contents: dict[str, bytes] = {
         "rows.jsonl": lines.encode(),
         "rows.json": json.dumps(ROWS, indent=1).encode(),
-        "wrapped.json": json.dumps({"data": ROWS}).encode(),
+        "wrapped.json": json.dumps({"version": 1, "data": ROWS}).encode(),
         "pretty.json": json.dumps({"data": ROWS}, indent=2).encode(),
         "rows.jsonl.gz": gzip.compress(lines.encode()),
         "rows.csv": CSV.encode("utf-8-sig"),
@@ -195,6 +210,7 @@ def test_a_file_of_any_kind_has_the_same_rows(tmp_path: Path, kind: str) -> None
         ("a.csv", b"q,a\nx,4\n", "line 2: no known form (keys: q, a)"),
         ("a.csv", b"prompt,completion\ncaf\xe9,1\n", "line 2: not UTF-8 text"),
         ("a.csv", b"prompt,completion\n", "has no rows"),
+        ("a.csv", b"prompt,prompt,completion\na,b,c\n", "line 1: two columns are named 'prompt'"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}')[:-9], "Cannot read"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}'), "line 1: no known form (keys: prompt)"),
         ("a.json", b'{"data": [{"prompt": "x", "completion": "y"}, {"prompt": "x"}]}', "row 2: no known form"),

@@ -173,6 +173,27 @@ def test_most_templates_have_a_switch_that_is_found() -> None:
     assert len(fixed) >= 20
 
 
+ODD = {
+    "padded": (" q \n", "  a \n"), "an end in the answer": ("q", "say <|im_end|> ok"), "the question again": ("x", "x"),
+    "no question": ("", "a"), "braces": ("{{ x }}", "{% if %}{{ y }}"), "a mark that is not closed": ("q", "<think> hm"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_texts_are_learnt_as_they_stand(odd: str) -> None:
+    """By every template: the answer's own text is learnt, and nothing before its own beginning."""
+    asked, answer = ODD[odd]
+    messages = ({"role": "user", "content": asked}, {"role": "assistant", "content": answer})
+    for path in templates():
+        if path.stem not in WITHOUT_TOOLS:
+            model: Any = tokenizer(path)
+            ((seen, said),) = spans(examples_of(model, Row(messages, 1)))
+            assert answer.strip() in model.decode(said), path.stem
+            assert model.decode(seen) == template.render(model, messages[:1], ask=True), path.stem
+            if "<" not in answer:
+                assert answer_reader(model)(said).strip() == answer.strip(), path.stem
+
+
 THINKING = [
     {"role": "user", "content": "Is 7 prime?"},
     {"role": "assistant", "content": "<think>\nI check divisors two up to the root.\n</think>\n\nYes."},
