@@ -33,11 +33,14 @@ class Group(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
+Files = Annotated[list[str], Field(min_length=1)]  # whose rows follow one another
+
+
 class Data(Group):
-    train: str = "train.jsonl"
-    validation: str | None = Field(default=None, description="a file; without one, a share of the training rows is held out")
+    train: str | Files = "train.jsonl"
+    validation: str | Files | None = Field(default=None, description="files; without one, a share of the training rows is held out")
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    test: str | None = Field(default=None, description="rows that training never sees; the proof asks them before and after")
+    test: str | Files | None = Field(default=None, description="rows that training never sees; the proof asks them before and after")
     columns: dict[str, str] | None = Field(default=None, description="the rows' own names for ftkit's keys: {prompt: q, completion: a}")
     labels: list[str] | None = Field(default=None, description="names of a classification's numbers, from 0")
     template: str | None = Field(default=None, description="the chat template: chatml, plain or a file; left out: the model's own")

@@ -59,7 +59,7 @@ def command(
         opened = job.open_job(recipe or Path("recipe.yaml"), changed, reporter=ConsoleReporter())
     found = look(opened, ROWS_IN_JSON if show is None and (as_json or html) else show or 0)
     if html:
-        data_page.write_page(found, html, title=f"Dataset: {opened.recipe.data.train}")
+        data_page.write_page(found, html, title=f"Dataset of {opened.recipe.model}")
     if as_json:
         record = asdict(found)
         del record["padding"]["grouped_batch_tokens"]

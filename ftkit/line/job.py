@@ -28,11 +28,17 @@ Onto = Literal["source", "dequantised"]  # what an adapter is merged into
 
 
 @dataclass(frozen=True)
-class DataFile:
-    """A file of the dataset, and the SHA-256 of its bytes; "missing" where it is not there, which reading it will say."""
+class DataFiles:
+    """Files of the dataset, and what their bytes are known by; "missing" where one is not there, which reading it will say."""
 
-    path: Path
+    paths: tuple[Path, ...]
     fingerprint: str
+
+
+def _data_files(names: str | list[str], folder: Path) -> DataFiles:
+    paths = tuple(folder / user_path(name) for name in ([names] if isinstance(names, str) else names))
+    known = [file_fingerprint(path) if path.is_file() else "missing" for path in paths]
+    return DataFiles(paths, known[0] if len(known) == 1 else fingerprint(*known))
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Job:
     run: Run
     source: Source  # the base model
     device: Device  # that is planned for: the one that the recipe names, or this machine's
-    data: Mapping[str, DataFile]  # by purpose; empty: to be planned without a dataset
+    data: Mapping[str, DataFiles]  # by purpose; empty: to be planned without a dataset
     llama_cpp_dir: Path | None  # the recipe's own llama.cpp
     chat_template: str | None  # the recipe's own
     reporter: Reporter
@@ -88,14 +94,13 @@ def make_job(recipe: Recipe, folder: Path, run: Run, reporter: Reporter = SILENT
     Raises RecipeError for a folder of tools, a template or a card that is not there, ModelError for no model.
     """
     named = {"train": recipe.data.train, "validation": recipe.data.validation, "test": recipe.data.test} if has_data else {}
-    paths = {purpose: folder / user_path(name) for purpose, name in named.items() if name}
     return Job(
         recipe=recipe,
         folder=folder,
         run=run,
         source=replace(locate(recipe.model, folder), with_code=recipe.trust_remote_code),
         device=device.choose(recipe.budget.vram, recipe.budget.gpu),
-        data={purpose: DataFile(path, file_fingerprint(path) if path.is_file() else "missing") for purpose, path in paths.items()},
+        data={purpose: _data_files(names, folder) for purpose, names in named.items() if names},
         llama_cpp_dir=named_llama_cpp(recipe.tools.llama_cpp_dir, folder),
         chat_template=named_template(recipe.data.template, folder),
         reporter=reporter,
@@ -105,7 +110,10 @@ def make_job(recipe: Recipe, folder: Path, run: Run, reporter: Reporter = SILENT
 def read_data(job: Job) -> Rows:
     """Read the dataset. Raises DataError with every fault by file and line."""
     settings = job.recipe.data
-    read = {purpose: read_rows(file.path, settings.columns, settings.labels or ()) for purpose, file in job.data.items()}
+    read = {
+        purpose: [row for path in files.paths for row in read_rows(path, settings.columns, settings.labels or ())]
+        for purpose, files in job.data.items()
+    }
     train, validation = read["train"], read.get("validation")
     if validation is None:
         train, validation = split_validation(train, job.recipe.data.validation_share, job.recipe.training.seed)

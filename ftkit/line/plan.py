@@ -195,7 +195,7 @@ def _say_what_is_only_held_out(job: Job, rows: Rows) -> None:
         first = json.dumps(kind(missing[0].answer)[:40], ensure_ascii=True)
         job.reporter.warn(
             f"{len(missing)} of {kinds} different answers stand in the validation rows alone and are not learnt: "
-            f"the first is {first}, line {missing[0].line}; add rows of that kind, or name a file in data.validation"
+            f"the first is {first}, {missing[0].where}; add rows of that kind, or name a file in data.validation"
         )
 
 

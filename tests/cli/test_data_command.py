@@ -139,3 +139,17 @@ def test_a_config_has_no_tokenizer(here: Path, model: Path, ftkit: Ftkit, write_
     shown = ftkit("data", "--model", model / "config.json", "--data", "rows.jsonl")
     assert shown.exit_code == 1
     assert "no tokenizer" in shown.stderr
+
+
+def test_several_files_follow_one_another(here: Path, model: Path, ftkit: Ftkit, write_rows: WriteRows) -> None:
+    write_rows(here / "a.jsonl", [pair("a", "1"), pair("b", "2")])
+    (here / "b.csv").write_text("prompt,completion\nc,3\na,1\n", encoding="utf-8")
+    write_rows(here / "validation.jsonl", [pair("d", "4")])
+    found = json.loads(ftkit("data", recipe(here, model, train=["a.jsonl", "b.csv"]), "--json").stdout)
+    assert found["parts"]["train"]["rows"] == 4
+    (twice,) = found["findings"]
+    assert twice["places"] == [f"{here / 'b.csv'}, line 3"]
+    refused = ftkit("data", recipe(here, model, train=["a.jsonl", "c.csv"]))
+    assert refused.exit_code == 1
+    assert f"There is no dataset at {here / 'c.csv'}" in refused.stderr
+    assert ftkit("data", recipe(here, model, train=[])).exit_code == 2
