@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ftkit.data.survey import Shown, Survey
 
 BAR_WIDTH = 40  # columns
-ROWS_IN_JSON = 3
+ROWS_SHOWN = 3  # in JSON and on a page, unless --show says otherwise
 
 
 @click.command(
@@ -57,7 +57,7 @@ def command(
         opened = job.open_without_recipe(changed, reporter=ConsoleReporter())
     else:
         opened = job.open_job(recipe or Path("recipe.yaml"), changed, reporter=ConsoleReporter())
-    found = look(opened, ROWS_IN_JSON if show is None and (as_json or html) else show or 0)
+    found = look(opened, ROWS_SHOWN if show is None and (as_json or html) else show or 0)
     if html:
         data_page.write_page(found, html, title=f"Dataset of {opened.recipe.model}")
     if as_json:
@@ -66,7 +66,7 @@ def command(
         print_json({**record, "rows": record.pop("shown")})
         return
     show_survey(found)
-    for row in found.shown:
+    for row in found.shown[: show or 0]:
         show_row(row)
 
 
