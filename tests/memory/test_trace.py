@@ -32,6 +32,10 @@ LINEAR_ATTENTION = dict.fromkeys(("linear_num_key_heads", "linear_num_value_head
     ("linear_key_head_dim", "linear_value_head_dim"), 32
 )
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+LATENT_ATTENTION = {
+    "num_key_value_heads": 8, "kv_lora_rank": 32, "q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen2": {}, "qwen3": {}, "mistral": {}, "olmo2": {}, "phi3": {"pad_token_id": 0}, "smollm3": {"pad_token_id": 0},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
@@ -44,6 +48,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_dense_layers": 1,
     },
     "qwen3_5_text": {"head_dim": 32, **LINEAR_ATTENTION}, "qwen3_5_moe_text": {"head_dim": 32, **LINEAR_ATTENTION, **EXPERTS},
+    "qwen3_next": {"head_dim": 32, **LINEAR_ATTENTION, **EXPERTS},
+    "deepseek_v2": {**LATENT_ATTENTION, "first_k_dense_replace": 1}, "glm4_moe_lite": LATENT_ATTENTION,
     "granitemoehybrid": {
         "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 256, "mamba_n_heads": 16, "mamba_d_head": 32,
         "mamba_d_state": 16, "layer_types": ["mamba", "attention"] * 3,
