@@ -15,9 +15,13 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 # How a byte-level vocabulary cuts text before it is merged: src/llama-vocab.cpp, by tokenizer.ggml.pre
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PATTERNS = {
     "llama-bpe": CONTRACTIONS + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "qwen2": CONTRACTIONS + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen35": CONTRACTIONS.replace(r"\p{L}+", r"[\p{L}\p{M}]+") + r"|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "starcoder": (r"\p{N}", GPT_2),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", GPT_2, r"[0-9][0-9][0-9]"),
 }
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type, the same in SentencePiece
 
@@ -29,7 +33,7 @@ class Family:
     name: str
     vocabulary: str  # models/ggml-vocab-NAME.gguf
     template: str  # models/templates/NAME.jinja
-    config: str  # transformers' class
+    config: str  # transformers' model_type
     eos: str
     ends: str  # what the template writes after an answer
     bos: str | None = None
@@ -39,22 +43,22 @@ class Family:
 
 
 FAMILIES = (
-    Family("Qwen 2.5", "qwen2", "Qwen-Qwen2.5-7B-Instruct", "Qwen2Config", "<|endoftext|>", "<|im_end|>"),
-    Family("Llama 3.1", "llama-bpe", "meta-llama-Llama-3.1-8B-Instruct", "LlamaConfig", "<|end_of_text|>", "<|eot_id|>",
+    Family("Qwen 2.5", "qwen2", "Qwen-Qwen2.5-7B-Instruct", "qwen2", "<|endoftext|>", "<|im_end|>"),
+    Family("Llama 3.1", "llama-bpe", "meta-llama-Llama-3.1-8B-Instruct", "llama", "<|end_of_text|>", "<|eot_id|>",
     "<|begin_of_text|>"),
-    Family("Llama 3.2", "llama-bpe", "meta-llama-Llama-3.2-3B-Instruct", "LlamaConfig", "<|end_of_text|>", "<|eot_id|>",
+    Family("Llama 3.2", "llama-bpe", "meta-llama-Llama-3.2-3B-Instruct", "llama", "<|end_of_text|>", "<|eot_id|>",
     "<|begin_of_text|>"),
     Family(
-        "Gemma 2", "gemma-4", "google-gemma-2-2b-it", "Gemma3TextConfig", "<eos>", "<end_of_turn>", "<bos>",
+        "Gemma 2", "gemma-4", "google-gemma-2-2b-it", "gemma3_text", "<eos>", "<end_of_turn>", "<bos>",
         tokens={"<|turn>": "<start_of_turn>", "<turn|>": "<end_of_turn>"},
         sizes={"head_dim": 32, "sliding_window": 512, "layer_types": ["full_attention"]}, says={"add_bos_token": True},
     ),
     Family(
-        "Qwen 3", "qwen2", "Qwen-Qwen3-0.6B", "Qwen2Config", "<|endoftext|>", "<|im_end|>",
+        "Qwen 3", "qwen2", "Qwen-Qwen3-0.6B", "qwen2", "<|endoftext|>", "<|im_end|>",
         tokens={"[PAD151667]": "<think>", "[PAD151668]": "</think>"},
     ),
     Family(
-        "DeepSeek R1", "llama-bpe", "deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "LlamaConfig", "<｜end▁of▁sentence｜>",
+        "DeepSeek R1", "llama-bpe", "deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "llama", "<｜end▁of▁sentence｜>",
         "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>",
         tokens={
             "<|begin_of_text|>": "<｜begin▁of▁sentence｜>", "<|end_of_text|>": "<｜end▁of▁sentence｜>",
@@ -63,11 +67,11 @@ FAMILIES = (
         },
     ),
     Family(
-        "Gemma 4", "gemma-4", "google-gemma-4-31B-it", "Gemma3TextConfig", "<eos>", "<turn|>", "<bos>",
+        "Gemma 4", "gemma-4", "google-gemma-4-31B-it", "gemma3_text", "<eos>", "<turn|>", "<bos>",
         sizes={"head_dim": 32, "sliding_window": 512, "layer_types": ["full_attention"]}, says={"add_bos_token": True},
     ),
     Family(
-        "Phi 3.5", "phi-3", "microsoft-Phi-3.5-mini-instruct", "LlamaConfig", "<|endoftext|>", "<|end|>", "<s>",
+        "Phi 3.5", "phi-3", "microsoft-Phi-3.5-mini-instruct", "llama", "<|endoftext|>", "<|end|>", "<s>",
         says={"add_bos_token": False, "add_prefix_space": True},
     ),
 )  # fmt: skip
@@ -82,17 +86,15 @@ def make_model(family: Family, folder: Path, template: str | None = None) -> Pat
     import torch
     import transformers
 
-    make_tokenizer(family, folder, template)
-    ids = json.loads((folder / "tokenizer_ids.json").read_text(encoding="utf-8"))
-    (folder / "tokenizer_ids.json").unlink()
-    config = getattr(transformers, family.config)(**{**SIZES, **family.sizes}, **ids)
+    ids = make_tokenizer(family, folder, template)
+    config = transformers.CONFIG_MAPPING[family.config](**{**SIZES, **family.sizes}, **ids)
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
 
 
-def make_tokenizer(family: Family, folder: Path, template: str | None = None) -> Path:
-    """Write the tokenizer of a family alone, and beside it the ids that its model's config holds."""
+def make_tokenizer(family: Family, folder: Path, template: str | None = None) -> dict[str, Any]:
+    """Write the tokenizer of a family alone; returns what its model's config holds of it."""
     from gguf import GGUFReader
     from tokenizers import processors
 
@@ -112,24 +114,21 @@ def make_tokenizer(family: Family, folder: Path, template: str | None = None) ->
     else:
         tokenizer = _sentence_pieces(folder, tokens, read)
     tokenizer.save(str(folder / "tokenizer.json"))
-    chat_template = template or (models / "templates" / f"{family.template}.jinja").read_text(encoding="utf-8")
+    named = models / "templates" / f"{family.template}.jinja"
+    chat_template = template or (named.read_text(encoding="utf-8") if family.template else None)
     names = {"eos_token": family.eos, "pad_token": family.eos, "bos_token": family.bos}
     says = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "chat_template": chat_template, **family.says}
     (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in says.items() if v is not None}), encoding="utf-8")
-    ids = {"vocab_size": len(tokens), **{f"{name}_id": tokens.index(token) if token else None for name, token in names.items()}}
-    (folder / "tokenizer_ids.json").write_text(json.dumps(ids), encoding="utf-8")
-    return folder
+    return {"vocab_size": len(tokens), **{f"{name}_id": tokens.index(token) if token else None for name, token in names.items()}}
 
 
-def _byte_level(tokens: list[str], merges: list[str], types: list[int], pattern: str) -> Any:
+def _byte_level(tokens: list[str], merges: list[str], types: list[int], pattern: str | tuple[str, ...]) -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    plain = {token: n for n, token in enumerate(tokens) if types[n] == NORMAL}
-    tokenizer = Tokenizer(models.BPE(plain, pairs, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(tokens)}, pairs, ignore_merges=True))
+    cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in ((pattern,) if isinstance(pattern, str) else pattern)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     added = [AddedToken(token, special=True, normalized=False) for n, token in enumerate(tokens) if types[n] in (CONTROL, USER_DEFINED)]
     tokenizer.add_special_tokens(added)

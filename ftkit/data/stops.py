@@ -28,9 +28,13 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def stops(tokenizer: PreTrainedTokenizerBase, configured: int | Sequence[int] | None) -> list[int]:
-    """Ids that end an answer: what the template writes after one, what the model is configured with, the end of sequence."""
+    """Ids that end an answer: what the template writes after one, what the model is configured with, the end of sequence.
+
+    An id that the vocabulary has no token for ends nothing.
+    """
     ids: Iterable[int | None] = [configured] if isinstance(configured, int) or configured is None else configured
-    return list(dict.fromkeys(token for token in (*turn_ends(tokenizer), *ids, tokenizer.eos_token_id) if token is not None))
+    found = dict.fromkeys(token for token in (*turn_ends(tokenizer), *ids, tokenizer.eos_token_id) if token is not None)
+    return [token for token in found if tokenizer.convert_ids_to_tokens(token) is not None]
 
 
 def configured_stops(folder: Path) -> list[int]:

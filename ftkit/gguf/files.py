@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ftkit.errors import ModelError, first_line
@@ -12,7 +12,7 @@ from ftkit.machine.call import call
 from ftkit.machine.llama_cpp import Found
 from ftkit.progress import SILENT, Reporter
 
-CONVERTER_TYPES = {"F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}  # what the converter writes without llama-quantize
+CONVERTER_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}  # what the converter writes without llama-quantize
 
 
 @dataclass(frozen=True)
@@ -74,27 +74,34 @@ def read_back(path: Path, quantization: str, chat_template: str | None) -> GgufF
         bits_per_weight=8 * size / elements,
         tensors=len(reader.tensors),
         fallback_tensors=sum(
-            len(tensor.shape) > 1 and bool(tensor.shape[0] % block) for tensor in reader.tensors if quantization not in ("F16", "BF16")
+            len(tensor.shape) > 1 and bool(tensor.shape[0] % block)
+            for tensor in reader.tensors
+            if quantization not in ("F32", "F16", "BF16")
         ),
     )
 
 
-def correct(path: Path, *, eot_token_id: int | None = None, add_bos_token: bool | None = None) -> None:
-    """Name the end-of-turn token in a finished file, or say whether a BOS is added before a prompt; None leaves it as it is.
+@dataclass(frozen=True)
+class Corrections:
+    """What the converter cannot know of a model, or llama.cpp would do otherwise than training did; None: it is right."""
 
-    llama.cpp knows some ends of turn by their text and goes on after any other. The file is written anew beside itself and
-    takes its place, since metadata stands before the tensors.
+    eot_token_id: int | None = None  # llama.cpp knows some ends of turn by their text and goes on after any other
+    add_bos_token: bool | None = None  # whether a BOS is put before a prompt
+
+
+def correct(path: Path, corrections: Corrections) -> None:
+    """Put the corrections into a finished file.
+
+    It is written anew beside itself and takes its place, since metadata stands before the tensors.
     """
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
-    new = {}
-    if eot_token_id is not None:
-        new["tokenizer.ggml.eot_token_id"] = MetadataDetails(GGUFValueType.UINT32, eot_token_id)
-    if add_bos_token is not None:
-        new["tokenizer.ggml.add_bos_token"] = MetadataDetails(GGUFValueType.BOOL, add_bos_token)
-    if not new:
+    kinds = {"eot_token_id": GGUFValueType.UINT32, "add_bos_token": GGUFValueType.BOOL}
+    given = {name: value for name, value in asdict(corrections).items() if value is not None}
+    if not given:
         return
+    new = {f"tokenizer.ggml.{name}": MetadataDetails(kinds[name], value) for name, value in given.items()}
     reader = GGUFReader(path)
     architecture = reader.get_field("general.architecture")
     assert architecture

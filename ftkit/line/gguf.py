@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ftkit.data.template import begins_with_bos
 from ftkit.engines import llamacpp
-from ftkit.gguf.files import CONVERTER_TYPES, GgufFile, convert, correct, quantize, read_back
+from ftkit.gguf.files import CONVERTER_TYPES, Corrections, GgufFile, convert, correct, quantize, read_back
 from ftkit.line.job import Job, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step, fingerprint_of
@@ -20,9 +20,10 @@ ALWAYS_MADE = ("F16", "Q8_0")  # by the converter, which needs no llama-quantize
 
 @dataclass(frozen=True)
 class Converted:
-    """The files that are always made, their paths from the step's folder."""
+    """The files that are always made, their paths from the step's folder, and what each file of this model is corrected in."""
 
     files: tuple[GgufFile, ...]
+    corrections: Corrections = field(default_factory=Corrections)
 
     def file(self, quantization: str) -> GgufFile:
         return next(file for file in self.files if file.quantization == quantization)
@@ -37,13 +38,13 @@ def _convert(job: Job, folder: Path, merged: Made[Merged]) -> Converted:
     with llamacpp.load(paths["Q8_0"], 64) as engine:
         unknown = [token for token in merged.result.stops if not engine.stops_at(token)]
         adds_bos = engine.tokenize("x", begins=True) != engine.tokenize("x")
+    corrections = Corrections(
+        eot_token_id=unknown[0] if unknown else None,
+        add_bos_token=False if adds_bos and not begins_with_bos(tokenizer) else None,  # training saw none
+    )
     for path in paths.values():
-        correct(
-            path,
-            eot_token_id=unknown[0] if unknown else None,
-            add_bos_token=False if adds_bos and not begins_with_bos(tokenizer) else None,  # training saw none
-        )
-    return Converted(tuple(_read(path, quantization, tokenizer) for quantization, path in paths.items()))
+        correct(path, corrections)
+    return Converted(tuple(_read(path, quantization, tokenizer) for quantization, path in paths.items()), corrections)
 
 
 def _read(path: Path, quantization: str, tokenizer: Any) -> GgufFile:
@@ -66,6 +67,7 @@ def _quantise(job: Job, folder: Path, converted: Made[Converted], merged: Made[M
     path = folder / f"{f16.stem.removesuffix('F16')}{wanted}.gguf"
     if wanted in CONVERTER_TYPES:
         convert(model, path, wanted, need_converter(job.llama_cpp_dir), job.reporter)
+        correct(path, converted.result.corrections)
     else:
         program = find_program("llama-quantize", job.llama_cpp_dir)
         assert program  # else the step does not apply

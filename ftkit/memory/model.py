@@ -51,6 +51,14 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """What PEFT trains on a model, and the weights that it trains them for."""
+
+    trained: tuple[tuple[str, int], ...] = ()  # (name, elements) of each tensor
+    adapted: frozenset[str] = frozenset()  # names of the base model's weights
+
+
+@dataclass(frozen=True)
 class Inventory:
     """Counts are elements; bytes are as torch and bitsandbytes would allocate them, without allocator rounding."""
 
@@ -60,6 +68,8 @@ class Inventory:
     quantized_parameters: int  # in the layers that 4-bit loading replaces; 0 without it
     trainable_parameters: int
     trainable_by_target: dict[str, int]  # adapter parameters by the layer they sit on; empty for full fine-tuning
+    layer_parameters: int  # of the matrices in the text model's layers, which adapters are for
+    without_adapter: dict[str, int]  # those of them that no adapter reaches, by their names in a layer; empty for full fine-tuning
     weights_bytes: int
     adapter_bytes: int
     gradient_bytes: int
@@ -130,7 +140,7 @@ class Skeleton:
         self, config: Any, dtype: str = "bfloat16", attention: str | None = None, tied: bool = True, trust_remote_code: bool = False
     ) -> None:
         self._made_of = (config, dtype, attention, tied, trust_remote_code)
-        self._adapters: dict[str, list[tuple[str, int]]] = {}
+        self._adapters: dict[str, Adapters] = {}
         if not tied:
             config = copy.deepcopy(config)
             config.tie_word_embeddings = False
@@ -175,8 +185,8 @@ class Skeleton:
             n if n < 3 * unit else template[n % unit] if n < 3 * unit + left_out else n - left_out for n in range(self.total_layers)
         )
 
-    def adapters(self, lora: Lora) -> list[tuple[str, int]]:
-        """(name, elements) of each tensor that PEFT would train, by injecting the adapter on the meta device.
+    def adapters(self, lora: Lora) -> Adapters:
+        """What PEFT would train, by injecting the adapter on the meta device.
 
         Raises RecipeError where the targets match nothing, cannot carry an adapter, or reach into other towers than the
         text model's.
@@ -186,40 +196,48 @@ class Skeleton:
             self._adapters[key] = self._injected(lora)
         return self._adapters[key]
 
-    def _injected(self, lora: Lora) -> list[tuple[str, int]]:
+    def _injected(self, lora: Lora) -> Adapters:
         if any(type(module).__name__ == "Conv1D" for module in self.model.modules()):
             raise ModelError(
                 f"{self.model.config.model_type} keeps its weights transposed (Conv1D); ftkit cannot merge adapters into them.",
                 "--set training.method=full, or a newer model",
             )
         towers = any(tensor.role == TOWERS for tensor in self.tensors)
-        named = lora.target_modules if isinstance(lora.target_modules, list) else None
-        right = f"name the layers of the text model alone: --set lora.target_modules='{self.text_pattern(named)}'" if towers else None
-        adapted = inject(copy.deepcopy(self.model), lora, right)
-        kept: dict[int, list[tuple[str, int]]] = {}
-        outside = []
-        for name, parameter in adapted.named_parameters():
-            if parameter.requires_grad:
-                plain = re.sub(r"^base_model\.model\.|\.default\.weight$", "", name)
-                found = re.match(re.escape(self.layers_name) + r"\.(\d+)\.(.+)", plain)
-                if found:
-                    kept.setdefault(int(found[1]), []).append((found[2], parameter.numel()))
-                else:
-                    outside.append((plain, parameter.numel()))
-        reached = next((name for name, _ in outside if role_of(name) == TOWERS), None)
+        right = f"name the layers of the text model alone: --set lora.target_modules='{self.text_pattern()}'" if towers else None
+        injected = inject(copy.deepcopy(self.model), lora, right)
+        trained = [
+            (re.sub(r"^base_model\.model\.|\.default\.weight$", "", name), parameter.numel())
+            for name, parameter in injected.named_parameters()
+            if parameter.requires_grad
+        ]
+        reached = next((name for name, _ in trained if role_of(name) == TOWERS), None)
         if reached:
             raise RecipeError(
                 f"lora.target_modules: {lora.target_modules!r} reaches into the vision or audio tower ({reached.rpartition('.lora_')[0]}).",
                 right,
             )
-        inside = [(f"{self.layers_name}.{n}.{name}", size) for n, like in enumerate(self.stands_for) for name, size in kept.get(like, [])]
-        return inside + outside
+        adapted = [(parameter, 0) for parameter, _ in adapted_layers(injected)]
+        return Adapters(tuple(self._in_all_layers(trained)), frozenset(name for name, _ in self._in_all_layers(adapted)))
 
-    def text_pattern(self, named: list[str] | None = None) -> str:
-        """A pattern for `target_modules` that matches these (or all) linear layers of the text model's decoder only."""
+    def _in_all_layers(self, found: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        """What was found in the layers that are kept, for each layer that they stand for; and what is outside of them."""
+        kept: dict[int, list[tuple[str, int]]] = {}
+        outside = []
+        for name, size in found:
+            if inside := re.match(re.escape(self.layers_name) + r"\.(\d+)\.(.+)", name):
+                kept.setdefault(int(inside[1]), []).append((inside[2], size))
+            else:
+                outside.append((name, size))
+        inside_all = [
+            (f"{self.layers_name}.{n}.{name}", size) for n, like in enumerate(self.stands_for) for name, size in kept.get(like, [])
+        ]
+        return inside_all + outside
+
+    def text_pattern(self) -> str:
+        """A pattern for `target_modules` that matches all linear layers of the text model's decoder, and nothing else."""
         from torch import nn
 
-        names = named or {
+        names = {
             name.rpartition(".")[2]
             for layer in decoder_layers(self.model)
             for name, module in layer.named_modules()
@@ -236,11 +254,17 @@ class Skeleton:
         by_role: dict[str, int] = {}
         for tensor in self.tensors:
             by_role[tensor.role] = by_role.get(tensor.role, 0) + tensor.elements
-        adapters = [] if method == "full" else self.adapters(lora)
+        adapters = Adapters() if method == "full" else self.adapters(lora)
         by_target: dict[str, int] = {}
-        for name, size in adapters:
+        for name, size in adapters.trained:
             target = name.partition(".lora_")[0].rpartition(".")[2]
             by_target[target] = by_target.get(target, 0) + size
+        in_layers = {t.name: t.elements for t in self.tensors if t.name.startswith(self.layers_name) and len(t.shape) > 1}
+        without: dict[str, int] = {}
+        for name, size in in_layers.items():
+            if method != "full" and name not in adapters.adapted:
+                leaf = re.sub(re.escape(self.layers_name) + r"\.\d+\.", "", name).removesuffix(".weight")
+                without[leaf] = without.get(leaf, 0) + size
         trained = self.trained(method, adapters)
         trainable = sum(size for size, _ in trained)
         return Inventory(
@@ -250,6 +274,8 @@ class Skeleton:
             quantized_parameters=sum(t.elements for t in self.tensors if t.quantized) if method == "qlora" else 0,
             trainable_parameters=trainable,
             trainable_by_target=by_target,
+            layer_parameters=sum(in_layers.values()),
+            without_adapter=without,
             weights_bytes=sum(size for _, size in self.storages(method, base_dtype, trained_dtype, double_quant)),
             adapter_bytes=0 if method == "full" else trained_bytes * trainable,
             gradient_bytes=trained_bytes * trainable,
@@ -269,11 +295,11 @@ class Skeleton:
                 )
         yield from (("buffers", size) for size in self.buffer_bytes)
 
-    def trained(self, method: Method, adapters: list[tuple[str, int]]) -> list[tuple[int, bool]]:
+    def trained(self, method: Method, adapters: Adapters) -> list[tuple[int, bool]]:
         """(elements, keeps 32-bit optimizer states) of each trained tensor: bitsandbytes spares input embeddings."""
         if method == "full":
             return [(t.elements, t.name == self.embedding_name) for t in self.tensors]
-        return [(size, False) for _, size in adapters]
+        return [(size, False) for _, size in adapters.trained]
 
 
 def role_of(name: str) -> str:
@@ -301,7 +327,7 @@ def inject(model: PreTrainedModel, lora: Lora, hint: str | None = None) -> Any:
     try:
         with warnings.catch_warnings():  # PEFT 0.21 tells of its own patterns for fused experts that all-linear does not reach
             warnings.filterwarnings("ignore", message=r".*(rank|alpha)_pattern keys did not match.*", category=RuntimeWarning)
-            return get_peft_model(model, lora_config(lora, model.config), autocast_adapter_dtype=False)
+            return get_peft_model(model, lora_config(lora, model), autocast_adapter_dtype=False)
     except (ValueError, re.error) as error:
         wanted = lora.target_modules
         if hint is None and wanted in names:
@@ -312,17 +338,35 @@ def inject(model: PreTrainedModel, lora: Lora, hint: str | None = None) -> Any:
         ) from None
 
 
+def adapted_layers(injected: Any) -> Iterator[tuple[str, Any]]:
+    """(name of a base model's weight, the layer of PEFT's that adapts it)."""
+    from peft.tuners.lora import LoraLayer
+
+    for path, module in injected.named_modules():
+        if isinstance(module, LoraLayer) and module.r:
+            layer = path.removeprefix("base_model.model.").replace(".base_layer", "")
+            yield f"{layer}.{getattr(module, 'parameter_name', 'weight')}", module
+
+
 # Layers that PEFT refuses to adapt, since a kernel reads their weights past the adapter (peft.tuners.tuners_utils, 0.21): `all-linear`
 # leaves them out.
-WITHOUT_ADAPTER = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("out_proj",))
+WITHOUT_ADAPTER = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), "out_proj")
 
 
-def lora_config(lora: Lora, config: Any) -> Any:
-    """PEFT's configuration for a model's config, the same for planning and for training."""
+def lora_config(lora: Lora, model: PreTrainedModel) -> Any:
+    """PEFT's configuration for a model, the same for planning and for training.
+
+    Names, and `all-linear`, are of the text model's layers, never of towers; a pattern is the user's own.
+    """
     from peft import LoraConfig
 
-    left_out = WITHOUT_ADAPTER.get(config.model_type, ()) if lora.target_modules == "all-linear" else ()
-    return LoraConfig(task_type="CAUSAL_LM", exclude_modules=list(left_out) or None, **lora.model_dump())
+    left_out = []
+    if lora.target_modules == "all-linear" and (refused := WITHOUT_ADAPTER.get(model.config.model_type)):
+        left_out.append(rf".*\.{refused}")
+    by_name = lora.target_modules == "all-linear" or not isinstance(lora.target_modules, str)
+    if by_name and any(role_of(name) == TOWERS for name, _ in model.named_modules()):
+        left_out.append(rf".*({dict(ROLES)[TOWERS]}).*")
+    return LoraConfig(task_type="CAUSAL_LM", exclude_modules="|".join(left_out) or None, **lora.model_dump())
 
 
 def decoder_layers(model: PreTrainedModel) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ftkit.errors import ModelError
 from ftkit.memory.kernels import MASK_ALIGNMENT
-from ftkit.memory.model import Skeleton
+from ftkit.memory.model import Adapters, Skeleton
 from ftkit.memory.optimizer import optimizer_events
 from ftkit.memory.replay import Order, Part, TrainingStep
 from ftkit.memory.settings import HEAD_TILE_TOKENS, StepSettings, labelled_tokens
@@ -65,7 +65,7 @@ class StepMemory:
     def __init__(self, skeleton: Skeleton, settings: StepSettings) -> None:
         self.skeleton = skeleton
         self.settings = settings
-        adapters = [] if settings.method == "full" else skeleton.adapters(settings.lora)
+        adapters = Adapters() if settings.method == "full" else skeleton.adapters(settings.lora)
         trained = skeleton.trained(settings.method, adapters)
         self._optimizer = optimizer_events(trained, settings)
         width = DTYPE_BYTES[settings.trained_dtype]
@@ -74,7 +74,7 @@ class StepMemory:
                 Part(*entry)
                 for entry in skeleton.storages(settings.method, settings.base_dtype, settings.trained_dtype, settings.double_quant)
             ),
-            *(Part("adapter", width * size) for _, size in adapters),
+            *(Part("adapter", width * size) for _, size in adapters.trained),
         )
         self._tracer = StepTracer(skeleton, settings)
         self._optimizer_bytes = np.array([size for _, _, size in self._optimizer.events], dtype=np.int64)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit import patches
 from ftkit.errors import ModelError, first_line
-from ftkit.memory.model import inject, quantized_layers
+from ftkit.memory.model import adapted_layers, inject, quantized_layers
 from ftkit.model.adapter import load_config, load_tensors
 from ftkit.model.source import from_files, shapes_of
 from ftkit.recipe import Lora
@@ -97,7 +97,6 @@ def changes(adapted: Any, base: Path) -> list[Delta]:
     Raises ModelError for a weight that the checkpoint does not have, and for one that the model uses in two places.
     """
     import torch
-    from peft.tuners.lora import LoraLayer
 
     patches.require("merging")
     from transformers.core_model_loading import revert_weight_conversion
@@ -106,11 +105,7 @@ def changes(adapted: Any, base: Path) -> list[Delta]:
     shapes, quantized = shapes_of(base), {name.replace(".base_layer", "") for name in quantized_layers(model)}
     tied = _tied(model)
     found = []
-    for path, module in adapted.named_modules():
-        if not isinstance(module, LoraLayer) or not module.r:
-            continue
-        layer = path.removeprefix(PREFIX).replace(".base_layer", "")
-        parameter = f"{layer}.{getattr(module, 'parameter_name', 'weight')}"
+    for parameter, module in adapted_layers(adapted):
         if parameter in tied:
             raise ModelError(
                 f"The adapter changes {parameter}, which the model uses in two places (tied weights): merged, both would change.",
@@ -137,7 +132,7 @@ def changes(adapted: Any, base: Path) -> list[Delta]:
                 pieces: dict[str, torch.Tensor] = revert_weight_conversion(model, {parameter: module.get_delta_weight("default")})
             return pieces
 
-        found.append(Delta(parameter, tuple(pieces), layer in quantized, compute))
+        found.append(Delta(parameter, tuple(pieces), parameter.rpartition(".")[0] in quantized, compute))
     return found
 
 

@@ -10,6 +10,7 @@ from ftkit.plan.plan import MARGIN, Candidate, MemoryPlan, Remedy
 from ftkit.report.parts import METHOD_WORDS, NO_BREAK, kinds_of, place, share
 from ftkit.units import bytes_text
 
+NAMED = 6  # kinds of weights that no adapter reaches, the largest
 PHASES = {"forward": "forward", "loss": "loss", "backward pass of the loss": "loss", "backward": "backward", "optimizer": "optimizer"}
 
 
@@ -83,6 +84,19 @@ def peak_words(plan: MemoryPlan) -> str:
 def phase_of(name: str) -> str:
     """The key in PHASES of a phase's name."""
     return next((start for start in sorted(PHASES, key=len, reverse=True) if name.startswith(start)), "")
+
+
+def reach(plan: MemoryPlan) -> str | None:
+    """Which share of the weights in the text model's layers the adapters are for; None for full fine-tuning."""
+    counted = plan.chosen.inventory
+    if counted.method == "full":
+        return None
+    left_out = sorted(counted.without_adapter.items(), key=lambda entry: -entry[1])
+    reached = counted.layer_parameters - sum(counted.without_adapter.values())
+    words = f"Adapters reach {share(reached, counted.layer_parameters)} of the weights in the text model’s layers"
+    named = [f"{name} ({share(size, counted.layer_parameters)})" for name, size in left_out[:NAMED]]
+    more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+    return words + (f"; without one: {', '.join(named)}{more}." if named else ".")
 
 
 def command_for(change: Remedy, asked: str = "ftkit plan") -> str:

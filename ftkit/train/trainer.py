@@ -124,7 +124,7 @@ def build_trainer(
         train_dataset=_dataset(Dataset, training),
         eval_dataset=_dataset(Dataset, validation),
         processing_class=tokenizer,
-        peft_config=None if method == "full" else lora_config(recipe.lora, model.config),
+        peft_config=None if method == "full" else lora_config(recipe.lora, model),
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)  # it writes every log entry to stdout, which carries results only

@@ -144,7 +144,7 @@ def test_a_bos_that_training_never_saw_is_found_and_taken_away(made: Callable[..
     ends = stops.stops(tokenizer, None)
     found = checks(tokenizer, path, ends)
     assert (found["training ids"].outcome, found["prompts"].outcome) == ("failed", "failed")
-    gguf.correct(path, add_bos_token=False)
+    gguf.correct(path, gguf.Corrections(add_bos_token=False))
     assert {check.outcome for check in checks(tokenizer, path, ends).values()} == {"passed"}
 
 
@@ -156,7 +156,7 @@ def test_an_end_of_turn_that_llama_cpp_does_not_know_is_found_and_named(made: Ca
     found = checks(tokenizer, path, ends)
     assert found.pop("stops").outcome == "failed"
     assert {check.outcome for check in found.values()} == {"passed"}
-    gguf.correct(path, eot_token_id=ends[0])
+    gguf.correct(path, gguf.Corrections(eot_token_id=ends[0]))
     assert {check.outcome for check in checks(tokenizer, path, ends).values()} == {"passed"}
     assert gguf.read_back(path, "F16", tokenizer.chat_template).tensors > 1
 
@@ -229,6 +229,23 @@ def test_the_line_ships_it_and_does_nothing_twice(
     assert not (run / FAILED_PROOF).exists()
 
 
+def test_a_type_that_the_converter_makes_later_is_corrected_too(
+    made: Callable[..., Path], tmp_path: Path, write_rows: Callable[[Path, list[Any]], Path], rows: list[Any]
+) -> None:
+    write_rows(tmp_path / "train.jsonl", rows)
+    recipe = {
+        "model": str(made(LLAMA, PLAIN)),  # asked without a BOS, which llama.cpp would add
+        "training": {"method": "lora", "max_steps": 1, "effective_batch_size": 2, "max_length": 128},
+        "ship": {"name": "tiny", "quantization": "BF16", "max_new_tokens": 4, "test_rows": 2, "num_ctx": 512},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    job = open_job(tmp_path)
+    with job.run:
+        line.train(job)
+        checks = line.ship(job, use_ollama=False).checks
+    assert {check.name for check in checks if check.outcome != "passed"} <= {"answers"}
+
+
 @pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern keys did not match.*:RuntimeWarning")
 def test_fused_experts_are_trained_merged_and_shipped(
     tmp_path: Path, write_rows: Callable[[Path, list[Any]], Path], rows: list[Any]
@@ -237,7 +254,7 @@ def test_fused_experts_are_trained_merged_and_shipped(
     from safetensors.torch import load_file
 
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
-    base = families.make_model(replace(families.by_name("Qwen 3"), config="Qwen3MoeConfig", sizes=sizes), tmp_path / "base")
+    base = families.make_model(replace(families.by_name("Qwen 3"), config="qwen3_moe", sizes=sizes), tmp_path / "base")
     write_rows(tmp_path / "train.jsonl", rows)
     recipe = {
         "model": str(base),

@@ -135,7 +135,8 @@ def test_a_shortened_model_counts_as_the_whole() -> None:
     assert (short.total_layers, short.layers, short.unit_layers) == (9, 4, 1)
     assert short.stands_for == (0, 1, 2, 2, 2, 2, 2, 2, 3)
     lora = Lora(r=4, target_modules=["q_proj", "down_proj"])
-    assert sorted(short.adapters(lora)) == sorted(whole.adapters(lora))
+    assert sorted(short.adapters(lora).trained) == sorted(whole.adapters(lora).trained)
+    assert short.adapters(lora).adapted == whole.adapters(lora).adapted
     assert short.count("qlora", lora, "adamw_8bit", "bfloat16") == whole.count("qlora", lora, "adamw_8bit", "bfloat16")
 
 
@@ -159,15 +160,27 @@ def gemma4(**text: Any) -> Any:
     return AutoConfig.for_model("gemma4", text_config={**sizes, **text}, vision_config=tower, audio_config={"num_hidden_layers": 2})
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])  # the second cannot carry an adapter in the vision tower
-def test_targets_that_reach_into_other_towers_are_refused_with_a_pattern_that_does_not(targets: Any) -> None:
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_names_are_of_the_text_model_alone(targets: Any) -> None:
+    """The vision tower has a `q_proj` too, which PEFT could not adapt."""
+    skeleton, lora = Skeleton(gemma4()), Lora(target_modules=targets)
+    assert all("language_model" in name for name in skeleton.adapters(lora).adapted)
+    counted = skeleton.count("qlora", lora, "adamw_torch", "bfloat16")
+    rest = {"k_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "per_layer_input_gate", "per_layer_projection"}
+    assert {name.rpartition(".")[2] for name in counted.without_adapter} == (set() if targets == "all-linear" else rest)
+    named = [t.elements for t in skeleton.tensors if "language_model" in t.name and t.name.endswith(("q_proj.weight", "v_proj.weight"))]
+    reached = counted.layer_parameters if targets == "all-linear" else sum(named)
+    assert counted.layer_parameters - sum(counted.without_adapter.values()) == reached
+
+
+def test_a_pattern_that_reaches_into_other_towers_is_refused_with_one_that_does_not() -> None:
     skeleton = Skeleton(gemma4())
     with pytest.raises(RecipeError) as refused:
-        skeleton.adapters(Lora(target_modules=targets))
+        skeleton.adapters(Lora(target_modules=r".*\.(input_proj_linear|ffw_layer_1|linear)"))
     pattern = (refused.value.hint or "").split("'")[1]
-    names = [name for name, _ in skeleton.adapters(Lora(target_modules=pattern))]
-    assert names
-    assert all("language_model" in name for name in names)
+    adapters = skeleton.adapters(Lora(target_modules=pattern))
+    assert adapters.adapted
+    assert all("language_model" in name for name in adapters.adapted)
     by_role = skeleton.count("qlora", Lora(target_modules=pattern), "adamw_torch", "bfloat16").parameters_by_role
     assert by_role["per-layer tables"] > 0
     assert by_role["vision and audio towers"] > 0

@@ -46,7 +46,9 @@ def fit(
     allocated = sum(part.bytes for part in sized)
     reserved = allocated + (RESERVE_BYTES if cuda else 0)
     device = reserved + CONTEXT_BYTES  # on a CPU: the process itself
-    inventory = Inventory(method, 8_030_000_000, {"MLP": 1}, 7_000_000_000, 41_943_040, {"q_proj": 1}, 1, 1, 1, 1)
+    inventory = Inventory(
+        method, 8_030_000_000, {"MLP": 1}, 7_000_000_000, 41_943_040, {"q_proj": 1}, 7_000_000_000, {"mlp.router": 70_000_000}, 1, 1, 1, 1
+    )
     return Candidate(
         inventory,
         2,
