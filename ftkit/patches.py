@@ -15,7 +15,7 @@ from ftkit.errors import ToolFailedError
 
 When = Literal[
     "tracing", "tracing for CUDA", "tracing DoRA", "training", "loading in 4 bits", "reading 4-bit weights", "looking at the CPU",
-    "merging", "asking Ollama",
+    "merging", "asking Ollama", "reading GGUF files",
 ]  # fmt: skip
 
 
@@ -109,10 +109,18 @@ class _TorchOfMasks:
         return not self._padded
 
 
+def _read_plainly(reader: Any, offset: int, dtype: Any, count: int = 1, override_order: str | None = None) -> Any:
+    """Numbers at a place of a GGUF file, without a memmap object around each."""
+    import numpy as np
+
+    found = np.frombuffer(reader.data, dtype, int(count), int(offset)) if count else np.empty(0, dtype)
+    return found.view(found.dtype.newbyteorder(override_order or reader.byte_order))  # type: ignore[call-overload]
+
+
 _CUDA: When = "tracing for CUDA"
 _HEAD = "trl.kernels.chunked_logprob"
 _TORCH, _TRANSFORMERS, _TRL, _PEFT = ("torch", "2.13.0"), ("transformers", "5.23.0"), ("trl", "1.16.0"), ("peft", "0.21.2")
-_BITSANDBYTES, _OLLAMA = ("bitsandbytes", "0.50.2"), ("ollama", "0.6.3")
+_BITSANDBYTES, _OLLAMA, _GGUF = ("bitsandbytes", "0.50.2"), ("ollama", "0.6.3"), ("gguf", "0.19.0")
 _NO_VALUES = "asks for values that fake tensors do not have; without an answer the mask is built in full"
 
 # Functions, not torch function modes: a mode is not active while checkpointing recomputes.
@@ -143,6 +151,8 @@ PATCHES: tuple[Patch, ...] = (
     Patch("loading in 4 bits", "bitsandbytes.nn.modules", "has_avx512bf16", lambda _: lambda: False,
           "a layer is repacked at its first evaluation on such a CPU, and then computes without gradients, in training too",
           *_BITSANDBYTES),
+    Patch("reading GGUF files", "gguf.gguf_reader", "GGUFReader._get", lambda _: _read_plainly,
+          "it makes a memmap object of every word: 19 s for Llama 3's vocabulary instead of 3, 41 for Gemma 4's instead of 11", *_GGUF),
 )  # fmt: skip
 
 

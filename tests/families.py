@@ -95,11 +95,12 @@ def make_model(family: Family, folder: Path, template: str | None = None) -> Pat
 
 def make_tokenizer(family: Family, folder: Path, template: str | None = None) -> dict[str, Any]:
     """Write the tokenizer of a family alone; returns what its model's config holds of it."""
-    from gguf import GGUFReader
     from tokenizers import processors
 
+    from ftkit.model.source import open_gguf
+
     models = llama_cpp.models()
-    reader = GGUFReader(models / f"ggml-vocab-{family.vocabulary}.gguf")
+    reader = open_gguf(models / f"ggml-vocab-{family.vocabulary}.gguf")
 
     def read(key: str) -> Any:
         found = reader.get_field(f"tokenizer.ggml.{key}")
@@ -109,7 +110,7 @@ def make_tokenizer(family: Family, folder: Path, template: str | None = None) ->
     folder.mkdir(parents=True, exist_ok=True)
     if read("model") == "gpt2":
         tokenizer = _byte_level(tokens, read("merges"), read("token_type"), PATTERNS[read("pre")])
-        if family.bos:
+        if family.bos and family.vocabulary == "llama-bpe":  # the converter knows a vocabulary by its ids of a text, the BOS among them
             tokenizer.post_processor = processors.TemplateProcessing(f"{family.bos} $A", None, [(family.bos, tokens.index(family.bos))])
     else:
         tokenizer = _sentence_pieces(folder, tokens, read)

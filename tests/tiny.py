@@ -46,6 +46,23 @@ def make_model(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def make_adapter(base: Path, folder: Path, **settings: Any) -> Any:
+    """A LoRA adapter with random A and B; the PEFT model on a float32 base."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = {"target_modules": "all-linear", **settings}
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings))
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter) * 0.1
+    adapted.save_pretrained(folder)
+    return adapted
+
+
 def recipe(model: Path, **training: Any) -> Recipe:
     """A recipe of a few steps."""
     settings = {"max_steps": 4, "learning_rate": 1e-3, "effective_batch_size": 2, "max_length": 128, "evaluations_per_epoch": 3, **training}

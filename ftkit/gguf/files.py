@@ -7,9 +7,10 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ftkit.errors import ModelError, first_line
+from ftkit.errors import ModelError
 from ftkit.machine.call import call
 from ftkit.machine.llama_cpp import Found
+from ftkit.model.source import open_gguf
 from ftkit.progress import SILENT, Reporter
 
 CONVERTER_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}  # what the converter writes without llama-quantize
@@ -53,14 +54,7 @@ def read_back(path: Path, quantization: str, chat_template: str | None) -> GgufF
 
     Raises ModelError where it does not.
     """
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-    except (OSError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
-        raise ModelError(
-            f"{path.name} is not a whole GGUF file: {first_line(error)}.", "give the same command again, with enough space on the disk"
-        ) from None
+    reader = open_gguf(path)
     field = reader.get_field("tokenizer.chat_template")
     if chat_template and (field is None or field.contents() != chat_template):
         raise ModelError(f"{path.name} does not carry the model's chat template.", "report this with the model's name")
@@ -94,7 +88,7 @@ def correct(path: Path, corrections: Corrections) -> None:
 
     It is written anew beside itself and takes its place, since metadata stands before the tensors.
     """
-    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+    from gguf import GGUFValueType, GGUFWriter
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
     kinds = {"eot_token_id": GGUFValueType.UINT32, "add_bos_token": GGUFValueType.BOOL}
@@ -102,7 +96,7 @@ def correct(path: Path, corrections: Corrections) -> None:
     if not given:
         return
     new = {f"tokenizer.ggml.{name}": MetadataDetails(kinds[name], value) for name, value in given.items()}
-    reader = GGUFReader(path)
+    reader = open_gguf(path)
     architecture = reader.get_field("general.architecture")
     assert architecture
     partial = path.with_suffix(".corrected")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,21 @@ def _convert(job: Job, folder: Path, merged: Made[Merged]) -> Converted:
     paths = {quantization: folder / f"{stem}-{quantization}.gguf" for quantization in ALWAYS_MADE}
     for quantization, path in paths.items():
         convert(model, path, quantization, converter, job.reporter)
-    with llamacpp.load(paths["Q8_0"], 64) as engine:
-        unknown = [token for token in merged.result.stops if not engine.stops_at(token)]
-        adds_bos = engine.tokenize("x", begins=True) != engine.tokenize("x")
-    corrections = Corrections(
-        eot_token_id=unknown[0] if unknown else None,
-        add_bos_token=False if adds_bos and not begins_with_bos(tokenizer) else None,  # training saw none
-    )
+    corrections = corrections_of(paths["Q8_0"], tokenizer, merged.result.stops)
     for path in paths.values():
         correct(path, corrections)
     return Converted(tuple(_read(path, quantization, tokenizer) for quantization, path in paths.items()), corrections)
+
+
+def corrections_of(path: Path, tokenizer: Any, stops: Sequence[int]) -> Corrections:
+    """What llama.cpp would do otherwise with a converted file than training did."""
+    with llamacpp.load(path, 64) as engine:
+        unknown = [token for token in stops if not engine.stops_at(token)]
+        adds_bos = engine.tokenize("x", begins=True) != engine.tokenize("x")
+    return Corrections(
+        eot_token_id=unknown[0] if unknown else None,
+        add_bos_token=False if adds_bos and not begins_with_bos(tokenizer) else None,  # training saw none
+    )
 
 
 def _read(path: Path, quantization: str, tokenizer: Any) -> GgufFile:

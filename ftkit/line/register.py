@@ -21,6 +21,7 @@ from ftkit.line.merge import MODEL, Merged
 from ftkit.line.prove import PROVE, Proven, renders
 from ftkit.line.step import Made, Step
 from ftkit.machine.device import asked_threads
+from ftkit.model.source import open_gguf
 from ftkit.ollama.modelfile import Modelfile, make_modelfile
 from ftkit.ollama.register import register, remove, temporary_name
 from ftkit.ollama.template import find_format
@@ -48,14 +49,12 @@ def write_modelfile(job: Job, merged: Made[Merged], shipped: Shipping) -> Path:
 
 
 def _modelfile(job: Job, tokenizer: Any, gguf: Path, stops: Sequence[int]) -> Modelfile:
-    from gguf import GGUFReader
-
     try:
         chat = find_format(renders(tokenizer), lambda day: renders(dated(tokenizer, day)))
     except ModelError as error:
         job.reporter.warn(f"{error.message} Ollama is left to use the template inside the GGUF.")
         chat = None
-    adds_bos = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    adds_bos = open_gguf(gguf).get_field("tokenizer.ggml.add_bos_token")
     bos = tokenizer.bos_token if adds_bos is not None and adds_bos.contents() else ""
     texts = [str(text) for text in tokenizer.convert_ids_to_tokens(list(stops))]
     return make_modelfile(f"./{gguf.name}", chat, job.recipe.ship, bos=bos or "", stops=texts)

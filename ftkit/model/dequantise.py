@@ -10,9 +10,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ftkit import patches
 from ftkit.errors import ModelError, RunError, first_line
 from ftkit.files import cache_folder, disk_fault, make_cache_folder
-from ftkit.model.source import Source, from_files
+from ftkit.model.source import Source, from_files, open_gguf
 from ftkit.progress import Reporter
 
 # GGUF names a pre-tokenizer instead of carrying it, and transformers does not rebuild these from the name.
@@ -60,17 +61,17 @@ def outdated() -> list[Path]:
 
 def _write_checkpoint(path: Path, folder: Path) -> None:
     import torch
-    from gguf import GGUFReader
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where = {"gguf_file": path.name, **from_files()}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **where
-        )
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **where)
-        fields = GGUFReader(path).fields
+        with patches.applied("reading GGUF files"):
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **where
+            )
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **where)
+        fields = open_gguf(path).fields
     except (
         ValueError,
         LookupError,

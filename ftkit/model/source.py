@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ftkit.errors import ModelError
+from ftkit import patches
+from ftkit.errors import ModelError, first_line
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 INDEX = "model.safetensors.index.json"  # which file holds which tensor, where there are several
 CONVERT_PICKLES = "convert them once: https://huggingface.co/spaces/safetensors/convert"
@@ -57,6 +61,19 @@ def header(path: Path) -> dict[str, Any]:
     for entry in entries.values():
         entry["begin"] = 8 + length + entry["data_offsets"][0]
     return entries
+
+
+def open_gguf(path: Path) -> GGUFReader:
+    """A GGUF file's metadata and tensors, mapped. Raises ModelError where it is none, or is cut short."""
+    from gguf import GGUFReader
+
+    try:
+        with patches.applied("reading GGUF files"):
+            return GGUFReader(path)
+    except (OSError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
+        raise ModelError(
+            f"{path.name} is not a whole GGUF file: {first_line(error)}.", "make or download it again, with enough space on the disk"
+        ) from None
 
 
 def indexed_files(folder: Path) -> list[str] | None:

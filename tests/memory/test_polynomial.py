@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_trace import config
+from shapes import config
 
 from ftkit.memory import polynomial
 from ftkit.memory.events import Events

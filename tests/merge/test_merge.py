@@ -21,29 +21,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_model(tmp_path_factory.mktemp("base"))
 
 
-def make_adapter(base: Path, folder: Path, **settings: Any) -> Any:
-    """A LoRA adapter with random A and B; the PEFT model on a float32 base."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    settings = {"target_modules": "all-linear", **settings}
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings))
-    torch.manual_seed(1)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn_like(parameter) * 0.1
-    adapted.save_pretrained(folder)
-    return adapted
-
-
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_equals_peft_bit_for_bit(use_rslora: bool, base: Path, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    adapted = make_adapter(base, tmp_path / "adapter", use_rslora=use_rslora)
+    adapted = tiny.make_adapter(base, tmp_path / "adapter", use_rslora=use_rslora)
     (tmp_path / "merged").mkdir()
     result = merge(base, tmp_path / "adapter", tmp_path / "merged")
     theirs = adapted.merge_and_unload().state_dict()
@@ -127,7 +110,7 @@ def test_whatever_is_adapted_is_merged_under_the_names_of_its_files(name: str, t
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 @pytest.mark.filterwarnings("ignore:.*(tied|embedding layers|tie_word_embeddings).*:UserWarning")
 def test_a_weight_that_stands_in_two_places_is_refused(target: str, base: Path, tmp_path: Path) -> None:
-    make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", target])
+    tiny.make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", target])
     refused(base, tmp_path, f"changes .*{target}.weight, which the model uses in two places")
 
 
@@ -142,7 +125,7 @@ def test_shards_are_merged_and_another_layout_beside_them_is_left(base: Path, tm
     shards = sorted(sharded.glob("model-*.safetensors"))
     assert len(shards) > 1
     (sharded / "consolidated.safetensors").write_bytes(shards[0].read_bytes())
-    make_adapter(base, tmp_path / "adapter")
+    tiny.make_adapter(base, tmp_path / "adapter")
     for name, source in (("one", base), ("many", sharded)):
         (tmp_path / name).mkdir()
         merge(source, tmp_path / "adapter", tmp_path / name)
@@ -156,7 +139,7 @@ def test_shards_are_merged_and_another_layout_beside_them_is_left(base: Path, tm
 def test_the_merged_folder_loads_with_tokenizer_and_template(base: Path, tmp_path: Path) -> None:
     from ftkit.engines import hf
 
-    make_adapter(base, tmp_path / "adapter")
+    tiny.make_adapter(base, tmp_path / "adapter")
     (tmp_path / "merged").mkdir()
     merge(base, tmp_path / "adapter", tmp_path / "merged")
     assert hf.load_tokenizer(tmp_path / "merged").chat_template == tiny.CHATML
@@ -170,7 +153,7 @@ def test_onto_the_dequantised_base_is_what_training_computed(base: Path, tmp_pat
 
     from ftkit.engines import hf
 
-    make_adapter(base, tmp_path / "adapter")
+    tiny.make_adapter(base, tmp_path / "adapter")
     for onto in ("source", "dequantised"):
         (tmp_path / onto).mkdir()
         merge(base, tmp_path / "adapter", tmp_path / onto, onto=onto, bfloat16=False)  # type: ignore[arg-type]
@@ -208,7 +191,7 @@ def test_what_it_does_not_do_is_refused_by_name(key: str, settings: dict[str, An
     """Each as PEFT itself writes it. PiSSA, OLoRA, LoftQ and CorDA change the base to which their A and B are added."""
     import peft
 
-    make_adapter(base, tmp_path / "adapter")
+    tiny.make_adapter(base, tmp_path / "adapter")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     for name, value in settings.items():  # set later, since LoftQ wants scipy when it is asked for
         setattr(config, name, getattr(peft.tuners.lora.config, value)() if name.endswith("_config") else value)
@@ -218,14 +201,14 @@ def test_what_it_does_not_do_is_refused_by_name(key: str, settings: dict[str, An
 
 @pytest.mark.parametrize("start", [True, False, "gaussian"])
 def test_how_a_plain_adapter_began_does_not_matter(start: bool | str, base: Path, tmp_path: Path) -> None:
-    make_adapter(base, tmp_path / "adapter", init_lora_weights=start, lora_dropout=0.1, exclude_modules=["v_proj"])
+    tiny.make_adapter(base, tmp_path / "adapter", init_lora_weights=start, lora_dropout=0.1, exclude_modules=["v_proj"])
     (tmp_path / "merged").mkdir()
     assert merge(base, tmp_path / "adapter", tmp_path / "merged").merged_tensors == 6 * 2
 
 
 @pytest.mark.parametrize(("key", "value"), [("peft_type", "LOHA"), ("use_next_years_trick", True)])
 def test_another_kind_or_a_key_that_peft_does_not_know_is_refused(key: str, value: Any, base: Path, tmp_path: Path) -> None:
-    make_adapter(base, tmp_path / "adapter")
+    tiny.make_adapter(base, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     refused(base, tmp_path, rf"uses {key}=.* does not do")
@@ -235,7 +218,7 @@ def test_another_kind_or_a_key_that_peft_does_not_know_is_refused(key: str, valu
 def test_an_adapter_with_half_a_pair_is_refused(kind: str, base: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    make_adapter(base, tmp_path / "adapter")
+    tiny.make_adapter(base, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     del tensors[next(name for name in sorted(tensors) if f"lora_{kind}" in name)]
@@ -258,7 +241,7 @@ def test_an_adapter_with_half_a_pair_is_refused(kind: str, base: Path, tmp_path:
     ],
 )
 def test_a_damaged_adapter_is_refused(file: str, content: bytes, base: Path, tmp_path: Path) -> None:
-    make_adapter(base, tmp_path / "adapter")
+    tiny.make_adapter(base, tmp_path / "adapter")
     (tmp_path / "adapter" / file).write_bytes(content)
     refused(base, tmp_path, "cannot be read")
 
@@ -273,7 +256,7 @@ def refused(base: Path, folder: Path, words: str) -> None:
 
 def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:
     deeper = tiny.make_model(tmp_path / "deeper", num_hidden_layers=3)
-    make_adapter(deeper, tmp_path / "adapter")
+    tiny.make_adapter(deeper, tmp_path / "adapter")
     (tmp_path / "merged").mkdir()
     with pytest.raises(ModelError, match=r"layers\.2"):
         merge(base, tmp_path / "adapter", tmp_path / "merged")

@@ -115,11 +115,10 @@ def test_with_the_flag_it_runs(
 
 def test_a_merged_model_names_no_code(foreign: Callable[[str], Foreign], tmp_path: Path) -> None:
     """llama.cpp's converter loads tokenizers with trust_remote_code=True: what ftkit gives it must not name any code."""
-    from test_merge import make_adapter
     from transformers import AutoConfig, AutoTokenizer
 
     made = foreign("llama")
-    make_adapter(made.folder, tmp_path / "adapter")
+    tiny.make_adapter(made.folder, tmp_path / "adapter")
     for name, with_code in (("without", False), ("with", True)):
         folder = tmp_path / name
         folder.mkdir()

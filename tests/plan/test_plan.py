@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from test_trace import config
+from shapes import config
 
 from ftkit.machine.device import Device
 from ftkit.plan.choose import RIDGE_TOKENS, SHORTER_BY, Planner, apply, batch_sizes, make_plan

@@ -1,0 +1,315 @@
+"""Each architecture's tiny model through the line, down to its F32 GGUF in llama.cpp; and the table of it in docs/families.md.
+
+python tests/architectures.py            all of them, and writes the table
+python tests/architectures.py NAME ...   some of them, and prints what each step gave
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import families
+
+TABLE = Path(__file__).parent.parent / "docs" / "families.md"
+COLUMNS = ("plan", "targets", "rows", "train", "merge", "convert", "logits", "prompts")
+MAX_KL = 1e-5  # nats a token, of llama.cpp's F32 file from transformers' float32 model
+TEXT = "The quick brown fox jumps over the lazy dog. Ünder 42 bridges, sie sagte: «Это дом» – and then\n\n  def f(x): return x ** 2\n"
+ROWS = [
+    {"messages": [{"role": "user", "content": f"What is {n} plus {n}?"}, {"role": "assistant", "content": f"It is {2 * n}."}]}
+    for n in range(1, 9)
+] + [
+    {"messages": [
+        {"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."},
+        {"role": "user", "content": "Another?"}, {"role": "assistant", "content": "Green."},
+    ]},
+]  # fmt: skip
+
+
+def starcoder(*words: str) -> dict[str, str]:
+    """Control tokens of StarCoder's vocabulary under the names that a template writes."""
+    spare = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<repo_name>", "<file_sep>", "<issue_start>", "<issue_comment>",
+             "<issue_closed>", "<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<empty_output>", "<pr>",
+             "<pr_status>", "<pr_is_merged>", "<pr_base>", "<pr_file>", "<pr_base_code>", "<pr_diff>", "<pr_diff_hunk>")  # fmt: skip
+    return dict(zip(spare, words, strict=False))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`chat`: the tokenizer and the template that it wears, a family's own where llama.cpp carries them; `settings`: of the recipe."""
+
+    name: str
+    model_type: str
+    chat: families.Family
+    sizes: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    fast: bool = False  # run by CI
+
+
+def chat(template: str, eos: str, ends: str, *words: str, bos: str | None = None, **says: Any) -> families.Family:
+    """A template on StarCoder's vocabulary, whose control tokens get its words."""
+    return families.Family(template, "starcoder", template, "llama", eos, ends, bos, starcoder(*words), says=says)
+
+
+END = "<|endoftext|>"
+CHATML = chat("", END, "<|im_end|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+BASE = {"data.template": "plain"}
+AS_CHATML = {"data.template": "chatml"}
+MISTRAL = chat(
+    "mistralai-Mistral-Nemo-Instruct-2407", "</s>", "</s>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", bos="<s>",
+)  # fmt: skip
+MINISTRAL = chat(
+    "mistralai-Ministral-3-14B-Reasoning-2512", "</s>", "</s>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
+    "[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+    bos="<s>",
+)  # fmt: skip
+GRANITE = chat("ibm-granite-granite-3.3-2B-Instruct", "<|end_of_text|>", "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>",
+               "<|end_of_text|>", "<|tool_call|>")  # fmt: skip
+GRANITE_4 = replace(GRANITE, template="ibm-granite-granite-4.0")
+SMOLLM3 = replace(CHATML, template="HuggingFaceTB-SmolLM3-3B", eos="<|im_end|>")
+LFM2 = chat("LFM2.5-Instruct", "<|im_end|>", "<|im_end|>", "<|im_start|>", "<|im_end|>", "<|startoftext|>", "<think>", "</think>",
+            bos="<|startoftext|>")  # fmt: skip
+NEMOTRON = chat("NVIDIA-Nemotron-Nano-v2", "<SPECIAL_12>", "<SPECIAL_12>", "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>", "<think>",
+                "</think>", "<s>", bos="<s>")  # fmt: skip
+GLM = chat("GLM-4.6", END, "<|user|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<think>",
+           "</think>", "<|endofprompt|>", "/nothink")  # fmt: skip
+GPT_OSS = chat("openai-gpt-oss-120b", "<|return|>", "<|return|>", "<|start|>", "<|message|>", "<|end|>", "<|return|>", "<|channel|>",
+               "<|call|>", "<|constrain|>", "<|startoftext|>")  # fmt: skip
+SEED = chat("ByteDance-Seed-OSS", "<seed:eos>", "<seed:eos>", "<seed:bos>", "<seed:eos>", "<seed:think>", "</seed:think>", "<seed:pad>",
+            bos="<seed:bos>")  # fmt: skip
+COHERE = chat(
+    "CohereForAI-c4ai-command-r7b-12-2024-tool_use", "<|END_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>",
+    "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|START_THINKING|>",
+    "<|END_THINKING|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_ACTION|>", "<|END_ACTION|>", bos="<BOS_TOKEN>",
+)  # fmt: skip
+APERTUS = chat(
+    "Apertus-8B-Instruct", "</s>", "<|assistant_end|>", "<s>", "</s>", "<|system_start|>", "<|system_end|>", "<|developer_start|>",
+    "<|developer_end|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>", "<|inner_prefix|>",
+    "<|inner_suffix|>", "<|tools_prefix|>", "<|tools_suffix|>", bos="<s>",
+)  # fmt: skip
+LLAMA_2 = families.Family(
+    "Llama 2", "llama-spm", "", "llama", "</s>", "</s>", "<s>", says={"add_bos_token": True, "add_prefix_space": True}
+)
+FALCON = families.Family("Falcon", "falcon", "", "falcon", END, END)
+QWEN_3_5 = families.Family(
+    "Qwen 3.5", "qwen35", "Qwen3.5-4B", "qwen3_5_text", END, "<|im_end|>",
+    tokens={"[PAD151667]": "<think>", "[PAD151668]": "</think>", "[PAD151657]": "<tool_call>", "[PAD151658]": "</tool_call>"},
+)  # fmt: skip
+by_name = families.by_name
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 2, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16}
+SLIDING = {"head_dim": 32, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+
+ARCHITECTURES = (
+    Architecture("Llama 2", "llama", LLAMA_2, settings=BASE),
+    Architecture("Llama 3", "llama", by_name("Llama 3.1")),
+    Architecture("Llama 4 (text)", "llama4_text", CHATML, {"num_local_experts": 4, "intermediate_size_mlp": 64, "head_dim": 32,
+                 "interleave_moe_layer_step": 2, "attention_chunk_size": 512}, AS_CHATML),
+    Architecture("Mistral", "mistral", MISTRAL, {"head_dim": 32}),
+    Architecture("Ministral 3", "ministral3", MINISTRAL, {"head_dim": 32}),
+    Architecture("Mixtral", "mixtral", MISTRAL, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    Architecture("Qwen 2", "qwen2", by_name("Qwen 2.5")),
+    Architecture("Qwen 3", "qwen3", by_name("Qwen 3"), {"head_dim": 32}),
+    Architecture("Qwen 3, experts", "qwen3_moe", by_name("Qwen 3"), {"head_dim": 32, **EXPERTS, "norm_topk_prob": True}),
+    Architecture("Qwen 3 Next", "qwen3_next", by_name("Qwen 3"), {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 64}),
+    Architecture("Qwen 3.5", "qwen3_5_text", QWEN_3_5, LINEAR),
+    Architecture("Qwen 3.5, experts", "qwen3_5_moe_text", QWEN_3_5, {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 64}),
+    Architecture("Gemma 2", "gemma2", by_name("Gemma 2"), {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}),
+    Architecture("Gemma 3 (text)", "gemma3_text", by_name("Gemma 2"), {**SLIDING, "query_pre_attn_scalar": 32}),
+    Architecture("Gemma 3n (text)", "gemma3n_text", by_name("Gemma 2"), {**SLIDING, "hidden_size_per_layer_input": 32,
+                 "vocab_size_per_layer_input": 262144, "num_kv_shared_layers": 0, "activation_sparsity_pattern": 0.0}),
+    Architecture("Gemma 4 E4B (text)", "gemma4_text", by_name("Gemma 4"), {
+        "head_dim": 32, "global_head_dim": 64, "sliding_window": 64, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": 262144}),
+    Architecture("Phi 3", "phi3", by_name("Phi 3.5")),
+    Architecture("Phi 4", "phi3", CHATML, settings=AS_CHATML),
+    Architecture("SmolLM 3", "smollm3", SMOLLM3),
+    Architecture("OLMo 2", "olmo2", CHATML, settings=AS_CHATML),
+    Architecture("OLMo 3", "olmo3", CHATML, {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}, AS_CHATML),
+    Architecture("Granite 3", "granite", GRANITE),
+    Architecture("Granite 3, experts", "granitemoe", GRANITE, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    Architecture("Granite 4", "granitemoehybrid", GRANITE_4, {**MAMBA, "num_local_experts": 4, "num_experts_per_tok": 2,
+                 "shared_intermediate_size": 64, "layer_types": ["mamba", "attention"]}),
+    Architecture("LFM2", "lfm2", LFM2, {"layer_types": ["conv", "full_attention"]}),
+    Architecture("LFM2, experts", "lfm2_moe", replace(LFM2, template="LFM2-8B-A1B"), {**EXPERTS,
+                 "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    Architecture("Falcon-H1", "falcon_h1", CHATML, {**MAMBA, "mamba_d_ssm": 128, "head_dim": 32}, AS_CHATML),
+    Architecture("Nemotron-H", "nemotron_h", NEMOTRON, {"mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2,
+                 "head_dim": 32, "layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3}),
+    Architecture("GLM-4", "glm4", GLM, {"head_dim": 32}),
+    Architecture("GLM-4.7 Flash", "glm4_moe_lite", replace(GLM, template="GLM-4.7-Flash"), LATENT),
+    Architecture("DeepSeek V2", "deepseek_v2", CHATML, {**LATENT, "topk_method": "greedy"}, AS_CHATML),
+    Architecture("gpt-oss", "gpt_oss", GPT_OSS, {"num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING}),
+    Architecture("ERNIE 4.5", "ernie4_5", LLAMA_2, {"head_dim": 32}, BASE),
+    Architecture("EXAONE 4", "exaone4", CHATML, {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}, AS_CHATML),
+    Architecture("Hunyuan", "hunyuan_v1_dense", CHATML, {"head_dim": 32}, AS_CHATML),
+    Architecture("Seed-OSS", "seed_oss", SEED, {"head_dim": 32}),
+    Architecture("Cohere 2", "cohere2", COHERE, {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}),
+    Architecture("Apertus", "apertus", APERTUS),
+    Architecture("Arcee", "arcee", CHATML, settings=AS_CHATML),
+    Architecture("StarCoder 2", "starcoder2", CHATML, settings=BASE),
+    Architecture("StableLM", "stablelm", CHATML, settings=AS_CHATML),
+    Architecture("GPT-NeoX", "gpt_neox", CHATML, settings=BASE),
+    Architecture("Falcon", "falcon", FALCON, {"multi_query": True, "new_decoder_architecture": False, "alibi": False}, BASE),
+)  # fmt: skip
+
+
+def make_model(architecture: Architecture, folder: Path) -> Path:
+    """Weights that differ more than trained ones do, norms and biases too, so that no tensor can be wrong unseen."""
+    import torch
+    import transformers
+
+    ids = families.make_tokenizer(architecture.chat, folder)
+    given = {**families.SIZES, "num_hidden_layers": 2, "initializer_range": 0.15, **architecture.sizes, **ids}
+    config = transformers.CONFIG_MAPPING[architecture.model_type](**given)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def run(architecture: Architecture, folder: Path, told: Callable[[str, str], None]) -> None:
+    """Take it through the line; `told` gets each column's words as soon as they are known. Raises what a step raises."""
+    from ftkit.data.rows import Row
+    from ftkit.engines import llamacpp
+    from ftkit.gguf import files as gguf
+    from ftkit.line.gguf import corrections_of
+    from ftkit.line.job import open_job, read_data, tokenizer_of
+    from ftkit.line.line import train
+    from ftkit.line.merge import MERGE, MODEL
+    from ftkit.line.plan import PLAN, recorded
+    from ftkit.line.prove import proof_checks
+    from ftkit.line.step import ensure
+    from ftkit.machine.llama_cpp import need_converter
+
+    base = make_model(architecture, folder / "base")
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    recipe = {
+        "model": str(base),
+        "data": {"train": "train.jsonl"},
+        "training": {"method": "qlora", "max_steps": 2, "effective_batch_size": 2, "max_length": 1024, "learning_rate": 1e-2},
+        "lora": {"r": 4},
+        "ship": {"name": "tiny", "quantization": "F16", "max_new_tokens": 4, "test_rows": 2, "num_ctx": 2048},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    job = open_job(folder, list(architecture.settings.items()))
+    with job.run:
+        ensure(job, PLAN)
+        planned = recorded(job.run)
+        assert planned
+        told("plan", "✔")
+        inventory = planned.memory.chosen.inventory
+        told("targets", " ".join(sorted(inventory.trainable_by_target)))
+        rows = read_data(job)
+        told("rows", str(planned.tokens.rows) if planned.tokens else "")
+        train(job)
+        told("train", "✔")
+        merged = ensure(job, MERGE)
+        told("merge", "✔")
+        path, tokenizer = folder / "tiny-F32.gguf", tokenizer_of(job, merged.folder / MODEL)
+        gguf.convert(merged.folder / MODEL, path, "F32", need_converter())
+        gguf.correct(path, corrections_of(path, tokenizer, merged.result.stops))
+        told("convert", "✔")
+        divergence = kl(merged.folder / MODEL, path)
+        told("logits", ("✔ " if divergence <= MAX_KL else "✘ ") + f"{divergence:.1e}")
+        asked = [row.question for row in rows.test] or [Row(tuple(ROWS[0]["messages"]), 1).question]
+        with llamacpp.load(path, 2048) as engine:
+            checks = proof_checks(tokenizer, engine, rows.train, asked, merged.result.stops)
+        failed = [check for check in checks if check.outcome == "failed"]
+        told("prompts", failed[0].words if failed else "✔")
+
+
+def kl(model: Path, path: Path) -> float:
+    """Mean over the tokens of a text of KL(transformers ‖ llama.cpp), over the full vocabulary, in nats."""
+    import torch
+
+    from ftkit.engines import hf
+    from ftkit.machine.llama_cpp import find_program
+    from ftkit.model.source import open_gguf
+
+    program = find_program("llama-results", None)
+    assert program, "ftkit setup llama.cpp comes first"
+    text, out = path.with_suffix(".txt"), path.with_suffix(".results")
+    text.write_text(TEXT, encoding="utf-8")
+    exact = ["-t", "1", "-c", "512", "-ctk", "f32", "-ctv", "f32", "-fa", "off"]
+    done = subprocess.run([program.path, "-m", path, "-f", text, "-o", out, *exact], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        raise RuntimeError(f"llama.cpp: {next((line for line in said if 'rror' in line or 'ASSERT' in line), said[-1] if said else done)}")
+    found = {tensor.name: tensor.data for tensor in open_gguf(out).tensors}
+    ids = torch.tensor(found["tokens"].reshape(1, -1).astype("int64"))
+    theirs = torch.tensor(found["logits"].reshape(ids.shape[1], -1))
+    with torch.inference_mode():
+        ours = hf.load_model(model, None, bfloat16=False, cuda=False)(input_ids=ids).logits[0].double()
+    p, q = ours.log_softmax(-1), theirs[:, : ours.shape[-1]].double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def run_apart(architecture: Architecture) -> dict[str, str]:
+    """`run` in a process of its own, which llama.cpp may abort. The first column that is not reached holds the reason."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--in", folder, architecture.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    cells = dict(json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("CELL: "))
+    if done.returncode:
+        reason = next((line[7:] for line in done.stdout.splitlines() if line.startswith("FAULT: ")), done.stderr[-300:])
+        cells[next(column for column in COLUMNS if column not in cells)] = reason
+    return cells
+
+
+def _inside(folder: Path, name: str) -> int:
+    from ftkit.errors import FtkitError
+
+    def told(column: str, words: str) -> None:
+        print("CELL: " + json.dumps((column, words)), flush=True)
+
+    try:
+        run(next(a for a in ARCHITECTURES if a.name == name), folder, told)
+    except FtkitError as error:
+        print("FAULT: " + " ".join(error.message.split()))
+        return 1
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc(file=sys.stdout)
+        print(f"FAULT: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return 1
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["--in"]:
+        return _inside(Path(arguments[1]), arguments[2])
+    for architecture in ARCHITECTURES:
+        if not arguments or architecture.name in arguments:
+            began = time.monotonic()
+            print(f"{architecture.name:20s}", run_apart(architecture), f"{time.monotonic() - began:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    sys.exit(main(sys.argv[1:]))
