@@ -106,6 +106,7 @@ QWEN_3_5 = families.Family(
 )  # fmt: skip
 by_name = families.by_name
 
+UNTIED = {"tie_word_embeddings": False}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 LINEAR = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "head_dim": 32,
@@ -116,7 +117,13 @@ LATENT = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16}
-SLIDING = {"head_dim": 32, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+def sliding(layers: int, **sizes: Any) -> dict[str, Any]:
+    """Attention to a window in all layers but the last, as llama.cpp takes for granted of some families."""
+    kinds = ["sliding_attention"] * (layers - 1) + ["full_attention"]
+    return {"sliding_window": 64, "num_hidden_layers": layers, "layer_types": kinds, **sizes}
+
 
 ARCHITECTURES = (
     Architecture("Llama 2", "llama", LLAMA_2, settings=BASE),
@@ -133,18 +140,19 @@ ARCHITECTURES = (
     Architecture("Qwen 3.5", "qwen3_5_text", QWEN_3_5, LINEAR),
     Architecture("Qwen 3.5, experts", "qwen3_5_moe_text", QWEN_3_5, {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 64}),
     Architecture("Gemma 2", "gemma2", by_name("Gemma 2"), {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}),
-    Architecture("Gemma 3 (text)", "gemma3_text", by_name("Gemma 2"), {**SLIDING, "query_pre_attn_scalar": 32}),
-    Architecture("Gemma 3n (text)", "gemma3n_text", by_name("Gemma 2"), {**SLIDING, "hidden_size_per_layer_input": 32,
-                 "vocab_size_per_layer_input": 262144, "num_kv_shared_layers": 0, "activation_sparsity_pattern": 0.0}),
+    Architecture("Gemma 3 (text)", "gemma3_text", by_name("Gemma 2"), sliding(6, head_dim=32, query_pre_attn_scalar=32)),
+    Architecture("Gemma 3n (text)", "gemma3n_text", by_name("Gemma 2"), sliding(
+                 5, head_dim=32, hidden_size_per_layer_input=32, vocab_size_per_layer_input=262144, num_kv_shared_layers=0,
+                 activation_sparsity_pattern=[0.0] * 5)),
     Architecture("Gemma 4 E4B (text)", "gemma4_text", by_name("Gemma 4"), {
         "head_dim": 32, "global_head_dim": 64, "sliding_window": 64, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 32,
         "vocab_size_per_layer_input": 262144}),
     Architecture("Phi 3", "phi3", by_name("Phi 3.5")),
-    Architecture("Phi 4", "phi3", CHATML, settings=AS_CHATML),
+    Architecture("Phi 4", "phi3", replace(CHATML, says={"tokenizer_class": "GPT2Tokenizer"}), settings=AS_CHATML),
     Architecture("SmolLM 3", "smollm3", SMOLLM3),
-    Architecture("OLMo 2", "olmo2", CHATML, settings=AS_CHATML),
-    Architecture("OLMo 3", "olmo3", CHATML, {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}, AS_CHATML),
+    Architecture("OLMo 2", "olmo2", CHATML, UNTIED, AS_CHATML),
+    Architecture("OLMo 3", "olmo3", CHATML, sliding(4, **UNTIED), AS_CHATML),
     Architecture("Granite 3", "granite", GRANITE),
     Architecture("Granite 3, experts", "granitemoe", GRANITE, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     Architecture("Granite 4", "granitemoehybrid", GRANITE_4, {**MAMBA, "num_local_experts": 4, "num_experts_per_tok": 2,
@@ -154,22 +162,22 @@ ARCHITECTURES = (
                  "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
     Architecture("Falcon-H1", "falcon_h1", CHATML, {**MAMBA, "mamba_d_ssm": 128, "head_dim": 32}, AS_CHATML),
     Architecture("Nemotron-H", "nemotron_h", NEMOTRON, {"mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2,
-                 "head_dim": 32, "layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3}),
+                 "head_dim": 32, "layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3, **UNTIED}),
     Architecture("GLM-4", "glm4", GLM, {"head_dim": 32}),
     Architecture("GLM-4.7 Flash", "glm4_moe_lite", replace(GLM, template="GLM-4.7-Flash"), LATENT),
     Architecture("DeepSeek V2", "deepseek_v2", CHATML, {**LATENT, "topk_method": "greedy"}, AS_CHATML),
-    Architecture("gpt-oss", "gpt_oss", GPT_OSS, {"num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING}),
+    Architecture("gpt-oss", "gpt_oss", GPT_OSS, {"num_local_experts": 4, "num_experts_per_tok": 2, **sliding(2, head_dim=32)}),
     Architecture("ERNIE 4.5", "ernie4_5", LLAMA_2, {"head_dim": 32}, BASE),
-    Architecture("EXAONE 4", "exaone4", CHATML, {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}, AS_CHATML),
+    Architecture("EXAONE 4", "exaone4", CHATML, sliding(4), AS_CHATML),
     Architecture("Hunyuan", "hunyuan_v1_dense", CHATML, {"head_dim": 32}, AS_CHATML),
     Architecture("Seed-OSS", "seed_oss", SEED, {"head_dim": 32}),
-    Architecture("Cohere 2", "cohere2", COHERE, {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}),
-    Architecture("Apertus", "apertus", APERTUS),
+    Architecture("Cohere 2", "cohere2", COHERE, sliding(4, rotary_pct=1.0)),
+    Architecture("Apertus", "apertus", APERTUS, UNTIED),
     Architecture("Arcee", "arcee", CHATML, settings=AS_CHATML),
     Architecture("StarCoder 2", "starcoder2", CHATML, settings=BASE),
-    Architecture("StableLM", "stablelm", CHATML, settings=AS_CHATML),
+    Architecture("StableLM", "stablelm", CHATML, UNTIED, AS_CHATML),
     Architecture("GPT-NeoX", "gpt_neox", CHATML, settings=BASE),
-    Architecture("Falcon", "falcon", FALCON, {"multi_query": True, "new_decoder_architecture": False, "alibi": False}, BASE),
+    Architecture("Falcon", "falcon", FALCON, {"multi_query": True, "num_kv_heads": 1, "new_decoder_architecture": False, "alibi": False}, BASE),
 )  # fmt: skip
 
 

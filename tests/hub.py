@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,8 +13,9 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlsplit
 
-API = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+))?")
-FILE = re.compile(r"/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+Client = Callable[..., None]  # sets constants of huggingface_hub
+API = re.compile(r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+))?")
+FILE = re.compile(r"/(?P<kind>datasets/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Repository:
 
 
 class Hub:
-    """What is served, and what was asked for."""
+    """What is served, and what was asked for. A dataset's name is `datasets/ORG/NAME`."""
 
     def __init__(self) -> None:
         self.endpoint = ""
@@ -92,7 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
             status, headers = self.served.refusal
             return self._answer(status, headers)
         found = API.fullmatch(url.path) or FILE.fullmatch(url.path)
-        repository = self.served.repositories.get(found["name"]) if found else None
+        kind = "datasets/" if found and (found["kind"] or "").startswith("datasets") else ""
+        repository = self.served.repositories.get(kind + found["name"]) if found else None
         if not found or not repository:
             return self._refuse(self.served.error_of_missing, "RepoNotFound", "Repository not found")
         revision = unquote(found["revision"] or "main")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,10 +12,15 @@ from pathlib import Path
 from ftkit.errors import ModelError
 from ftkit.machine.call import call
 from ftkit.machine.llama_cpp import Found
-from ftkit.model.source import open_gguf
+from ftkit.model.source import open_gguf, shapes_of
 from ftkit.progress import SILENT, Reporter
 
 CONVERTER_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}  # what the converter writes without llama-quantize
+
+
+# Models that predict several tokens at once, by layers that transformers leaves out when it saves a model. The converter wants them
+# unless it is told otherwise (conversion/qwen.py, glm.py).
+PREDICT_MORE = ("qwen3_next", "qwen3_5", "glm4_moe", "glm_moe_dsa")
 
 
 @dataclass(frozen=True)
@@ -37,10 +44,20 @@ def convert(model: Path, path: Path, quantization: str, converter: Found, report
     libraries = [str(converter.path.parent)] + (
         [str(converter.path.parent / "gguf-py")] if (converter.path.parent / "gguf-py").is_dir() else []
     )
+    more = ["--no-mtp"] if _lost_what_predicts_more(model) else []
     call(
-        [sys.executable, converter.path, model, "--outfile", path, "--outtype", CONVERTER_TYPES[quantization]],
+        [sys.executable, converter.path, model, "--outfile", path, "--outtype", CONVERTER_TYPES[quantization], *more],
         environment={"PYTHONPATH": os.pathsep.join(libraries), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
     )
+
+
+def _lost_what_predicts_more(model: Path) -> bool:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    if not str(config.get("model_type", "")).startswith(PREDICT_MORE):
+        return False
+    layers = {**config, **config.get("text_config", {})}.get("num_hidden_layers", 0)
+    numbers = re.compile(r"\.layers\.(\d+)\.")
+    return not any("mtp." in name or ((found := numbers.search(name)) and int(found[1]) >= layers) for name in shapes_of(model))
 
 
 def quantize(source: Path, path: Path, quantization: str, program: Found, reporter: Reporter = SILENT) -> None:

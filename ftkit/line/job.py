@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from ftkit.files import cache_folder, file_fingerprint, fingerprint, user_path
 from ftkit.machine import device
 from ftkit.machine.device import Device, computes_bfloat16
 from ftkit.machine.llama_cpp import named_llama_cpp
+from ftkit.model.dataset import HubData, fetch_dataset, locate_dataset
 from ftkit.model.locate import locate
 from ftkit.model.open import open_weights
 from ftkit.model.source import Source
@@ -29,16 +30,22 @@ Onto = Literal["source", "dequantised"]  # what an adapter is merged into
 
 @dataclass(frozen=True)
 class DataFiles:
-    """Files of the dataset, and what their bytes are known by; "missing" where one is not there, which reading it will say."""
+    """Files of the dataset, here or at the hub, and what their content is known by; "missing" where one is not there, which
+    reading it will say."""
 
-    paths: tuple[Path, ...]
+    files: tuple[Path | HubData, ...]
     fingerprint: str
 
 
-def _data_files(names: str | list[str], folder: Path) -> DataFiles:
-    paths = tuple(folder / user_path(name) for name in ([names] if isinstance(names, str) else names))
-    known = [file_fingerprint(path) if path.is_file() else "missing" for path in paths]
-    return DataFiles(paths, known[0] if len(known) == 1 else fingerprint(*known))
+def _data_files(names: str | list[str], folder: Path, purpose: str) -> DataFiles:
+    files: list[Path | HubData] = []
+    known = []
+    for name in [names] if isinstance(names, str) else names:
+        path = folder / user_path(name)
+        found = None if path.exists() else locate_dataset(name, path, purpose)
+        files.append(found or path)
+        known.append(fingerprint(astuple(found)) if found else file_fingerprint(path) if path.is_file() else "missing")
+    return DataFiles(tuple(files), known[0] if len(known) == 1 else fingerprint(*known))
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def make_job(recipe: Recipe, folder: Path, run: Run, reporter: Reporter = SILENT
         run=run,
         source=replace(locate(recipe.model, folder), with_code=recipe.trust_remote_code),
         device=device.choose(recipe.budget.vram, recipe.budget.gpu),
-        data={purpose: _data_files(names, folder) for purpose, names in named.items() if names},
+        data={purpose: _data_files(names, folder, purpose) for purpose, names in named.items() if names},
         llama_cpp_dir=named_llama_cpp(recipe.tools.llama_cpp_dir, folder),
         chat_template=named_template(recipe.data.template, folder),
         reporter=reporter,
@@ -109,11 +116,10 @@ def make_job(recipe: Recipe, folder: Path, run: Run, reporter: Reporter = SILENT
 
 def read_data(job: Job) -> Rows:
     """Read the dataset. Raises DataError with every fault by file and line."""
-    settings = job.recipe.data
-    read = {
-        purpose: [row for path in files.paths for row in read_rows(path, settings.columns, settings.labels or ())]
-        for purpose, files in job.data.items()
-    }
+    settings, read = job.recipe.data, {}
+    for purpose, data in job.data.items():
+        paths = [path for file in data.files for path in ([file] if isinstance(file, Path) else fetch_dataset(file))]
+        read[purpose] = [row for path in paths for row in read_rows(path, settings.columns, settings.labels or ())]
     train, validation = read["train"], read.get("validation")
     if validation is None:
         train, validation = split_validation(train, job.recipe.data.validation_share, job.recipe.training.seed)

@@ -27,6 +27,8 @@ def call(command: Sequence[str | Path], *, environment: Mapping[str, str] | None
     except OSError as error:
         raise ToolMissingError(f"Cannot run {words[0]}: {error.strerror}.", "see what is there: ftkit env") from None
     if done.returncode:
-        last = "\n".join("  " + line for line in done.stdout.rstrip().splitlines()[-12:])
+        lines = done.stdout.rstrip().splitlines()
+        traced = any(line.startswith("Traceback (most recent call last)") for line in lines)  # then the last line says what is wrong
+        last = "\n".join("  " + line for line in lines[-1 if traced else -12 :])
         raise ToolFailedError(f"{Path(words[0]).name} failed with exit code {done.returncode}:\n{last}\n  $ {' '.join(words)}")
     return done.stdout

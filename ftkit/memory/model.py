@@ -348,9 +348,12 @@ def adapted_layers(injected: Any) -> Iterator[tuple[str, Any]]:
             yield f"{layer}.{getattr(module, 'parameter_name', 'weight')}", module
 
 
-# Layers that PEFT refuses to adapt, since a kernel reads their weights past the adapter (peft.tuners.tuners_utils, 0.21): `all-linear`
-# leaves them out.
-WITHOUT_ADAPTER = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), "out_proj")
+# What `all-linear` leaves out: layers whose weights a kernel reads past the adapter, so that PEFT refuses them (peft.tuners.tuners_utils,
+# 0.21); and linear layers that give more than a tensor, which its adapters cannot add to.
+WITHOUT_ADAPTER = {
+    **dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), "out_proj"),
+    **dict.fromkeys(("llama4", "llama4_text", "phimoe"), "router"),
+}
 
 
 def lora_config(lora: Lora, model: PreTrainedModel) -> Any:

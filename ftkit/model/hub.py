@@ -1,4 +1,4 @@
-"""Models of the hub: which commit, which files, and its errors in our words."""
+"""Models of the hub: which commit, which files; and the hub's errors in our words."""
 
 from __future__ import annotations
 
@@ -62,22 +62,23 @@ def fetch(source: Source, patterns: Sequence[str], without: Sequence[str] = ()) 
 
 
 @contextmanager
-def hub_errors(reference: str) -> Iterator[None]:
-    """Say huggingface_hub's errors as ModelError, each with the way out."""
+def hub_errors(reference: str, kind: str = "model") -> Iterator[None]:
+    """Say huggingface_hub's errors as ModelError, each with the way out. `kind`: model or dataset."""
     from huggingface_hub import constants, errors, is_offline_mode
 
     repository, _, revision = reference.partition("@")
-    page = f"{constants.ENDPOINT}/{repository}"
+    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repository}"
+    to_fetch = f"hf download {'--repo-type dataset ' if kind == 'dataset' else ''}{repository}"
     try:
         yield
     except errors.GatedRepoError:
         raise ModelError(
             f"{repository} is gated: its terms must be accepted first.",
-            f"accept them at {page}, then: hf auth login; "
-            "or, only to plan, download config.json there and: ftkit plan --config config.json",
+            f"accept them at {page}, then: hf auth login"
+            + ("; or, only to plan, download config.json there and: ftkit plan --config config.json" if kind == "model" else ""),
         ) from None
     except errors.RepositoryNotFoundError:
-        raise ModelError(f"The hub has no model {repository} (or it is private).", "check the spelling, or: hf auth login") from None
+        raise ModelError(f"The hub has no {kind} {repository} (or it is private).", "check the spelling, or: hf auth login") from None
     except errors.RevisionNotFoundError:
         raise ModelError(f"{repository} has no revision {revision}.", f"see its branches and tags: {page}/tree/main") from None
     except errors.HFValidationError as error:
@@ -93,7 +94,7 @@ def hub_errors(reference: str) -> Iterator[None]:
         if is_offline_mode():
             raise ModelError(
                 f"HF_HUB_OFFLINE is set, and {reference} is not (or not whole) in the hub's cache at {constants.HF_HUB_CACHE}.",
-                f"unset it and fetch the model once: hf download {repository}{f' --revision {revision}' if revision else ''}",
+                f"unset it and fetch the {kind} once: {to_fetch}{f' --revision {revision}' if revision else ''}",
             ) from None
         if isinstance(cause, errors.HfHubHTTPError):
             status, said = cause.response.status_code, cause.server_message
@@ -101,7 +102,7 @@ def hub_errors(reference: str) -> Iterator[None]:
                 f"The hub answers {status} for {reference}{f': {said.splitlines()[0]}' if said else '.'}",
                 "HF_TOKEN or the login is not valid any more: hf auth login"
                 if status == 401
-                else "try again later, or give a local folder",
+                else f"try again later, or give a local {'folder' if kind == 'model' else 'file'}",
             ) from None
         if isinstance(cause, OSError) and cause.strerror:
             raise ModelError(
@@ -110,5 +111,6 @@ def hub_errors(reference: str) -> Iterator[None]:
             ) from None
         raise ModelError(
             f"{reference} cannot be fetched from {constants.ENDPOINT}: {first_line(cause)}",
-            "check the network and give the same command again (whole files are kept), or give a local folder or .gguf file",
+            "check the network and give the same command again (whole files are kept), or give a local "
+            + ("folder or .gguf file" if kind == "model" else "file"),
         ) from None

@@ -118,6 +118,9 @@ def build_trainer(
         disable_tqdm=True,
     )
     model = hf.load_model(base, method, bfloat16=settings.bfloat16, cuda=settings.cuda, trust_remote_code=recipe.trust_remote_code)
+    text = model.config.get_text_config()
+    if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
+        text.num_experts = text.num_local_experts  # which TRL 1.16 asks Granite's for too, and it has the other name alone
     trainer = _reproducible(SFTTrainer)(
         model=model,
         args=config,

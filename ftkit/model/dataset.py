@@ -1,0 +1,137 @@
+"""Datasets of the hub: which commit, and which of its files hold a split."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftkit.errors import DataError, ModelError
+from ftkit.model.hub import hub_errors
+
+REFERENCE = re.compile(  # org/name, org/name@revision, either with :SPLIT, :SUBSET/SPLIT or :FILE
+    r"(?P<repository>[a-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>(?!.*\.\.)[\w.-]+(/[\w.-]+)*))?(:(?P<part>.+))?", re.ASCII | re.IGNORECASE
+)
+FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")  # that ftkit reads
+SPLIT_WORDS = {  # in the names of files, where the dataset's card does not say which hold what
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+CARD = "README.md"
+NAMED = 8  # files or subsets, in an error
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A part of a dataset at one commit: a split, a subset's split, or a file."""
+
+    repository: str
+    commit: str
+    part: str
+
+
+def locate_dataset(reference: str, path: Path, purpose: str) -> HubData | None:
+    """The commit that a reference names today; None for what is no reference. `path` is where a file of that name would be.
+
+    Without a part it is the split of that purpose: train, validation or test. Raises DataError where there is no such dataset.
+    """
+    from huggingface_hub import HfApi, is_offline_mode
+
+    found = REFERENCE.fullmatch(reference)
+    if not found or (not found["part"] and reference.lower().endswith(FILES)):
+        return None
+    try:
+        with hub_errors(f"{found['repository']}@{found['revision']}" if found["revision"] else found["repository"], "dataset"):
+            resolved = HfApi().resolve_revision(
+                found["repository"], repo_type="dataset", revision=found["revision"], local_files_only=is_offline_mode()
+            )
+    except ModelError as error:
+        raise DataError(f"There is no file {path}, and as a dataset of the hub: {error.message}", error.hint) from None
+    return HubData(found["repository"], resolved.resolved, found["part"] or purpose)
+
+
+def fetch_dataset(data: HubData) -> list[Path]:
+    """The files of a part, fetched where they are not in the hub's cache. Raises DataError where the dataset has no such part."""
+    import huggingface_hub
+    from huggingface_hub.repocard import metadata_load
+
+    def fetch(names: Sequence[str]) -> Path:
+        patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in names]
+        return Path(huggingface_hub.snapshot_download(data.repository, repo_type="dataset", revision=data.commit, allow_patterns=patterns))
+
+    try:
+        with hub_errors(data.repository, "dataset"):
+            folder = fetch([CARD])  # and the list of its files
+            tree = huggingface_hub.get_cached_repo_tree(data.repository, repo_type="dataset", revision=data.commit)
+    except ModelError as error:
+        raise DataError(error.message, error.hint) from None
+    try:
+        card = metadata_load(folder / CARD) if (folder / CARD).is_file() else None
+    except ValueError:  # what is no YAML says nothing
+        card = None
+    names = choose_files([file.path for file in tree], card or {}, data)
+    try:
+        with hub_errors(data.repository, "dataset"):
+            folder = fetch(names)
+    except ModelError as error:
+        raise DataError(error.message, error.hint) from None
+    return [folder / name for name in names]
+
+
+def choose_files(names: Sequence[str], card: Mapping[str, Any], data: HubData) -> list[str]:
+    """Which of a repository's files hold a part: by the dataset's card where it says so, else by their names."""
+    if data.part in names:
+        return [data.part]
+    readable = sorted(name for name in names if name.lower().endswith(FILES) and not name.startswith("."))
+    subset, _, split = data.part.rpartition("/")
+    configs = [entry for entry in card.get("configs") or [] if isinstance(entry, dict) and entry.get("data_files")]
+    if configs:
+        chosen = _subset(configs, subset, data)
+        patterns = _patterns(chosen["data_files"], split)
+        within = f"{chosen['data_dir']}/" if chosen.get("data_dir") else ""
+        found = [name for name in readable if any(fnmatch.fnmatchcase(name, within + pattern) for pattern in patterns)]
+    else:
+        beneath = [name for name in readable if name.startswith(f"{subset}/")] if subset else readable
+        found = [name for name in beneath if _names(name, SPLIT_WORDS.get(split, (split,)))]
+        others = [word for words in SPLIT_WORDS.values() for word in words]
+        if not found and split == "train" and not any(_names(name, others) for name in beneath):
+            found = beneath
+    if not found:
+        shown = ", ".join(readable[:NAMED]) + (f" and {len(readable) - NAMED} more" if len(readable) > NAMED else "")
+        raise DataError(
+            f"{data.repository} has no {data.part!r} that ftkit can read. Its files: {shown or 'none of ' + ' '.join(FILES)}.",
+            f"name one of them, as in --set data.train={data.repository}:{readable[0] if readable else 'FILE'}",
+        )
+    return found
+
+
+def _subset(configs: Sequence[Mapping[str, Any]], subset: str, data: HubData) -> Mapping[str, Any]:
+    names = [str(entry.get("config_name", "default")) for entry in configs]
+    default = [n for n, entry in enumerate(configs) if entry.get("default") or names[n] == "default"]
+    number = names.index(subset) if subset in names else default[0] if default and not subset else 0
+    if subset not in names and (subset or (len(configs) > 1 and not default)):
+        shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        raise DataError(
+            f"{data.repository} has {f'no subset {subset!r}' if subset else 'several subsets'}: {shown}.",
+            f"name one, as in --set data.train={data.repository}:{names[0]}/{data.part.rpartition('/')[2]}",
+        )
+    return configs[number]
+
+
+def _patterns(files: Any, split: str) -> list[str]:
+    """The patterns of a card's `data_files` for a split; files without one are for training."""
+    entries = files if isinstance(files, list) else [files]
+    patterns: list[Any] = []
+    for entry in entries:
+        named, paths = (entry.get("split", "train"), entry.get("path", [])) if isinstance(entry, dict) else ("train", entry)
+        if named == split:
+            patterns += paths if isinstance(paths, list) else [paths]
+    return [str(pattern) for pattern in patterns]
+
+
+def _names(name: str, words: Sequence[str]) -> bool:
+    return any(re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", name, re.IGNORECASE) for word in words)
