@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT ?= 1000
 # Two processes of one thread each: a test seldom has work for two threads. A file's tests stay in one process, as its fixtures do.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test check unit e2e lock clean
+.PHONY: demo families test check unit e2e lock clean
 
 demo: $(READY)
 	@$(BIN)/ftkit setup converter smollm2
@@ -41,6 +41,11 @@ e2e: $(READY)
 	$(MAKE) demo
 	$(PYTEST) -m "slow or e2e or ollama" --durations=12
 	$(BIN)/python -m pytest -m timing
+
+families: $(READY)
+	@$(BIN)/ftkit setup converter llama.cpp
+	$(BIN)/python tests/llama_cpp.py
+	$(BIN)/python tests/architectures.py
 
 $(READY): requirements.lock pyproject.toml
 	@echo "setting up $(VENV): about 5 GB with torch, 1 to 5 minutes" >&2

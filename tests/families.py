@@ -68,7 +68,8 @@ FAMILIES = (
     ),
     Family(
         "Gemma 4", "gemma-4", "google-gemma-4-31B-it", "gemma3_text", "<eos>", "<turn|>", "<bos>",
-        sizes={"head_dim": 32, "sliding_window": 512, "layer_types": ["full_attention"]}, says={"add_bos_token": True},
+        sizes={"head_dim": 32, "sliding_window": 512, "layer_types": ["full_attention"]}, 
+        says={"add_bos_token": True, "extra_special_tokens": {"sot_token": "<|turn>", "eot_token": "<turn|>"}},
     ),
     Family(
         "Phi 3.5", "phi-3", "microsoft-Phi-3.5-mini-instruct", "llama", "<|endoftext|>", "<|end|>", "<s>",

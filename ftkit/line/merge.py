@@ -31,6 +31,7 @@ def _make(job: Job, folder: Path, trained: Made[Trained]) -> Merged:
     tokenizer = tokenizer_of(job, base, base=True)
     if job.recipe.training.method == "full":
         shutil.copytree(trained.folder / MODEL, target)
+        shutil.copy(base / "config.json", target)  # transformers writes some kinds of layers under names that the converter does not know
         if not job.recipe.trust_remote_code:
             drop_code(target)
         return Merged("nothing: all weights were trained", tuple(seal(target, tokenizer)))

@@ -1,0 +1,45 @@
+"""Tiny models of real architectures through the line, down to llama.cpp's logits. `make families` runs all of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import architectures
+import pytest
+
+from ftkit.gguf import files as gguf
+from ftkit.machine.llama_cpp import need_converter
+
+BY_NAME = {architecture.name: architecture for architecture in architectures.ARCHITECTURES}
+ROW = re.compile(r"^\| (?P<name>[^|]+?) \| (?P<cells>.*) \|$", re.MULTILINE)
+
+
+def test_the_table_has_every_architecture_and_no_empty_cell() -> None:
+    rows = {found["name"]: found["cells"].split(" | ") for found in ROW.finditer(architectures.TABLE.read_text(encoding="utf-8"))}
+    rows.pop("family")
+    assert list(rows) == list(BY_NAME)
+    assert all(len(cells) == len(architectures.COLUMNS) and all(cells) for cells in rows.values())
+    for name in architectures.FAST:
+        assert not any("✘" in cell or "–" in cell for cell in rows[name]), name
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", architectures.FAST)
+def test_an_architecture_goes_through_the_line(name: str) -> None:
+    cells = architectures.run_apart(BY_NAME[name])
+    assert list(cells) == list(architectures.COLUMNS), cells
+    assert not [cell for cell in cells.values() if cell.startswith("✘")], cells
+
+
+@pytest.mark.e2e
+def test_rows_of_one_tensor_out_of_order_are_seen_in_the_logits(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = architectures.make_model(BY_NAME["Phi 3"], tmp_path / "base")
+    gguf.convert(base, tmp_path / "right.gguf", "F32", need_converter())
+    assert architectures.kl(base, tmp_path / "right.gguf") < architectures.MAX_KL
+    tensors = load_file(base / "model.safetensors")
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.0.input_layernorm.weight"):
+        save_file({**tensors, name: tensors[name].roll(1, 0).contiguous()}, base / "model.safetensors", {"format": "pt"})
+        assert architectures.kl(base, tmp_path / "right.gguf") > 100 * architectures.MAX_KL, name
