@@ -68,7 +68,7 @@ FAMILIES = (
     ),
     Family(
         "Gemma 4", "gemma-4", "google-gemma-4-31B-it", "gemma3_text", "<eos>", "<turn|>", "<bos>",
-        sizes={"head_dim": 32, "sliding_window": 512, "layer_types": ["full_attention"]}, 
+        sizes={"head_dim": 32, "sliding_window": 512, "layer_types": ["full_attention"]},
         says={"add_bos_token": True, "extra_special_tokens": {"sot_token": "<|turn>", "eot_token": "<turn|>"}},
     ),
     Family(

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 UNIT_COPIES = 4  # of the repeated unit of layers that a shortened model keeps: first, template's neighbour, template, last
 # What a parameter is for, by the first pattern that its name matches.
-TOWERS = "vision and audio towers"
+TOWERS, EXPERTS = "vision and audio towers", "experts"
 ROLES = (
     (TOWERS, r"vision|visual|audio|image|multi_modal|mm_projector"),
     ("per-layer tables", r"per_layer"),
     ("norms", r"norm|layer_scalar"),
-    ("experts", r"expert|router|\.mlp\.gate\."),
+    (EXPERTS, r"expert|router|\.mlp\.gate\."),
     ("attention", r"attn|attention"),
     ("MLP", r"mlp|feed_forward|ffn"),
     ("embeddings", r"embed|wte|wpe"),
@@ -66,6 +66,7 @@ class Inventory:
     parameters: int  # of the base model, tied weights once
     parameters_by_role: dict[str, int]
     quantized_parameters: int  # in the layers that 4-bit loading replaces; 0 without it
+    unquantized_experts: int  # that 4-bit loading leaves as they are; 0 without it
     trainable_parameters: int
     trainable_by_target: dict[str, int]  # adapter parameters by the layer they sit on; empty for full fine-tuning
     layer_parameters: int  # of the matrices in the text model's layers, which adapters are for
@@ -272,6 +273,9 @@ class Skeleton:
             parameters=parameters,
             parameters_by_role=by_role,
             quantized_parameters=sum(t.elements for t in self.tensors if t.quantized) if method == "qlora" else 0,
+            unquantized_experts=sum(t.elements for t in self.tensors if t.role == EXPERTS and len(t.shape) == 3 and not t.quantized)
+            if method == "qlora"
+            else 0,
             trainable_parameters=trainable,
             trainable_by_target=by_target,
             layer_parameters=sum(in_layers.values()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from gguf import GGUFWriter
 
 from ftkit.errors import ModelError, RunError
 from ftkit.gguf import files as gguf
+from ftkit.machine.llama_cpp import Found
 from ftkit.model import dequantise
 from ftkit.model.locate import locate
 from ftkit.model.open import open_weights
@@ -60,3 +62,28 @@ def test_a_private_folder_that_is_full(whole: Path, private_cache: Path, monkeyp
         open_weights(locate(str(whole), whole.parent))
     assert "FTKIT_CACHE_DIR" in str(caught.value.hint)
     assert [path for path in (private_cache / "models").iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "told"),
+    [
+        ("qwen3_5_text", None, True),  # as transformers saves it
+        ("qwen3_5_text", "mtp.fc.weight", False),
+        ("qwen3_5_text", "model.mtp.fc.weight", False),
+        ("glm4_moe_lite", None, True),
+        ("glm4_moe_lite", "model.layers.2.eh_proj.weight", False),
+        ("qwen3", None, False),  # has never had any, and the converter would refuse the flag
+    ],
+)
+def test_the_converter_is_told_of_prediction_heads_that_are_not_there(
+    model_type: str, more: str | None, told: bool, tmp_path: Path
+) -> None:
+    from safetensors.numpy import save_file
+
+    names = ["model.embed_tokens.weight", "model.layers.0.mlp.weight", "model.layers.1.mlp.weight", *([more] if more else [])]
+    save_file({name: np.zeros(2, np.float32) for name in names}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "num_hidden_layers": 2}), encoding="utf-8")
+    converter = tmp_path / "convert.py"
+    converter.write_text("import sys\nopen(sys.argv[sys.argv.index('--outfile') + 1], 'w').write(' '.join(sys.argv))", encoding="utf-8")
+    gguf.convert(tmp_path, tmp_path / "made.gguf", "F16", Found(converter, "the test"))
+    assert ("--no-mtp" in (tmp_path / "made.gguf").read_text(encoding="utf-8").split()) is told

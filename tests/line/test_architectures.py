@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import architectures
@@ -43,3 +44,13 @@ def test_rows_of_one_tensor_out_of_order_are_seen_in_the_logits(tmp_path: Path) 
     for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.0.input_layernorm.weight"):
         save_file({**tensors, name: tensors[name].roll(1, 0).contiguous()}, base / "model.safetensors", {"format": "pt"})
         assert architectures.kl(base, tmp_path / "right.gguf") > 100 * architectures.MAX_KL, name
+
+
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_a_model_trained_in_full_keeps_the_config_that_the_converter_knows(tmp_path: Path) -> None:
+    """transformers 5.23 saves Granite's kinds of layers under other names, and llama.cpp then misses their weights."""
+    cells: dict[str, str] = {}
+    architectures.run(replace(BY_NAME["Granite 4"], settings={"training.method": "full"}), tmp_path, cells.__setitem__)
+    assert list(cells) == list(architectures.COLUMNS)
+    assert not [cell for cell in cells.values() if cell.startswith("✘")], cells

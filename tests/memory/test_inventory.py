@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shapes
 import tiny
 
 from ftkit.engines import hf
@@ -202,3 +203,12 @@ def test_a_config_that_does_not_build_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(wrong), encoding="utf-8")
     with pytest.raises(ModelError, match="not a multiple"):
         load_config(tmp_path)
+
+
+def test_experts_that_4_bits_leave_as_they_are_are_counted() -> None:
+    skeleton = Skeleton(shapes.config("qwen3_moe"))
+    fused = sum(tensor.elements for tensor in skeleton.tensors if ".experts." in tensor.name)
+    assert fused == 6 * 4 * 3 * 256 * 64
+    counted = {method: skeleton.count(method, Lora(r=4), "adamw_torch", "bfloat16").unquantized_experts for method in ("qlora", "lora")}
+    assert counted == {"qlora": fused, "lora": 0}
+    assert not Skeleton(shapes.config("llama")).count("qlora", Lora(r=4), "adamw_torch", "bfloat16").unquantized_experts
