@@ -22,6 +22,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     "gemma2": {"head_dim": 32}, "gemma3_text": {"head_dim": 32, "sliding_window": 512},
     "gemma4_text": {"head_dim": 32, "sliding_window": 512, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 1000},
+    "gemma3n_text": {
+        "head_dim": 32, "sliding_window": 512, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 1000,
+        "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 6, "laurel_rank": 8,
+    },
     "gpt_oss": {"num_local_experts": 4, "head_dim": 32},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 3},
     "lfm2_moe": {

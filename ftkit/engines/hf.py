@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from ftkit.data.stops import stops
 from ftkit.data.template import ChatSettings, render, settle, token_ids
 from ftkit.data.turns import answer_reader
 from ftkit.errors import DoesNotFitError, ModelError, first_line
+from ftkit.model.four_bits import left_alone
 from ftkit.model.source import from_files, needs_code
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Method
@@ -87,7 +89,7 @@ def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: boo
     dtype = torch.bfloat16 if bfloat16 and method != "full" else torch.float32
     settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **from_files(trust_remote_code)}
     if method == "qlora":
-        settings["quantization_config"] = nf4_config(dtype)
+        settings["quantization_config"] = nf4_config(dtype, left_alone(_model_type(folder)))
     if cuda:
         settings["device_map"] = {"": 0}
     patched = patches.applied("loading in 4 bits") if method == "qlora" else nullcontext()
@@ -123,11 +125,24 @@ def out_of_memory(error: BaseException, what: str) -> DoesNotFitError | None:
     )
 
 
-def nf4_config(dtype: Any) -> Any:
-    """4-bit NF4 with double quantisation, computing in `dtype`."""
+def nf4_config(dtype: Any, left_alone: list[str] | None = None) -> Any:
+    """4-bit NF4 with double quantisation, computing in `dtype`. `left_alone`: layers; None: those that transformers chooses."""
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=left_alone,
+    )
+
+
+def _model_type(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # which loading will say
 
 
 def answer(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import ModelError, RecipeError, first_line
 from ftkit.memory.sizes import DTYPE_BYTES, nf4_storages, optimizer_state_bytes
+from ftkit.model.four_bits import left_alone
 from ftkit.model.source import from_files, needs_code
 from ftkit.recipe import Lora, Method
 
@@ -312,12 +313,12 @@ def role_of(name: str) -> str:
 
 
 def quantized_layers(model: PreTrainedModel) -> dict[str, Any]:
-    """The linear layers that `load_in_4bit` replaces: all but the output head, as transformers decides it."""
+    """The linear layers that `load_in_4bit` replaces: all but the output head, as transformers decides it, and few others."""
     from torch import nn
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = get_keys_to_not_convert(model)
+    kept = left_alone(model.config.model_type) or get_keys_to_not_convert(model)
     return {name: m for name, m in model.named_modules() if type(m) is nn.Linear and should_convert_module(name, kept)}
 
 
@@ -353,10 +354,11 @@ def adapted_layers(injected: Any) -> Iterator[tuple[str, Any]]:
 
 
 # What `all-linear` leaves out: layers whose weights a kernel reads past the adapter, so that PEFT refuses them (peft.tuners.tuners_utils,
-# 0.21); and linear layers that give more than a tensor, which its adapters cannot add to.
+# 0.21) or is to refuse them; and linear layers that give more than a tensor, which its adapters cannot add to.
 WITHOUT_ADAPTER = {
     **dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), "out_proj"),
     **dict.fromkeys(("llama4", "llama4_text", "phimoe"), "router"),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), "(prediction|correction)_coefs"),
 }
 
 

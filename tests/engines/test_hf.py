@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import shapes
 import tiny
 
 from ftkit.engines import hf
@@ -69,3 +70,20 @@ def test_too_little_memory_is_no_fault_of_the_files(model: Path, monkeypatch: py
             with pytest.raises(DoesNotFitError, match=f"{where} has too little free memory to load") as refused:
                 hf.load_model(model, "lora", bfloat16=False, cuda=False)
         assert "ftkit plan" in str(refused.value.hint)
+
+
+def test_gemma_3n_is_loaded_in_4_bits_but_for_what_its_step_clamps(tmp_path: Path) -> None:
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from transformers import AutoModelForCausalLM
+
+    from ftkit.memory.model import meta_model, quantized_layers
+
+    config = shapes.config("gemma3n_text")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = hf.load_model(tmp_path, "qlora", bfloat16=False, cuda=False)
+    in_4_bits = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert in_4_bits == quantized_layers(meta_model(config)).keys()
+    assert not any("_coefs" in name or "lm_head" in name for name in in_4_bits)
+    model.train()
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum()  # clamps them
