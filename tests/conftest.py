@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import families
+import hub as hubs
 import pytest
 from click.testing import CliRunner, Result
 
@@ -115,3 +118,52 @@ def small_files() -> Callable[[int], AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limit
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hubs.Client]:
+    """Set constants of huggingface_hub, which are the environment's as it was at the import; an empty cache to begin with, and no token."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    def set_constants(**values: Any) -> None:
+        if "ENDPOINT" in values:
+            values["HUGGINGFACE_CO_URL_TEMPLATE"] = values["ENDPOINT"] + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in values.items():
+            monkeypatch.setattr(constants, name, value)
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    set_constants(HF_HUB_OFFLINE=False, HF_HUB_CACHE=str(home / "hub"), HF_TOKEN_PATH=str(home / "token"))
+    set_constants(HF_HUB_DISABLE_TELEMETRY=True)  # once a day it asks for a list to describe itself with
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # it waits before it tries again
+    yield set_constants
+    _http.close_session()
+
+
+@pytest.fixture
+def hub(client: hubs.Client) -> Iterator[hubs.Hub]:
+    """A hub that the client is pointed to."""
+    with hubs.running() as started:
+        client(ENDPOINT=started.endpoint)
+        yield started
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A family's model, made once; with another template the tokenizer's settings alone are another."""
+    folders: dict[str, Path] = {}
+
+    def make(family: families.Family, chat_template: str | None = None) -> Path:
+        if family.name not in folders:
+            folders[family.name] = families.make_model(family, tmp_path_factory.mktemp("model"))
+        if not chat_template:
+            return folders[family.name]
+        other = tmp_path_factory.mktemp("model") / "other"
+        shutil.copytree(folders[family.name], other)
+        config = json.loads((other / "tokenizer_config.json").read_text(encoding="utf-8"))
+        (other / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": chat_template}), encoding="utf-8")
+        return other
+
+    return make

@@ -78,6 +78,12 @@ FAMILIES = (
 )  # fmt: skip
 
 
+WITHOUT_BOS = (  # a template that begins with none, and Llama's words
+    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '\\n' + m['content'] + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant\\n' }}{% endif %}"
+)
+
+
 def by_name(name: str) -> Family:
     return next(family for family in FAMILIES if family.name == name)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -111,9 +114,25 @@ def load(path: Path, num_ctx: int = 4096, threads: int | None = None) -> Iterato
     try:
         server = xllamacpp.Server(parameters)
     except (RuntimeError, ValueError) as error:
-        raise ToolFailedError(f"llama.cpp cannot load {path.name}: {error}.") from None
+        raise ToolFailedError(f"llama.cpp cannot load {path.name}: {_why_not(path) or error}.") from None
     engine = Engine(server)
     try:
         yield engine
     finally:
         del engine._server, server
+
+
+_LOAD_AND_TELL = """
+import sys, xllamacpp
+parameters = xllamacpp.CommonParams()
+parameters.model.path, parameters.n_ctx, parameters.verbosity, parameters.warmup = sys.argv[1], 64, 1, False
+parameters.hostnames = ["127.0.0.1"]
+xllamacpp.Server(parameters)
+"""
+
+
+def _why_not(path: Path) -> str | None:
+    """llama.cpp's reason why a file does not load, which it only writes to its log: it is tried once more, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", _LOAD_AND_TELL, path], capture_output=True, encoding="utf-8", errors="replace")
+    found = re.search(r"error loading model: (.+)", done.stderr + done.stdout)
+    return found[1].strip() if found else None

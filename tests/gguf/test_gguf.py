@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from ftkit.errors import ModelError, RunError
+from ftkit.engines import llamacpp
+from ftkit.errors import ModelError, RunError, ToolFailedError
 from ftkit.gguf import files as gguf
 from ftkit.machine.llama_cpp import Found
 from ftkit.model import dequantise
@@ -87,3 +88,11 @@ def test_the_converter_is_told_of_prediction_heads_that_are_not_there(
     converter.write_text("import sys\nopen(sys.argv[sys.argv.index('--outfile') + 1], 'w').write(' '.join(sys.argv))", encoding="utf-8")
     gguf.convert(tmp_path, tmp_path / "made.gguf", "F16", Found(converter, "the test"))
     assert ("--no-mtp" in (tmp_path / "made.gguf").read_text(encoding="utf-8").split()) is told
+
+
+def test_llama_cpps_own_reason_is_said_where_it_refuses_a_file(whole: Path) -> None:
+    with (
+        pytest.raises(ToolFailedError, match=r"llama\.cpp cannot load tiny\.gguf: .*(key|tensor|vocab)"),
+        llamacpp.load(whole, 64),
+    ):
+        pass

@@ -1,0 +1,134 @@
+"""Models with the vocabularies and templates of families, trained for a step or two and shipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+
+from ftkit.errors import ProofError, RecipeError
+from ftkit.line import line
+from ftkit.line.job import open_job
+from ftkit.line.prove import FAILED_PROOF
+
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
+
+
+@pytest.mark.parametrize(("name", "method"), [("Llama 3.1", "qlora"), ("Gemma 2", "lora")])
+def test_the_line_ships_it_and_does_nothing_twice(
+    name: str, method: str, made: Callable[..., Path], tmp_path: Path, write_rows: Callable[[Path, list[Any]], Path], rows: list[Any]
+) -> None:
+    family = families.by_name(name)
+    write_rows(tmp_path / "train.jsonl", rows)
+    recipe = {
+        "model": str(made(family)),
+        "training": {"method": method, "max_steps": 2, "effective_batch_size": 2, "max_length": 128},
+        "lora": {"r": 4},
+        "ship": {"name": "tiny", "quantization": "Q8_0", "max_new_tokens": 4, "test_rows": 2, "num_ctx": 512},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+
+    def ship(**settings: Any) -> line.Shipped:
+        job = open_job(tmp_path, [(f"ship.{key}", value) for key, value in settings.items()])
+        with job.run:
+            line.train(job)
+            return line.ship(job, use_ollama=False)
+
+    if name == "Gemma 2":
+        with pytest.raises(RecipeError, match="refuses a system message"):
+            ship(system="Be short.")
+        assert not list((tmp_path / "runs" / "recipe").glob("*-*/step.json"))  # found before anything was made
+    shipped = ship()
+    outcomes = {check.name: check.outcome for check in shipped.checks}
+    assert outcomes == {"token ids": "passed", "training ids": "passed", "prompts": "passed", "stops": "passed", "answers": "not made"}
+    assert f'PARAMETER stop "{family.ends}"' in shipped.modelfile.read_text(encoding="utf-8")
+    run = tmp_path / "runs" / "recipe"
+    proof = json.loads(shipped.proof_file.read_text(encoding="utf-8"))
+    assert [check["outcome"] for check in proof["checks"]].count("not made") == 1
+
+    def times(*suffixes: str) -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.suffix in suffixes}
+
+    assert {state.step.name for state in line.states(open_job(tmp_path)) if not state.done} == {"register"}
+    before = times(".gguf", ".safetensors", ".json", "")
+    again = ship()
+    changed = {path.name for path, when in times(".gguf", ".safetensors", ".json", "").items() if before.get(path) != when}
+    assert changed <= {"proof.json", "manifest.json", ".lock", run.name} | {path.parent.name for path in run.rglob("proof.json")}
+    assert not again.fresh
+    files = times(".gguf", ".safetensors")
+    job = open_job(tmp_path)
+    with job.run:
+        line.start_from(job, "prove")
+        assert (line.make_only(job, "prove").fresh, line.make_only(job, "merge").fresh) == (True, False)
+    system = {} if name == "Gemma 2" else {"system": "Be short."}  # its template refuses one
+    judged = ship(max_loss_points=10, match="first_line", temperature=0.5, **system, name="other")
+    assert (judged.fresh, times(".gguf", ".safetensors")) == (False, files)
+    assert "PARAMETER temperature 0.5" in judged.modelfile.read_text(encoding="utf-8")
+    other = ship(quantization="F16")  # is there already: it is proven, and nothing is converted
+    assert (other.fresh, times(".gguf", ".safetensors")) == (True, files)
+
+    answers = next(run.glob("ask-*/answers.json"))  # had it been right as trained, the file would have lost it all
+    record = json.loads(answers.read_text(encoding="utf-8"))
+    record["answers"]["trained"] = record["expected"]
+    answers.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ProofError, match="answers worse") as worse:
+        ship()
+    hint = str(worse.value.hint)
+    assert "--set ship.max_loss_points=100" in hint
+    assert (run / FAILED_PROOF).exists()
+    files = times(".gguf", ".safetensors")  # with QLoRA those of the other merge, since the first lost too much
+    assert not ship(max_loss_points=100).fresh  # what the hint says is judged, not made
+    assert times(".gguf", ".safetensors") == files
+    assert not (run / FAILED_PROOF).exists()
+
+
+def test_a_type_that_the_converter_makes_later_is_corrected_too(
+    made: Callable[..., Path], tmp_path: Path, write_rows: Callable[[Path, list[Any]], Path], rows: list[Any]
+) -> None:
+    write_rows(tmp_path / "train.jsonl", rows)
+    recipe = {
+        "model": str(made(families.by_name("Llama 3.1"), families.WITHOUT_BOS)),  # asked without a BOS, which llama.cpp would add
+        "training": {"method": "lora", "max_steps": 1, "effective_batch_size": 2, "max_length": 128},
+        "ship": {"name": "tiny", "quantization": "BF16", "max_new_tokens": 4, "test_rows": 2, "num_ctx": 512},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    job = open_job(tmp_path)
+    with job.run:
+        line.train(job)
+        checks = line.ship(job, use_ollama=False).checks
+    assert {check.name for check in checks if check.outcome != "passed"} <= {"answers"}
+
+
+@pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern keys did not match.*:RuntimeWarning")
+def test_fused_experts_are_trained_merged_and_shipped(
+    tmp_path: Path, write_rows: Callable[[Path, list[Any]], Path], rows: list[Any]
+) -> None:
+    """Qwen 3's with experts: what PEFT adapts in one tensor of all experts is merged into the files' tensor of each."""
+    from safetensors.torch import load_file
+
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
+    base = families.make_model(replace(families.by_name("Qwen 3"), config="qwen3_moe", sizes=sizes), tmp_path / "base")
+    write_rows(tmp_path / "train.jsonl", rows)
+    recipe = {
+        "model": str(base),
+        "training": {"method": "lora", "max_steps": 2, "effective_batch_size": 2, "max_length": 128, "learning_rate": 1e-2},
+        "lora": {"r": 4},
+        "ship": {"name": "tiny", "quantization": "F16", "max_new_tokens": 4, "test_rows": 2, "num_ctx": 512},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    job = open_job(tmp_path)
+    with job.run:
+        line.train(job)
+        shipped = line.ship(job, use_ollama=False)
+    outcomes = {check.name: check.outcome for check in shipped.checks}
+    assert {name for name, outcome in outcomes.items() if outcome != "passed"} == {"answers", "prompts that hold </s>"}
+    (merged,) = (tmp_path / "runs" / "recipe").glob("merge-*/model/model.safetensors")
+    before, after = load_file(base / "model.safetensors"), load_file(merged)
+    assert before.keys() == after.keys()
+    changed = {name.rpartition(".mlp.")[2] for name in before if not before[name].equal(after[name])}
+    assert {f"experts.{n}.{part}_proj.weight" for n in range(4) for part in ("gate", "up", "down")} <= changed
