@@ -133,6 +133,7 @@ def test_answers_stop_where_the_template_ends_them(tokenizer: Any, chat_template
     assert stops.turn_ends(tokenizer) == ids[:1]
     assert stops.stops(tokenizer, None) == ids[:2]
     assert stops.stops(tokenizer, [ids[2], ids[0]]) == [ids[0], ids[2], ids[1]]
+    assert stops.stops(tokenizer, [len(tokenizer), ids[0]]) == ids[:2]  # beyond the vocabulary there is nothing to end with
 
 
 @pytest.mark.torch

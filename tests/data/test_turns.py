@@ -58,6 +58,9 @@ class Words:
     def convert_tokens_to_ids(self, word: str) -> int:
         return self.number(word)
 
+    def convert_ids_to_tokens(self, number: int) -> str:
+        return self.decode([number])
+
     def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
         assert not add_special_tokens
         ids, at = [], 0
