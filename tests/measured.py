@@ -31,7 +31,7 @@ def peak_bytes(config: Any, settings: StepSettings, batch: int, length: int, *, 
     if settings.method == "lora":
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        model = get_peft_model(model, lora_config(settings.lora, config), autocast_adapter_dtype=False)
+        model = get_peft_model(model, lora_config(settings.lora, model), autocast_adapter_dtype=False)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(getattr(torch, settings.trained_dtype))

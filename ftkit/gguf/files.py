@@ -55,7 +55,7 @@ def _lost_what_predicts_more(model: Path) -> bool:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     if not str(config.get("model_type", "")).startswith(PREDICT_MORE):
         return False
-    layers = {**config, **config.get("text_config", {})}.get("num_hidden_layers", 0)
+    layers = {**config, **(config.get("text_config") or {})}.get("num_hidden_layers", 0)
     numbers = re.compile(r"\.layers\.(\d+)\.")
     return not any("mtp." in name or ((found := numbers.search(name)) and int(found[1]) >= layers) for name in shapes_of(model))
 
