@@ -161,7 +161,7 @@ ARCHITECTURES = (
     Architecture("Gemma 3, with a tower", "gemma3", by_name("Gemma 2"), sliding(6, head_dim=32, query_pre_attn_scalar=32),
                  towers={"vision_config": {**TOWER, "image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4}),
     Architecture("Gemma 3n (text)", "gemma3n_text", by_name("Gemma 2"), sliding(
-                 5, head_dim=32, hidden_size_per_layer_input=32, vocab_size_per_layer_input=262144, num_kv_shared_layers=0,
+                 5, head_dim=32, hidden_size_per_layer_input=256, vocab_size_per_layer_input=262144, num_kv_shared_layers=0,
                  activation_sparsity_pattern=[0.0] * 5)),
     Architecture("Gemma 4 E4B (text)", "gemma4_text", by_name("Gemma 4"), E4B),
     Architecture("Gemma 4 E4B, with towers", "gemma4", by_name("Gemma 4"), E4B, towers={
