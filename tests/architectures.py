@@ -162,7 +162,7 @@ ARCHITECTURES = (
                  towers={"vision_config": {**TOWER, "image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4}),
     Architecture("Gemma 3n (text)", "gemma3n_text", by_name("Gemma 2"), sliding(
                  5, head_dim=32, hidden_size_per_layer_input=256, vocab_size_per_layer_input=262144, num_kv_shared_layers=0,
-                 activation_sparsity_pattern=[0.0] * 5)),
+                 activation_sparsity_pattern=[0.95] * 5, intermediate_size=4096)),
     Architecture("Gemma 4 E4B (text)", "gemma4_text", by_name("Gemma 4"), E4B),
     Architecture("Gemma 4 E4B, with towers", "gemma4", by_name("Gemma 4"), E4B, towers={
         "vision_config": {**TOWER, "num_key_value_heads": 2, "head_dim": 32}, "audio_config": {"num_hidden_layers": 1}}),
@@ -223,6 +223,8 @@ def make_model(architecture: Architecture, folder: Path) -> Path:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            elif parameter.ndim == 2 and (empty := (parameter == 0).all(-1)).any():  # of the token that pads, which also ends answers
+                parameter[empty] = 0.1 * torch.randn_like(parameter[empty])
     model.to(torch.bfloat16).save_pretrained(folder)
     written = {**json.loads((folder / "config.json").read_text(encoding="utf-8")), **architecture.published}
     (folder / "config.json").write_text(json.dumps({key: value for key, value in written.items() if value is not ...}), encoding="utf-8")
