@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.errors import DataError, ModelError
-from ftkit.model.hub import hub_errors
+from ftkit.model.hub import commit_of, hub_errors
+from ftkit.model.locate import HUB_ID
 
-REFERENCE = re.compile(  # org/name, org/name@revision, either with :SPLIT, :SUBSET/SPLIT or :FILE
-    r"(?P<repository>[a-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>(?!.*\.\.)[\w.-]+(/[\w.-]+)*))?(:(?P<part>.+))?", re.ASCII | re.IGNORECASE
-)
+REFERENCE = re.compile(rf"(?P<dataset>{HUB_ID.pattern})(:(?P<part>.+))?", HUB_ID.flags)  # with :SPLIT, :SUBSET/SPLIT or :FILE
 FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")  # that ftkit reads
 SPLIT_WORDS = {  # in the names of files, where the dataset's card does not say which hold what
     "train": ("train", "training"),
@@ -39,19 +38,14 @@ def locate_dataset(reference: str, path: Path, purpose: str) -> HubData | None:
 
     Without a part it is the split of that purpose: train, validation or test. Raises DataError where there is no such dataset.
     """
-    from huggingface_hub import HfApi, is_offline_mode
-
     found = REFERENCE.fullmatch(reference)
     if not found or (not found["part"] and reference.lower().endswith(FILES)):
         return None
     try:
-        with hub_errors(f"{found['repository']}@{found['revision']}" if found["revision"] else found["repository"], "dataset"):
-            resolved = HfApi().resolve_revision(
-                found["repository"], repo_type="dataset", revision=found["revision"], local_files_only=is_offline_mode()
-            )
+        commit = commit_of(found["dataset"], "dataset")
     except ModelError as error:
         raise DataError(f"There is no file {path}, and as a dataset of the hub: {error.message}", error.hint) from None
-    return HubData(found["repository"], resolved.resolved, found["part"] or purpose)
+    return HubData(found["dataset"].partition("@")[0], commit, found["part"] or purpose)
 
 
 def fetch_dataset(data: HubData) -> list[Path]:
@@ -67,15 +61,11 @@ def fetch_dataset(data: HubData) -> list[Path]:
         with hub_errors(data.repository, "dataset"):
             folder = fetch([CARD])  # and the list of its files
             tree = huggingface_hub.get_cached_repo_tree(data.repository, repo_type="dataset", revision=data.commit)
-    except ModelError as error:
-        raise DataError(error.message, error.hint) from None
-    try:
-        card = metadata_load(folder / CARD) if (folder / CARD).is_file() else None
-    except ValueError:  # what is no YAML says nothing
-        card = None
-    names = choose_files([file.path for file in tree], card or {}, data)
-    try:
-        with hub_errors(data.repository, "dataset"):
+            try:
+                card = metadata_load(folder / CARD) if (folder / CARD).is_file() else None
+            except ValueError:  # what is no YAML says nothing
+                card = None
+            names = choose_files([file.path for file in tree], card or {}, data)
             folder = fetch(names)
     except ModelError as error:
         raise DataError(error.message, error.hint) from None
@@ -101,9 +91,8 @@ def choose_files(names: Sequence[str], card: Mapping[str, Any], data: HubData) -
         if not found and split == "train" and not any(_names(name, others) for name in beneath):
             found = beneath
     if not found:
-        shown = ", ".join(readable[:NAMED]) + (f" and {len(readable) - NAMED} more" if len(readable) > NAMED else "")
         raise DataError(
-            f"{data.repository} has no {data.part!r} that ftkit can read. Its files: {shown or 'none of ' + ' '.join(FILES)}.",
+            f"{data.repository} has no {data.part!r} that ftkit can read. Its files: {_listed(readable) or 'none of ' + ' '.join(FILES)}.",
             f"name one of them, as in --set data.train={data.repository}:{readable[0] if readable else 'FILE'}",
         )
     return found
@@ -114,9 +103,8 @@ def _subset(configs: Sequence[Mapping[str, Any]], subset: str, data: HubData) ->
     default = [n for n, entry in enumerate(configs) if entry.get("default") or names[n] == "default"]
     number = names.index(subset) if subset in names else default[0] if default and not subset else 0
     if subset not in names and (subset or (len(configs) > 1 and not default)):
-        shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
         raise DataError(
-            f"{data.repository} has {f'no subset {subset!r}' if subset else 'several subsets'}: {shown}.",
+            f"{data.repository} has {f'no subset {subset!r}' if subset else 'several subsets'}: {_listed(names)}.",
             f"name one, as in --set data.train={data.repository}:{names[0]}/{data.part.rpartition('/')[2]}",
         )
     return configs[number]
@@ -135,3 +123,7 @@ def _patterns(files: Any, split: str) -> list[str]:
 
 def _names(name: str, words: Sequence[str]) -> bool:
     return any(re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", name, re.IGNORECASE) for word in words)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

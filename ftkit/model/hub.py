@@ -13,13 +13,17 @@ CONFIG_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def locate_hub(reference: str) -> Source:
-    """The commit that the revision names today; what the cache remembers of it where the hub is not reached."""
+    """A model of the hub, by the commit that the revision names today."""
+    return Source(reference, "hub", commit_of(reference))
+
+
+def commit_of(reference: str, kind: str = "model") -> str:
+    """What `org/name` or `org/name@revision` names today; what the cache remembers of it where the hub is not reached."""
     from huggingface_hub import HfApi, is_offline_mode
 
     repository, _, revision = reference.partition("@")
-    with hub_errors(reference):
-        commit = HfApi().resolve_revision(repository, revision=revision or None, local_files_only=is_offline_mode()).resolved
-    return Source(reference, "hub", commit)
+    with hub_errors(reference, kind):
+        return HfApi().resolve_revision(repository, repo_type=kind, revision=revision or None, local_files_only=is_offline_mode()).resolved
 
 
 def hub_cache() -> Path:
