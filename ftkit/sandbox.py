@@ -111,10 +111,15 @@ def render(template: str, variables: dict[str, Any], kind: Kind = "chat") -> str
     raise TemplateFault(answer["words"], refuses=answer["refuses"])
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, ask: bool) -> str:
-    """The tokenizer's chat template over messages, as `apply_chat_template` renders it; with `ask` it ends where the answer begins."""
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, ask: bool) -> str:
+    """The tokenizer's chat template over messages, as `apply_chat_template` renders it; with `ask` it ends where the answer begins.
+
+    The first message may hold the `tools` that may be called.
+    """
     special = {str(name): token for name, token in tokenizer.special_tokens_map.items()}
-    said = {"messages": [dict(message) for message in messages], "tools": None, "documents": None, "add_generation_prompt": ask}
+    spoken = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
+    tools = next((message["tools"] for message in messages[:1] if message.get("tools")), None)
+    said = {"messages": spoken, "tools": tools, "documents": None, "add_generation_prompt": ask}
     return render(str(tokenizer.chat_template), {**said, **special})
 
 

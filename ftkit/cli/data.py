@@ -82,11 +82,12 @@ def show_survey(found: Survey) -> None:
             f"{part.unlearnt:,}",
             f"{part.systems:,}",
             f"{part.reasoning:,}",
+            f"{part.calls:,}",
             _forms(part.forms),
         ]
         for purpose, part in found.parts.items()
     ]
-    print_table("Dataset", ["", "rows", "answers", "not learnt", "with system", "with reasoning", "read as"], rows)
+    print_table("Dataset", ["", "rows", "answers", "not learnt", "with system", "with reasoning", "calling tools", "read as"], rows)
     tokens, padding = found.tokens, found.padding
     say(
         f"\n{found.examples:,} examples to train and validate, {tokens.total:,} tokens, of which {found.learnt_tokens:,} are learnt "

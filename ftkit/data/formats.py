@@ -7,30 +7,32 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-from ftkit.data.rows import ROLES, Message
+from ftkit.data.rows import CALLS, ROLES, TOOLS, Message
 from ftkit.data.thinking import KEYS, split_thinking
+from ftkit.data.tools import pair, read_calls, read_tools
 
 # Who speaks, by the names that datasets have for it.
 SPEAKERS = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant", "chatgpt": "assistant",
+    "function_call": "assistant", "tool_call": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool", "tool_response": "tool",
 }  # fmt: skip
-TOOL_SPEAKERS = ("tool", "function", "observation", "function_call", "tool_call", "ipython")
+CALLERS = ("function_call", "tool_call")  # speakers whose text is a call
 # Keys that change what a row or a message means and are not read: what they are, and what to do.
 UNREAD = {
-    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "tool calls are not learnt yet"),
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "only text is learnt"),
     **dict.fromkeys(("chosen", "rejected"), "preferences are not learnt; keep the chosen answer as `completion`"),
+    "tool_choice": "no chat template tells a model so; take the key out",
 }
-UNREAD_IN_MESSAGES = {
-    **UNREAD,
-    "tool_call_id": "tool calls are not learnt yet",
-    "name": "chat templates write no names; put it into the text, or take the key out",
-}
-EMPTY = ("[]", "{}", "null")  # as some tables hold nothing
+UNREAD_IN_MESSAGES = {**UNREAD, "name": "chat templates write no names; put it into the text, or take the key out"}
+GIVEN = ("tools", "functions")  # by which a row has what may be called
+CALLED = ("tool_calls", "function_call")  # by which a message has calls
+EMPTY = ("[]", "{}", "null", "auto")  # as some tables hold nothing
 LEARNT = ("weight", "train", "loss")  # of a message: whether it is learnt
 HISTORY = "history"
 
@@ -57,13 +59,25 @@ class _Reading:
         number = len(self.messages) + 1
         speaker = _first(message, ("role", "from")) if isinstance(message, Mapping) else message
         if not isinstance(message, Mapping) or not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
-            if isinstance(speaker, str) and speaker.lower() in TOOL_SPEAKERS:
-                raise ValueError(f"message {number} is the {speaker}'s: tool calls are not learnt yet")
             raise ValueError(f"message {number} has role {reprlib.repr(speaker)}; roles are {', '.join(ROLES)} (or {_OTHER_NAMES})")
+        role, content = SPEAKERS[speaker.lower()], _first(message, ("content", "value", "text"))
+        calls = _first(message, CALLED)
+        if speaker.lower() in CALLERS and not calls:
+            calls, content = content, None
+        if role == "tool":
+            made: Message = {"role": role, "content": _given_text(content, number)}
+            if (call := message.get("tool_call_id")) is not None:
+                made["tool_call_id"] = str(call)
+            self.messages.append(made)
+            return
         _refuse_unread(message, UNREAD_IN_MESSAGES, f"message {number}: ")
-        role = SPEAKERS[speaker.lower()]
-        made: Message = {"role": role, "content": _text(_first(message, ("content", "value", "text")), number)}
+        called = calls not in (None, [], {}, *EMPTY)
+        if called and role != "assistant":
+            raise ValueError(f"message {number} calls a tool, and is the {role}'s")
+        made = {"role": role, "content": "" if called and content is None else _text(content, number)}
         if role == "assistant":
+            if called:
+                made[CALLS] = read_calls(calls, number)
             reasoning = _first(message, KEYS)
             if reasoning:
                 made[KEYS[0]] = _text(reasoning, number)
@@ -97,6 +111,14 @@ def _text(content: Any, number: int) -> str:
     if any("\ud800" <= character <= "\udfff" for character in content):
         raise ValueError(f"message {number} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     return content
+
+
+def _given_text(content: Any, number: int) -> str:
+    """What a tool gave, as text: an object in JSON."""
+    parts = isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") for part in content)
+    if content is None or (isinstance(content, (Mapping, list)) and not parts):
+        content = "" if content is None else json.dumps(content, ensure_ascii=False)
+    return _text(content, number)
 
 
 def _is_learnt(message: Mapping[str, Any], number: int) -> bool:
@@ -216,6 +238,10 @@ def conversation_of(value: Any, columns: Mapping[str, str] | None = None, labels
         reading.say("user", turn[0])
         reading.say("assistant", turn[1])
     form.read(reading, row)
+    pair(reading.messages)
+    tools = _first(row, GIVEN)
+    if tools not in (None, [], {}, "", *EMPTY) and reading.messages:
+        reading.messages[0][TOOLS] = read_tools(tools)
     return _checked(reading, form.name)
 
 
@@ -242,13 +268,15 @@ def _checked(reading: _Reading, form: str) -> Conversation:
         raise ValueError("no question: a user message is missing")
     if [message["role"] for message in messages[:2]] == ["system", "system"]:
         raise ValueError("two system messages, one after the other (a row's `system` is one): make one of them")
+    if two := next((n for n, (one, other) in enumerate(pairwise(messages), 1) if CALLS in one and other["role"] == "user"), None):
+        raise ValueError(f"message {two} calls a tool, and what it gave is missing: the user's message follows")
     asked = next(n for n, message in enumerate(messages) if message["role"] == "user")
     unlearnt |= {n for n in range(asked) if messages[n]["role"] == "assistant"}  # a greeting that nobody asked for
     learnt = [n for n, message in enumerate(messages) if message["role"] == "assistant" and n not in unlearnt]
     if not learnt:
         raise ValueError(f"no answer is learnt: each has {' or '.join(f'`{key}`' for key in LEARNT)} 0 or false")
     for n in learnt:
-        if not split_thinking(messages[n]["content"])[1].strip():
+        if not messages[n].get(CALLS) and not split_thinking(messages[n]["content"])[1].strip():
             which = "last message" if n == len(messages) - 1 else f"message {n + 1}"
             raise ValueError(f"no answer: the {which} is empty")
     return Conversation(tuple(messages[: learnt[-1] + 1]), frozenset(n for n in unlearnt if n < learnt[-1]), form)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ftkit.data.thinking import split_thinking
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
-ROLES = ("system", "user", "assistant")
-Message = dict[str, str]  # {"role": one of ROLES, "content": text}; an answer that was thought about also has "reasoning_content"
+ROLES = ("system", "user", "assistant", "tool")
+TOOLS, CALLS = "tools", "tool_calls"
+# {"role": one of ROLES, "content": text}. An answer that was thought about also has "reasoning_content"; one that calls tools has
+# CALLS, as OpenAI's API writes them, their arguments an object; a tool's message "name" and "tool_call_id". The first message has
+# TOOLS, where some may be called.
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,10 @@ class Row:
 
     @property
     def answer(self) -> str:
-        """The last answer, without what was thought before it."""
-        return split_thinking(self.messages[-1]["content"])[1]
+        """The last answer, without what was thought before it; what it calls, as JSON."""
+        last = self.messages[-1]
+        called = [json.dumps(call["function"], ensure_ascii=False) for call in last.get(CALLS, ())]
+        return "\n".join([*filter(None, [split_thinking(last["content"])[1]]), *called])
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,11 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
+
+
+def has_tools(messages: Sequence[Message]) -> bool:
+    """Whether tools may be called, are called or have given something."""
+    return any(TOOLS in message or CALLS in message or message["role"] == "tool" for message in messages)
 
 
 def roles_text(messages: Sequence[Message]) -> str:

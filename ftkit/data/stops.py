@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftkit.data.manner import manner_of
 from ftkit.data.template import special_tokens
-from ftkit.data.turns import manner_of
 from ftkit.files import write_atomically
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ftkit.data.lengths import Batching, TokenCounts, batching, count_tokens
 from ftkit.data.mask import cut, examples_of
-from ftkit.data.rows import IGNORED, Example, Row
+from ftkit.data.rows import CALLS, IGNORED, Example, Message, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +29,7 @@ class Part:
     unlearnt: int  # answers that the row says not to learn
     systems: int  # rows with a system message
     reasoning: int  # answers with what was thought before them
+    calls: int  # answers that call tools
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def _part(rows: Sequence[Row]) -> Part:
         reasoning=sum(
             bool(row.messages[n].get("reasoning_content")) or row.messages[n]["content"].startswith("<think>") for row, n in answers
         ),
+        calls=sum(CALLS in row.messages[n] for row, n in answers),
     )
 
 
@@ -171,9 +173,9 @@ def _within(rows: Sequence[Row]) -> list[Finding]:
     return [_finding("rows that come twice", twice), _finding("questions that come again with another answer", contradicting)]
 
 
-def _key(messages: Sequence[Mapping[str, str]]) -> Key:
+def _key(messages: Sequence[Message]) -> Key:
     """Messages without the white space in which they may differ."""
-    return tuple((message["role"], " ".join(message["content"].split())) for message in messages)
+    return tuple((message["role"], " ".join([*message["content"].split(), *map(repr, message.get(CALLS, ()))])) for message in messages)
 
 
 def _finding(what: str, rows: Sequence[Row]) -> Finding:

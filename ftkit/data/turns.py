@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ftkit.data.rows import Message, Row
+from ftkit.data.manner import ANSWER, Manner, calling_of, has_mark, manner_of, shared
+from ftkit.data.rows import CALLS, TOOLS, Message, Row
 from ftkit.data.template import render, special_tokens
 from ftkit.data.thinking import KEYS, MARKS, after_thinking, is_closed, opened, split_thinking, without_thinking
 from ftkit.errors import DataError, FtkitError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-ANSWER, REASONING = "qzanswerqz", "qzreasonqz"  # texts that no template changes
-ASKED: Message = {"role": "user", "content": "qzuserqz"}
-AGAIN: Message = {"role": "user", "content": "qzagainqz"}
 
 
 @dataclass(frozen=True)
@@ -31,88 +29,35 @@ class Turn:
     unsaid: bool  # whether the row has reasoning for it that is not said, since the prompt closes it
 
 
-@dataclass(frozen=True)
-class Manner:
-    """How a template writes the last answer of a conversation, found by rendering marked messages."""
-
-    before: str  # what it writes between the prompt and an answer without reasoning
-    tail: str  # what it writes after the answer
-    end: str  # of that, what ends the turn and is learnt; where it writes nothing, what comes once the user speaks again
-    key: str | None  # by which of a message's keys it takes the reasoning
-    inline: bool  # whether it leaves reasoning that stands in the content there
-    between: str | None  # what it writes between the reasoning and the answer, where it takes the reasoning by a key
-
-
-def manner_of(tokenizer: PreTrainedTokenizerBase) -> Manner:
-    """Raises ModelError where the template writes no answer."""
-    return _manner(tokenizer, str(tokenizer.chat_template or ""), str(tokenizer.eos_token or ""))
-
-
-@lru_cache(maxsize=8)
-def _manner(tokenizer: PreTrainedTokenizerBase, _template: str, eos: str) -> Manner:
-    def written(messages: Sequence[Message], *, ask: bool = False) -> str:
-        try:
-            return render(tokenizer, messages, ask=ask)
-        except ModelError:
-            return ""
-
-    answered: Message = {"role": "assistant", "content": ANSWER}
-    prompt, whole = render(tokenizer, [ASKED], ask=True), render(tokenizer, [ASKED, answered], ask=False)
-    head, found, tail = whole.rpartition(ANSWER)
-    if not found:
-        raise ModelError("The model's chat template does not write what the assistant says.", "give the model another: --set data.template")
-    after = written([ASKED, answered, AGAIN]).partition(ANSWER)[2].partition(AGAIN["content"])[0]
-    shared = _shared(tail, after)
-    ends = (_end(tokenizer, text) for text in (shared, tail, after))
-    key, between = None, None
-    for name in KEYS:
-        text = written([ASKED, {**answered, name: REASONING}])
-        if REASONING in text and ANSWER in text:
-            key, between = name, text.rpartition(REASONING)[2].rpartition(ANSWER)[0]
-            break
-    block, before = MARKS[0].block(REASONING), head.removeprefix(prompt) if head.startswith(prompt) else ""
-    return Manner(
-        before=before,
-        tail=tail,
-        end=next(filter(None, ends), eos),
-        key=key,
-        inline=not _has_mark(before) and block + ANSWER in written([ASKED, {**answered, "content": block + ANSWER}, AGAIN], ask=True),
-        between=between,
-    )
-
-
-def _shared(first: str, second: str) -> str:
-    """What both texts begin with."""
-    at = next((n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
-    return first[:at]
-
-
-def _has_mark(text: str) -> bool:
-    return any(mark.closes in text for mark in MARKS)
-
-
-def _end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """A text up to and including the end of sequence or, where that is not in it, up to its first special token."""
-    eos = str(tokenizer.eos_token or "")
-    if eos and eos in text:
-        return text[: text.index(eos) + len(eos)]
-    pattern = special_tokens(tokenizer)
-    found = pattern.search(text) if pattern else None
-    return text[: found.end()] if found else ""
-
-
 def turns_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> Iterator[Turn]:
     """Each of a row's answers that is learnt.
 
     Raises DataError with file, line and message for what the template cannot say, ModelError where it can say no row.
     """
     manner_of(tokenizer)
+    _refuse_unwritten(tokenizer, row)
     for number, message in enumerate(row.messages):
         if message["role"] == "assistant" and number and number not in row.unlearnt:  # what comes first, nobody has asked for
             try:
                 yield _turn(tokenizer, row.messages, number)
             except ModelError as error:
                 raise DataError(f"{row.where}, message {number + 1}: {error.message}", error.hint) from None
+
+
+def _refuse_unwritten(tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
+    """Raise DataError where the template would leave out, in silence, what may be called, a call or what one gave."""
+    has = {
+        "tools": bool(row.messages[0].get(TOOLS)),
+        "calls": any(CALLS in message for message in row.messages),
+        "results": any(message["role"] == "tool" for message in row.messages),
+    }
+    what = next((what for what, used in has.items() if used and not getattr(calling_of(tokenizer), what)), None)
+    if what:
+        named = {"tools": "what may be called", "calls": "calls of tools", "results": "what tools give"}[what]
+        raise DataError(
+            f"{row.where}: the chat template does not write {named}.",
+            "write it into the text of the messages, take a model whose template does, or leave such rows out",
+        )
 
 
 def has_reasoning(row: Row) -> bool:
@@ -130,9 +75,11 @@ def question(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Message]:
 
 
 def _as_taken(tokenizer: PreTrainedTokenizerBase, message: Message) -> Message:
-    """A message with its reasoning where the template looks for it; one that knows no reasoning has it in the content."""
+    """A message with its calls and its reasoning as the template looks for them; one that knows no reasoning has it in the content."""
     if message["role"] != "assistant":
         return message
+    if CALLS in message and calling_of(tokenizer).as_text:
+        message = {**message, CALLS: [_in_text(call) for call in message[CALLS]]}
     reasoning, content = message.get(KEYS[0], ""), message["content"]
     if not reasoning:
         reasoning, content = split_thinking(content)
@@ -140,8 +87,22 @@ def _as_taken(tokenizer: PreTrainedTokenizerBase, message: Message) -> Message:
         return message
     manner = manner_of(tokenizer)
     if manner.key is None and manner.inline:
-        return {"role": "assistant", "content": MARKS[0].block(reasoning) + content}
-    return {"role": "assistant", "content": content, KEYS[0]: reasoning}
+        spoken = {key: value for key, value in message.items() if key != KEYS[0]}
+        return {**spoken, "content": MARKS[0].block(reasoning) + content}
+    return {**message, "content": content, KEYS[0]: reasoning}
+
+
+def _in_text(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+def expected(tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
+    """A row's last answer as `answer_reader` reads it of a model: calls as the template writes them."""
+    if CALLS not in row.messages[-1]:
+        return row.answer
+    *_, turn = turns_of(tokenizer, row)
+    return answer_reader(tokenizer)(turn.said)
 
 
 @dataclass(frozen=True)
@@ -154,13 +115,14 @@ class _Written:
     asked_alike: bool  # whether it stands behind what the prompt ends with after the last question
 
 
+_LEAVE_OUT = "leave the row out, or take a model whose template writes it otherwise"
 _OTHER_TEMPLATE = "take the row out, or give the model another template: --set data.template=chatml"
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], number: int) -> Turn:
     asked = tuple(_as_taken(tokenizer, message) for message in messages[:number])
     answer, prompt = _as_taken(tokenizer, messages[number]), render(tokenizer, asked, ask=True)
-    reasoning, plain = answer.get(KEYS[0], ""), {"role": "assistant", "content": answer["content"]}
+    reasoning, plain = answer.get(KEYS[0], ""), {key: value for key, value in answer.items() if key != KEYS[0]}
     if is_closed(prompt) and not reasoning:
         reasoning, plain["content"] = split_thinking(answer["content"])
 
@@ -176,15 +138,41 @@ def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], numbe
 
 def _write(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Message], prompt: str, message: Message) -> _Written:
     """Raises ModelError where the answer is not the last that the template writes, so that its end is not known."""
-    manner, whole = manner_of(tokenizer), render(tokenizer, [*asked, message], ask=False)
-    content = next((each for each in _trimmed(message["content"]) if whole.endswith(each + manner.tail)), None)
+    manner, plain = manner_of(tokenizer), {key: value for key, value in message.items() if key != CALLS}
+    if CALLS in message and not message["content"].strip():
+        plain["content"] = ANSWER  # which shows where what is said begins
+    whole = render(tokenizer, [*asked, plain], ask=False)
+    content = next((each for each in _trimmed(plain["content"]) if whole.endswith(each + manner.tail)), None)
     if content is None:
         raise ModelError("the chat template changes the text of the answer, so that its end is not known.", _OTHER_TEMPLATE)
-    follows, at = whole.startswith(prompt), len(whole) - len(manner.tail) - len(content)
+    at, answer = len(whole) - len(manner.tail) - len(content), content + manner.end
+    if CALLS in message:
+        whole, at, answer = _write_calls(tokenizer, asked, message, whole[:at])
+    follows = whole.startswith(prompt)
     lead = whole[len(prompt) if follows else _branches_off(tokenizer, prompt, whole) : at]
     question = asked[-1]["content"].strip()
     asks = prompt.rpartition(question)[2] if question else ""
-    return _Written(follows, lead, content + manner.end, bool(asks) and whole[:at].endswith(asks + manner.before))
+    return _Written(follows, lead, answer, bool(asks) and whole[:at].endswith(asks + manner.before))
+
+
+def _write_calls(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Message], message: Message, before: str) -> tuple[str, int, str]:
+    """(the whole, where what is said begins, that to its end) of an answer that calls tools; `before` stands before one that does not.
+
+    Raises ModelError where the template leaves out a call, or what is said beside it.
+    """
+    calling, whole = calling_of(tokenizer), render(tokenizer, [*asked, message], ask=False)
+    at = _branches_off(tokenizer, before, whole)
+    said = whole[at:].removesuffix(calling.tail)
+    names = Counter(call["function"]["name"] for call in message[CALLS])
+    if not whole.endswith(calling.tail) or any(said.count(name) < times for name, times in names.items()):
+        raise ModelError(
+            f"the chat template does not write these {names.total()} calls.", "make it one call a message, or leave the row out"
+        )
+    if message["content"].strip() not in said:
+        raise ModelError("the chat template leaves out what is said beside the call.", "take the text out, or leave the row out")
+    if calling.end in said:
+        raise ModelError("the chat template writes the call behind what ends a turn, so that no server would read it.", _LEAVE_OUT)
+    return whole, at, said + calling.end
 
 
 def _said(manner: Manner, prompt: str, written: _Written) -> str:
@@ -225,7 +213,7 @@ def _trimmed(content: str) -> tuple[str, ...]:
 
 def _branches_off(tokenizer: PreTrainedTokenizerBase, prompt: str, whole: str) -> int:
     """Where the whole leaves the prompt, no special token cut in two."""
-    at = len(_shared(prompt, whole))
+    at = len(shared(prompt, whole))
     texts = [re.escape(text) for mark in MARKS for text in (mark.opens, mark.closes)]
     special = special_tokens(tokenizer)
     for text in (prompt, whole):
@@ -244,8 +232,8 @@ def answer_reader(tokenizer: Any) -> Callable[[Sequence[int] | str], str]:
     from ftkit.data.stops import stops
 
     ends, manner, special = set(stops(tokenizer, None)), manner_of(tokenizer), special_tokens(tokenizer)
-    mark, before = opened(render(tokenizer, [ASKED], ask=True)), manner.before.strip()
-    tells = bool(before) and (_has_mark(before) or bool(special and special.search(before)))  # it stands nowhere else
+    mark, before = opened(manner.prompt), manner.before.strip()
+    tells = bool(before) and (has_mark(before) or bool(special and special.search(before)))  # it stands nowhere else
 
     def read(said: Sequence[int] | str) -> str:
         if not isinstance(said, str):

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from ftkit.data.rows import Message
+from ftkit.data.rows import TOOLS, Message
 from ftkit.errors import ToolFailedError, ToolMissingError
 from ftkit.machine.device import asked_threads
 from ftkit.progress import SILENT, Reporter
@@ -38,7 +39,7 @@ class Engine:
 
         Without the BOS that llama.cpp adds itself when it tokenises a prompt (`tokenizer.ggml.add_bos_token`).
         """
-        return str(self._post("/apply-template", {"messages": list(messages)})["prompt"])
+        return str(self._post("/apply-template", _asked(messages))["prompt"])
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """What the model reads before it answers: the rendered prompt and what llama.cpp adds to it."""
@@ -73,7 +74,7 @@ class Engine:
 
     def chat(self, messages: Sequence[Message], max_new_tokens: int, temperature: float = 0.0) -> str:
         """One answer."""
-        request = {"messages": list(messages), "max_tokens": max_new_tokens, "temperature": temperature, "cache_prompt": True}
+        request = {**_asked(messages), "max_tokens": max_new_tokens, "temperature": temperature, "cache_prompt": True}
         reply = self._server.handle_chat_completions(request)
         if "choices" not in reply:
             raise ToolFailedError(f"llama.cpp did not answer: {json.dumps(reply)[:300]}")
@@ -89,6 +90,13 @@ class Engine:
         except (urllib.error.URLError, OSError) as error:
             raise ToolFailedError(f"llama.cpp did not take {path}: {error}.") from None
         return loaded
+
+
+def _asked(messages: Sequence[Message]) -> dict[str, Any]:
+    """Messages as the server takes them, what may be called apart."""
+    tools = messages[0].get(TOOLS) if messages else None
+    spoken = [{key: value for key, value in message.items() if key != TOOLS} for message in messages]
+    return {"messages": spoken, **({TOOLS: tools} if tools else {})}
 
 
 @contextmanager
@@ -120,6 +128,45 @@ def load(path: Path, num_ctx: int = 4096, threads: int | None = None) -> Iterato
         yield engine
     finally:
         del engine._server, server
+
+
+@contextmanager
+def rendering(chat_template: str, bos: str, eos: str) -> Iterator[Engine]:
+    """llama.cpp with a chat template alone, so that it renders as it will when the template is in a model's file.
+
+    The model is one layer of zeros with a vocabulary of bytes: what it says means nothing. A BOS is written as the template has it.
+    """
+    import gguf
+    import numpy as np
+
+    size, vocabulary = 32, ["<unk>", bos or "<s>", eos or "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    shapes = {"token_embd": (len(vocabulary), size), "output_norm": (size,), "blk.0.attn_norm": (size,), "blk.0.ffn_norm": (size,)}
+    shapes |= {f"blk.0.{name}": (size, size) for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")}
+    with tempfile.TemporaryDirectory(prefix="ftkit-") as folder:
+        path = Path(folder) / "template.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_context_length(size)
+        writer.add_embedding_length(size)
+        writer.add_feed_forward_length(size)
+        writer.add_block_count(1)
+        writer.add_head_count(1)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(vocabulary)
+        writer.add_token_scores([0.0] * len(vocabulary))
+        writer.add_token_types([gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_add_bos_token(False)
+        writer.add_chat_template(chat_template)
+        for name, shape in shapes.items():
+            writer.add_tensor(f"{name}.weight", np.zeros(shape, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with load(path, size) as engine:
+            yield engine
 
 
 _LOAD_AND_TELL = """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from ftkit import patches
-from ftkit.data.rows import Message
+from ftkit.data.rows import Message, has_tools
 from ftkit.errors import RecipeError, ToolFailedError, ToolMissingError
 from ftkit.progress import SILENT, Reporter
 
@@ -26,9 +26,9 @@ ANSWERS_WITHIN_SECONDS = 10.0
 
 def address() -> str:
     """The server's address, as the client reads OLLAMA_HOST. Raises RecipeError where that is none."""
-    import ollama
-
     try:
+        import ollama  # makes a client of its own at once
+
         with ollama.Client() as client:
             return str(http(client).base_url).rstrip("/")
     except ValueError as error:
@@ -117,17 +117,25 @@ def answer(
     max_new_tokens: int,
     read: Callable[[str], str] = str,
     *,
+    render: Callable[[Sequence[Message]], str] | None = None,
     options: dict[str, Any] | None = None,
     label: str = "asking Ollama",
     reporter: Reporter = SILENT,
 ) -> list[str]:
-    """Greedy answers from the server, in the order of the questions; of those that hold more than the answer `read` takes it."""
+    """Greedy answers from the server, in the order of the questions; of those that hold more than the answer `read` takes it.
+
+    Of questions with tools, which Ollama writes and reads by formats of its own, the server is given the prompt that `render` makes.
+    """
     answers = []
     with told(f"Ollama did not answer with {name}"), reporter.bar(label, len(questions)) as bar:
         for number, question in enumerate(questions, 1):
-            reply = client.chat(name, _named(question), options={"temperature": 0, "num_predict": max_new_tokens, **(options or {})})
-            said = reply.message.content or ""
-            answers.append(said if reply.message.thinking else read(said))
+            settings = {"temperature": 0, "num_predict": max_new_tokens, **(options or {})}
+            if render and has_tools(question):
+                answers.append(read(client.generate(name, render(question), raw=True, options=settings).response or ""))
+            else:
+                reply = client.chat(name, _named(question), options=settings)
+                said = reply.message.content or ""
+                answers.append(said if reply.message.thinking else read(said))
             bar.update(number)
     return answers
 

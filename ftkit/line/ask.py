@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.data.rows import Message
-from ftkit.data.turns import answer_reader, question
+from ftkit.data.turns import answer_reader, expected, question
 from ftkit.engines import hf, llamacpp
 from ftkit.errors import DoesNotFitError
 from ftkit.line.gguf import GGUF, Converted
@@ -86,7 +86,7 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
         with model.disable_adapter():
             ask("before", model, "asking the base model")
         ask("trained", model, "asking base and adapter")
-    write_json(folder / ANSWERS, asdict(Questions(answers, questions, [row.answer for row in rows])))
+    write_json(folder / ANSWERS, asdict(Questions(answers, questions, [expected(tokenizer, row) for row in rows])))
     return Asked(tuple(answers))
 
 

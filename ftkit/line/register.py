@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ftkit.check import Check
-from ftkit.data.template import dated
+from ftkit.check import Check, not_made
+from ftkit.data.rows import Message, has_tools
+from ftkit.data.template import dated, render
 from ftkit.data.turns import answer_reader
 from ftkit.engines import ollama
 from ftkit.errors import ModelError, NameTakenError
@@ -30,6 +31,10 @@ from ftkit.proof.compare import Score, score
 from ftkit.proof.gate import judge_served
 from ftkit.units import bytes_text
 
+TOOLS_IN_OLLAMA = (
+    "the server was asked with the model's own prompts; its API writes and reads tools by a format of Ollama's, which ftkit does not "
+    "write. llama-server does by the file's own template: llama-server --jinja -m FILE"
+)
 OLLAMA_ROWS = 20  # held-out questions that a server is asked after registering; the proof has asked them all
 
 
@@ -54,10 +59,14 @@ def _modelfile(job: Job, tokenizer: Any, gguf: Path, stops: Sequence[int]) -> Mo
     except ModelError as error:
         job.reporter.warn(f"{error.message} Ollama is left to use the template inside the GGUF.")
         chat = None
-    adds_bos = open_gguf(gguf).get_field("tokenizer.ggml.add_bos_token")
-    bos = tokenizer.bos_token if adds_bos is not None and adds_bos.contents() else ""
     texts = [str(text) for text in tokenizer.convert_ids_to_tokens(list(stops))]
-    return make_modelfile(f"./{gguf.name}", chat, job.recipe.ship, bos=bos or "", stops=texts)
+    return make_modelfile(f"./{gguf.name}", chat, job.recipe.ship, bos=_added_bos(tokenizer, gguf), stops=texts)
+
+
+def _added_bos(tokenizer: Any, gguf: Path) -> str:
+    """The BOS that a server puts before a prompt, if the file says so."""
+    adds_bos = open_gguf(gguf).get_field("tokenizer.ggml.add_bos_token")
+    return str(tokenizer.bos_token or "") if adds_bos is not None and adds_bos.contents() else ""
 
 
 def refuse_anothers_name(job: Job, client: Any, replace_model: bool) -> None:
@@ -97,7 +106,7 @@ def register_shipped(
     found: dict[str, Any] = {}
 
     def verify(unchecked: str) -> Check:
-        served, check = _ask(job, client, unchecked, asked, proven, answer_reader(tokenizer))
+        served, check = _ask(job, client, unchecked, asked, proven, tokenizer, _added_bos(tokenizer, shipped.path))
         found.update(asdict(served))
         return check
 
@@ -117,17 +126,25 @@ def register_shipped(
         reporter=reporter,
     )
     checks = [asdict(check) for check in registered.checks]
+    if any(has_tools(question) for question in read_questions(asked).questions[:OLLAMA_ROWS]):
+        checks.append(asdict(not_made("tools in Ollama's API", TOOLS_IN_OLLAMA)))
     run.record(ollama={"name": name, "digest": registered.digest, "shipped": mark, "score": found, "checks": checks})
-    return name, list(registered.checks)
+    return name, [Check(**entry) for entry in checks]
 
 
-def _ask(job: Job, client: Any, name: str, asked: Made[Asked], proven: Made[Proven], read: Callable[[str], str]) -> tuple[Score, Check]:
+def _ask(job: Job, client: Any, name: str, asked: Made[Asked], proven: Made[Proven], tokenizer: Any, bos: str) -> tuple[Score, Check]:
     """Ask the server the first held-out questions: how many it answers right, and whether that is what the file answers."""
     ship, first = job.recipe.ship, read_questions(asked)
     questions, expected = first.questions[:OLLAMA_ROWS], first.expected[:OLLAMA_ROWS]
     threads = asked_threads()  # more than are free slow a server down many times: they spin while they wait
     options = {"num_thread": threads} if threads else None
-    given = ollama.answer(client, name, questions, ship.max_new_tokens, read, options=options, reporter=job.reporter)
+
+    def prompt(messages: Sequence[Message]) -> str:
+        return render(tokenizer, messages, ask=True).removeprefix(bos)
+
+    given = ollama.answer(
+        client, name, questions, ship.max_new_tokens, answer_reader(tokenizer), render=prompt, options=options, reporter=job.reporter
+    )
     served = score(expected, given, ship.match)
     job.reporter.note(f"Ollama answers {served.right} of {served.rows} held-out questions right")
     return served, judge_served(expected, read_answers(proven)["shipped"][:OLLAMA_ROWS], given, ship.match, ship.max_loss_points)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ftkit.data.manner import calling_of
 from ftkit.data.mask import cut, tokenise
+from ftkit.data.rows import CALLS, Message
+from ftkit.data.stops import configured_stops, stops
 from ftkit.data.template import is_dated, render, token_ids
+from ftkit.data.turns import question, turns_of
 from ftkit.engines import llamacpp
-from ftkit.errors import FtkitError, RecipeError, first_line
-from ftkit.line.job import Job, base_folder, computes_on, open_base, read_data, tokenizer_of
+from ftkit.errors import FtkitError, ModelError, RecipeError, ToolMissingError, first_line
+from ftkit.line.job import Job, Rows, base_folder, computes_on, open_base, read_data, tokenizer_of
 from ftkit.line.plan import PLAN, recorded, training_inputs
 from ftkit.line.step import Made, Step
 from ftkit.machine import device
@@ -19,12 +24,14 @@ from ftkit.merge.deltas import refuse_what_cannot_be_merged
 from ftkit.plan import measured
 from ftkit.plan.cost import of_training
 from ftkit.plan.plan import MemoryPlan
-from ftkit.proof.compare import compare_tokens
-from ftkit.proof.probes import HARD_TEXTS
+from ftkit.proof.compare import compare_tokens, differing_prompt
+from ftkit.proof.probes import HARD_TEXTS, conversations
 from ftkit.train import probe as probing
 from ftkit.train import trainer
 from ftkit.train.probe import Probe
 from ftkit.train.trainer import Settings, TrainResult
+
+ROWS_RENDERED = 200  # training rows whose prompts llama.cpp renders before they are trained on, the first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,7 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
         _check_recovered_tokenizer(job, opened.gguf, tokenizer, [render(tokenizer, row.messages, ask=False) for row in rows.train[:200]])
     if recipe.training.method != "full":
         refuse_what_cannot_be_merged(opened.folder, recipe.lora, trust_remote_code=recipe.trust_remote_code)
+    _check_prompts(job, tokenizer, rows, opened.folder)
     settings = _settings(planned)
     reporter.step(f"training ({recipe.training.method}, {settings.per_device_train_batch_size} × {settings.gradient_accumulation_steps})")
     train, validation = (cut(tokenise(tokenizer, part), max_length) for part in (rows.train, rows.validation))
@@ -92,6 +100,33 @@ def _check_recovered_tokenizer(job: Job, gguf: Path, tokenizer: Any, rows: list[
     with llamacpp.load(gguf) as engine:
         count = compare_tokens([*HARD_TEXTS, *rows], lambda text: token_ids(tokenizer, text), engine.tokenize, gguf.name)
     job.reporter.note(f"the tokenizer rebuilt from {gguf.name} gives llama.cpp's ids on {count} texts")
+
+
+def _check_prompts(job: Job, tokenizer: Any, rows: Rows, folder: Path) -> None:
+    """Refuse, before it is trained on, a template that llama.cpp renders otherwise, and calls of tools that a server would not end.
+
+    Raises ModelError.
+    """
+    calling = next((row for row in rows.train if any(CALLS in message for message in row.messages)), None)
+    if calling:
+        end = calling_of(tokenizer).end
+        *_, token = token_ids(tokenizer, end)
+        if token not in stops(tokenizer, configured_stops(folder)):
+            raise ModelError(
+                f"{calling.where}: a call of tools ends with {end}, and the model is not configured to stop there.",
+                f"add {token} to eos_token_id in its generation_config.json",
+            )
+    asked: list[Sequence[Message]] = [turn.asked for row in rows.train[:ROWS_RENDERED] for turn in turns_of(tokenizer, row)]
+    asked += [*(question(tokenizer, row) for row in rows.test), *conversations(lambda messages, ask: render(tokenizer, messages, ask=ask))]
+    try:
+        with llamacpp.rendering(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token) as engine:
+            different = differing_prompt((render(tokenizer, messages, ask=True), engine.render(messages)) for messages in asked)
+    except ToolMissingError as error:
+        job.reporter.warn(f"whether llama.cpp renders the same prompts was not looked at: {error.message}")
+        return
+    if different:
+        hint = "take the model's newest chat template (chat_template.jinja on its page), or another: --set data.template=chatml"
+        raise ModelError(f"llama.cpp renders the model's chat template otherwise, {different}", hint)
 
 
 TRAIN = Step(

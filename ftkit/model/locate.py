@@ -81,9 +81,10 @@ def _locate_gguf(path: Path) -> Source:
 def _ollama_file(name: str) -> Path:
     """The GGUF behind a model of the local Ollama server, as `ollama show --modelfile` names it."""
     import httpx
-    import ollama
 
     try:
+        import ollama  # makes a client of its own at once
+
         with ollama.Client(timeout=30) as client:
             modelfile = client.show(name).modelfile or ""
     except (ConnectionError, httpx.HTTPError, ValueError):  # ValueError: OLLAMA_HOST is no address, or what answers speaks no JSON

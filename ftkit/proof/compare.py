@@ -57,12 +57,25 @@ def compare_tokens(texts: Sequence[str], ours: Callable[[str], list[int]], their
     return len(texts)
 
 
+def _first_difference(first: Sequence[object], second: Sequence[object]) -> int:
+    return next((n for n, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), min(len(first), len(second)))
+
+
+def differing_prompt(compared: Iterable[tuple[str, str]]) -> str | None:
+    """Where the first pair of (ours, theirs) comes apart, for a person; None where none does."""
+    for ours, theirs in compared:
+        if ours != theirs:
+            at = _first_difference(ours, theirs)
+            return f"after {ours[max(0, at - 40) : at]!r}:\n  trained  {ours[at : at + 40]!r}\n  llama.cpp {theirs[at : at + 40]!r}"
+    return None
+
+
 def same_ids(name: str, compared: Iterable[tuple[str, list[int], list[int]]], what: str) -> Check:
     """A check of (text, trained ids, shipped ids): at the first difference it failed; without any text it is not made."""
     count = 0
     for text, ours, theirs in compared:
         count += 1
         if ours != theirs:
-            at = next((n for n, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y), min(len(ours), len(theirs)))
+            at = _first_difference(ours, theirs)
             return failed(name, f"from token {at} of {text[:80]!r} on:\n  trained {ours[at : at + 6]}\n  shipped {theirs[at : at + 6]}")
     return passed(name, f"{count:,} {what}") if count else not_made(name, f"there are no {what}")

@@ -25,11 +25,12 @@ td:first-child, th:first-child, td:last-child, th:last-child { text-align: left 
 </style>
 <h1>{{ title }}</h1>
 <table>
-<tr><th></th><th>rows</th><th>answers</th><th>not learnt</th><th>with system</th><th>with reasoning</th><th>read as</th></tr>
+<tr><th></th><th>rows</th><th>answers</th><th>not learnt</th><th>with system</th>
+<th>with reasoning</th><th>calling tools</th><th>read as</th></tr>
 {% for purpose, part in found.parts.items() %}
 <tr>
 <td>{{ purpose }}</td>
-{% for number in (part.rows, part.answers, part.unlearnt, part.systems, part.reasoning) %}
+{% for number in (part.rows, part.answers, part.unlearnt, part.systems, part.reasoning, part.calls) %}
 <td>{{ number }}</td>
 {% endfor %}
 <td>{% for form, rows in part.forms.items() %}{{ form }} ({{ rows }}){{ ", " if not loop.last }}{% endfor %}</td>

@@ -122,7 +122,7 @@ def test_the_page_holds_the_rows_and_no_markup_of_theirs(here: Path, model: Path
         ('{"prompt": "x", "completion": "y"}\n{"text": "x"}\n', "rows.jsonl, line 2: plain `text`"),
         (
             '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": [1]}]}',
-            "message 2: `tool_calls`",
+            "message 2: 1 calls no function by name",
         ),
         ('{"prompt": "x", "completion": "y"}', "One row cannot be split"),
     ],

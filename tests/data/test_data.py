@@ -78,7 +78,7 @@ def test_a_json_list_is_read_too(tmp_path: Path, rows: list[dict[str, Any]]) -> 
         ({"messages": []}, "no messages"),
         ({"messages": "x"}, "no messages"),
         ({"messages": ["x"]}, "message 1 has role 'x'"),
-        ({"messages": [ASKED, {"role": "tool", "content": "4"}]}, "message 2 is the tool's: tool calls are not learnt yet"),
+        ({"messages": [ASKED, {"role": "tool", "content": "4"}]}, "message 2 is what a tool gave, and nothing called it"),
         ({"messages": [{"role": "user", "content": None}, ANSWERED]}, "message 1 has no text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWERED]}, "message 1 has a part of type 'image_url'"),
         ({"messages": [{"role": "user", "content": []}, ANSWERED]}, "message 1 has no text"),

@@ -123,10 +123,10 @@ def test_a_key_that_changes_the_meaning_is_refused_by_name(key: str) -> None:
         ({"messages": [ASKED, ANSWERED], "weight": 0.5}, "`weight` of a whole row is not read"),
         (
             {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [{}]}, ANSWERED]},
-            "message 2: `tool_calls` is not read",
+            "message 2: {} calls no function by name",
         ),
         ({"messages": [ASKED, {"role": "assistant", "content": ""}, ASKED, ANSWERED]}, "no answer: the message 2 is empty"),
-        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "observation", "value": "x"}]}, "message 2 is the observation's"),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "observation", "value": "x"}]}, "message 2 is what a tool gave"),
         ({"instruction": "Q", "output": "A", "history": ["x"]}, "`history` is not a list of"),
         ({"prompt": "Q", "completion": "A", "system": SYSTEM}, "message 1 has no text"),
         ({"system": "Be brief.", "messages": [SYSTEM, ASKED, ANSWERED]}, "two system messages, one after the other"),

@@ -30,7 +30,7 @@ TOKENS = re.compile(
 )
 EOS = ("<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>", "<|return|>", "<|end_of_text|>", "<|end_of_msg|>")
 # Templates that do not take what is asked of them, with their own words or ftkit's.
-WITHOUT_TOOLS = {  # variants for tools alone
+TOOLS_ALONE = {  # variants that take no conversation without tools
     "CohereForAI-c4ai-command-r-plus-tool_use", "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use",
     "NousResearch-Hermes-3-Llama-3.1-8B-tool_use", "fireworks-ai-llama-3-firefunction-v2",
 }  # fmt: skip
@@ -114,9 +114,9 @@ def spans(examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
 def test_every_template_is_learnt_as_it_will_be_asked(path: Path, turns: int, system: bool, reasoning: bool) -> None:
     """Of all that llama.cpp collects: ids are those of the prompt, then of the answer; what is learnt is the answers and their ends."""
     name, row = path.stem, Row(tuple(conversation(turns, system=system, reasoning=reasoning)), 3, "rows.jsonl, line 3")
-    if name in WITHOUT_TOOLS:
-        with pytest.raises(ModelError):
-            turn_ends(tokenizer(path))  # type: ignore[arg-type]
+    if name in TOOLS_ALONE:
+        with pytest.raises((DataError, ModelError)):
+            examples_of(tokenizer(path), row)  # type: ignore[arg-type]
         return
     model: Any = tokenizer(path)
     if (system and name in NO_SYSTEM) or (reasoning and name in NO_REASONING):
@@ -141,7 +141,7 @@ def test_every_template_is_learnt_as_it_will_be_asked(path: Path, turns: int, sy
     assert len(examples) in (1, turns)
 
 
-@pytest.mark.parametrize("path", [path for path in templates() if path.stem not in WITHOUT_TOOLS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in templates() if path.stem not in TOOLS_ALONE], ids=lambda path: path.stem)
 def test_thinking_is_as_the_recipe_has_it(path: Path) -> None:
     """A template's switch is fixed, on and off render differently, and without a word it is the template's own default."""
     model, untold, told = (Words(path.read_text(encoding="utf-8")) for _ in range(3))
@@ -169,9 +169,7 @@ def test_thinking_is_as_the_recipe_has_it(path: Path) -> None:
 
 def test_most_templates_have_a_switch_that_is_found() -> None:
     fixed = [
-        path
-        for path in templates()
-        if path.stem not in WITHOUT_TOOLS and re.search(r"set (enable_)?thinking", tokenizer(path).chat_template)
+        path for path in templates() if path.stem not in TOOLS_ALONE and re.search(r"set (enable_)?thinking", tokenizer(path).chat_template)
     ]
     assert len(fixed) >= 20
 
@@ -188,7 +186,7 @@ def test_odd_texts_are_learnt_as_they_stand(odd: str) -> None:
     asked, answer = ODD[odd]
     messages = ({"role": "user", "content": asked}, {"role": "assistant", "content": answer})
     for path in templates():
-        if path.stem not in WITHOUT_TOOLS:
+        if path.stem not in TOOLS_ALONE:
             model: Any = tokenizer(path)
             ((seen, said),) = spans(examples_of(model, Row(messages, 1)))
             assert answer.strip() in model.decode(said), path.stem

@@ -108,15 +108,24 @@ def test_a_type_that_the_converter_makes_later_is_corrected_too(
 def test_fused_experts_are_trained_merged_and_shipped(
     tmp_path: Path, write_rows: Callable[[Path, list[Any]], Path], rows: list[Any]
 ) -> None:
-    """Qwen 3's with experts: what PEFT adapts in one tensor of all experts is merged into the files' tensor of each."""
+    """Qwen 3's with experts: what PEFT adapts in one tensor of all experts is merged into the files' tensor of each.
+
+    Some rows call tools: they too are asked of the file as they were trained.
+    """
     from safetensors.torch import load_file
 
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
     base = families.make_model(replace(families.by_name("Qwen 3"), config="qwen3_moe", sizes=sizes), tmp_path / "base")
-    write_rows(tmp_path / "train.jsonl", rows)
+    calls = [{"function": {"name": "weather", "arguments": {"city": "Oslo"}}}]
+    called = [{"role": "user", "content": "Oslo?"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    answered = [*called, {"role": "tool", "content": "cold"}, {"role": "assistant", "content": "Cold."}]
+    tools = [{"messages": messages, "tools": [{"name": "weather"}]} for messages in (called, answered)]
+    write_rows(tmp_path / "train.jsonl", [*tools, *rows])
+    write_rows(tmp_path / "test.jsonl", tools)
     recipe = {
         "model": str(base),
-        "training": {"method": "lora", "max_steps": 2, "effective_batch_size": 2, "max_length": 128, "learning_rate": 1e-2},
+        "data": {"test": "test.jsonl"},
+        "training": {"method": "lora", "max_steps": 2, "effective_batch_size": 2, "max_length": 256, "learning_rate": 1e-2},
         "lora": {"r": 4},
         "ship": {"name": "tiny", "quantization": "F16", "max_new_tokens": 4, "test_rows": 2, "num_ctx": 512},
     }
@@ -127,6 +136,8 @@ def test_fused_experts_are_trained_merged_and_shipped(
         shipped = line.ship(job, use_ollama=False)
     outcomes = {check.name: check.outcome for check in shipped.checks}
     assert {name for name, outcome in outcomes.items() if outcome != "passed"} == {"answers", "prompts that hold </s>"}
+    proof = json.loads(shipped.proof_file.read_text(encoding="utf-8"))
+    assert proof["examples"][0]["expected"].strip().startswith('<tool_call>\n{"name": "weather"')
     (merged,) = (tmp_path / "runs" / "recipe").glob("merge-*/model/model.safetensors")
     before, after = load_file(base / "model.safetensors"), load_file(merged)
     assert before.keys() == after.keys()

@@ -116,6 +116,21 @@ def test_ollama_run_answers_as_the_client_does(shipped: tuple[str, str], server:
     assert answer.strip().splitlines()[-1].startswith(("SAFE", "VULNERABLE — CWE-"))
 
 
+def test_questions_with_tools_are_asked_with_the_models_own_prompt(shipped: tuple[str, str], run: Path, client: Any) -> None:
+    """Ollama writes tools by formats of its own, or refuses them: the server is given the prompt instead, and says what it does to that."""
+    question, tokenizer = record(run)["questions"][0], merged_tokenizer(run)
+    with_tools = [{**question[0], "tools": [{"type": "function", "function": {"name": "look"}}]}, *question[1:]]
+
+    def prompt(messages: Any) -> str:
+        assert messages == with_tools
+        return template.render(tokenizer, question, ask=True)
+
+    plain, called = (
+        ollama.answer(client, NAME, [messages], 64, render=prompt, options=ONE_THREAD) for messages in (question, with_tools)
+    )
+    assert called == plain
+
+
 def test_shipping_again_is_up_to_date(shipped: tuple[str, str], run: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "ftkit", "ship", "--ollama", run.parent.parent],
