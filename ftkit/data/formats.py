@@ -34,7 +34,7 @@ GIVEN = ("tools", "functions")  # by which a row has what may be called
 CALLED = ("tool_calls", "function_call")  # by which a message has calls
 EMPTY = ("[]", "{}", "null", "auto")  # as some tables hold nothing
 LEARNT = ("weight", "train", "loss")  # of a message: whether it is learnt
-HISTORY = "history"
+HISTORY, TEXT = "history", "plain text"
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,11 @@ def _both(reading: _Reading, asked: Any, answered: Any) -> None:
             reading.add(message, learnt=learnt)
 
 
+def _plain(reading: _Reading, row: Mapping[str, Any]) -> None:
+    """A text by itself: it is nobody's answer."""
+    reading.say("assistant", row["text"])
+
+
 @dataclass(frozen=True)
 class Form:
     """One form: it is a row's where the row has all of `keys`."""
@@ -206,6 +211,7 @@ FORMS = (
     Form("query and response", ("query", "response"), _question_and_answer("query", "response"), '{"query", "response"}'),
     Form("input and output", ("input", "output"), _question_and_answer("input", "output"), '{"input", "output"}'),
     Form("classification", ("text", "label"), _question_and_answer("text", "label"), '{"text", "label"}'),
+    Form(TEXT, ("text",), _plain, '{"text"}'),
 )  # fmt: skip
 FORMATS = f"ftkit reads {', '.join(form.example for form in FORMS)}; data.columns names other keys"
 
@@ -223,8 +229,6 @@ def conversation_of(value: Any, columns: Mapping[str, str] | None = None, labels
         row = lower
     _refuse_unread(row, UNREAD)
     if not form:
-        if isinstance(row.get("text"), str):
-            raise ValueError('plain `text` has no answer to be asked for; give it as {"prompt", "completion"}')
         raise ValueError(f"no known form (keys: {', '.join(map(str, value)) or 'none'})")
     for key in LEARNT:
         if row.get(key) is not None and row[key] not in (1, True):
@@ -261,6 +265,12 @@ def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
 def _checked(reading: _Reading, form: str) -> Conversation:
     """Raise ValueError where there is nothing to ask or nothing to learn. What follows the last learnt answer is left out."""
     messages, unlearnt = reading.messages, reading.unlearnt
+    if form == TEXT:
+        if len(messages) > 1 or TOOLS in messages[0]:
+            raise ValueError("a plain `text` takes nothing beside it: no system message, no history, no tools")
+        if not messages[0]["content"].strip():
+            raise ValueError("`text` is empty")
+        return Conversation(tuple(messages), frozenset(), form)
     if not messages or messages[-1]["role"] != "assistant":
         last = messages[-1]["role"] if messages else "nobody"
         raise ValueError(f"no answer: the last message is the {last}'s; it must be the assistant's")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from ftkit.data.mask import cut
-from ftkit.data.rows import Example
+from ftkit.data.rows import IGNORED, Example
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,37 @@ class TokenCounts:
     dropped: int  # of those, rows whose answer lies wholly beyond it: they are not trained on
 
 
-def count_tokens(examples: Sequence[Example], max_length: int) -> TokenCounts:
+@dataclass
+class Tally:
+    """What is counted of rows as they go by; none is kept."""
+
+    max_length: int
+    lengths: array[int] = field(default_factory=lambda: array("l"))  # of all rows, uncut
+    kept: array[int] = field(default_factory=lambda: array("l"))  # of those that are trained on, cut
+    learnt_tokens: int = 0  # uncut
+    most_learnt: int = 0  # of a row, cut
+    highest_id: int = 0
+
+    def add(self, example: Example) -> None:
+        self.lengths.append(len(example.input_ids))
+        self.learnt_tokens += sum(label != IGNORED for label in example.labels)
+        for trained in cut([example], self.max_length):
+            self.kept.append(len(trained.input_ids))
+            self.most_learnt = max(self.most_learnt, sum(label != IGNORED for label in trained.labels))
+            self.highest_id = max(self.highest_id, *trained.input_ids)
+
+
+def tally(examples: Iterable[Example], max_length: int) -> Tally:
+    """Count rows. An empty one is none."""
+    counted = Tally(max_length)
+    for example in examples:
+        counted.add(example)
+    return counted
+
+
+def count_tokens(tallies: Sequence[Tally]) -> TokenCounts:
     """Statistics of the rows' lengths."""
-    lengths = sorted(len(example.input_ids) for example in examples)
+    lengths = sorted(length for counted in tallies for length in counted.lengths)
     return TokenCounts(
         rows=len(lengths),
         total=sum(lengths),
@@ -33,8 +62,8 @@ def count_tokens(examples: Sequence[Example], max_length: int) -> TokenCounts:
         p95=lengths[min(len(lengths) - 1, int(len(lengths) * 0.95))],
         p99=lengths[min(len(lengths) - 1, int(len(lengths) * 0.99))],
         longest=lengths[-1],
-        cut=sum(length > max_length for length in lengths),
-        dropped=len(examples) - len(cut(examples, max_length)),
+        cut=sum(length > counted.max_length for counted in tallies for length in counted.lengths),
+        dropped=sum(len(counted.lengths) - len(counted.kept) for counted in tallies),
     )
 
 

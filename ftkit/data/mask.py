@@ -14,17 +14,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> list[Example]:
-    """Rows in tokens. What stands before a learnt answer is, id for id, what the model reads when it is asked.
+def tokenise(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> Iterator[Example]:
+    """Rows in tokens, one after the other. What stands before a learnt answer is, id for id, what the model reads when it is asked.
 
     A conversation stays one example where each of its prompts begins the whole; where the template renders earlier turns
     otherwise once later ones are there, it becomes one for each answer. Raises DataError by file and line.
     """
-    return [example for row in rows for example in examples_of(tokenizer, row)]
+    return (example for row in rows for example in examples_of(tokenizer, row))
 
 
 def examples_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Example]:
     """One row in tokens."""
+    if row.is_text:
+        return [_text(tokenizer, row.messages[0]["content"])]
     turns = list(turns_of(tokenizer, row))
     together = _together(tokenizer, turns)
     if together:
@@ -69,13 +71,21 @@ def _continued(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return token_ids(tokenizer, text)
 
 
-def cut(examples: Sequence[Example], max_length: int) -> list[Example]:
+def _text(tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
+    """A text as the tokenizer begins one, all of it learnt, and its end."""
+    ids = list(tokenizer(text)["input_ids"])
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+    return Example(ids, list(ids))
+
+
+def cut(examples: Iterable[Example], max_length: int) -> Iterator[Example]:
     """Rows cut at `max_length` tokens; those whose answer lies wholly beyond it are dropped."""
-    kept = [Example(e.input_ids[:max_length], e.labels[:max_length]) for e in examples]
-    return [example for example in kept if any(label != IGNORED for label in example.labels)]
+    kept = (Example(e.input_ids[:max_length], e.labels[:max_length]) for e in examples)
+    return (example for example in kept if any(label != IGNORED for label in example.labels))
 
 
-def refuse_nothing_to_learn(training: Sequence[Example], validation: Sequence[Example]) -> None:
+def refuse_nothing_to_learn(training: int, validation: int) -> None:
     """Raise DataError where, once rows are cut, none is left to train on or to validate with."""
     if not training or not validation:
         which = "training" if not training else "validation"

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ftkit.data.files import Fault, values
 from ftkit.data.formats import FORMATS, conversation_of
 from ftkit.data.rows import Row
+from ftkit.data.store import StoredRows, store_rows
 from ftkit.errors import DataError
 
 FAULTS_SHOWN = 5
 
 
-def read_rows(path: Path, columns: Mapping[str, str] | None = None, labels: Sequence[str] = ()) -> list[Row]:
-    """The rows of a file. Raises DataError with file and line for the first faults, and how many more."""
-    rows: list[Row] = []
+def read_rows(*paths: Path, columns: Mapping[str, str] | None = None, labels: Sequence[str] = ()) -> StoredRows:
+    """The rows of files, one after the other. Raises DataError with file and line for a file's first faults, and how many more."""
+    return store_rows(row for path in paths for row in _rows(path, columns, labels))
+
+
+def _rows(path: Path, columns: Mapping[str, str] | None, labels: Sequence[str]) -> Iterator[Row]:
     faults: list[str] = []
+    count, empty = 0, True
     try:
         for number, place, value in values(path):
             try:
                 if isinstance(value, Fault):
                     raise value
                 read = conversation_of(value, columns, labels)
-                rows.append(Row(read.messages, number, f"{path}, {place}", read.unlearnt, read.form))
             except ValueError as error:
-                faults.append(f"{path}, {place}: {error}")
+                count += 1
+                if count <= FAULTS_SHOWN:
+                    faults.append(f"{path}, {place}: {error}")
+                continue
+            empty = False
+            if not faults:
+                yield Row(read.messages, number, f"{path}, {place}", read.unlearnt, read.form)
     except ValueError as error:  # a path with a NUL in it
         raise DataError(f"Cannot read {path}: {error}.", "name the dataset's file, as in --set data.train=train.jsonl") from None
     except FileNotFoundError:
@@ -34,14 +44,13 @@ def read_rows(path: Path, columns: Mapping[str, str] | None = None, labels: Sequ
         near = difflib.get_close_matches(path.name, beside, 1)
         raise DataError(f"There is no dataset at {path}.", f"did you mean {path.parent / near[0]}?" if near else FORMATS) from None
     if faults:
-        more = f"\n… and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
-        raise DataError("\n".join(faults[:FAULTS_SHOWN]) + more, FORMATS)
-    if not rows:
+        more = f"\n… and {count - FAULTS_SHOWN} more" if count > FAULTS_SHOWN else ""
+        raise DataError("\n".join(faults) + more, FORMATS)
+    if empty:
         raise DataError(f"{path} has no rows.", FORMATS)
-    return rows
 
 
-def split_validation(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split_validation(rows: StoredRows, share: float, seed: int) -> tuple[StoredRows, StoredRows]:
     """(training, validation) rows; at least one row stays on each side. Raises DataError for fewer than two rows."""
     import random
 
@@ -51,7 +60,7 @@ def split_validation(rows: Sequence[Row], share: float, seed: int) -> tuple[list
     random.Random(seed).shuffle(order)
     count = min(max(1, round(len(rows) * share)), len(rows) - 1)
     held = set(order[:count])
-    return [row for n, row in enumerate(rows) if n not in held], [row for n, row in enumerate(rows) if n in held]
+    return rows.take(n for n in range(len(rows)) if n not in held), rows.take(sorted(held))
 
 
 def only_held_out(training: Sequence[Row], validation: Sequence[Row], kind: Callable[[str], str]) -> list[Row]:
@@ -59,8 +68,8 @@ def only_held_out(training: Sequence[Row], validation: Sequence[Row], kind: Call
 
     `kind` is the part of an answer that counts. Nothing where most differ, as in free text.
     """
-    taught = {kind(row.answer) for row in training}
-    kinds = {kind(row.answer): row for row in reversed(validation)}
+    taught = {hash(kind(row.answer)) for row in training}  # texts of two million rows would not fit
+    kinds = {hash(kind(row.answer)): n for n, row in reversed(list(enumerate(validation)))}
     if 2 * len(taught | kinds.keys()) > len(training) + len(validation):
         return []
-    return sorted((row for name, row in kinds.items() if name not in taught), key=lambda row: row.line)
+    return sorted((validation[n] for name, n in kinds.items() if name not in taught), key=lambda row: row.line)

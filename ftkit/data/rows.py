@@ -20,7 +20,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One training conversation; the last message is the assistant's."""
+    """One training conversation; the last message is the assistant's. A single message is plain text, which nothing asks for."""
 
     messages: tuple[Message, ...]
     line: int  # in its file, from 1; in a JSON list, the row's number
@@ -32,6 +32,11 @@ class Row:
     def where(self) -> str:
         """The row's place, for an error."""
         return self.place or f"line {self.line}"
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is text to go on with, and not an answer to anything."""
+        return len(self.messages) == 1
 
     @property
     def question(self) -> list[Message]:

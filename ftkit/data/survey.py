@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ftkit.data.lengths import Batching, TokenCounts, batching, count_tokens
+from ftkit.data.lengths import Batching, Tally, TokenCounts, batching, count_tokens
 from ftkit.data.mask import cut, examples_of
 from ftkit.data.rows import CALLS, IGNORED, Example, Message, Row
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PLACES_SHOWN = 5
 DECODED_TOGETHER = 64  # tokens: a long row is not decoded from its beginning again and again
-Key = tuple[tuple[str, str], ...]
+DIFFERENT_ANSWERS = 10_000  # that are counted; one that more than half of the rows have is among the first
 
 
 @dataclass(frozen=True)
@@ -88,38 +88,63 @@ def survey(
     show: int = 0,
 ) -> Survey:
     """Look at rows by their purpose; `train` and `validation` are tokenised. Raises DataError as `tokenise` does."""
-    examples = {
-        purpose: [(row, example) for row in rows for example in examples_of(tokenizer, row)]
-        for purpose, rows in parts.items()
-        if purpose != "test"
-    }
-    every = [example for pairs in examples.values() for _, example in pairs]
-    trained = [len(example.input_ids) for example in cut([example for _, example in examples["train"]], max_length)]
+    tallies: list[Tally] = []
+    shown: list[Shown] = []
+    cut_short, left_out = (
+        _Found("rows cut at training.max_length, whose end is not learnt"),
+        _Found("rows left out: their answer lies beyond training.max_length"),
+    )
+    for purpose in ("train", "validation"):
+        tallies.append(Tally(max_length))
+        for row in parts[purpose]:
+            for example in examples_of(tokenizer, row):
+                tallies[-1].add(example)
+                if len(example.input_ids) > max_length:
+                    (cut_short if any(cut([example], max_length)) else left_out).add(row)
+                if purpose == "train" and len(shown) < show:
+                    shown.append(Shown(row.where, tuple(_tokens(tokenizer, example))))
+    found = [*_findings(parts), cut_short, left_out, *_of_answers(parts["train"])]
+    lengths = [length for counted in tallies for length in counted.lengths]
     return Survey(
         parts={purpose: _part(rows) for purpose, rows in parts.items()},
-        examples=len(every),
-        learnt_tokens=sum(label != IGNORED for example in every for label in example.labels),
-        tokens=count_tokens(every, max_length),
-        histogram=tuple(_histogram([len(example.input_ids) for example in every])),
-        padding=batching(trained, effective_batch_size, effective_batch_size, max_length, seed),
-        findings=tuple(_findings(parts, examples, max_length)),
-        shown=tuple(Shown(row.where, tuple(_tokens(tokenizer, example))) for row, example in examples["train"][:show]),
+        examples=len(lengths),
+        learnt_tokens=sum(counted.learnt_tokens for counted in tallies),
+        tokens=count_tokens(tallies),
+        histogram=tuple(_histogram(lengths)),
+        padding=batching(tallies[0].kept, effective_batch_size, effective_batch_size, max_length, seed),
+        findings=tuple(Finding(each.what, each.count, tuple(each.places)) for each in found if each.count),
+        shown=tuple(shown),
     )
 
 
-def _part(rows: Sequence[Row]) -> Part:
-    answers = [(row, n) for row in rows for n, message in enumerate(row.messages) if message["role"] == "assistant"]
-    return Part(
-        rows=len(rows),
-        forms=dict(Counter(row.form for row in rows)),
-        answers=len(answers),
-        unlearnt=sum(n in row.unlearnt for row, n in answers),
-        systems=sum(row.messages[0]["role"] == "system" for row in rows),
-        reasoning=sum(
-            bool(row.messages[n].get("reasoning_content")) or row.messages[n]["content"].startswith("<think>") for row, n in answers
-        ),
-        calls=sum(CALLS in row.messages[n] for row, n in answers),
-    )
+@dataclass
+class _Found:
+    """A finding while it is looked for."""
+
+    what: str
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        self.count += 1
+        if len(self.places) < PLACES_SHOWN:
+            self.places.append(row.where)
+
+
+def _part(rows: Iterable[Row]) -> Part:
+    counts: Counter[str] = Counter()
+    forms: Counter[str] = Counter()
+    for row in rows:
+        forms[row.form] += 1
+        counts["systems"] += row.messages[0]["role"] == "system"
+        for n, message in enumerate(row.messages):
+            if message["role"] == "assistant":
+                counts["answers"] += not row.is_text
+                counts["unlearnt"] += n in row.unlearnt
+                counts["reasoning"] += bool(message.get("reasoning_content")) or message["content"].startswith("<think>")
+                counts["calls"] += CALLS in message
+    names = ("answers", "unlearnt", "systems", "reasoning", "calls")
+    return Part(rows=forms.total(), forms=dict(forms), **{name: counts[name] for name in names})
 
 
 def _histogram(lengths: Sequence[int]) -> list[Bin]:
@@ -130,56 +155,52 @@ def _histogram(lengths: Sequence[int]) -> list[Bin]:
     return [Bin(size, counts[size]) for size in sizes]
 
 
-def _findings(parts: Mapping[str, Sequence[Row]], examples: Mapping[str, Sequence[tuple[Row, Example]]], max_length: int) -> list[Finding]:
-    found = [*_within(parts["train"])]
-    train = {_key(row.messages) for row in parts["train"]}
-    asked = {_key(row.question) for row in parts["train"]}
+def _findings(parts: Mapping[str, Iterable[Row]]) -> Iterator[_Found]:
+    """What comes twice and what contradicts. Rows are known by numbers, since the texts of two million would not fit."""
+    twice, contradicting = _Found("rows that come twice"), _Found("questions that come again with another answer")
+    train: set[int] = set()
+    answered: dict[int, int] = {}  # question → its first answer
+    for row in parts["train"]:
+        key = _key(row.messages)
+        if key in train:
+            twice.add(row)
+        elif not row.is_text and answered.setdefault(_key(row.question), key) != key:
+            contradicting.add(row)
+        train.add(key)
+    yield twice
+    yield contradicting
     for purpose in ("validation", "test"):
-        rows = parts.get(purpose, ())
-        found += [
-            _finding(f"{purpose} rows that are trained on too", [row for row in rows if _key(row.messages) in train]),
-            _finding(
-                f"{purpose} questions that are trained on with another answer",
-                [row for row in rows if _key(row.question) in asked and _key(row.messages) not in train],
-            ),
-        ]
-    long = [(row, example) for pairs in examples.values() for row, example in pairs if len(example.input_ids) > max_length]
-    left_out = [row for row, example in long if not cut([example], max_length)]
-    cut_short = [row for row, example in long if cut([example], max_length)]
-    found += [
-        _finding("rows cut at training.max_length, whose end is not learnt", cut_short),
-        _finding("rows left out: their answer lies beyond training.max_length", left_out),
-    ]
-    found.append(_finding("rows whose question is empty", [row for row in parts["train"] if not row.question[-1]["content"].strip()]))
-    answers = Counter(row.answer.strip() for row in parts["train"])
-    common, times = answers.most_common(1)[0]
-    if len(answers) > 1 and 2 * times > len(parts["train"]):
-        found.append(Finding(f"rows with one answer, {common[:40]!r}: more than half", times, ()))
-    return [finding for finding in found if finding.count]
+        again = _Found(f"{purpose} rows that are trained on too")
+        otherwise = _Found(f"{purpose} questions that are trained on with another answer")
+        for row in parts.get(purpose, ()):
+            if _key(row.messages) in train:
+                again.add(row)
+            elif not row.is_text and _key(row.question) in answered:
+                otherwise.add(row)
+        yield again
+        yield otherwise
 
 
-def _within(rows: Sequence[Row]) -> list[Finding]:
-    seen: set[Key] = set()
-    answers: dict[Key, set[str]] = defaultdict(set)
-    twice, contradicting = [], []
+def _of_answers(rows: Iterable[Row]) -> Iterator[_Found]:
+    """What is odd in questions and answers by themselves."""
+    empty, answers, asked = _Found("rows whose question is empty"), Counter[str](), 0
     for row in rows:
-        key, question = _key(row.messages), _key(row.question)
-        if key in seen:
-            twice.append(row)
-        elif answers[question]:
-            contradicting.append(row)
-        seen.add(key)
-        answers[question].add(row.answer)
-    return [_finding("rows that come twice", twice), _finding("questions that come again with another answer", contradicting)]
+        if not row.is_text:
+            asked += 1
+            if not row.question[-1]["content"].strip() and row.question[-1]["role"] == "user":
+                empty.add(row)
+            if len(answers) < DIFFERENT_ANSWERS or row.answer.strip() in answers:
+                answers[row.answer.strip()] += 1
+    yield empty
+    common, times = next(iter(answers.most_common(1)), ("", 0))
+    if len(answers) > 1 and 2 * times > asked:
+        yield _Found(f"rows with one answer, {common[:40]!r}: more than half", times)
 
 
-def _key(messages: Sequence[Message]) -> Key:
-    """Messages without the white space in which they may differ."""
-    return tuple((message["role"], " ".join([*message["content"].split(), *map(repr, message.get(CALLS, ()))])) for message in messages)
-
-
-def _finding(what: str, rows: Sequence[Row]) -> Finding:
-    return Finding(what, len(rows), tuple(row.where for row in rows[:PLACES_SHOWN]))
+def _key(messages: Sequence[Message]) -> int:
+    """A number for messages without the white space in which they may differ; of two million, two agree by chance once in ten million."""
+    words = ((message["role"], *message["content"].split(), *map(repr, message.get(CALLS, ()))) for message in messages)
+    return hash(tuple(words))
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[Token]:

@@ -228,3 +228,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None
 
 
 Render = Callable[[Sequence[Message], bool], str]  # (messages, ask) → the model's own rendering
+
+
+def renders(tokenizer: PreTrainedTokenizerBase) -> Render:
+    """A tokenizer's chat template as a function."""
+    return lambda messages, ask: render(tokenizer, messages, ask=ask)

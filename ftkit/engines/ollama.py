@@ -50,10 +50,10 @@ def models_folder() -> Path | None:
 @contextmanager
 def connect(reporter: Reporter = SILENT) -> Iterator[Client]:
     """A client of the server at OLLAMA_HOST, for the time of the context. Raises ToolMissingError where none answers."""
+    where = address()  # which is refused before `ollama` makes a client of it
     import httpx
     import ollama
 
-    where = address()
     parts = urlparse(where)
     if parts.scheme == "http" and parts.hostname not in LOOPBACK:
         reporter.warn(f"{parts.hostname} is reached over plain http: model and prompts go unencrypted, and its API has no password")

@@ -60,7 +60,7 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
 
     An adapter's base is loaded once, as training loaded it (with QLoRA in 4 bits), and asked without and with the adapter.
     """
-    recipe, base, rows = job.recipe, base_folder(job), read_data(job).test
+    recipe, base, rows = job.recipe, base_folder(job), [row for row in read_data(job).test if not row.is_text]
     (cuda, bfloat16), tokenizer = computes_on(), tokenizer_of(job, base, base=True)
     hf.refuse_lost_gradients()
     questions, method = [question(tokenizer, row) for row in rows], recipe.training.method

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ftkit.data.read import read_rows, split_validation
-from ftkit.data.rows import Row
+from ftkit.data.store import StoredRows
 from ftkit.data.template import ChatSettings, named_template
 from ftkit.engines import hf
 from ftkit.files import cache_folder, file_fingerprint, fingerprint, user_path
@@ -52,9 +52,9 @@ def _data_files(names: str | list[str], folder: Path, purpose: str) -> DataFiles
 class Rows:
     """The dataset, by purpose. `test` falls back to the validation rows where the recipe names no test file."""
 
-    train: list[Row]
-    validation: list[Row]
-    test: list[Row]
+    train: StoredRows
+    validation: StoredRows
+    test: StoredRows
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def read_data(job: Job) -> Rows:
     settings, read = job.recipe.data, {}
     for purpose, data in job.data.items():
         paths = [path for file in data.files for path in ([file] if isinstance(file, Path) else fetch_dataset(file))]
-        read[purpose] = [row for path in paths for row in read_rows(path, settings.columns, settings.labels or ())]
+        read[purpose] = read_rows(*paths, columns=settings.columns, labels=settings.labels or ())
     train, validation = read["train"], read.get("validation")
     if validation is None:
         train, validation = split_validation(train, job.recipe.data.validation_share, job.recipe.training.seed)

@@ -7,14 +7,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ftkit.data.lengths import TokenCounts, count_tokens
-from ftkit.data.mask import cut, refuse_nothing_to_learn, tokenise
+from ftkit.data.lengths import Tally, TokenCounts, count_tokens, tally
+from ftkit.data.mask import refuse_nothing_to_learn, tokenise
 from ftkit.data.read import only_held_out
-from ftkit.data.rows import IGNORED, Example, Row
-from ftkit.data.template import render, token_ids
+from ftkit.data.rows import Row
+from ftkit.data.template import render, renders, token_ids
 from ftkit.data.turns import has_reasoning, question, turns_of
 from ftkit.engines import hf
 from ftkit.errors import ModelError, RecipeError
@@ -103,10 +104,9 @@ def _make(job: Job, folder: Path) -> Chosen:
     opened = open_config(job.source, job.reporter)
     assert opened.folder
     config = load_config(opened.folder, trust_remote_code=recipe.trust_remote_code)
-    counts, trained, validated = _examples(job, opened, rows, config) if rows else (None, [], [])
-    kept = [*trained, *validated]
-    length = max((len(example.input_ids) for example in kept), default=recipe.training.max_length)
-    labelled = max((sum(label != IGNORED for label in example.labels) for example in kept), default=length)
+    tallies = _count(job, opened, rows, config) if rows else ()
+    length = max((length for counted in tallies for length in counted.kept), default=recipe.training.max_length)
+    labelled = max((counted.most_learnt for counted in tallies), default=length)
     _check_config(config, recipe, length)
     job.reporter.step(f"tracing a training step of {config.model_type} at {length} tokens")
     memory = make_plan(
@@ -114,40 +114,38 @@ def _make(job: Job, folder: Path) -> Chosen:
         recipe,
         device,
         length,
-        [len(example.input_ids) for example in trained],
+        list(tallies[0].kept) if tallies else [],
         bfloat16=computes_bfloat16(device),
         extra_bytes=_extra_bytes(job),
         labelled_share=labelled / length,
     )
-    write_json(folder / PLAN_FILE, {"memory": memory.record(), "tokens": asdict(counts) if counts else None})
+    write_json(folder / PLAN_FILE, {"memory": memory.record(), "tokens": asdict(count_tokens(tallies)) if tallies else None})
     return Chosen(memory.chosen.fits, memory.chosen.peak.device_bytes)
 
 
-def _examples(job: Job, opened: Source, rows: Rows, config: Any) -> tuple[TokenCounts | None, list[Example], list[Example]]:
-    """The dataset's rows in tokens, and the training and validation rows as the trainer sees them.
+def _count(job: Job, opened: Source, rows: Rows, config: Any) -> tuple[Tally, ...]:
+    """The dataset in tokens, (training, validation), each row looked at as the trainer sees it.
 
     Nothing where only a config is there: it has no tokenizer.
     """
     if opened.kind == "config":
         job.reporter.warn("the tokens of the dataset are not counted: a config has no tokenizer; all rows are taken as training.max_length")
-        return None, [], []
+        return ()
     assert opened.folder
     tokenizer, max_length = tokenizer_of(job, opened.folder, base=True), job.recipe.training.max_length
     job.reporter.step("counting the dataset's tokens")
-    examples, held_out = tokenise(tokenizer, rows.train), tokenise(tokenizer, rows.validation)
-    _say_what_became_of_the_rows(job, tokenizer, rows, len(examples) + len(held_out))
-    trained, validated = cut(examples, max_length), cut(held_out, max_length)
-    refuse_nothing_to_learn(trained, validated)
-    _refuse_ids_beyond(config.get_text_config().vocab_size, tokenizer, [*trained, *validated])
+    counted = tuple(tally(tokenise(tokenizer, part), max_length) for part in (rows.train, rows.validation))
+    _say_what_became_of_the_rows(job, tokenizer, rows, sum(len(part.lengths) for part in counted))
+    refuse_nothing_to_learn(*(len(part.kept) for part in counted))
+    _refuse_ids_beyond(config.get_text_config().vocab_size, tokenizer, max(part.highest_id for part in counted))
     _say_what_is_only_held_out(job, rows)
     _say_another_system_message(job, rows.train)
     _refuse_what_cannot_be_asked(job, rows.test, tokenizer)
-    return count_tokens([*examples, *held_out], max_length), trained, validated
+    return counted
 
 
-def _refuse_ids_beyond(rows: int, tokenizer: Any, examples: Sequence[Example]) -> None:
+def _refuse_ids_beyond(rows: int, tokenizer: Any, highest: int) -> None:
     """Raise ModelError for a token that has no row in the embedding: one that was added to the tokenizer alone."""
-    highest = max((max(example.input_ids) for example in examples), default=0)
     for what, token in (("the dataset holds", highest), ("rows are padded with", tokenizer.pad_token_id or 0)):
         if token >= rows:
             raise ModelError(
@@ -158,16 +156,19 @@ def _refuse_ids_beyond(rows: int, tokenizer: Any, examples: Sequence[Example]) -
 
 
 def _say_what_became_of_the_rows(job: Job, tokenizer: Any, rows: Rows, examples: int) -> None:
-    read = [*rows.train, *rows.validation]
-    if examples > len(read):
+    read = len(rows.train) + len(rows.validation)
+    if examples > read:
         job.reporter.note(
-            f"{len(read):,} rows become {examples:,}: the chat template writes earlier turns otherwise once later ones are there, "
+            f"{read:,} rows become {examples:,}: the chat template writes earlier turns otherwise once later ones are there, "
             "so that each answer is learnt by itself, after what the model is really asked with"
         )
-    unsaid = [row for row in read if has_reasoning(row) and any(turn.unsaid for turn in turns_of(tokenizer, row))]
+    unsaid, first = 0, ""
+    for row in chain(rows.train, rows.validation):
+        if has_reasoning(row) and any(turn.unsaid for turn in turns_of(tokenizer, row)):
+            unsaid, first = unsaid + 1, first or row.where
     if unsaid:
         job.reporter.warn(
-            f"the reasoning in {len(unsaid):,} rows is not learnt, the first in {unsaid[0].where}: the chat template's prompt ends "
+            f"the reasoning in {unsaid:,} rows is not learnt, the first in {first}: the chat template's prompt ends "
             "the reasoning before the answer; with data.thinking=true it may not"
         )
 
@@ -175,8 +176,10 @@ def _say_what_became_of_the_rows(job: Job, tokenizer: Any, rows: Rows, examples:
 def _refuse_what_cannot_be_asked(job: Job, rows: Sequence[Row], tokenizer: Any) -> None:
     """Raise RecipeError for a system prompt or a held-out question that the shipped model could not take."""
     ship = job.recipe.ship
-    refuse_system(ship.system, lambda messages, ask: render(tokenizer, messages, ask=ask))
+    refuse_system(ship.system, renders(tokenizer))
     for row in rows:
+        if row.is_text:
+            continue
         asked = len(token_ids(tokenizer, render(tokenizer, question(tokenizer, row), ask=True)))
         if asked + ship.max_new_tokens > ship.num_ctx:
             raise RecipeError(
@@ -191,7 +194,7 @@ def _say_what_is_only_held_out(job: Job, rows: Rows) -> None:
         return counted(answer, job.recipe.ship.match)
 
     if missing := only_held_out(rows.train, rows.validation, kind):
-        kinds = len({kind(row.answer) for row in (*rows.train, *rows.validation)})
+        kinds = len({kind(row.answer) for row in chain(rows.train, rows.validation)})
         first = json.dumps(kind(missing[0].answer)[:40], ensure_ascii=True)
         job.reporter.warn(
             f"{len(missing)} of {kinds} different answers stand in the validation rows alone and are not learnt: "
@@ -202,8 +205,8 @@ def _say_what_is_only_held_out(job: Job, rows: Rows) -> None:
 def _say_another_system_message(job: Job, rows: Sequence[Row]) -> None:
     """The shipped model puts `ship.system` before what it is asked: training should have seen it there."""
     shipped = job.recipe.ship.system
-    learnt = {first["content"] if (first := row.messages[0])["role"] == "system" else None for row in rows}
-    if shipped is not None and shipped not in learnt:
+    learnt = {hash(first["content"]) if (first := row.messages[0])["role"] == "system" else None for row in rows if not row.is_text}
+    if shipped is not None and hash(shipped) not in learnt:
         job.reporter.warn("no training row has the system message of ship.system, which the shipped model puts before every question")
     elif shipped is None and None not in learnt and len(learnt) == 1:
         job.reporter.warn("every training row has one system message, and the shipped model is asked without it: give it in ship.system")

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from ftkit.check import Check, failed, not_made, passed
 from ftkit.data.mask import trained_turns
 from ftkit.data.rows import Message, Row, roles_text
-from ftkit.data.template import Render, render, token_ids
+from ftkit.data.template import render, renders, token_ids
 from ftkit.data.turns import answer_reader
 from ftkit.engines import llamacpp
 from ftkit.errors import ProofError
@@ -37,11 +37,6 @@ HINTS = {
 SCORE_NAMES: dict[Onto, str] = {"source": "merged", "dequantised": "merged onto the dequantised base"}
 
 
-def renders(tokenizer: Any) -> Render:
-    """A tokenizer's chat template as a function."""
-    return lambda messages, ask: render(tokenizer, messages, ask=ask)
-
-
 def proof_checks(
     tokenizer: Any, engine: llamacpp.Engine, rows: Sequence[Row], questions: Sequence[list[Message]], stops: Sequence[int]
 ) -> list[Check]:
@@ -52,6 +47,9 @@ def proof_checks(
 
     def training() -> Iterator[tuple[str, list[int], list[int]]]:
         for row in rows[:ROWS_COMPARED]:
+            if row.is_text:
+                text = row.messages[0]["content"]
+                yield text, list(tokenizer(text)["input_ids"]), engine.tokenize(text, begins=True)
             for turn, seen, said in trained_turns(tokenizer, row):
                 yield roles_text(turn.asked), seen, engine.prompt_ids(turn.asked)
                 whole = turn.prompt + turn.said
@@ -122,7 +120,7 @@ def lost_points(job: Job, asked: Made[Asked], told: Made[AskedMerged]) -> float 
     """Points that the merged model answers less than the trained one; None where one of them could not be asked."""
     first, merged = read_questions(asked), read_answers(told).get("merged")
     trained = first.answers.get("trained")
-    if trained is None or merged is None:
+    if trained is None or merged is None or not first.questions:
         return None
     before, after = (score(first.expected, given, job.recipe.ship.match).percent for given in (trained, merged))
     return before - after
@@ -151,8 +149,8 @@ def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping)
         if told and (answers := read_answers(told).get("merged")):
             given[SCORE_NAMES[onto]] = answers
     given[quantization] = after
-    scores = {name: score(first.expected, answers, ship.match) for name, answers in given.items()}
-    alike = same(given["trained"], after) if "trained" in given else None
+    scores = {name: score(first.expected, answers, ship.match) for name, answers in given.items()} if first.questions else {}
+    alike = same(given["trained"], after) if "trained" in given and scores else None
     answers_check = judge_answers(scores, quantization, alike or Score(0, len(after)), ship.max_loss_points)
     before = given.get("before", [""] * len(after))
     examples = [

@@ -10,7 +10,7 @@ from typing import Any
 
 from ftkit.check import Check, not_made
 from ftkit.data.rows import Message, has_tools
-from ftkit.data.template import dated, render
+from ftkit.data.template import dated, render, renders
 from ftkit.data.turns import answer_reader
 from ftkit.engines import ollama
 from ftkit.errors import ModelError, NameTakenError
@@ -19,7 +19,7 @@ from ftkit.line.ask import Asked, read_answers, read_questions
 from ftkit.line.gguf import Shipping
 from ftkit.line.job import Job, tokenizer_of
 from ftkit.line.merge import MODEL, Merged
-from ftkit.line.prove import PROVE, Proven, renders
+from ftkit.line.prove import PROVE, Proven
 from ftkit.line.step import Made, Step
 from ftkit.machine.device import asked_threads
 from ftkit.model.source import open_gguf

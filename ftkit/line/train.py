@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,9 +11,10 @@ from typing import Any
 
 from ftkit.data.manner import calling_of
 from ftkit.data.mask import cut, tokenise
-from ftkit.data.rows import CALLS, Message
+from ftkit.data.rows import CALLS, Message, Row
 from ftkit.data.stops import configured_stops, stops
-from ftkit.data.template import is_dated, render, token_ids
+from ftkit.data.store import store_examples
+from ftkit.data.template import is_dated, render, renders, token_ids
 from ftkit.data.turns import question, turns_of
 from ftkit.engines import llamacpp
 from ftkit.errors import FtkitError, ModelError, RecipeError, ToolMissingError, first_line
@@ -31,6 +33,7 @@ from ftkit.train import trainer
 from ftkit.train.probe import Probe
 from ftkit.train.trainer import Settings, TrainResult
 
+EXAMPLES = "examples"  # the folder of what is trained on, in tokens, as long as the training lasts
 ROWS_RENDERED = 200  # training rows whose prompts llama.cpp renders before they are trained on, the first
 
 
@@ -65,14 +68,18 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     if is_dated(tokenizer.chat_template):
         reporter.note(f"the chat template writes today's date: it is {recipe.data.date}, here and in the shipped file (data.date)")
     if opened.gguf:
-        _check_recovered_tokenizer(job, opened.gguf, tokenizer, [render(tokenizer, row.messages, ask=False) for row in rows.train[:200]])
+        _check_recovered_tokenizer(job, opened.gguf, tokenizer, [_written(tokenizer, row) for row in rows.train[:200]])
     if recipe.training.method != "full":
         refuse_what_cannot_be_merged(opened.folder, recipe.lora, trust_remote_code=recipe.trust_remote_code)
     _check_prompts(job, tokenizer, rows, opened.folder)
     settings = _settings(planned)
     reporter.step(f"training ({recipe.training.method}, {settings.per_device_train_batch_size} × {settings.gradient_accumulation_steps})")
-    train, validation = (cut(tokenise(tokenizer, part), max_length) for part in (rows.train, rows.validation))
+    parts = {"train": rows.train, "validation": rows.validation}
+    train, validation = (
+        store_examples(cut(tokenise(tokenizer, part), max_length), folder / EXAMPLES / f"{name}.arrow") for name, part in parts.items()
+    )
     result = trainer.train(recipe, settings, opened.folder, tokenizer, train, validation, folder, reporter)
+    shutil.rmtree(folder / EXAMPLES, ignore_errors=True)  # Windows keeps a mapped file
     if result.tokens_per_second:
         _remember_speed(job, planned, result.tokens_per_second)
     peak = planned.chosen.peak
@@ -83,6 +90,10 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
         planned_device_bytes=peak.device_bytes,
         planned_for=planned.device.name,
     )
+
+
+def _written(tokenizer: Any, row: Row) -> str:
+    return str(row.messages[0]["content"]) if row.is_text else render(tokenizer, row.messages, ask=False)
 
 
 def _remember_speed(job: Job, planned: MemoryPlan, tokens_per_second: float) -> None:
@@ -117,7 +128,10 @@ def _check_prompts(job: Job, tokenizer: Any, rows: Rows, folder: Path) -> None:
                 f"add {token} to eos_token_id in its generation_config.json",
             )
     asked: list[Sequence[Message]] = [turn.asked for row in rows.train[:ROWS_RENDERED] for turn in turns_of(tokenizer, row)]
-    asked += [*(question(tokenizer, row) for row in rows.test), *conversations(lambda messages, ask: render(tokenizer, messages, ask=ask))]
+    asked += [
+        *(question(tokenizer, row) for row in rows.test if not row.is_text),
+        *conversations(renders(tokenizer)),
+    ]
     try:
         with llamacpp.rendering(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token) as engine:
             different = differing_prompt((render(tokenizer, messages, ask=True), engine.render(messages)) for messages in asked)
@@ -158,7 +172,7 @@ def probe(job: Job, planned: MemoryPlan) -> Probe:
     refuse_probe(job)
     recipe, base = job.recipe, base_folder(job)
     tokenizer = tokenizer_of(job, base, base=True)
-    examples = cut(tokenise(tokenizer, read_data(job).train), recipe.training.max_length)
+    examples = list(cut(tokenise(tokenizer, read_data(job).train), recipe.training.max_length))
     job.reporter.step("probing: two real steps")
     with tempfile.TemporaryDirectory(dir=job.run.folder, prefix=".probe-") as folder:
         probed = probing.probe(recipe, _settings(planned), base, tokenizer, examples, Path(folder))

@@ -14,6 +14,8 @@ def judge_answers(scores: Mapping[str, Score], shipped: str, alike: Score, limit
     Not made where a loss could not be seen: where the trained model gets no more right than may be lost.
     """
     name = "answers"
+    if not scores:
+        return not_made(name, "nothing is asked: the held-out rows are plain text")
     if "trained" not in scores or shipped not in scores:
         return not_made(name, f"the {'trained model' if 'trained' not in scores else 'shipped file'} could not be asked")
     trained, after = scores["trained"], scores[shipped]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit import patches
 from ftkit.data.mask import refuse_nothing_to_learn
-from ftkit.data.rows import Example
+from ftkit.data.store import token_counts
 from ftkit.engines import hf
 from ftkit.errors import RunError, TrainingDivergedError
 from ftkit.memory.model import lora_config
@@ -64,17 +64,20 @@ def build_trainer(
     settings: Settings,
     base: Path,
     tokenizer: PreTrainedTokenizerBase,
-    training: Sequence[Example],
-    validation: Sequence[Example],
+    training: Any,
+    validation: Any,
     folder: Path,
     callbacks: Sequence[Any] = (),
 ) -> Any:
-    """The SFTTrainer of this recipe. Rows are token ids and labels already, so nothing is rendered or masked again."""
-    from datasets import Dataset
+    """The SFTTrainer of this recipe.
+
+    `training` and `validation` are `datasets.Dataset`s of token ids and labels already (data.store), or lists of `Example`s, so that
+    nothing is rendered or masked again.
+    """
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    refuse_nothing_to_learn(training, validation)
+    refuse_nothing_to_learn(len(training), len(validation))
     patches.require("training")  # before the model is loaded
     hf.refuse_lost_gradients()
     method, t = recipe.training.method, recipe.training
@@ -124,8 +127,8 @@ def build_trainer(
     trainer = _reproducible(SFTTrainer)(
         model=model,
         args=config,
-        train_dataset=_dataset(Dataset, training),
-        eval_dataset=_dataset(Dataset, validation),
+        train_dataset=_dataset(training),
+        eval_dataset=_dataset(validation),
         processing_class=tokenizer,
         peft_config=None if method == "full" else lora_config(recipe.lora, model),
         callbacks=list(callbacks),
@@ -142,8 +145,8 @@ def train(
     settings: Settings,
     base: Path,
     tokenizer: PreTrainedTokenizerBase,
-    training: Sequence[Example],
-    validation: Sequence[Example],
+    training: Any,
+    validation: Any,
     folder: Path,
     reporter: Reporter = SILENT,
 ) -> TrainResult:
@@ -160,7 +163,8 @@ def train(
     resumed = last_checkpoint(checkpoints)
     if resumed:
         mend_best(resumed, reporter)
-    tokens_per_row = sum(len(example.input_ids) for example in training) / max(1, len(training))
+    training, validation = _dataset(training), _dataset(validation)
+    tokens_per_row = sum(token_counts(training)) / max(1, len(training))
     tokens_per_step = tokens_per_row * recipe.training.effective_batch_size
     watcher = make_watcher(reporter, tokens_per_step, recipe.training.save_minutes * 60, read_watched(resumed), cuda=settings.cuda)
     stopper = EarlyStoppingCallback(recipe.training.early_stopping_patience)
@@ -242,13 +246,17 @@ def _reproducible(kind: Any) -> Any:
                     return indices
 
             size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            return Sampler(size, lengths=[len(ids) for ids in dataset["input_ids"]])
+            return Sampler(size, lengths=token_counts(dataset))
 
     return Trainer
 
 
-def _dataset(kind: Any, examples: Sequence[Example]) -> Any:
-    return kind.from_dict({"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]})
+def _dataset(examples: Any) -> Any:
+    from datasets import Dataset
+
+    if isinstance(examples, Dataset):
+        return examples
+    return Dataset.from_dict({name: [getattr(example, name) for example in examples] for name in ("input_ids", "labels")})
 
 
 def _is_over(checkpoint: Path, max_steps: int) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from click.testing import Result
 
-from ftkit.data.read import split_validation
+from ftkit.data.read import read_rows, split_validation
 
 pytestmark = pytest.mark.torch
 Ftkit = Callable[..., Result]
@@ -102,7 +102,7 @@ def test_the_figures_are_those_of_the_rows(here: Path, model: Path, ftkit: Ftkit
     assert found["learnt_tokens"] == sum(n + 1 for n in (1, 9, 30, 30, 30))
     assert sum(entry["examples"] for entry in found["histogram"]) == len(rows)
     assert found["rows"] == []
-    train, validation = split_validation(rows, 0.1, 42)  # type: ignore[arg-type]
+    train, validation = split_validation(read_rows(here / "rows.jsonl"), 0.1, 42)
     assert (found["parts"]["train"]["rows"], found["parts"]["validation"]["rows"]) == (len(train), len(validation))
 
 
@@ -119,7 +119,7 @@ def test_the_page_holds_the_rows_and_no_markup_of_theirs(here: Path, model: Path
     ("content", "fault"),
     [
         ("", "has no rows"),
-        ('{"prompt": "x", "completion": "y"}\n{"text": "x"}\n', "rows.jsonl, line 2: plain `text`"),
+        ('{"prompt": "x", "completion": "y"}\n{"text": ""}\n', "rows.jsonl, line 2: `text` is empty"),
         (
             '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": [1]}]}',
             "message 2: 1 calls no function by name",

@@ -20,6 +20,7 @@ from click.testing import Result
 
 from ftkit.data.read import split_validation
 from ftkit.data.rows import Row
+from ftkit.data.store import store_rows
 from ftkit.engines import hf
 from ftkit.machine import device
 from ftkit.memory.kernels import CONTEXT_BYTES
@@ -71,7 +72,7 @@ def test_a_dataset_is_counted(here: Path, model: Path, ftkit: Ftkit, rows: list[
 
 def test_a_kind_that_is_held_out_whole_is_named(here: Path, model: Path, ftkit: Ftkit, write_rows: Any) -> None:
     """Answers give a reason first: only by the last line, which counts, are they of few kinds. Here the only row of one is held out."""
-    every = [Row(({"role": "user", "content": str(n)},), n) for n in range(20)]
+    every = store_rows(Row(({"role": "user", "content": str(n)},), n) for n in range(20))
     rare = split_validation(every, 0.1, seed=42)[1][0].line
     answers = [f"Reason {n}.\n{'rare' if n == rare else 'SAFE' if n % 2 else 'UNSAFE'}" for n in range(20)]
     write_rows(here / "t.jsonl", [{"prompt": f"{n}?", "completion": answer} for n, answer in enumerate(answers)])

@@ -9,11 +9,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ftkit.data import template
-from ftkit.data.lengths import count_tokens
+from ftkit.data import store, template
+from ftkit.data.formats import conversation_of
+from ftkit.data.lengths import count_tokens, tally
 from ftkit.data.mask import cut, tokenise
 from ftkit.data.read import only_held_out, read_rows, split_validation
 from ftkit.data.rows import IGNORED, Example, Row
+from ftkit.data.store import StoredRows, store_rows
+from ftkit.data.turns import turns_of
 from ftkit.errors import DataError, ModelError
 
 WriteRows = Callable[[Path, list[Any]], Path]
@@ -34,7 +37,7 @@ ANSWERED = {"role": "assistant", "content": "4"}
     ],
 )
 def test_every_form_becomes_the_same_messages(tmp_path: Path, write_rows: WriteRows, value: Any) -> None:
-    assert read_rows(write_rows(tmp_path / "a.jsonl", [value])) == [Row((ASKED, ANSWERED), 1)]
+    assert list(read_rows(write_rows(tmp_path / "a.jsonl", [value]))) == [Row((ASKED, ANSWERED), 1)]
 
 
 def test_an_alpaca_input_follows_its_instruction(tmp_path: Path, write_rows: WriteRows) -> None:
@@ -70,7 +73,8 @@ def test_a_json_list_is_read_too(tmp_path: Path, rows: list[dict[str, Any]]) -> 
     [
         ({}, "no known form (keys: none)"),
         ({"review": "x", "label": 1}, "no known form (keys: review, label)"),
-        ({"text": "x"}, "plain `text` has no answer to be asked for"),
+        ({"text": "x", "system": "y"}, "a plain `text` takes nothing beside it"),
+        ({"text": " "}, "`text` is empty"),
         ({"prompt": "x"}, "no known form (keys: prompt)"),
         ([1], "a row is an object, not list"),
         ("x", "a row is an object, not str"),
@@ -153,8 +157,8 @@ def test_text_as_windows_writes_it(tmp_path: Path, encoding: str) -> None:
     assert [(row.question[0]["content"], row.answer, row.line) for row in read_rows(path)] == [("ä 2 + 2?", "4 €", n) for n in (1, 2)]
 
 
-def make_rows(count: int) -> list[Row]:
-    return [Row(({"role": "user", "content": str(n)}, ANSWERED), n) for n in range(1, count + 1)]
+def make_rows(count: int) -> StoredRows:
+    return store_rows(Row(({"role": "user", "content": str(n)}, ANSWERED), n) for n in range(1, count + 1))
 
 
 def test_validation_rows_are_held_out_of_training() -> None:
@@ -162,8 +166,8 @@ def test_validation_rows_are_held_out_of_training() -> None:
     train, validation = split_validation(rows, 0.1, seed=1)
     assert len(validation) == 50 * 0.1
     assert sorted(row.line for row in (*train, *validation)) == [row.line for row in rows]
-    assert (train, validation) == split_validation(rows, 0.1, seed=1)
-    assert validation != split_validation(rows, 0.1, seed=2)[1]
+    assert [[*part] for part in (train, validation)] == [[*part] for part in split_validation(rows, 0.1, seed=1)]
+    assert [*validation] != [*split_validation(rows, 0.1, seed=2)[1]]
 
 
 @pytest.mark.parametrize(("count", "share"), [(2, 0.01), (2, 0.99), (10, 0.999), (10, 0.001)])
@@ -203,8 +207,7 @@ class Characters:
     all_special_tokens = ("⏏",)
     added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
-    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [ord(character) for character in text]}
 
 
@@ -238,7 +241,8 @@ def test_a_template_that_changes_the_prompt_afterwards_gives_an_example_for_each
     class Counting(Characters):
         chat_template = "{{ messages | length }}" + Characters.chat_template
 
-    examples = tokenise(Counting(), [Row((ASKED, ANSWERED, {"role": "user", "content": "Sure?"}, ANSWERED), 7)])  # type: ignore[arg-type]
+    row = Row((ASKED, ANSWERED, {"role": "user", "content": "Sure?"}, ANSWERED), 7)
+    examples = list(tokenise(Counting(), [row]))  # type: ignore[arg-type]
     assert [text_of(example.input_ids) for example in examples] == [
         "1<u>2 + 2?⏏\n<a>4⏏",
         "3<u>2 + 2?⏏\n<a>4⏏\n<u>Sure?⏏\n<a>4⏏",
@@ -253,7 +257,7 @@ def test_a_template_that_changes_the_answer_is_refused() -> None:
         class Changing(Characters):
             chat_template = Characters.chat_template.replace("{{ m.content }}", content)
 
-        return tokenise(Changing(), [row])  # type: ignore[arg-type]
+        return list(tokenise(Changing(), [row]))  # type: ignore[arg-type]
 
     with pytest.raises(DataError, match=r"^a.jsonl, line 7, message 2: the chat template renders the prompt differently"):
         tokenised("{{ m.content }}{{ messages | length }}")
@@ -265,15 +269,44 @@ def test_a_template_that_changes_the_answer_is_refused() -> None:
 
 def test_token_counts() -> None:
     examples = [Example([0] * length, [0] * length) for length in range(100, 0, -1)]
-    counts = count_tokens(examples, max_length=90)
+    counts = count_tokens([tally(examples[:40], max_length=90), tally(examples[40:], max_length=90)])
     assert (counts.rows, counts.longest, counts.cut) == (100, 100, 10)
     assert counts.total == 100 * 101 // 2
     assert counts.median in (50, 51)
     assert counts.p95 in (95, 96)
-    assert count_tokens(examples[-1:], max_length=1).p95 == 1
+    assert count_tokens([tally(examples[-1:], max_length=1)]).p95 == 1
 
 
 def test_rows_are_cut_and_dropped_where_no_answer_is_left() -> None:
     short, long = Example([1, 2], [IGNORED, 2]), Example([1, 2, 3, 4], [IGNORED, 2, 3, 4])
     beyond = Example([1, 2, 3, 4], [IGNORED, IGNORED, IGNORED, 4])
-    assert cut([short, long, beyond], 3) == [short, Example([1, 2, 3], [IGNORED, 2, 3])]
+    assert list(cut([short, long, beyond], 3)) == [short, Example([1, 2, 3], [IGNORED, 2, 3])]
+
+
+def test_plain_text_is_learnt_as_it_stands() -> None:
+    """As the tokenizer begins a text, and its end; no template, and nothing that could be asked."""
+    row = Row(conversation_of({"text": "Once."}).messages, 1)
+    (example,) = tokenise(Characters(), [row])  # type: ignore[arg-type]
+    assert example.input_ids == example.labels
+    assert text_of(example.input_ids) == "Once.⏏"
+    assert (row.is_text, list(turns_of(Characters(), row))) == (True, [])  # type: ignore[arg-type]
+
+
+def test_rows_beyond_what_memory_is_given_are_read_from_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They, their slices and what is taken of them are the rows; the file is gone with the last of these."""
+    monkeypatch.setattr(store, "IN_MEMORY_BYTES", 1000)
+    written = [
+        Row(({"role": "user", "content": "ü" * n}, ANSWERED), n, f"a.jsonl, line {n}", frozenset({0}), "messages") for n in range(1, 60)
+    ]
+    rows = store_rows(written)
+    assert [*rows] == written
+    assert [*rows[5:9]] == written[5:9]
+    assert [*rows.take([7, 3])[1:]] == [written[3]]
+    assert [(row.place, row.form) for row in rows] == [(row.place, row.form) for row in written]
+    file = rows._lines._file
+    assert file._rolled  # type: ignore[attr-defined]
+    view = rows[1:2]
+    del rows
+    assert view[0] == written[1]
+    del view
+    assert file.closed

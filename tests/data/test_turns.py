@@ -300,7 +300,7 @@ def test_real_vocabularies_give_the_ids_of_inference(name: str, tmp_path: Path) 
     system = (False,) if family.template in NO_SYSTEM else (False, True)
     for row in (Row(tuple(conversation(turns, system=first, reasoning=False)), 1) for turns in (1, 2, 3) for first in system):
         asked = [row.messages[:n] for n, message in enumerate(row.messages) if message["role"] == "assistant"]
-        found = spans(tokenise(model, [row]))
+        found = spans(list(tokenise(model, [row])))
         assert [seen for seen, _ in found] == [template.token_ids(model, template.render(model, messages, ask=True)) for messages in asked]
         assert [said[-1] for _, said in found] == turn_ends(model) * len(asked)
         assert [answer_reader(model)(said).strip() for _, said in found] == [f"Answer {n} is {{x}}.\nSo." for n in range(len(asked))]

@@ -71,7 +71,7 @@ def test_gradients_and_optimizer_to_the_byte(method: str, optim: str, model: Pat
     from ftkit.train.trainer import build_trainer
 
     tokenizer = hf.load_tokenizer(model)
-    examples = tokenise(tokenizer, [Row(tuple(row["messages"]), 1) for row in rows[:2]])
+    examples = list(tokenise(tokenizer, [Row(tuple(row["messages"]), 1) for row in rows[:2]]))
     recipe = tiny.recipe(model, method=method, optim=optim)
     trainer = build_trainer(recipe, tiny.SETTINGS, model, tokenizer, examples, examples, tmp_path)
     trainer.create_optimizer()

@@ -125,9 +125,7 @@ def test_questions_with_tools_are_asked_with_the_models_own_prompt(shipped: tupl
         assert messages == with_tools
         return template.render(tokenizer, question, ask=True)
 
-    plain, called = (
-        ollama.answer(client, NAME, [messages], 64, render=prompt, options=ONE_THREAD) for messages in (question, with_tools)
-    )
+    plain, called = (ollama.answer(client, NAME, [messages], 64, render=prompt, options=ONE_THREAD) for messages in (question, with_tools))
     assert called == plain
 
 

@@ -49,7 +49,7 @@ def tokenizer(model: Path) -> Any:
 
 @pytest.fixture
 def examples(tokenizer: Any, rows: list[dict[str, Any]]) -> list[Example]:
-    return tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(rows, 1)])
+    return list(tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(rows, 1)]))
 
 
 def gradients(trainer: Any, examples: list[Example]) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def unstopped(model: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFact
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("unstopped")
-    rows = tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(conversations(), 1)])
+    rows = list(tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(conversations(), 1)]))
     train(tiny.recipe(model, method="lora"), tiny.SETTINGS, model, tokenizer, rows[2:], rows[:2], folder)
     return adapter_hash(folder)
 
@@ -315,7 +315,7 @@ def adapter_hash(folder: Path) -> str:
 def worse(tokenizer: Any) -> list[Example]:
     """Validation rows whose loss rises while `examples` are learnt."""
     question, answer = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "QXZ#~"}
-    return tokenise(tokenizer, [Row((question, answer), n) for n in (1, 2)])  # type: ignore[arg-type]
+    return list(tokenise(tokenizer, [Row((question, answer), n) for n in (1, 2)]))  # type: ignore[arg-type]
 
 
 RISES = {"lora": 1e-2, "full": 1e-2}  # learning rates by which it does, from the first evaluation on

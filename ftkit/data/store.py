@@ -1,0 +1,106 @@
+"""Rows and tokens in files, so that two million of them need little more memory than two."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from ftkit.data.rows import Example, Row
+from ftkit.files import cache_folder
+
+IN_MEMORY_BYTES = 64 << 20  # of rows; more of them go into a file without a name
+EXAMPLES_WRITTEN_TOGETHER = 1000
+
+
+class _Lines:
+    """A file of JSON lines without a name, which is gone with the last that reads it."""
+
+    def __init__(self) -> None:
+        place = str(cache_folder()) if cache_folder().is_dir() else None  # a system's own folder for such files may be memory
+        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, dir=place)  # noqa: SIM115 – closed below
+
+    def add(self, value: Any) -> int:
+        """Where it is from then on."""
+        offset = self._file.seek(0, os.SEEK_END)
+        self._file.write(json.dumps(value).encode() + b"\n")
+        return offset
+
+    def read(self, offset: int) -> Any:
+        self._file.seek(offset)
+        return json.loads(self._file.readline())
+
+    def __del__(self) -> None:
+        self._file.close()
+
+
+class StoredRows(Sequence[Row]):
+    """Rows as JSON lines, read when they are asked for; a slice and `take` are views of the same file."""
+
+    def __init__(self, lines: _Lines, offsets: array[int]) -> None:
+        self._lines, self._offsets = lines, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> StoredRows: ...
+    def __getitem__(self, index: int | slice) -> Row | StoredRows:
+        found = self._offsets[index]
+        return StoredRows(self._lines, found) if isinstance(found, array) else self._read(found)
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self._read, self._offsets)
+
+    def take(self, indexes: Iterable[int]) -> StoredRows:
+        """The rows with these indexes, in this order."""
+        return StoredRows(self._lines, array("q", (self._offsets[index] for index in indexes)))
+
+    def _read(self, offset: int) -> Row:
+        messages, line, place, unlearnt, form = self._lines.read(offset)
+        return Row(tuple(messages), line, place, frozenset(unlearnt), form)
+
+
+def store_rows(rows: Iterable[Row]) -> StoredRows:
+    """Keep rows, as they come."""
+    lines = _Lines()
+    values = ([row.messages, row.line, row.place, sorted(row.unlearnt), row.form] for row in rows)
+    return StoredRows(lines, array("q", map(lines.add, values)))
+
+
+def store_examples(examples: Iterable[Example], path: Path) -> Any:
+    """A `datasets.Dataset` of `input_ids` and `labels`, int32, mapped from an Arrow file at `path`, which is written anew."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    numbers = pa.list_(pa.int32())
+    schema = pa.schema({"input_ids": numbers, "labels": numbers})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        waiting: list[Example] = []
+        for example in examples:
+            waiting.append(example)
+            if len(waiting) == EXAMPLES_WRITTEN_TOGETHER:
+                writer.write_batch(_batch(waiting, schema))
+                waiting = []
+        writer.write_batch(_batch(waiting, schema))
+    return Dataset.from_file(str(path))
+
+
+def _batch(examples: Sequence[Example], schema: Any) -> Any:
+    import pyarrow as pa
+
+    return pa.RecordBatch.from_pydict({name: [getattr(example, name) for example in examples] for name in schema.names}, schema)
+
+
+def token_counts(dataset: Any) -> list[int]:
+    """Tokens of each row of a `datasets.Dataset`, without reading them."""
+    import pyarrow.compute as pc
+
+    return [length for chunk in dataset.data.column("input_ids").chunks for length in pc.list_value_length(chunk).to_pylist()]
