@@ -43,6 +43,10 @@ class ModelError(FtkitError):
     """The model reference, its config, tokenizer or weights cannot be used."""
 
 
+class UntracedError(ModelError):
+    """A training step that cannot be traced."""
+
+
 class RunError(FtkitError):
     """A run directory cannot be read or written."""
 

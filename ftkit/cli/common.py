@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from ftkit.line.job import Job
 
 # The libraries' own bars and advice; ftkit shows its own. Read when they are imported, so set before that.
-QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = {
+    "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false",
+    "KINETO_LOG_LEVEL": "6",  # torch's profiler, when a probe begins and ends
+}  # fmt: skip
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

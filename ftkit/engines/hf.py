@@ -125,6 +125,17 @@ def out_of_memory(error: BaseException, what: str) -> DoesNotFitError | None:
     )
 
 
+def release_memory() -> None:
+    """Give back what a model that is no longer used has held."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def nf4_config(dtype: Any, left_alone: list[str] | None = None) -> Any:
     """4-bit NF4 with double quantisation, computing in `dtype`. `left_alone`: layers; None: those that transformers chooses."""
     from transformers import BitsAndBytesConfig

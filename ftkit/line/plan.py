@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -14,24 +15,28 @@ from typing import Any
 from ftkit.data.lengths import Tally, TokenCounts, count_tokens, tally
 from ftkit.data.mask import refuse_nothing_to_learn, tokenise
 from ftkit.data.read import only_held_out
-from ftkit.data.rows import Row
+from ftkit.data.rows import IGNORED, Example, Row
 from ftkit.data.template import render, renders, token_ids
 from ftkit.data.turns import has_reasoning, question, turns_of
 from ftkit.engines import hf
-from ftkit.errors import ModelError, RecipeError
-from ftkit.line.job import Job, Rows, read_data, tokenizer_of
+from ftkit.errors import DoesNotFitError, ModelError, RecipeError
+from ftkit.line.job import Job, Rows, base_folder, computes_on, read_data, tokenizer_of
 from ftkit.line.step import Step, write_json
+from ftkit.machine.device import choose as choose_device
 from ftkit.machine.device import computes_bfloat16
 from ftkit.memory.model import load_config
 from ftkit.model.open import open_config
 from ftkit.model.source import Source
 from ftkit.ollama.modelfile import refuse_system
 from ftkit.plan import measured
+from ftkit.plan.by_measuring import Measure
 from ftkit.plan.choose import make_plan
 from ftkit.plan.plan import MemoryPlan
 from ftkit.proof.compare import counted
 from ftkit.recipe import Recipe
 from ftkit.run import Run
+from ftkit.train.probe import probe
+from ftkit.train.trainer import Settings
 
 PLAN_FILE = "plan.json"
 HOLDS_FOR = ("accelerate", "bitsandbytes", "ftkit", "gguf", "peft", "torch", "transformers", "trl")  # in these versions
@@ -118,9 +123,39 @@ def _make(job: Job, folder: Path) -> Chosen:
         bfloat16=computes_bfloat16(device),
         extra_bytes=_extra_bytes(job),
         labelled_share=labelled / length,
+        measure=_measuring(job, length, labelled),
     )
     write_json(folder / PLAN_FILE, {"memory": memory.record(), "tokens": asdict(count_tokens(tallies)) if tallies else None})
     return Chosen(memory.chosen.fits, memory.chosen.peak.device_bytes)
+
+
+def _measuring(job: Job, length: int, labelled: int) -> Measure | None:
+    """What measures real steps on this machine, should a step not be traced; None where another device is planned for.
+
+    On rows of any tokens, as long as the longest and with as many learnt.
+    """
+    real = choose_device()
+    if (real.kind, real.name) != (job.device.kind, job.device.name):
+        return None
+    examples = [Example([0] * length, [IGNORED] * (length - labelled) + [0] * labelled)]
+
+    def measure(batch: int, checkpointing: bool) -> tuple[int, int | None] | None:
+        rows = f"{batch} × {length} tokens, {'with' if checkpointing else 'without'} checkpointing"
+        job.reporter.step(f"its step cannot be traced: measuring two real steps, {rows}")
+        base, (cuda, bfloat16) = base_folder(job), computes_on()
+        settings = Settings(batch, -(-job.recipe.training.effective_batch_size // batch), checkpointing, bfloat16, cuda)
+        with tempfile.TemporaryDirectory(dir=job.run.folder, prefix=".probe-") as folder:
+            try:
+                found = probe(job.recipe, settings, base, tokenizer_of(job, base, base=True), examples, Path(folder))
+            except (RuntimeError, MemoryError, DoesNotFitError) as error:
+                if not isinstance(error, DoesNotFitError) and not hf.out_of_memory(error, "train"):
+                    raise
+                return None
+            finally:
+                hf.release_memory()
+        return found.allocated_bytes, found.reserved_bytes
+
+    return measure
 
 
 def _count(job: Job, opened: Source, rows: Rows, config: Any) -> tuple[Tally, ...]:

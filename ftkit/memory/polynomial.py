@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ftkit.errors import ModelError
+from ftkit.errors import UntracedError
 from ftkit.memory.kernels import MASK_ALIGNMENT
 from ftkit.memory.model import Adapters, Skeleton
 from ftkit.memory.optimizer import optimizer_events
@@ -138,7 +138,7 @@ class StepMemory:
         recorded = [self._tracer.record(*point) for point in points]
         first = recorded[0]
         if any((other.kinds, other.storages) != (first.kinds, first.storages) for other in recorded):
-            raise ModelError("Traces at different batches or lengths differ in their operations; their memory cannot be fitted.")
+            raise UntracedError("Traces at different batches or lengths differ in their operations; their memory cannot be fitted.")
         try:
             layout = unroll(first, self.skeleton.unit_layers, self.skeleton.layers, self.skeleton.total_layers)
         except NotRepeating:  # layers that look alike do not behave alike: trace them all

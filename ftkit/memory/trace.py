@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ftkit import patches
-from ftkit.errors import ModelError, first_line
+from ftkit.errors import ModelError, UntracedError, first_line
 from ftkit.memory import kernels
 from ftkit.memory.events import Events
 from ftkit.memory.fake import for_dora, make_fake, prepare, quantization_tensors
@@ -103,9 +103,9 @@ class StepTracer:
         except ModelError:
             raise
         except (RuntimeError, NotImplementedError, TypeError, AttributeError, ImportError, ValueError) as error:
-            raise ModelError(
+            raise UntracedError(
                 f"A training step of {self.model.config.model_type} cannot be traced: {type(error).__name__}: {first_line(error)}",
-                "nothing is guessed in its place; docs/plan.md names model types that are tested",
+                "on the machine that trains, ftkit measures two real steps instead; docs/plan.md names model types that are traced",
             ) from error
         finally:
             self._recorder = None

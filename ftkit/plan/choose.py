@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ftkit.data.lengths import batching, grouped_batch_tokens
-from ftkit.errors import ModelError
+from ftkit.errors import ModelError, UntracedError
 from ftkit.gguf.types import gguf_model
 from ftkit.machine.device import Device
 from ftkit.memory.model import Inventory, Skeleton
@@ -16,6 +16,7 @@ from ftkit.memory.polynomial import StepMemory
 from ftkit.memory.replay import Peak
 from ftkit.memory.settings import Dtype, StepSettings
 from ftkit.plan import measured
+from ftkit.plan.by_measuring import Measure, choose_by_measuring, timeline_of
 from ftkit.plan.cost import FTKIT_BYTES
 from ftkit.plan.plan import METHODS, Candidate, MemoryPlan, Remedy, Workload, without_margin
 from ftkit.recipe import Recipe
@@ -100,13 +101,13 @@ class Planner:
         """What the step may take on the device, the margin left out."""
         return without_margin(self.device.free_bytes)
 
-    def candidate(self, recipe: Recipe, batch: int, checkpointing: bool) -> Candidate:
+    def candidate(self, recipe: Recipe, batch: int, checkpointing: bool, measured: Peak | None = None) -> Candidate:
         return Candidate(
             inventory=self.count(recipe),
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=-(-recipe.training.effective_batch_size // batch),
             gradient_checkpointing=checkpointing,
-            peak=self.peak(recipe, batch, checkpointing),
+            peak=measured or self.peak(recipe, batch, checkpointing),
             budget_bytes=self.device.free_bytes,
         )
 
@@ -245,17 +246,29 @@ def make_plan(
     bfloat16: bool,
     extra_bytes: int = 0,
     labelled_share: float = 1.0,
+    measure: Measure | None = None,
 ) -> MemoryPlan:
     """Plan a run for rows of up to `length` tokens; `lengths` are those of the training rows, where there is a dataset.
 
     `labelled_share` is the largest share of a batch's tokens that is learnt, `extra_bytes` what an earlier probe of this
     model by this method on this device found beyond the trace.
-    Counts are of the model on the meta device, peaks of traced steps. Raises ModelError where a step cannot be traced,
+    Counts are of the model on the meta device, peaks of traced steps; of a step that cannot be traced they are measured, by
+    `measure`, and nothing is said of other methods and lengths. Raises UntracedError where there is none, ModelError and
     RecipeError where the adapter's targets are wrong.
     """
     planner = Planner(config, recipe, device, length, lengths, bfloat16=bfloat16, extra_bytes=extra_bytes, labelled_share=labelled_share)
-    chosen, seen = planner.choose(recipe)
     training = recipe.training
+    try:
+        chosen, seen = planner.choose(recipe)
+        step = planner.memory(planner.settings(recipe, chosen.gradient_checkpointing)).step(
+            chosen.per_device_train_batch_size, length, accumulates=chosen.gradient_accumulation_steps > 1
+        )
+        timeline = step.timeline()
+    except UntracedError:
+        if not measure:
+            raise
+        chosen, seen = choose_by_measuring(planner, measure)
+        timeline = timeline_of(chosen)
     batch, checkpointing = chosen.per_device_train_batch_size, chosen.gradient_checkpointing
     methods, untraced = [], {}
     for method in METHODS:
@@ -265,7 +278,6 @@ def make_plan(
         except ModelError as error:
             untraced[method] = error.message
     settings = planner.settings(recipe, checkpointing)
-    step = planner.memory(settings).step(batch, length, accumulates=chosen.gradient_accumulation_steps > 1)
     return MemoryPlan(
         device=device,
         max_length=length,
@@ -280,7 +292,7 @@ def make_plan(
         batching=batching(lengths, batch, training.effective_batch_size, training.max_length, training.seed) if lengths else None,
         work=work(recipe, lengths) if lengths else None,
         extra_bytes=planner.extra_bytes,
-        timeline=step.timeline(),
+        timeline=timeline,
         gguf=gguf_model({tensor.name: tensor.shape for tensor in planner.skeleton.tensors}, config),
     )
 

@@ -50,6 +50,62 @@ def test_a_plan_holds_in_the_real_trainer(project: Path, method: str, settings: 
     assert abs(planned / real - 1) < 0.01, f"{planned} planned, {real} measured"
 
 
+@pytest.fixture
+def untraced(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project with a model whose own code looks at the data, as no trace on tensors without data can."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(project / "modules"))
+    (project / "model" / "theirs.py").write_text(
+        """
+import numpy
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+class TheirConfig(LlamaConfig):
+    model_type = "theirs"
+class TheirNorm(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        if not numpy.isfinite(hidden_states.detach().float().cpu().numpy()).all():
+            raise ValueError("no numbers")
+        return super().forward(hidden_states)
+class TheirModel(LlamaForCausalLM):
+    config_class = TheirConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.norm = TheirNorm(config.hidden_size, config.rms_norm_eps)
+""",
+        encoding="utf-8",
+    )
+    path = project / "model" / "config.json"
+    named = {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.TheirConfig", "AutoModelForCausalLM": "theirs.TheirModel"}}
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **named}), encoding="utf-8")
+    return project
+
+
+def test_a_step_that_cannot_be_traced_is_measured_and_trained(untraced: Path, ftkit: Ftkit) -> None:
+    words = ("--trust-remote-code", "--set", "training.method=lora", "--set", "training.max_steps=2")
+    shown = ftkit("plan", untraced, *words)
+    assert "measuring two real steps, 1 × " in shown.stderr
+    assert "two real steps, measured" in shown.stdout
+    plan = json.loads(ftkit("plan", untraced, *words, "--json").stdout)
+    assert plan["chosen"]["fits"]
+    assert plan["methods"] == [plan["chosen"]]
+    assert {*plan["untraced"]} == {"full", "qlora"}
+    trained = ftkit("train", untraced, *words)
+    assert trained.exit_code == 0, trained.stderr
+    settings = ("training.method=lora", "training.max_steps=2", "trust_remote_code=true")
+    job = open_job(untraced / "recipe.yaml", [parse_override(entry) for entry in settings])
+    with job.run:
+        memory = line.plan(job).memory
+        again = probe(job, memory).allocated_bytes
+    assert abs(memory.chosen.peak.allocated_bytes / again - 1) < 0.01
+
+
+def test_a_step_that_cannot_be_traced_is_not_guessed_for_another_card(untraced: Path, ftkit: Ftkit) -> None:
+    refused = ftkit("plan", untraced, "--trust-remote-code", "--gpu", "RTX 3060")
+    assert refused.exit_code == 1
+    assert "cannot be traced" in refused.stderr
+    assert "on the machine that trains" in refused.stderr
+
+
 def test_a_probe_is_shown_kept_and_added_to_the_next_plan(project: Path, ftkit: Ftkit, private_cache: Path) -> None:
     first = json.loads(ftkit("plan", project, "--probe", "--json").stdout)
     assert first["probe"]["allocated_bytes"] > 0
