@@ -15,7 +15,7 @@ from ftkit.errors import ToolFailedError
 
 When = Literal[
     "tracing", "tracing for CUDA", "tracing DoRA", "training", "loading in 4 bits", "reading 4-bit weights", "looking at the CPU",
-    "merging", "asking Ollama", "reading GGUF files",
+    "running adapters", "merging", "asking Ollama", "reading GGUF files",
 ]  # fmt: skip
 
 
@@ -94,6 +94,54 @@ def _forward_4bit(layer: Any, x: Any) -> Any:
     return bitsandbytes.matmul_4bit(x, layer.weight, bias=bias, quant_state=layer.quant_state).to(given)
 
 
+def _packed(wrapper: Any) -> Any:
+    """Of a parameter that PEFT adapts, the scales of its 4 bits; None where it is in full."""
+    kept = dict(getattr(wrapper.get_base_layer(), "parametrizations", {}))
+    return next((part.quant_state for part in kept.get(wrapper.parameter_name, ()) if hasattr(part, "quant_state")), None)
+
+
+def _param_unread(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`ParamWrapper.get_param`, which is asked for dtype and shape alone."""
+
+    def get_param(wrapper: Any) -> Any:
+        import torch
+
+        state = _packed(wrapper)
+        return original(wrapper) if state is None else torch.empty((), dtype=state.dtype, device=state.absmax.device).expand(state.shape)
+
+    return get_param
+
+
+def _adapters_on_packed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`ParamWrapper._activate_lora`, of parameters in 4 bits too: W + scaling × A B, put on and taken off without a look at W."""
+
+    @contextlib.contextmanager
+    def activate(wrapper: Any, active_adapters: list[str]) -> Iterator[None]:
+        from peft.tuners.lora.layer import _LoraFactorsProxy
+        from torch.nn.utils import parametrize
+
+        adapters = [name for name in active_adapters if name in wrapper.lora_A]
+        if not adapters or _packed(wrapper) is None:
+            with original(wrapper, active_adapters):
+                yield
+            return
+        base, name = wrapper.get_base_layer(), wrapper.parameter_name
+        for adapter in adapters:
+            parametrize.register_parametrization(base, name, _LoraFactorsProxy(*wrapper.get_delta_factors(adapter)), unsafe=True)
+        try:
+            with parametrize.cached():
+                yield
+        finally:
+            for _ in adapters:
+                del base.parametrizations[name][-1]
+
+    return activate
+
+
+def _of(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
 class _TorchOfMasks:
     """torch, with another answer to whether a mask has no padding."""
 
@@ -118,7 +166,7 @@ def _read_plainly(reader: Any, offset: int, dtype: Any, count: int = 1, override
 
 
 _CUDA: When = "tracing for CUDA"
-_HEAD = "trl.kernels.chunked_logprob"
+_HEAD, _LORA = "trl.kernels.chunked_logprob", "peft.tuners.lora.layer"
 _TORCH, _TRANSFORMERS, _TRL, _PEFT = ("torch", "2.13.0"), ("transformers", "5.23.0"), ("trl", "1.16.0"), ("peft", "0.21.2")
 _BITSANDBYTES, _OLLAMA, _GGUF = ("bitsandbytes", "0.50.2"), ("ollama", "0.6.3"), ("gguf", "0.19.0")
 _NO_VALUES = "asks for values that fake tensors do not have; without an answer the mask is built in full"
@@ -148,6 +196,11 @@ PATCHES: tuple[Patch, ...] = (
           "bitsandbytes cannot copy a weight on the meta device; nothing is changed in the copy", *_PEFT),
     Patch("training", "trl.trainer.utils", "_use_triton", lambda _: lambda device: True,
           "without Triton TRL scores every position with the whole vocabulary, labelled or not; loss and gradients are the same", *_TRL),
+    Patch("running adapters", _LORA, "ParamWrapper.get_param", lambda _: _param_unread(_of(_LORA, "ParamWrapper").get_param),
+          "a look at experts in 4 bits dequantises them", *_PEFT),
+    Patch("running adapters", _LORA, "ParamWrapper._activate_lora",
+          lambda _: _adapters_on_packed(_of(_LORA, "ParamWrapper")._activate_lora),
+          "of two adapters on a layer's experts in 4 bits it leaves one out of the sum, and takes neither off again", *_PEFT),
     Patch("loading in 4 bits", "bitsandbytes.nn.modules", "has_avx512bf16", lambda _: lambda: False,
           "a layer is repacked at its first evaluation on such a CPU, and then computes without gradients, in training too",
           *_BITSANDBYTES),
@@ -169,7 +222,15 @@ INSIDES: tuple[Inside, ...] = (
     Inside("training", "transformers.trainer_pt_utils", "LengthGroupedSampler", "rows of like length go together", *_TRANSFORMERS),
     Inside("training", "transformers.trainer", "Trainer._get_train_sampler", "else no seed fixes the order of rows", *_TRANSFORMERS),
     Inside("training", "transformers.trainer", "Trainer._load_best_model", "a finished training is taken up with it", *_TRANSFORMERS),
+    Inside("running adapters", _LORA, "_LoraFactorsProxy", "it adds A B to experts as PEFT does", *_PEFT),
     Inside("reading 4-bit weights", "bitsandbytes.nn", "Params4bit.quant_state", "scales and code books are in it", *_BITSANDBYTES),
+    Inside("loading in 4 bits", "bitsandbytes.nn.parametrize", "Bnb4bitParametrization", "experts are dequantised by it", *_BITSANDBYTES),
+    Inside("loading in 4 bits", "bitsandbytes.nn.parametrize", "_register_parametrization_hooks",
+           "else they are dequantised at each look, and never let go", *_BITSANDBYTES),
+    Inside("loading in 4 bits", "transformers.integrations.bitsandbytes", "Bnb4bitQuantize.convert",
+           "experts are quantised where linear layers are", *_TRANSFORMERS),
+    Inside("loading in 4 bits", "transformers.quantizers.quantizer_bnb_4bit", "Bnb4BitHfQuantizer.param_needs_quantization",
+           "experts are quantised where linear layers are", *_TRANSFORMERS),
     Inside("merging", "transformers.core_model_loading", "revert_weight_conversion", "it names a model's weights as its files do",
            *_TRANSFORMERS),
     Inside("looking at the CPU", "torch", "cpu._is_avx512_bf16_supported", "else bfloat16 is emulated", *_TORCH),

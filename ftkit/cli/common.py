@@ -124,4 +124,5 @@ def be_quiet() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own renamings, said to itself
+    warnings.filterwarnings("ignore", message=r".*(rank|alpha)_pattern keys did not match", category=RuntimeWarning)  # PEFT's own patterns
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises a faster kernel from the hub on some processors

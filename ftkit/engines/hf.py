@@ -18,7 +18,7 @@ from ftkit.data.stops import stops
 from ftkit.data.template import ChatSettings, render, settle, token_ids
 from ftkit.data.turns import answer_reader
 from ftkit.errors import DoesNotFitError, ModelError, first_line
-from ftkit.model.four_bits import left_alone
+from ftkit.model.four_bits import left_alone, nf4_config
 from ftkit.model.source import from_files, needs_code
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Method
@@ -136,19 +136,6 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def nf4_config(dtype: Any, left_alone: list[str] | None = None) -> Any:
-    """4-bit NF4 with double quantisation, computing in `dtype`. `left_alone`: layers; None: those that transformers chooses."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=left_alone,
-    )
-
-
 def _model_type(folder: Path) -> str:
     try:
         return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
@@ -181,7 +168,7 @@ def answer(
     model.eval()
     ends, read = stops(tokenizer, model.generation_config.eos_token_id), answer_reader(tokenizer)
     done = 0
-    with torch.inference_mode(), reporter.bar(label, len(prompts)) as bar:
+    with patches.applied("running adapters"), torch.inference_mode(), reporter.bar(label, len(prompts)) as bar:
         while done < len(order):
             chosen = order[done : done + batch]
             inputs = tokenizer(

@@ -17,6 +17,7 @@ from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step, fingerprint_of, write_json
 from ftkit.line.train import TRAIN, Trained
 from ftkit.machine.device import processor
+from ftkit.model.four_bits import adaptable
 from ftkit.plan.cost import FTKIT_BYTES, of_asking, of_asking_merged
 
 ANSWERS = "answers.json"
@@ -82,7 +83,9 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
     else:
         from peft import PeftModel
 
-        model: Any = PeftModel.from_pretrained(load(base), trained.folder / "adapter")
+        loaded = load(base)
+        with adaptable(loaded):
+            model: Any = PeftModel.from_pretrained(loaded, trained.folder / "adapter")
         with model.disable_adapter():
             ask("before", model, "asking the base model")
         ask("trained", model, "asking base and adapter")

@@ -10,6 +10,7 @@ from ftkit.errors import ModelError
 from ftkit.memory import fused_qkv
 from ftkit.memory.model import decoder_layers, inject, quantized_layers
 from ftkit.memory.settings import StepSettings
+from ftkit.model.four_bits import fused_experts, keep_packed, packed_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,11 +79,13 @@ def make_fake(model: PreTrainedModel, settings: StepSettings) -> None:
     from bitsandbytes import functional
     from bitsandbytes.nn import Linear4bit
 
+    experts = list(fused_experts(model)) if settings.method == "qlora" else []
+    packed_later = {(module, name) for module, name, _ in experts}
     made: dict[int, Any] = {}
     base = getattr(torch, settings.base_dtype)
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if parameter is None or (isinstance(module, Linear4bit) and name == "weight"):
+            if parameter is None or (module, name) in packed_later or (isinstance(module, Linear4bit) and name == "weight"):
                 continue
             if id(parameter) not in made:
                 made[id(parameter)] = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=parameter.requires_grad)
@@ -105,15 +108,19 @@ def make_fake(model: PreTrainedModel, settings: StepSettings) -> None:
             weight.quant_state, weight.bnb_quantized = state, True
             layer._parameters["weight"] = weight
             layer.quant_state = state
+    for module, name, _ in experts:
+        whole = torch.empty(getattr(module, name).shape, dtype=base)
+        keep_packed(module, name, *functional.quantize_4bit(whole, compress_statistics=settings.double_quant, quant_type="nf4"))
 
 
 def quantization_tensors(model: Any) -> Iterator[Any]:
     """The tensors beside the packed weights of 4-bit layers: scales, code books, offsets."""
     from bitsandbytes.nn import Linear4bit
 
-    for layer in model.modules():
-        if isinstance(layer, Linear4bit):
-            state = patches.inside("reading 4-bit weights", layer.weight, "quant_state")
-            yield from (state.absmax, state.code)
-            if state.nested:
-                yield from (state.offset, state.state2.absmax, state.state2.code)
+    layers = [
+        patches.inside("reading 4-bit weights", layer.weight, "quant_state") for layer in model.modules() if isinstance(layer, Linear4bit)
+    ]
+    for state in (*layers, *(state for *_, state in packed_experts(model))):
+        yield from (state.absmax, state.code)
+        if state.nested:
+            yield from (state.offset, state.state2.absmax, state.state2.code)

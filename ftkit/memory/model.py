@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import ModelError, RecipeError, first_line
 from ftkit.memory.sizes import DTYPE_BYTES, nf4_storages, optimizer_state_bytes
-from ftkit.model.four_bits import left_alone
+from ftkit.model.four_bits import EXPERTS_PATTERN, fused_experts, left_alone
 from ftkit.model.source import from_files, needs_code
 from ftkit.recipe import Lora, Method
 
@@ -29,7 +29,7 @@ ROLES = (
     (TOWERS, r"vision|visual|audio|image|multi_modal|mm_projector"),
     ("per-layer tables", r"per_layer"),
     ("norms", r"norm|layer_scalar"),
-    (EXPERTS, r"expert|router|\.mlp\.gate\."),
+    (EXPERTS, EXPERTS_PATTERN),
     ("attention", r"attn|attention"),
     ("MLP", r"mlp|feed_forward|ffn"),
     ("embeddings", r"embed|wte|wpe"),
@@ -66,8 +66,7 @@ class Inventory:
     method: Method
     parameters: int  # of the base model, tied weights once
     parameters_by_role: dict[str, int]
-    quantized_parameters: int  # in the layers that 4-bit loading replaces; 0 without it
-    unquantized_experts: int  # that 4-bit loading leaves as they are; 0 without it
+    quantized_parameters: int  # in the layers that 4-bit loading replaces, and in fused experts; 0 without it
     trainable_parameters: int
     trainable_by_target: dict[str, int]  # adapter parameters by the layer they sit on; empty for full fine-tuning
     layer_parameters: int  # of the matrices in the text model's layers, which adapters are for
@@ -147,11 +146,8 @@ class Skeleton:
             config = copy.deepcopy(config)
             config.tie_word_embeddings = False
         self.model = meta_model(config, dtype, attention, trust_remote_code=trust_remote_code)
-        quantized = set(quantized_layers(self.model))
-        self.tensors = tuple(
-            Tensor(name, tuple(p.shape), role_of(name), name.removesuffix(".weight") in quantized)
-            for name, p in self.model.named_parameters()
-        )
+        quantized = {f"{layer}.weight" for layer in quantized_layers(self.model)} | {name for _, _, name in fused_experts(self.model)}
+        self.tensors = tuple(Tensor(name, tuple(p.shape), role_of(name), name in quantized) for name, p in self.model.named_parameters())
         self.buffer_bytes = tuple(b.numel() * b.element_size() for b in self.model.buffers())
         self.embedding_name = next(n for n, m in self.model.named_modules() if m is self.model.get_input_embeddings()) + ".weight"
         layers = decoder_layers(self.model)
@@ -274,9 +270,6 @@ class Skeleton:
             parameters=parameters,
             parameters_by_role=by_role,
             quantized_parameters=sum(t.elements for t in self.tensors if t.quantized) if method == "qlora" else 0,
-            unquantized_experts=sum(t.elements for t in self.tensors if t.role == EXPERTS and len(t.shape) == 3 and not t.quantized)
-            if method == "qlora"
-            else 0,
             trainable_parameters=trainable,
             trainable_by_target=by_target,
             layer_parameters=sum(in_layers.values()),

@@ -37,7 +37,7 @@ class StepTracer:
         self._hooks()
 
     def _when(self) -> tuple[patches.When, ...]:
-        return ("tracing", *for_dora(self.settings), *(("tracing for CUDA",) if self.settings.device == "cuda" else ()))
+        return ("tracing", "running adapters", *for_dora(self.settings), *(("tracing for CUDA",) if self.settings.device == "cuda" else ()))
 
     def _hooks(self) -> None:
         """Tell the recorder where a layer begins, forward and backward, and what an allocation is for."""

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ftkit.data.lengths import Batching
-from ftkit.memory.sizes import DTYPE_BYTES
 from ftkit.plan.plan import MARGIN, Candidate, MemoryPlan, Remedy
 from ftkit.report.parts import METHOD_WORDS, NO_BREAK, kinds_of, place, share
-from ftkit.units import bytes_text, count_text
+from ftkit.units import bytes_text
 
 NAMED = 6  # kinds of weights that no adapter reaches, the largest
 PHASES = {"forward": "forward", "loss": "loss", "backward pass of the loss": "loss", "backward": "backward", "optimizer": "optimizer"}
@@ -98,18 +97,6 @@ def reach(plan: MemoryPlan) -> str | None:
     named = [f"{name} ({share(size, counted.layer_parameters)})" for name, size in left_out[:NAMED]]
     more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
     return words + (f"; without one: {', '.join(named)}{more}." if named else ".")
-
-
-def experts(plan: MemoryPlan) -> str | None:
-    """What 4-bit loading leaves in 16 bits of a mixture of experts; None where it leaves nothing."""
-    counted = plan.chosen.inventory
-    if not counted.unquantized_experts:
-        return None
-    size = DTYPE_BYTES[plan.compute_dtype] * counted.unquantized_experts
-    return (
-        f"{count_text(counted.unquantized_experts)} parameters of experts are not in 4 bits ({bytes_text(size)}): transformers 5 keeps "
-        "all experts of a layer in one tensor, and bitsandbytes quantises linear layers alone."
-    )
 
 
 def command_for(change: Remedy, asked: str = "ftkit plan") -> str:

@@ -16,6 +16,7 @@ from ftkit.data.store import token_counts
 from ftkit.engines import hf
 from ftkit.errors import RunError, TrainingDivergedError
 from ftkit.memory.model import lora_config
+from ftkit.model.four_bits import adaptable
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Recipe
 from ftkit.run import CHECKPOINTS
@@ -124,15 +125,16 @@ def build_trainer(
     text = model.config.get_text_config()
     if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
         text.num_experts = text.num_local_experts  # which TRL 1.16 asks Granite's for too, and it has the other name alone
-    trainer = _reproducible(SFTTrainer)(
-        model=model,
-        args=config,
-        train_dataset=_dataset(training),
-        eval_dataset=_dataset(validation),
-        processing_class=tokenizer,
-        peft_config=None if method == "full" else lora_config(recipe.lora, model),
-        callbacks=list(callbacks),
-    )
+    with adaptable(model):
+        trainer = _reproducible(SFTTrainer)(
+            model=model,
+            args=config,
+            train_dataset=_dataset(training),
+            eval_dataset=_dataset(validation),
+            processing_class=tokenizer,
+            peft_config=None if method == "full" else lora_config(recipe.lora, model),
+            callbacks=list(callbacks),
+        )
     trainer.remove_callback(PrinterCallback)  # it writes every log entry to stdout, which carries results only
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL casts a 4-bit model's adapter to bfloat16, which loses small updates
@@ -232,7 +234,7 @@ def _reproducible(kind: Any) -> Any:
 
     class Trainer(kind):  # type: ignore[misc]
         def train(self, *args: Any, **options: Any) -> Any:
-            with patches.applied("training"):
+            with patches.applied("training", "running adapters"):
                 return super().train(*args, **options)
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -12,7 +12,7 @@ import tiny
 
 from ftkit.engines import hf
 from ftkit.errors import ModelError, RecipeError
-from ftkit.memory.model import Inventory, Skeleton, load_config, repeated_unit
+from ftkit.memory.model import Inventory, Skeleton, load_config, quantized_layers, repeated_unit
 from ftkit.memory.sizes import OPTIMIZER_BLOCK, nf4_storages
 from ftkit.recipe import Lora
 
@@ -205,10 +205,10 @@ def test_a_config_that_does_not_build_is_refused(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
-def test_experts_that_4_bits_leave_as_they_are_are_counted() -> None:
+def test_experts_in_one_tensor_are_in_4_bits() -> None:
     skeleton = Skeleton(shapes.config("qwen3_moe"))
     fused = sum(tensor.elements for tensor in skeleton.tensors if ".experts." in tensor.name)
     assert fused == 6 * 4 * 3 * 256 * 64
-    counted = {method: skeleton.count(method, Lora(r=4), "adamw_torch", "bfloat16").unquantized_experts for method in ("qlora", "lora")}
-    assert counted == {"qlora": fused, "lora": 0}
-    assert not Skeleton(shapes.config("llama")).count("qlora", Lora(r=4), "adamw_torch", "bfloat16").unquantized_experts
+    linear = sum(layer.weight.numel() for layer in quantized_layers(skeleton.model).values())
+    counted = {method: skeleton.count(method, Lora(r=4), "adamw_torch", "bfloat16").quantized_parameters for method in ("qlora", "lora")}
+    assert counted == {"qlora": linear + fused, "lora": 0}

@@ -25,7 +25,7 @@ from ftkit.plan.plan import Candidate, MemoryPlan, Remedy, Workload
 from ftkit.report import parts as report_parts
 from ftkit.report import plan_page, plot
 from ftkit.report.parts import ACTIVATION_COLOURS, KINDS, Slice, kinds_of, parts_of
-from ftkit.report.words import answer, command_for, experts, peak_words, plain, reach, why
+from ftkit.report.words import answer, command_for, peak_words, plain, reach, why
 from ftkit.units import GIB, MIB, bytes_text
 
 NASTY = 'a "card" <script>alert(1)</script> & $x^2$ \x00\x1b[31m'
@@ -51,7 +51,6 @@ def fit(
         8_030_000_000,
         {"MLP": 1},
         7_000_000_000,
-        500_000_000,
         41_943_040,
         {"q_proj": 1},
         7_000_000_000,
@@ -284,15 +283,10 @@ def test_text_from_elsewhere_is_only_text(tmp_path: Path) -> None:
     assert "$x^2$" in "".join(svg.itertext())
 
 
-def test_what_adapters_reach_and_what_stays_of_experts_is_said() -> None:
-    words = [reach(plan()), experts(plan())]
-    assert words == [
-        "Adapters reach 99 % of the weights in the text model’s layers; without one: mlp.router (1.0 %).",
-        "500.0 M parameters of experts are not in 4 bits (953.7 MiB): transformers 5 keeps all experts of a layer in one tensor, and "
-        "bitsandbytes quantises linear layers alone.",
-    ]
-    whole = replace(fit(), inventory=replace(fit().inventory, method="full", unquantized_experts=0))
-    assert (reach(plan(chosen=whole)), experts(plan(chosen=whole))) == (None, None)
+def test_what_adapters_reach_is_said() -> None:
+    assert reach(plan()) == "Adapters reach 99 % of the weights in the text model’s layers; without one: mlp.router (1.0 %)."
+    whole = replace(fit(), inventory=replace(fit().inventory, method="full"))
+    assert reach(plan(chosen=whole)) is None
 
 
 def test_a_change_comes_with_its_command(tmp_path: Path) -> None:

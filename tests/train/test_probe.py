@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shapes
 import tiny
 from click.testing import Result
 
@@ -104,6 +105,26 @@ def test_a_step_that_cannot_be_traced_is_not_guessed_for_another_card(untraced: 
     assert refused.exit_code == 1
     assert "cannot be traced" in refused.stderr
     assert "on the machine that trains" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("model_type", "checkpointing"),
+    [("qwen3_moe", "true"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("qwen3_moe", "false"), ("lfm2_moe", "true")))],
+)
+@pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern keys did not match.*:RuntimeWarning")
+def test_a_plan_of_experts_in_4_bits_holds_in_the_real_trainer(project: Path, model_type: str, checkpointing: str) -> None:
+    """Nine tenths of the weights are experts: in 16 bits they would be half as much again."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    changes = {"num_experts": 8, "moe_intermediate_size": 256, "vocab_size": 300, "eos_token_id": 257, "pad_token_id": 258}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(shapes.config(model_type, **changes), dtype=torch.bfloat16).save_pretrained(project / "model")
+    job = open_job(project / "recipe.yaml", [parse_override(f"training.gradient_checkpointing={checkpointing}")])
+    with job.run:
+        memory = line.plan(job).memory
+        planned, real = memory.chosen.peak.allocated_bytes, probe(job, memory).allocated_bytes
+    assert abs(planned / real - 1) < 0.01, f"{planned} planned, {real} measured"
 
 
 def test_a_probe_is_shown_kept_and_added_to_the_next_plan(project: Path, ftkit: Ftkit, private_cache: Path) -> None:
