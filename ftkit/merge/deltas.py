@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from ftkit import patches
 from ftkit.errors import ModelError, first_line
 from ftkit.memory.model import adapted_layers, inject, quantized_layers
 from ftkit.model.adapter import load_config, load_tensors
+from ftkit.model.four_bits import fused_experts
 from ftkit.model.source import from_files, shapes_of
 from ftkit.recipe import Lora
 
@@ -25,12 +27,39 @@ TRAINED_BASE = "merge it with the base that it was trained on"
 
 @dataclass(frozen=True)
 class Delta:
-    """One weight that an adapter changes."""
+    """What an adapter adds to one tensor of the checkpoint.
 
-    parameter: str  # its name in the model
-    tensors: tuple[str, ...]  # of the checkpoint that hold it: of fused experts one for each
+    The tensor is a stack of matrices, of experts one each, else a single one; each is made of rows of the model's own weight.
+    """
+
+    tensor: str  # its name in the checkpoint
+    parameter: str  # the weight of the model that it is, or is a part of
     quantized: bool  # whether QLoRA trains on it in 4 bits
-    compute: Callable[[], dict[str, torch.Tensor]]  # what is added to each of those tensors, in float32
+    shape: tuple[int, ...]
+    rows: torch.Tensor  # (matrices, rows of each): the model's rows, counted through all experts, in the tensor's order
+    transposed: bool  # whether the tensor holds those rows as columns
+    factors: Factors
+
+    def matrices(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Left and right of each matrix in turn; left × right × scaling is what is added to it, in float32."""
+        for numbers in self.rows:
+            left, right = self.factors.of(numbers)
+            yield (right.T.contiguous(), left.T) if self.transposed else (left, right)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The A and B of one adapted weight, as left (experts, rows, r) and right (experts, r, columns)."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scaling: float
+
+    def of(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of some rows of one expert, which are counted through all of them."""
+        rows = self.left.shape[1]
+        expert = int(numbers[0]) // rows
+        return self.left[expert][numbers % rows], self.right[expert]
 
 
 def model_of(base: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -102,7 +131,9 @@ def changes(adapted: Any, base: Path) -> list[Delta]:
     from transformers.core_model_loading import revert_weight_conversion
 
     model = adapted.get_base_model()
-    shapes, quantized = shapes_of(base), {name.replace(".base_layer", "") for name in quantized_layers(model)}
+    shapes = shapes_of(base)
+    quantized = {f"{name}.weight" for name in quantized_layers(model)} | {name for *_, name in fused_experts(model)}
+    quantized = {name.replace(".base_layer", "") for name in quantized}
     tied = _tied(model)
     found = []
     for parameter, module in adapted_layers(adapted):
@@ -111,29 +142,41 @@ def changes(adapted: Any, base: Path) -> list[Delta]:
                 f"The adapter changes {parameter}, which the model uses in two places (tied weights): merged, both would change.",
                 "name other layers in lora.target_modules",
             )
-        with torch.device("meta"):
-            whole = torch.empty(_shape(module))
+        shape = _shape(module)
+        numbered = torch.arange(math.prod(shape[:-1])).reshape(*shape[:-1], 1)  # each row's number in its place
         try:
-            pieces = revert_weight_conversion(model, {parameter: whole})
+            pieces = revert_weight_conversion(model, {parameter: numbered})
         except (RuntimeError, ValueError, KeyError, IndexError, NotImplementedError) as error:
             raise ModelError(
                 f"{parameter} stands in one tensor with other weights, which this merge does not take apart: {first_line(error)}.",
                 "leave that layer out of lora.target_modules",
             ) from None
         for name, piece in pieces.items():
-            if shapes.get(name) != tuple(piece.shape):
-                there = f"is {shapes[name]} there" if name in shapes else "is not there"
-                raise ModelError(f"The adapter changes {parameter}, as {name} {tuple(piece.shape)} in {base}; that {there}.", TRAINED_BASE)
-
-        def compute(parameter: str = parameter, module: Any = module) -> dict[str, torch.Tensor]:
-            if hasattr(module, "parameter_name"):  # PEFT puts such a delta where the weight is, which is nowhere
-                setattr(_owner(module), module.parameter_name, torch.nn.Parameter(torch.empty(0), requires_grad=False))
-            with torch.no_grad():
-                pieces: dict[str, torch.Tensor] = revert_weight_conversion(model, {parameter: module.get_delta_weight("default")})
-            return pieces
-
-        found.append(Delta(parameter, tuple(pieces), parameter.rpartition(".")[0] in quantized, compute))
+            transposed = piece.shape[-1] != 1
+            there = (*piece.shape[:-2], shape[-1], piece.shape[-1]) if transposed else (*piece.shape[:-1], shape[-1])
+            if shapes.get(name) != there:
+                is_there = f"is {shapes[name]} there" if name in shapes else "is not there"
+                raise ModelError(f"The adapter changes {parameter}, as {name} {there} in {base}; that {is_there}.", TRAINED_BASE)
+            rows = piece.reshape(math.prod(piece.shape[:-2]), -1)
+            found.append(Delta(name, parameter, parameter in quantized, there, rows, transposed, _factors(module)))
     return found
+
+
+def _factors(module: Any) -> Factors:
+    """As PEFT 0.21's `get_delta_weight` multiplies them (tuners/lora/layer.py). Raises ModelError for another kind of layer."""
+    from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
+
+    scaling = module.scaling["default"]
+    if isinstance(module, Embedding):
+        return Factors(module.lora_embedding_A["default"].T[None], module.lora_embedding_B["default"].T[None], scaling)
+    a, b = (getattr(module, f"lora_{kind}")["default"].weight for kind in "AB")
+    if isinstance(module, Linear) or (isinstance(module, ParamWrapper) and len(_shape(module)) == 2):
+        return Factors(b[None], a[None], scaling)
+    if isinstance(module, ParamWrapper):
+        a = a.reshape(module.num_experts, -1, a.shape[-1])  # (experts, r, in)
+        b = b.reshape(b.shape[0], -1, module.num_experts).permute(2, 0, 1)  # (experts, out, r)
+        return Factors(b, a, scaling) if module._did_swap_in_out_features else Factors(a.transpose(1, 2), b.transpose(1, 2), scaling)
+    raise ModelError(f"The adapter has a {type(module).__name__}, which this merge does not do.", TRAINED_BASE)
 
 
 def _owner(module: Any) -> Any:

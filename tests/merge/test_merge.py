@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import tiny
 
 from ftkit.errors import ModelError
+from ftkit.merge import stream
 from ftkit.merge.stream import merge
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
@@ -21,10 +23,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_model(tmp_path_factory.mktemp("base"))
 
 
+@pytest.mark.parametrize("elements", [1, stream.ROWS_ELEMENTS])
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_equals_peft_bit_for_bit(use_rslora: bool, base: Path, tmp_path: Path) -> None:
+def test_equals_peft_bit_for_bit(use_rslora: bool, elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether all rows are taken at once or some at a time."""
     import torch
     from safetensors.torch import load_file
+
+    base = tiny.make_model(tmp_path / "base", hidden_size=640, intermediate_size=1537)
+    monkeypatch.setattr(stream, "ROWS_ELEMENTS", elements)
 
     adapted = tiny.make_adapter(base, tmp_path / "adapter", use_rslora=use_rslora)
     (tmp_path / "merged").mkdir()
@@ -167,6 +174,53 @@ def test_onto_the_dequantised_base_is_what_training_computed(base: Path, tmp_pat
             for onto in ("source", "dequantised")
         }
     assert off["dequantised"] < off["source"] / 4
+
+
+@pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern keys did not match.*:RuntimeWarning")
+def test_experts_onto_the_dequantised_base_are_what_training_computed(tmp_path: Path) -> None:
+    """Qwen's, which its files hold one by one: in training the experts of a layer were quantised together."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.torch import load_file
+
+    from ftkit import patches
+    from ftkit.engines import hf
+    from ftkit.model.four_bits import adaptable, packed_experts
+
+    torch.manual_seed(0)
+    model = experts("Qwen3Moe", moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model.float(), LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules="all-linear"))
+    for path, parameter in adapted.named_parameters():
+        if "lora_" in path:
+            parameter.data = torch.randn_like(parameter) * 0.1
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "merged").mkdir()
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", onto="dequantised", bfloat16=False)
+    base = hf.load_model(tmp_path / "base", "qlora", bfloat16=False, cuda=False)
+    with adaptable(base):
+        trained = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    merged, held = load_file(tmp_path / "merged" / "model.safetensors"), {name: getattr(m, name) for m, name, *_ in packed_experts(base)}
+    assert len(held) == 2
+    last = held["down_proj"].float()  # of the last layer
+    delta = trained.get_submodule("base_model.model.model.layers.1.mlp.experts").get_delta_weight("default")
+    for n in range(4):
+        assert torch.equal(merged[f"model.layers.1.mlp.experts.{n}.down_proj.weight"], (last + delta)[n].to(torch.bfloat16))
+    ids = torch.arange(60).reshape(2, 30)
+    with torch.no_grad(), patches.applied("running adapters"):
+        off = (
+            hf.load_model(tmp_path / "merged", None, bfloat16=False, cuda=False)(input_ids=ids).logits - trained(input_ids=ids).logits
+        ).abs()
+    assert off.mean() < 0.01
+
+
+def test_a_base_that_ends_too_early_is_refused(base: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(base, cut)
+    with open(cut / "model.safetensors", "r+b") as file:
+        file.truncate((cut / "model.safetensors").stat().st_size - 10)
+    tiny.make_adapter(base, tmp_path / "adapter")
+    refused(cut, tmp_path, "cannot load .*cut: .*not fully covered")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from ftkit.line.line import LINE
 from ftkit.line.train import TRAIN
 from ftkit.machine import llama_cpp
 from ftkit.memory.model import load_config, meta_model
+from ftkit.merge.stream import LEAST_ROWS, ROWS_ELEMENTS
 from ftkit.model.locate import locate
 from ftkit.model.open import open_weights
 from ftkit.plan.cost import (
@@ -230,7 +231,9 @@ def test_the_ram_of_the_later_steps() -> None:
     f16 = made["convert to F16"].disk_bytes
     assert made["ask the merged model"].peak_ram_bytes == FTKIT_BYTES + LLAMA_CPP_BYTES + f16 + 2 * 1024 * cache
     assert {name for name, step in made.items() if not step.needed} == {"ask", "ask the merged model", "prove Q4_K_M", "register in Ollama"}
-    assert made["merge"].peak_ram_bytes == FTKIT_BYTES + 4 * 1000 + (3 * 4 + 2) * 256 * 512
+    rows = 2 * max(LEAST_ROWS, ROWS_ELEMENTS // 512) * 512
+    assert steps("lora")["merge"].peak_ram_bytes == FTKIT_BYTES + 4 * 1000 + 12 * rows
+    assert made["merge"].peak_ram_bytes == FTKIT_BYTES + 4 * 1000 + 12 * rows + 18 * 256 * 512  # onto the dequantised base
     embedding = (1 << 20) * 256
     assert quantize_bytes(large, "Q4_K_M") == QUANTIZE_BYTES + (4 + Q6_K) * embedding  # the output, in Q6_K
     vocabulary = CONVERTER_BYTES + CONVERTER_BYTES_A_TOKEN * (1 << 20)
