@@ -91,7 +91,7 @@ def test_qlora_gradients_equal_those_of_the_dequantised_base(model: Path, tokeni
     with torch.no_grad():
         for module in plain.model.modules():
             if hasattr(module, "base_layer"):
-                module.base_layer.weight.copy_(_through_nf4(module.base_layer.weight, torch.float32))
+                module.base_layer.weight.copy_(_through_nf4(module.base_layer.weight))
     fill_adapter(quantised)
     fill_adapter(plain)
     wanted, found = gradients(plain, examples[:4]), gradients(quantised, examples[:4])
