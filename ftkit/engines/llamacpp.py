@@ -116,6 +116,7 @@ def load(path: Path, num_ctx: int = 4096, threads: int | None = None) -> Iterato
     parameters.verbosity = 0
     parameters.warmup = False
     parameters.hostnames = ["127.0.0.1"]
+    parameters.endpoint_metrics = True
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = (
         threads or asked_threads() or psutil.cpu_count(logical=False) or 1
     )
@@ -124,6 +125,7 @@ def load(path: Path, num_ctx: int = 4096, threads: int | None = None) -> Iterato
     except (RuntimeError, ValueError) as error:
         raise ToolFailedError(f"llama.cpp cannot load {path.name}: {_why_not(path) or error}.") from None
     engine = Engine(server)
+    server.handle_metrics()  # answered by its main loop: a server that is let go before that has begun never ends (xllamacpp 2026.10)
     try:
         yield engine
     finally:
@@ -170,11 +172,12 @@ def rendering(chat_template: str, bos: str, eos: str) -> Iterator[Engine]:
 
 
 _LOAD_AND_TELL = """
-import sys, xllamacpp
+import os, sys, xllamacpp
 parameters = xllamacpp.CommonParams()
 parameters.model.path, parameters.n_ctx, parameters.verbosity, parameters.warmup = sys.argv[1], 64, 1, False
 parameters.hostnames = ["127.0.0.1"]
-xllamacpp.Server(parameters)
+server = xllamacpp.Server(parameters)
+os._exit(0)
 """
 
 

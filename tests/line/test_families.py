@@ -21,7 +21,6 @@ from ftkit.data.turns import answer_reader, question, turns_of
 from ftkit.engines import hf, llamacpp
 from ftkit.gguf import files as gguf
 from ftkit.line.prove import proof_checks
-from ftkit.machine import packages
 from ftkit.machine.llama_cpp import need_converter
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
@@ -136,21 +135,15 @@ def test_an_end_of_turn_that_llama_cpp_does_not_know_is_found_and_named(made: Ca
 
 def test_every_dated_template_writes_one_day_in_both_engines() -> None:
     """Of all that llama.cpp carries; another day tells them from a default of their own."""
-    import xllamacpp
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    path = packages.installed("smollm2")
-    assert path, "ftkit setup smollm2 comes first"
     sources = {p.stem: p.read_text(encoding="utf-8") for p in sorted((llama_cpp.models() / "templates").glob("*.jinja"))}
     fixed = {name: template.fix_date(source, date(2025, 1, 3)) for name, source in sources.items()}
     dated = [name for name, source in fixed.items() if template.is_dated(source)]
     assert len(dated) >= 10
     for name in dated:
-        parameters = xllamacpp.CommonParams()
-        parameters.model.path, parameters.chat_template = str(path), fixed[name]
-        parameters.n_ctx, parameters.n_parallel, parameters.verbosity, parameters.warmup = 512, 1, 0, False
-        parameters.hostnames = ["127.0.0.1"]
-        shown = llamacpp.Engine(xllamacpp.Server(parameters)).render(ROWS[0].question)
+        with llamacpp.rendering(fixed[name], "<|im_start|>", "<|im_end|>") as engine:
+            shown = engine.render(ROWS[0].question)
         words = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
         expected = _compile_jinja_template(fixed[name]).render(messages=ROWS[0].question, add_generation_prompt=True, **words)
         assert shown == expected, name
