@@ -145,6 +145,9 @@ class Ship(Group):
     quantization: str = "Q4_K_M"
     match: Literal["first_line", "last_line", "whole"] = Field(default="whole", description="how much of an answer must be right to count")
     max_loss_points: Annotated[float, Field(ge=0, le=100)] = 3.0
+    keep: Annotated[float, Field(ge=0, le=100)] = Field(
+        default=95.0, description="percent of what training gained on held-out answers, in loss a token, that the shipped file must keep"
+    )
     test_rows: Annotated[int, Field(ge=1)] | None = Field(default=None, description="ask only so many held-out rows")
     system: str | None = None
     num_ctx: Annotated[int, Field(ge=8)] = 4096

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ftkit.line.job import Job
     from ftkit.line.line import Shipped, State
+    from ftkit.line.prove import Form
 
 ollama_option = click.option(
     "--ollama/--no-ollama", "use_ollama", default=None, help="Register in Ollama, or do not.  [default: if a server answers]"
@@ -135,6 +136,10 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
     what = {"first_line": "first lines", "last_line": "last lines", "whole": "answers"}[job.recipe.ship.match]
     rows = [[name, f"{score.right} of {score.rows}", f"{score.percent:.1f} %"] for name, score in shipped.scores.items()]
     print_table(f"Held-out questions, {what} exactly right", ["", "right", ""], rows)
+    if any(form.kept for form in shipped.forms.values()):
+        kept = [[name, *_figures(form)] for name, form in shipped.forms.items()]
+        say("")
+        print_table("Held-out answers, token by token", ["", "loss", "gain kept", "KL", "same token"], kept)
     if "dequantised" in shipped.merged_onto:
         say(
             "\nMerged into the source the gain was lost. The dequantised base keeps it, "
@@ -160,6 +165,16 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
             say(f"Not registered: {shipped.not_registered_because}")
         say(f"In Ollama:   {shipped.register_with or 'start it: ollama serve'}, then: ftkit ship --ollama")
         say(f"             or by hand: ollama create {job.recipe.ship.name} -f {shipped.modelfile}")
+
+
+def _figures(form: Form) -> list[str]:
+    kept, far, alike = form.kept, form.divergence, form.agreed_percent
+    return [
+        f"{form.loss:.3f}",
+        f"{kept.percent:.1f} % ({kept.low:.1f} to {kept.high:.1f})" if kept else "",
+        "" if far is None else f"{far:.2g}",
+        "" if alike is None else f"{alike:.1f} %",
+    ]
 
 
 def _one_line(text: str) -> str:

@@ -11,6 +11,7 @@ from ftkit.data.rows import Message
 from ftkit.data.turns import answer_reader, expected, question
 from ftkit.engines import hf, llamacpp
 from ftkit.errors import DoesNotFitError
+from ftkit.line.behaviour import MERGED, TRAINED, given_rows, measure_file, measure_model, write
 from ftkit.line.gguf import GGUF, Converted
 from ftkit.line.job import Job, Onto, base_folder, computes_on, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
@@ -19,6 +20,7 @@ from ftkit.line.train import TRAIN, Trained
 from ftkit.machine.device import processor
 from ftkit.model.four_bits import adaptable
 from ftkit.plan.cost import FTKIT_BYTES, of_asking, of_asking_merged
+from ftkit.proof.behaviour import Behaviour
 
 ANSWERS = "answers.json"
 
@@ -61,35 +63,40 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
 
     An adapter's base is loaded once, as training loaded it (with QLoRA in 4 bits), and asked without and with the adapter.
     """
-    recipe, base, rows = job.recipe, base_folder(job), [row for row in read_data(job).test if not row.is_text]
+    recipe, base, held_out = job.recipe, base_folder(job), read_data(job).test
     (cuda, bfloat16), tokenizer = computes_on(), tokenizer_of(job, base, base=True)
+    rows, given = [row for row in held_out if not row.is_text], given_rows(tokenizer, held_out, recipe.training.max_length)
     hf.refuse_lost_gradients()
     questions, method = [question(tokenizer, row) for row in rows], recipe.training.method
     answers: dict[str, list[str]] = {}
+    measured: dict[str, Behaviour] = {}
 
     def load(model: Path) -> Any:
         how = None if method == "full" else method
         return hf.load_model(model, how, bfloat16=bfloat16, cuda=cuda, trust_remote_code=recipe.trust_remote_code)
 
-    def ask(name: str, model: Any, label: str) -> None:
+    def ask(name: str, model: Any, who: str) -> None:
+        label = f"asking {who}"
         try:
             answers[name] = hf.answer(model, tokenizer, questions, recipe.ship.max_new_tokens, label=label, reporter=job.reporter)
         except DoesNotFitError as error:
             job.reporter.warn(f"{label} was left out: {error.message}")
+        measured.update(measure_model(job, folder, name, model, given, f"reading answers with {who}"))
 
     if method == "full":
-        ask("before", load(base), "asking the base model")
-        ask("trained", load(trained.folder / MODEL), "asking the trained model")
+        ask(TRAINED, load(trained.folder / MODEL), "the trained model")
+        ask("before", load(base), "the base model")
     else:
         from peft import PeftModel
 
         loaded = load(base)
         with adaptable(loaded):
             model: Any = PeftModel.from_pretrained(loaded, trained.folder / "adapter")
+        ask(TRAINED, model, "base and adapter")
         with model.disable_adapter():
-            ask("before", model, "asking the base model")
-        ask("trained", model, "asking base and adapter")
-    write_json(folder / ANSWERS, asdict(Questions(answers, questions, [expected(tokenizer, row) for row in rows])))
+            ask("before", model, "the base model")
+    write(folder, dict(sorted(measured.items())), given)  # before, trained
+    write_json(folder / ANSWERS, asdict(Questions(dict(sorted(answers.items())), questions, [expected(tokenizer, row) for row in rows])))
     return Asked(tuple(answers))
 
 
@@ -133,6 +140,7 @@ def _ask_merged(job: Job, folder: Path, asked: Made[Asked], converted: Made[Conv
                 label=f"asking the merged model ({file.quantization})",
                 reporter=job.reporter,
             )
+        measure_file(job, folder, MERGED, converted.folder / file.path, asked)
     else:
         job.reporter.warn("the merged model is not asked: each of its files is larger than this machine's memory")
     write_json(folder / ANSWERS, asdict(Answers(answers)))

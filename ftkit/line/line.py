@@ -17,7 +17,7 @@ from ftkit.line.gguf import GGUF, QUANTISE, shipping
 from ftkit.line.job import Job, Onto
 from ftkit.line.merge import MERGE
 from ftkit.line.plan import PLAN, recorded
-from ftkit.line.prove import PROOF, PROVE, judge, lost_points
+from ftkit.line.prove import PROOF, PROVE, Form, judge, loses_gain
 from ftkit.line.register import REGISTER, refuse_anothers_name, register_shipped, write_modelfile
 from ftkit.line.shortage import Shortage, refuse_shortages, shortages
 from ftkit.line.step import Made, Step, ensure, find
@@ -99,6 +99,7 @@ class Shipped:
     merged_onto: str
     checks: list[Check]
     scores: dict[str, Score]
+    forms: dict[str, Form]
     proof_file: Path
     same_answers: Score | None  # of the trained model and the shipped file; None where the trained model could not be asked
     examples: list[dict[str, str]]
@@ -142,6 +143,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
         merged_onto=merged.result.onto,
         checks=checks,
         scores=proof.scores,
+        forms=proof.forms,
         proof_file=proven.folder / PROOF,
         same_answers=proof.same_answers,
         examples=proof.examples[:3],
@@ -188,12 +190,10 @@ def choose_merge(job: Job) -> Job:
         return dequantised
     if job.recipe.training.method != "qlora":
         return job
-    lost = lost_points(job, ensure(job, ASK), ensure(job, REASK))
-    if lost is None or lost <= job.recipe.ship.max_loss_points:
+    lost = loses_gain(job, ensure(job, ASK), ensure(job, REASK))
+    if lost is None:
         return job
-    job.reporter.warn(
-        f"merged into the 16-bit source the model loses {lost:.1f} points; merging onto the dequantised base that it was trained on"
-    )
+    job.reporter.warn(f"merged into the 16-bit source the model loses {lost}; merging onto the dequantised base that it was trained on")
     for step in (GGUF, MERGE):  # what was made of the other merge would take the disk twice
         if stale := job.run.finished(step.name):
             discard(stale.folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -16,12 +16,15 @@ from ftkit.data.turns import answer_reader
 from ftkit.engines import llamacpp
 from ftkit.errors import ProofError
 from ftkit.gguf.files import GgufFile
+from ftkit.line import behaviour
 from ftkit.line.ask import ANSWERS, ASK, REASK, Answers, Asked, AskedMerged, read_answers, read_questions
+from ftkit.line.behaviour import MERGED, SHIPPED, TRAINED, measure_file
 from ftkit.line.gguf import GGUF, QUANTISE, Converted, Shipping, shipping
 from ftkit.line.job import Job, Onto, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step, find, write_json
 from ftkit.plan.cost import of_proving
+from ftkit.proof.behaviour import Behaviour, Kept, gain_kept, judge_distance, judge_gain, least_kept
 from ftkit.proof.compare import Score, same, same_ids, score
 from ftkit.proof.gate import judge_answers
 from ftkit.proof.probes import CONTROL_WORDS, HARD_TEXTS, conversations
@@ -100,6 +103,7 @@ def _make(
         answers = engine.answer(
             questions, ship.max_new_tokens, answer_reader(tokenizer), label=f"asking {path.name}", reporter=job.reporter
         )
+    measure_file(job, folder, SHIPPED, path, asked)
     write_json(folder / ANSWERS, asdict(Answers({"shipped": answers})))
     return Proven(tuple(checks))
 
@@ -116,7 +120,17 @@ PROVE = Step(
 )
 
 
-def lost_points(job: Job, asked: Made[Asked], told: Made[AskedMerged]) -> float | None:
+def loses_gain(job: Job, asked: Made[Asked], told: Made[AskedMerged]) -> str | None:
+    """What the merged model loses of the training beyond what the recipe allows, in words; None: no more than that, or not seen."""
+    lost = _lost_points(job, asked, told)
+    if lost is not None and lost > job.recipe.ship.max_loss_points:
+        return f"{lost:.1f} points"
+    forms, keep = {**behaviour.read(asked), **behaviour.read(told)}, job.recipe.ship.keep
+    check = judge_gain(forms, MERGED, keep)
+    return f"too much of the gain ({check.detail})" if check.outcome == "failed" else None
+
+
+def _lost_points(job: Job, asked: Made[Asked], told: Made[AskedMerged]) -> float | None:
     """Points that the merged model answers less than the trained one; None where one of them could not be asked."""
     first, merged = read_questions(asked), read_answers(told).get("merged")
     trained = first.answers.get("trained")
@@ -127,11 +141,22 @@ def lost_points(job: Job, asked: Made[Asked], told: Made[AskedMerged]) -> float 
 
 
 @dataclass(frozen=True)
+class Form:
+    """A form of the model on the held-out answers, token by token, in nats."""
+
+    loss: float
+    kept: Kept | None  # of what training gained; None: of the base, of the trained model, or where nothing was gained
+    divergence: float | None  # KL(trained ‖ this); None: of the base and the trained model
+    agreed_percent: float | None  # of the tokens, at which the likeliest is the trained model's
+
+
+@dataclass(frozen=True)
 class Proof:
     """The checks of the shipped file, and the figures behind that of its answers."""
 
     checks: list[Check]
     scores: dict[str, Score]
+    forms: dict[str, Form]
     same_answers: Score | None  # of the trained model and the shipped file; None where the trained model could not be asked
     examples: list[dict[str, str]]
 
@@ -144,11 +169,16 @@ def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping)
     ship, run, quantization = job.recipe.ship, job.run, shipped.file.quantization
     first, after = read_questions(asked), read_answers(proven)["shipped"]
     given: dict[str, list[str]] = {name: first.answers[name] for name in ("before", "trained") if name in first.answers}
+    forms = behaviour.read(asked)
     for onto in get_args(Onto):  # each merge of this training that was asked
-        told = find(replace(job, onto=onto), REASK)
-        if told and (answers := read_answers(told).get("merged")):
-            given[SCORE_NAMES[onto]] = answers
+        if told := find(replace(job, onto=onto), REASK):
+            if answers := read_answers(told).get("merged"):
+                given[SCORE_NAMES[onto]] = answers
+            if form := behaviour.read(told).get(MERGED):
+                forms[SCORE_NAMES[onto]] = form
     given[quantization] = after
+    if form := behaviour.read(proven).get(SHIPPED):
+        forms[quantization] = form
     scores = {name: score(first.expected, answers, ship.match) for name, answers in given.items()} if first.questions else {}
     alike = same(given["trained"], after) if "trained" in given and scores else None
     answers_check = judge_answers(scores, quantization, alike or Score(0, len(after)), ship.max_loss_points)
@@ -157,18 +187,35 @@ def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping)
         {"question": q[-1]["content"], "expected": e, "before": b, "after": a}
         for q, e, b, a in zip(first.questions, first.expected, before, after, strict=True)
     ]
-    proof = Proof([*proven.result.checks, answers_check], scores, alike, examples)
-    failing = answers_check.outcome == "failed"
+    checks = [answers_check, *(judged(forms, quantization, ship.keep) for judged in (judge_gain, judge_distance))]
+    proof = Proof([*proven.result.checks, *checks], scores, _forms(forms), alike, examples)
+    failing = next((check for check in checks if check.outcome == "failed"), None)
     path = run.folder / FAILED_PROOF if failing else proven.folder / PROOF
     for old in (run.folder / FAILED_PROOF, proven.folder / PROOF):
         old.unlink(missing_ok=True)
-    limits = {"match": ship.match, "max_loss_points": ship.max_loss_points}
+    limits = {"match": ship.match, "max_loss_points": ship.max_loss_points, "keep": ship.keep}
     write_json(path, {"file": shipped.path.name, **limits, **asdict(proof)})
     run.record(proof={"step": proven.fingerprint, "checks": [asdict(check) for check in proof.checks]})
     if failing:
-        loss = math.ceil(scores["trained"].percent - scores[quantization].percent)
+        if failing is answers_check:
+            allow = f"ship.max_loss_points={math.ceil(scores['trained'].percent - scores[quantization].percent)}"
+        else:
+            allow = f"ship.keep={math.floor(max(0, least_kept(forms, quantization)))}"
         raise ProofError(
-            f"{shipped.path.name} answers worse than the trained model: {answers_check.detail}. All answers: {path}",
-            f"a finer type loses less: --set ship.quantization=Q8_0; or allow it: --set ship.max_loss_points={loss}",
+            f"{shipped.path.name} answers worse than the trained model: {failing.detail}. All answers: {path}",
+            f"a finer type loses less: --set ship.quantization=Q8_0; or allow it: --set {allow}",
         )
     return proof
+
+
+def _forms(forms: Mapping[str, Behaviour]) -> dict[str, Form]:
+    before, trained = forms.get("before"), forms.get(TRAINED)
+    return {
+        name: Form(
+            form.loss_a_token,
+            gain_kept(before, trained, form) if before and trained and form not in (before, trained) else None,
+            form.divergence_a_token,
+            form.agreed_percent,
+        )
+        for name, form in forms.items()
+    }

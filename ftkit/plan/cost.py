@@ -31,6 +31,7 @@ CONVERTER_BYTES_A_TOKEN = 2700  # of the vocabulary: 447 MiB in all with 49,152 
 CONVERTER_VOCABULARY_BYTES = 160 << 20  # more while the vocabulary is read, before the first tensor
 QUANTIZE_BYTES = 16 << 20
 LLAMA_CPP_BYTES = 100 << 20  # compute buffers; 41 MiB for SmolLM2-135M, 86 MiB for a Llama of 1 B parameters
+LOGITS_BYTES = 256 << 20  # of the trained model on held-out answers, at most: line/behaviour.py
 CHECKPOINTS_KEPT = 3  # the best, the last, and while it is written one more: save_total_limit=2 in train/trainer.py
 TRAIN = "train"
 Place = Literal["the run folder", "Ollama's models"]
@@ -99,7 +100,7 @@ def of_asking(sizes: Sizes) -> tuple[Cost, ...]:
     # before and after; an adapter's base is loaded once, asked without and with the adapter
     read = 2 * sizes.model_bytes if full else sizes.model_bytes + adapter_file_bytes(counted)
     ram = FTKIT_BYTES + (0 if on_cuda else asking)
-    return (Cost("ask", ram, asking if on_cuda else 0, 0, RUN_FOLDER, read, needed=False),)
+    return (Cost("ask", ram, asking if on_cuda else 0, LOGITS_BYTES, RUN_FOLDER, read, needed=False),)
 
 
 def of_merging(sizes: Sizes) -> tuple[Cost, ...]:

@@ -36,6 +36,8 @@ SHORT = (
     "--set",
     "ship.max_loss_points=100",
     "--set",
+    "ship.keep=0",
+    "--set",
     "ship.max_new_tokens=8",
     "--no-ollama",
 )

@@ -1,0 +1,138 @@
+"""What a model would say at each token of a given answer, over its whole vocabulary: of a GGUF in llama.cpp, of a model in transformers.
+
+llama.cpp computes it in this process: its server names the likeliest tokens alone, and its programs need not be here. xllamacpp's
+library has llama.cpp's C functions; of its structs, which grow at their ends, only the beginnings are touched, unchanged for years.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from ftkit import patches
+from ftkit.errors import ToolFailedError, ToolMissingError
+from ftkit.machine.device import asked_threads
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel
+
+STRUCT_BYTES = 1024  # more than any of llama.cpp's parameter structs: a caller may give them more room than they take
+CONTEXT_FIELDS = ("n_ctx", "n_batch")  # of llama_context_params, the first
+
+
+@dataclass(frozen=True)
+class Forced:
+    """An answer that is given: token ids, and which of them are looked at, by their place. Place 0 has nothing before it."""
+
+    ids: list[int]
+    places: list[int]
+
+
+class _Params(ctypes.Structure):
+    _fields_ = (("first", ctypes.c_uint32 * 2), ("others", ctypes.c_byte * (STRUCT_BYTES - 8)))
+
+
+class _Batch(ctypes.Structure):
+    """llama_batch."""
+
+    _fields_ = (
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.c_void_p),
+        ("n_seq_id", ctypes.c_void_p),
+        ("seq_id", ctypes.c_void_p),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    )
+
+
+_Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_QUIET = _Log(lambda *_: None)
+
+
+@cache
+def _library() -> Any:
+    """llama.cpp's C functions. Raises ToolMissingError without xllamacpp."""
+    try:
+        from xllamacpp import xllamacpp
+    except ImportError:
+        raise ToolMissingError("xllamacpp (llama.cpp in process) is not installed.", "pip install xllamacpp") from None
+    library = ctypes.CDLL(xllamacpp.__file__)
+    given = {
+        "llama_model_default_params": (_Params, ()),
+        "llama_context_default_params": (_Params, ()),
+        "llama_model_load_from_file": (ctypes.c_void_p, (ctypes.c_char_p, _Params)),
+        "llama_init_from_model": (ctypes.c_void_p, (ctypes.c_void_p, _Params)),
+        "llama_set_n_threads": (None, (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32)),
+        "llama_get_memory": (ctypes.c_void_p, (ctypes.c_void_p,)),
+        "llama_memory_clear": (None, (ctypes.c_void_p, ctypes.c_bool)),
+        "llama_decode": (ctypes.c_int32, (ctypes.c_void_p, _Batch)),
+        "llama_get_logits": (ctypes.POINTER(ctypes.c_float), (ctypes.c_void_p,)),
+        "llama_model_get_vocab": (ctypes.c_void_p, (ctypes.c_void_p,)),
+        "llama_vocab_n_tokens": (ctypes.c_int32, (ctypes.c_void_p,)),
+        "llama_free": (None, (ctypes.c_void_p,)),
+        "llama_model_free": (None, (ctypes.c_void_p,)),
+        "llama_log_set": (None, (_Log, ctypes.c_void_p)),
+    }
+    for name, (result, arguments) in given.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    library.llama_log_set(_QUIET, None)
+    return library
+
+
+def of_file(path: Path, rows: Sequence[Forced], threads: int | None = None) -> Iterator[np.ndarray[Any, Any]]:
+    """Of each row in turn, (places, vocabulary) in float32, as llama.cpp computes it from a GGUF.
+
+    Raises ToolMissingError without xllamacpp, ToolFailedError where llama.cpp takes the file or a row not.
+    """
+    import numpy as np
+
+    library, longest = _library(), max((len(row.ids) for row in rows), default=1)
+    model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
+    if not model:
+        raise ToolFailedError(f"llama.cpp cannot load {path.name}.")
+    try:
+        settings = library.llama_context_default_params()
+        settings.first[:] = [-(-longest // 256) * 256] * len(CONTEXT_FIELDS)
+        context = library.llama_init_from_model(model, settings)
+        if not context:
+            raise ToolFailedError(f"llama.cpp has no room for {longest} tokens of {path.name}.")
+        try:
+            wanted = threads or asked_threads() or psutil.cpu_count(logical=False) or 1
+            library.llama_set_n_threads(context, wanted, wanted)
+            vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+            for row in rows:
+                library.llama_memory_clear(library.llama_get_memory(context), True)
+                count = len(row.ids)
+                asked = (ctypes.c_int8 * count)(*[0] * count)
+                for place in row.places:
+                    asked[place - 1] = 1
+                if library.llama_decode(context, _Batch(count, (ctypes.c_int32 * count)(*row.ids), logits=asked)):
+                    raise ToolFailedError(f"llama.cpp cannot compute {count} tokens with {path.name}.")
+                yield np.ctypeslib.as_array(library.llama_get_logits(context), (len(row.places), vocabulary)).copy()
+        finally:
+            library.llama_free(context)
+    finally:
+        library.llama_model_free(model)
+
+
+def of_model(model: PreTrainedModel, rows: Sequence[Forced]) -> Iterator[np.ndarray[Any, Any]]:
+    """Of each row in turn, (places, vocabulary) in float32, as transformers computes it. One row at a time: nothing is padded."""
+    import torch
+
+    model.eval()
+    spares = model._supports_logits_to_keep()  # some models that bring their own code compute them all
+    for row in rows:
+        ids = torch.tensor([row.ids], device=model.device)
+        before = torch.tensor(row.places, device=model.device) - 1
+        with patches.applied("running adapters"), torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False, **({"logits_to_keep": before} if spares else {})).logits[0]
+        yield (logits if spares else logits[before]).float().cpu().numpy()

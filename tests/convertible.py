@@ -1,0 +1,62 @@
+"""Tiny models that llama.cpp's converter takes, with a tokenizer of a kind that it knows. The weights are random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+TURNS = {"sot_token": "<|turn>", "eot_token": "<turn|>"}  # as Gemma 4 names them
+SIZES = {
+    "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 32, "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "initializer_range": 0.05,
+}  # fmt: skip
+
+
+def tokenizer() -> Any:
+    """Of Gemma's and Llama's kind: byte pairs over letters, a mark for the space, bytes for what has no token."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *TURNS.values()]
+    words = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz", "th", "the"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    made = Tokenizer(models.BPE(vocabulary, [("t", "h"), ("th", "e")], unk_token="<unk>", byte_fallback=True, fuse_unk=True))  # noqa: S106
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.add_special_tokens([AddedToken(word, special=True) for word in special])
+    return PreTrainedTokenizerFast(tokenizer_object=made, add_prefix_space=False, extra_special_tokens=TURNS, **SPECIAL)
+
+
+def gemma4_text(vocab_size: int) -> Any:
+    """Gemma 4's language model: sliding and full layers, embeddings of every layer."""
+    from transformers import Gemma4TextConfig
+
+    return Gemma4TextConfig(
+        **SIZES, vocab_size=vocab_size, vocab_size_per_layer_input=vocab_size, hidden_size_per_layer_input=32, global_head_dim=64,
+        num_global_key_value_heads=2, sliding_window=64,
+    )  # fmt: skip
+
+
+def make(kind: str, folder: Path) -> Any:
+    """Write a tiny model with random weights and its tokenizer; the model."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    words = tokenizer()
+    if kind == "llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=len(words)))
+    elif kind == "gemma4":
+        model = transformers.Gemma4ForCausalLM(gemma4_text(len(words)))
+    else:
+        vision = transformers.Gemma4VisionConfig(
+            hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=32,
+            position_embedding_size=64,
+        )  # fmt: skip
+        whole = transformers.Gemma4Config(text_config=gemma4_text(len(words)), vision_config=vision, audio_config=None)
+        model = transformers.Gemma4ForConditionalGeneration(whole)
+    model = model.to(torch.bfloat16).eval()
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return model
