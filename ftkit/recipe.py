@@ -148,6 +148,9 @@ class Ship(Group):
     keep: Annotated[float, Field(ge=0, le=100)] = Field(
         default=95.0, description="percent of what training gained on held-out answers, in loss a token, that the shipped file must keep"
     )
+    closing_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="train norms and biases of the shipped file for at most so many steps, towards the trained model"
+    )
     test_rows: Annotated[int, Field(ge=1)] | None = Field(default=None, description="ask only so many held-out rows")
     system: str | None = None
     num_ctx: Annotated[int, Field(ge=8)] = 4096

@@ -18,12 +18,13 @@ from ftkit.data.stops import stops
 from ftkit.data.template import ChatSettings, render, settle, token_ids
 from ftkit.data.turns import answer_reader
 from ftkit.errors import DoesNotFitError, ModelError, first_line
-from ftkit.model.four_bits import left_alone, nf4_config
+from ftkit.model.four_bits import adaptable, left_alone, nf4_config
 from ftkit.model.source import from_files, needs_code
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Method
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -110,6 +111,15 @@ def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: boo
             "fetch or copy the model again, whole",
         )
     return model
+
+
+def load_adapted(folder: Path, adapter: Path, method: Method, *, bfloat16: bool, cuda: bool, trust_remote_code: bool = False) -> PeftModel:
+    """The base as `method` trains it, with an adapter in it."""
+    from peft import PeftModel
+
+    base = load_model(folder, method, bfloat16=bfloat16, cuda=cuda, trust_remote_code=trust_remote_code)
+    with adaptable(base):
+        return PeftModel.from_pretrained(base, adapter)
 
 
 def out_of_memory(error: BaseException, what: str) -> DoesNotFitError | None:

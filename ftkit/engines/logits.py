@@ -132,7 +132,7 @@ def of_model(model: PreTrainedModel, rows: Sequence[Forced]) -> Iterator[np.ndar
     spares = model._supports_logits_to_keep()  # some models that bring their own code compute them all
     for row in rows:
         ids = torch.tensor([row.ids], device=model.device)
-        before = torch.tensor(row.places, device=model.device) - 1
+        before = torch.tensor(row.places, dtype=torch.long, device=model.device) - 1
         with patches.applied("running adapters"), torch.inference_mode():
             logits = model(input_ids=ids, use_cache=False, **({"logits_to_keep": before} if spares else {})).logits[0]
         yield (logits if spares else logits[before]).float().cpu().numpy()

@@ -18,7 +18,6 @@ from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step, fingerprint_of, write_json
 from ftkit.line.train import TRAIN, Trained
 from ftkit.machine.device import processor
-from ftkit.model.four_bits import adaptable
 from ftkit.plan.cost import FTKIT_BYTES, of_asking, of_asking_merged
 from ftkit.proof.behaviour import Behaviour
 
@@ -71,9 +70,7 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
     answers: dict[str, list[str]] = {}
     measured: dict[str, Behaviour] = {}
 
-    def load(model: Path) -> Any:
-        how = None if method == "full" else method
-        return hf.load_model(model, how, bfloat16=bfloat16, cuda=cuda, trust_remote_code=recipe.trust_remote_code)
+    how: dict[str, Any] = {"bfloat16": bfloat16, "cuda": cuda, "trust_remote_code": recipe.trust_remote_code}
 
     def ask(name: str, model: Any, who: str) -> None:
         label = f"asking {who}"
@@ -84,14 +81,10 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
         measured.update(measure_model(job, folder, name, model, given, f"reading answers with {who}"))
 
     if method == "full":
-        ask(TRAINED, load(trained.folder / MODEL), "the trained model")
-        ask("before", load(base), "the base model")
+        ask(TRAINED, hf.load_model(trained.folder / MODEL, None, **how), "the trained model")
+        ask("before", hf.load_model(base, None, **how), "the base model")
     else:
-        from peft import PeftModel
-
-        loaded = load(base)
-        with adaptable(loaded):
-            model: Any = PeftModel.from_pretrained(loaded, trained.folder / "adapter")
+        model = hf.load_adapted(base, trained.folder / "adapter", method, **how)
         ask(TRAINED, model, "base and adapter")
         with model.disable_adapter():
             ask("before", model, "the base model")

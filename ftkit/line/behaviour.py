@@ -43,7 +43,7 @@ def given_rows(tokenizer: Any, rows: Iterable[Row], max_length: int) -> list[For
 
 def measure_model(job: Job, folder: Path, name: str, model: Any, rows: Sequence[Forced], label: str) -> dict[str, Behaviour]:
     """Look at the trained model, whose logits are kept, or after it at the base. What has no room is said, and left out."""
-    found: Iterator[Any] = _told(job, label, rows, logits.of_model(model, rows))
+    found: Iterator[Any] = with_bar(job, label, rows, logits.of_model(model, rows))
     trained = _trained(folder, rows) if (folder / LOGITS).exists() else ()
     try:
         return {name: measure(_kept(folder, rows, found) if name == TRAINED else found, _said(rows), trained)} if rows else {}
@@ -59,7 +59,7 @@ def measure_file(job: Job, folder: Path, name: str, path: Path, asked: Made[Any]
     rows, measured, label = _rows(asked), {}, f"reading answers with {path.name}"
     if rows and TRAINED in read(asked):
         try:
-            measured[name] = measure(_told(job, label, rows, logits.of_file(path, rows)), _said(rows), _trained(asked.folder, rows))
+            measured[name] = measure(with_bar(job, label, rows, logits.of_file(path, rows)), _said(rows), _trained(asked.folder, rows))
         except ToolFailedError as error:
             job.reporter.warn(f"{label} was left out: {error.message}")
     write(folder, measured)
@@ -88,7 +88,8 @@ def _said(rows: Sequence[Forced]) -> list[list[int]]:
     return [[row.ids[place] for place in row.places] for row in rows]
 
 
-def _told(job: Job, label: str, rows: Sequence[Forced], found: Iterator[Any]) -> Iterator[Any]:
+def with_bar(job: Job, label: str, rows: Sequence[Forced], found: Iterator[Any]) -> Iterator[Any]:
+    """What is found of each row, one after the other, and a bar meanwhile."""
     with job.reporter.bar(label, len(rows)) as bar:
         for done, one in enumerate(found, 1):
             bar.update(done)

@@ -1,4 +1,4 @@
-"""The steps `gguf` and `quantise`: the merged model as GGUF files; and which of them ships."""
+"""The steps `gguf` and `quantise`: the merged model as GGUF files."""
 
 from __future__ import annotations
 
@@ -103,24 +103,3 @@ QUANTISE: Step[GgufFile] = Step(
     make=_quantise,
     applies=_is_quantised,
 )
-
-
-@dataclass(frozen=True)
-class Shipping:
-    """The file that ships, and the step that made it."""
-
-    path: Path
-    file: GgufFile
-    step: str
-    fingerprint: str  # of the step
-    missing: str | None  # the wanted type, where llama-quantize is not here: then Q8_0 ships
-
-
-def shipping(job: Job, converted: Made[Converted], quantised: Made[GgufFile] | None) -> Shipping:
-    """Which of the files ships."""
-    wanted = job.recipe.ship.quantization
-    if quantised:
-        return Shipping(quantised.folder / quantised.result.path, quantised.result, quantised.name, quantised.fingerprint, None)
-    file = converted.result.file(wanted if wanted in ALWAYS_MADE else "Q8_0")
-    missing = None if wanted in ALWAYS_MADE else wanted
-    return Shipping(converted.folder / file.path, file, converted.name, converted.fingerprint, missing)

@@ -13,7 +13,8 @@ from ftkit.engines import ollama
 from ftkit.errors import DoesNotFitError, NameTakenError, RecipeError, RunError, ToolMissingError
 from ftkit.gguf.files import GgufFile
 from ftkit.line.ask import ASK, REASK
-from ftkit.line.gguf import GGUF, QUANTISE, shipping
+from ftkit.line.close import CLOSE, shipping
+from ftkit.line.gguf import GGUF, QUANTISE
 from ftkit.line.job import Job, Onto
 from ftkit.line.merge import MERGE
 from ftkit.line.plan import PLAN, recorded
@@ -31,7 +32,7 @@ from ftkit.proof.compare import Score
 from ftkit.run import discard
 from ftkit.units import bytes_text
 
-LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ASK, MERGE, GGUF, REASK, QUANTISE, PROVE, REGISTER)
+LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ASK, MERGE, GGUF, REASK, QUANTISE, CLOSE, PROVE, REGISTER)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
     asked, job = ensure(job, ASK), choose_merge(job)
     merged, converted = ensure(job, MERGE), ensure(job, GGUF)
     ensure(job, REASK)
-    shipped = shipping(job, converted, ensure(job, QUANTISE) if QUANTISE.applies(job) else None)
+    shipped = shipping(job, converted, *(ensure(job, step) for step in (QUANTISE, CLOSE) if step.applies(job)))
     proven = ensure(job, PROVE)
     modelfile = write_modelfile(job, merged, shipped)
     proof = judge(job, asked, proven, shipped)
@@ -185,6 +186,8 @@ def choose_merge(job: Job) -> Job:
     Where QLoRA's gain is lost by merging into the 16-bit source – an adapter learns around the 4-bit base – the merge is made
     onto the dequantised base instead. One that was made so stays: a wider limit takes nothing back.
     """
+    if job.recipe.ship.closing_steps:  # the file that ships gets back what the merge loses
+        return job
     dequantised = replace(job, onto="dequantised")
     if find(dequantised, MERGE):
         return dequantised
@@ -218,7 +221,7 @@ def named(name: str) -> Step[Any]:
 def _as_merged(job: Job) -> Job:
     """The job, with the merge that is there."""
     dequantised = replace(job, onto="dequantised")
-    return dequantised if find(dequantised, MERGE) else job
+    return dequantised if find(dequantised, MERGE) and not job.recipe.ship.closing_steps else job
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from ftkit.data.template import render, renders, token_ids
 from ftkit.data.turns import answer_reader
 from ftkit.engines import llamacpp
 from ftkit.errors import ProofError
-from ftkit.gguf.files import GgufFile
 from ftkit.line import behaviour
 from ftkit.line.ask import ANSWERS, ASK, REASK, Answers, Asked, AskedMerged, read_answers, read_questions
 from ftkit.line.behaviour import MERGED, SHIPPED, TRAINED, measure_file
-from ftkit.line.gguf import GGUF, QUANTISE, Converted, Shipping, shipping
+from ftkit.line.close import CLOSE, Shipping, shipping
+from ftkit.line.gguf import GGUF, QUANTISE, Converted
 from ftkit.line.job import Job, Onto, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step, find, write_json
@@ -88,11 +88,9 @@ class Proven:
     checks: tuple[Check, ...]
 
 
-def _make(
-    job: Job, folder: Path, merged: Made[Merged], asked: Made[Asked], converted: Made[Converted], quantised: Made[GgufFile] | None = None
-) -> Proven:
+def _make(job: Job, folder: Path, merged: Made[Merged], asked: Made[Asked], converted: Made[Converted], *later: Made[Any]) -> Proven:
     """Raises ProofError where a check fails."""
-    path, ship = shipping(job, converted, quantised).path, job.recipe.ship
+    path, ship = shipping(job, converted, *later).path, job.recipe.ship
     job.reporter.step(f"proving {path.name} against the trained model")
     questions, tokenizer = read_questions(asked).questions, tokenizer_of(job, merged.folder / MODEL)
     with llamacpp.load(path, ship.num_ctx) as engine:
@@ -113,7 +111,7 @@ PROVE = Step(
     does="ids, prompts, stops and answers of what ships",
     command="ftkit ship",
     result=Proven,
-    after=(MERGE, ASK, GGUF, QUANTISE),
+    after=(MERGE, ASK, GGUF, QUANTISE, CLOSE),
     follows_from=lambda job: [job.recipe.ship.quantization],
     costs=of_proving,
     make=_make,

@@ -16,7 +16,7 @@ from ftkit.engines import ollama
 from ftkit.errors import ModelError, NameTakenError
 from ftkit.files import fingerprint, write_atomically
 from ftkit.line.ask import Asked, read_answers, read_questions
-from ftkit.line.gguf import Shipping
+from ftkit.line.close import Shipping
 from ftkit.line.job import Job, tokenizer_of
 from ftkit.line.merge import MODEL, Merged
 from ftkit.line.prove import PROVE, Proven

@@ -134,6 +134,16 @@ def of_quantising(sizes: Sizes) -> tuple[Cost, ...]:
     return (Cost(f"quantise to {wanted}", ram, 0, disk, RUN_FOLDER, sizes.file_bytes("F16")),)
 
 
+def of_closing(sizes: Sizes) -> tuple[Cost, ...]:
+    """The file's weights in the format that is computed in, and of a training step all but its own weights: never more rows at once."""
+    if not sizes.ship.closing_steps:
+        return ()
+    on_cuda, file = sizes.vram_bytes is not None, sizes.file_bytes(sizes.ship.quantization)
+    peak = sizes.training_bytes - sizes.counted.weights_bytes + sizes.compute_bytes * sizes.counted.parameters
+    ram, vram, read = FTKIT_BYTES + (0 if on_cuda else peak), peak if on_cuda else 0, sizes.model_bytes + 4 * file
+    return (Cost(f"close {sizes.ship.quantization}", ram, vram, file, RUN_FOLDER, read, needed=False),)
+
+
 def of_proving(sizes: Sizes) -> tuple[Cost, ...]:
     wanted = sizes.ship.quantization
     file = sizes.file_bytes(wanted)

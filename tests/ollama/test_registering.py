@@ -21,7 +21,7 @@ from ftkit.errors import NameTakenError, ProofError, ToolFailedError
 from ftkit.files import file_fingerprint
 from ftkit.gguf import files as gguf
 from ftkit.gguf.files import GgufFile
-from ftkit.line.gguf import Shipping
+from ftkit.line.close import Shipping
 from ftkit.line.job import make_job
 from ftkit.line.merge import Merged
 from ftkit.line.register import refuse_anothers_name, register_shipped

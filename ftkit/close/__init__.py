@@ -1,0 +1,1 @@
+"""An adapter and its base become one 16-bit model."""

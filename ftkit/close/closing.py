@@ -1,0 +1,139 @@
+"""Train the numbers that a quantised file stores without loss, so that it answers as the trained model does.
+
+Merging into the source and quantising both move the weights; norms and biases, which a GGUF keeps in float32, can take much of it
+back. Each step goes towards the trained model's distribution at the tokens of answers, and towards the file's own, as it was, at
+those of prompts, so that nothing is unlearnt there.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ftkit.close.student import Lossless, running
+from ftkit.engines.logits import Forced
+from ftkit.proof.behaviour import log_probabilities
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from transformers import PreTrainedModel
+
+LIKELIEST = 256  # tokens whose probabilities are kept of a distribution, and that of all others together
+ROWS_A_STEP = 8
+RATE = 7e-3  # of the mean size of a vector's numbers, by AdamW a step
+WARM_UP = 5
+PROMPT_WEIGHT = 0.2
+CHECKED_EVERY = 10  # steps
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What is likely at each of some places: (places, LIKELIEST) ids and log probabilities, and those of the rest (places,)."""
+
+    ids: torch.Tensor
+    likeliest: torch.Tensor
+    rest: torch.Tensor
+
+
+def distribution(logits: np.ndarray[Any, Any]) -> Distribution:
+    """Of logits (places, vocabulary)."""
+    import torch
+
+    known = torch.from_numpy(log_probabilities(logits))
+    likeliest, ids = known.topk(min(LIKELIEST, known.shape[1]))
+    rest = (1 - likeliest.exp().sum(-1)).clamp_min(1e-12).log()
+    return Distribution(ids, likeliest.float(), rest.float())
+
+
+def divergence(logits: torch.Tensor, towards: Distribution) -> torch.Tensor:
+    """KL(towards ‖ logits) at each place, the tokens beyond the likeliest taken together: never more than the whole."""
+    import torch
+
+    known = logits.float().log_softmax(-1).gather(-1, towards.ids.to(logits.device))
+    rest = torch.log1p(-known.exp().sum(-1).clamp_max(1 - 1e-6))
+    likeliest, other = towards.likeliest.to(logits.device), towards.rest.to(logits.device)
+    return (likeliest.exp() * (likeliest - known)).sum(-1) + other.exp() * (other - rest)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A row: what its answer's places should say, and, of training rows, what its prompt's places said."""
+
+    answer: Forced
+    answered: Distribution
+    prompt: Forced | None = None
+    prompted: Distribution | None = None
+
+
+def mean_divergence(logits: Iterable[np.ndarray[Any, Any]], lessons: Sequence[Lesson]) -> float:
+    """A token of the answers, of a form of the model that is given them."""
+    import torch
+
+    sums = [float(divergence(torch.from_numpy(found), lesson.answered).sum()) for found, lesson in zip(logits, lessons, strict=True)]
+    return sum(sums) / sum(len(lesson.answer.places) for lesson in lessons)
+
+
+def close(
+    student: PreTrainedModel,
+    vectors: Sequence[Lossless],
+    lessons: Sequence[Lesson],
+    steps: int,
+    measured: Callable[[], float],
+    *,
+    seed: int = 0,
+    told: Callable[[int, float], None] = lambda *_: None,
+) -> tuple[int, float]:
+    """Train `vectors`; (steps of the best, what `measured` said of it), whose values they then have.
+
+    `measured`: how far the student is from where it should be, on rows that are not learnt; asked every few steps. It ends early
+    where two checks after one another are no better than the best.
+    """
+    import torch
+
+    best, best_step, best_values = measured(), 0, [vector.parameter.detach().clone() for vector in vectors]
+    groups = [{"params": [vector.parameter.requires_grad_()], "lr": RATE * vector.scale} for vector in vectors]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda n: min(1.0, (n + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, n / steps)))
+    )
+    order, worse = random.Random(seed), 0
+    queue: list[Lesson] = []
+    for step in range(1, steps + 1):
+        for _ in range(ROWS_A_STEP):
+            if not queue:
+                queue = order.sample(list(lessons), len(lessons))
+            _loss(student, queue.pop()).div(ROWS_A_STEP).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % CHECKED_EVERY == 0 or step == steps:
+            now = measured()
+            told(step, now)
+            worse = 0 if now < best else worse + 1
+            if now < best:
+                best, best_step, best_values = now, step, [vector.parameter.detach().clone() for vector in vectors]
+            if worse == 2:
+                break
+    with torch.no_grad():
+        for vector, value in zip(vectors, best_values, strict=True):
+            vector.parameter.copy_(value)
+    return best_step, best
+
+
+def _loss(student: PreTrainedModel, lesson: Lesson) -> torch.Tensor:
+    import torch
+
+    places = [*lesson.answer.places, *(lesson.prompt.places if lesson.prompt else ())]
+    ids = torch.tensor([lesson.answer.ids], device=student.device)
+    before = torch.tensor(places, device=student.device) - 1
+    with running(student):
+        logits = student(input_ids=ids, logits_to_keep=before, use_cache=False).logits[0]
+    answers = len(lesson.answer.places)
+    loss = divergence(logits[:answers], lesson.answered).mean()
+    if lesson.prompted is not None and len(places) > answers:
+        loss = loss + PROMPT_WEIGHT * divergence(logits[answers:], lesson.prompted).mean()
+    return loss

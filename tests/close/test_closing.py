@@ -1,0 +1,111 @@
+"""Closing: norms and biases of a file are trained until it is nearer to the trained model, and nothing else of it changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import convertible
+import pytest
+
+from ftkit.close.closing import Lesson, close, distribution, divergence, mean_divergence
+from ftkit.close.student import Lossless, load_student, lossless, write_back
+from ftkit.engines import hf, logits
+from ftkit.engines.logits import Forced
+from ftkit.errors import ModelError
+from ftkit.gguf import files as gguf
+from ftkit.machine.llama_cpp import need_converter
+
+ROWS = [Forced([2, *((7 * n + 3 * m) % 250 + 6 for m in range(12)), *((n + m) % 26 + 263 for m in range(8))], list(range(13, 21)))
+        for n in range(24)]  # fmt: skip
+NOISE = 0.1  # of each weight: a merge and a quantisation that lose much
+
+
+@dataclass(frozen=True)
+class Made:
+    folder: Path
+    file: Path
+    lessons: list[Lesson]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A model as trained, and a Q8_0 file of one whose weights are off."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("model")
+    convertible.make("llama", folder)
+    model: Any = hf.load_model(folder, None, bfloat16=False, cuda=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2 if len(parameter.shape) > 1 else 1)  # random weights of the usual size say the same of all
+    lessons = [Lesson(row, distribution(found)) for row, found in zip(ROWS, logits.of_model(model, ROWS), strict=True)]
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if len(parameter.shape) > 1:
+                parameter.mul_(1 + NOISE * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    gguf.convert(folder, folder / "m.gguf", "Q8_0", need_converter())
+    return Made(folder, folder / "m.gguf", lessons)
+
+
+def test_a_distribution_is_no_further_from_itself_than_rounding(made: Made) -> None:
+    import torch
+
+    (found,) = logits.of_file(made.file, ROWS[:1])
+    assert float(divergence(torch.from_numpy(found), distribution(found)).abs().max()) < 1e-6
+    assert float(divergence(torch.from_numpy(found[::-1].copy()), distribution(found)).max()) > 1e-3
+
+
+def test_closing_brings_the_file_nearer_and_changes_its_vectors_alone(made: Made, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    learnt, checked = made.lessons[4:], made.lessons[:4]
+    asked = [lesson.answer for lesson in checked]
+    student = load_student(made.file, made.folder, bfloat16=False, cuda=False)
+    vectors = lossless(student, made.file)
+    names = {tensor.name for tensor in GGUFReader(made.file).tensors if len(tensor.shape) == 1}
+    assert {vector.name for vector in vectors} == names
+    before = mean_divergence(logits.of_file(made.file, asked), checked)
+    measured = lambda: mean_divergence(logits.of_model(student, asked), checked)  # noqa: E731
+    assert measured() == pytest.approx(before, rel=0.1)
+    steps, _ = close(student, vectors, learnt, 40, measured)
+    assert steps > 0
+    write_back(made.file, vectors, tmp_path / "closed.gguf")
+    after = mean_divergence(logits.of_file(tmp_path / "closed.gguf", asked), checked)
+    assert after < 0.95 * before  # of a random model, whose weights are off at random, 1,664 numbers take back a tenth
+    old, new = (GGUFReader(path) for path in (made.file, tmp_path / "closed.gguf"))
+    assert made.file.stat().st_size == (tmp_path / "closed.gguf").stat().st_size
+    changed = {a.name for a, b in zip(old.tensors, new.tensors, strict=True) if (a.data != b.data).any()}
+    assert changed <= names
+    assert all(a.tensor_type == b.tensor_type for a, b in zip(old.tensors, new.tensors, strict=True))
+
+
+def test_no_worse_values_are_kept(made: Made) -> None:
+    student = load_student(made.file, made.folder, bfloat16=False, cuda=False)
+    vectors = lossless(student, made.file)
+    first = [vector.parameter.detach().clone() for vector in vectors]
+    asked = iter([1.0, 2.0, 3.0])
+    assert close(student, vectors, made.lessons, 40, lambda: next(asked)) == (0, 1.0)
+    assert all((vector.parameter == old).all() for vector, old in zip(vectors, first, strict=True))
+
+
+def test_a_vector_that_is_not_the_models_is_left_alone(made: Made) -> None:
+    import torch
+
+    student = load_student(made.file, made.folder, bfloat16=False, cuda=False)
+    norm = next(parameter for name, parameter in student.named_parameters() if name.endswith("input_layernorm.weight"))
+    with torch.no_grad():
+        norm[3] += 0.01
+    found: list[Lossless] = lossless(student, made.file)
+    assert not any(vector.parameter is norm for vector in found)
+    assert found
+
+
+def test_a_file_that_transformers_does_not_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(ModelError, match=r"does not read m\.gguf"):
+        load_student(tmp_path / "m.gguf", tmp_path, bfloat16=False, cuda=False)
