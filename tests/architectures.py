@@ -146,7 +146,7 @@ ARCHITECTURES = (
     Architecture("Llama 2", "llama", LLAMA_2, settings=BASE),
     Architecture("Llama 3", "llama", by_name("Llama 3.1")),
     Architecture("Llama 4 (text)", "llama4_text", CHATML, {"num_local_experts": 4, "intermediate_size_mlp": 64, "head_dim": 32,
-                 "interleave_moe_layer_step": 2, "attention_chunk_size": 512}, AS_CHATML),
+                 "interleave_moe_layer_step": 2, "attention_chunk_size": 512, "num_hidden_layers": 4}, AS_CHATML),
     Architecture("Mistral", "mistral", MISTRAL, {"head_dim": 32}),
     Architecture("Ministral 3", "ministral3", MINISTRAL, {"head_dim": 32}),
     Architecture("Mixtral", "mixtral", MISTRAL, {"num_local_experts": 4, "num_experts_per_tok": 2}),

@@ -145,7 +145,11 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
             "\nMerged into the source the gain was lost. The dequantised base keeps it, "
             "at a price outside the task: its weights are as coarse as 4 bits."
         )
-    say(f"\nMerged into {shipped.merged_onto}.\n")
+    say(f"\nMerged into {shipped.merged_onto}.")
+    if closed := shipped.closed:
+        done = f"{closed.vectors} norms and biases, {closed.steps} steps; KL a token {closed.before or 0:.2g} → {closed.after or 0:.2g}"
+        say(f"Not closed: {closed.why_not}" if closed.why_not else f"Closed: {done}, on rows that it did not learn from.")
+    say("")
     print_table("What was checked", ["", "", ""], [[c.name, c.outcome, c.detail] for c in shipped.checks], figures=False)
     say("")
     print_table(

@@ -19,7 +19,7 @@ from ftkit.data.template import ChatSettings, render, settle, token_ids
 from ftkit.data.turns import answer_reader
 from ftkit.errors import DoesNotFitError, ModelError, first_line
 from ftkit.model.four_bits import adaptable, left_alone, nf4_config
-from ftkit.model.source import from_files, needs_code
+from ftkit.model.source import from_files, name_body, needs_code
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Method
 
@@ -110,6 +110,7 @@ def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: boo
             f"The weights in {folder} do not fit its config: {lost[0]} is missing or of another shape{more}.",
             "fetch or copy the model again, whole",
         )
+    name_body(model)
     return model
 
 

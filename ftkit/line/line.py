@@ -13,7 +13,7 @@ from ftkit.engines import ollama
 from ftkit.errors import DoesNotFitError, NameTakenError, RecipeError, RunError, ToolMissingError
 from ftkit.gguf.files import GgufFile
 from ftkit.line.ask import ASK, REASK
-from ftkit.line.close import CLOSE, shipping
+from ftkit.line.close import CLOSE, Closed, shipping
 from ftkit.line.gguf import GGUF, QUANTISE
 from ftkit.line.job import Job, Onto
 from ftkit.line.merge import MERGE
@@ -105,6 +105,7 @@ class Shipped:
     same_answers: Score | None  # of the trained model and the shipped file; None where the trained model could not be asked
     examples: list[dict[str, str]]
     missing_quantization: str | None  # the wanted type, where llama-quantize is not here
+    closed: Closed | None  # None: not asked for
     registered_as: str | None
     not_registered_because: str | None
     register_with: str | None  # what to type for that
@@ -122,7 +123,8 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
     asked, job = ensure(job, ASK), choose_merge(job)
     merged, converted = ensure(job, MERGE), ensure(job, GGUF)
     ensure(job, REASK)
-    shipped = shipping(job, converted, *(ensure(job, step) for step in (QUANTISE, CLOSE) if step.applies(job)))
+    later: list[Made[Any]] = [ensure(job, step) for step in (QUANTISE, CLOSE) if step.applies(job)]
+    shipped = shipping(job, converted, *later)
     proven = ensure(job, PROVE)
     modelfile = write_modelfile(job, merged, shipped)
     proof = judge(job, asked, proven, shipped)
@@ -149,6 +151,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
         same_answers=proof.same_answers,
         examples=proof.examples[:3],
         missing_quantization=shipped.missing,
+        closed=next((made.result for made in later if made.name == CLOSE.name), None),
         registered_as=registered,
         not_registered_because=because,
         register_with=register_with,

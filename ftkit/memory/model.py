@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ftkit.errors import ModelError, RecipeError, first_line
 from ftkit.memory.sizes import DTYPE_BYTES, nf4_storages, optimizer_state_bytes
 from ftkit.model.four_bits import EXPERTS_PATTERN, fused_experts, left_alone
-from ftkit.model.source import from_files, needs_code
+from ftkit.model.source import from_files, name_body, needs_code
 from ftkit.recipe import Lora, Method
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ def meta_model(config: Any, dtype: str = "bfloat16", attention: str | None = Non
             raise refused from None
         raise ModelError(f"The config does not build a language model: {first_line(error)}.") from None
     model.tie_weights()
+    name_body(model)
     return model
 
 

@@ -120,3 +120,9 @@ def drop_code(folder: Path) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
         if (dropped := without(config)) != config:
             path.write_text(json.dumps(dropped, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def name_body(model: Any) -> None:
+    """Have `base_model` be the model without its head. Llama 4's names a part of the multimodal model, which is not there."""
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
