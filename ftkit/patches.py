@@ -16,6 +16,7 @@ from ftkit.errors import ToolFailedError
 When = Literal[
     "tracing", "tracing for CUDA", "tracing DoRA", "training", "loading in 4 bits", "reading 4-bit weights", "looking at the CPU",
     "running adapters", "merging", "asking Ollama", "reading GGUF files",
+    "reading answers",
 ]  # fmt: skip
 
 
@@ -235,6 +236,8 @@ INSIDES: tuple[Inside, ...] = (
            *_TRANSFORMERS),
     Inside("looking at the CPU", "torch", "cpu._is_avx512_bf16_supported", "else bfloat16 is emulated", *_TORCH),
     Inside("looking at the CPU", "torch", "cpu._is_amx_tile_supported", "else bfloat16 is emulated", *_TORCH),
+    Inside("reading answers", "transformers.generation.utils", "GenerationMixin._supports_logits_to_keep",
+           "else the logits of every token take memory", *_TRANSFORMERS),
     Inside("asking Ollama", "ollama", "Client._client", "the client's own methods render no prompt and look for no blob", *_OLLAMA),
 )  # fmt: skip
 IN_OBJECTS: tuple[When, ...] = ("reading 4-bit weights", "asking Ollama")  # which only objects have, and no class

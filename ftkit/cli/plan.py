@@ -178,7 +178,7 @@ def show(planned: Planned, save_minutes: float) -> None:
     from ftkit.cli.console import print_table, say
     from ftkit.plan.cost import CHECKPOINTS_KEPT, checkpoint_bytes, disk_by_place
     from ftkit.plan.plan import MARGIN
-    from ftkit.report.words import reach
+    from ftkit.report.words import reach, sixteen_bits
     from ftkit.units import bytes_text, count_text, seconds_text
 
     memory, tokens = planned.memory, planned.tokens
@@ -237,8 +237,9 @@ def show(planned: Planned, save_minutes: float) -> None:
         f"checkpointing {'on' if chosen.gradient_checkpointing else 'off'}"
     )
     print_table(title, ["", *(fit.inventory.method for fit in memory.methods)], rows)
-    if words := reach(memory):
-        say(words)
+    for words in (reach(memory), sixteen_bits(memory)):
+        if words:
+            say(words)
     if memory.changes:
         say()
         print_table(

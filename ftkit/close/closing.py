@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.close.student import Lossless, running
 from ftkit.engines.logits import Forced
-from ftkit.proof.behaviour import log_probabilities
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,8 +42,9 @@ def distribution(logits: np.ndarray[Any, Any]) -> Distribution:
     """Of logits (places, vocabulary)."""
     import torch
 
-    known = torch.from_numpy(log_probabilities(logits))
-    likeliest, ids = known.topk(min(LIKELIEST, known.shape[1]))
+    given = torch.from_numpy(logits)
+    likeliest, ids = given.topk(min(LIKELIEST, given.shape[1]), sorted=False)
+    likeliest = (likeliest - given.logsumexp(-1, keepdim=True)).double()
     rest = (1 - likeliest.exp().sum(-1)).clamp_min(1e-12).log()
     return Distribution(ids, likeliest.float(), rest.float())
 

@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STRUCT_BYTES = 1024  # more than any of llama.cpp's parameter structs: a caller may give them more room than they take
-CONTEXT_FIELDS = ("n_ctx", "n_batch")  # of llama_context_params, the first
+TRIED = "2026.10.11549"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Forced:
 
 
 class _Params(ctypes.Structure):
-    _fields_ = (("first", ctypes.c_uint32 * 2), ("others", ctypes.c_byte * (STRUCT_BYTES - 8)))
+    """llama_context_params, or llama_model_params, which is taken as it is."""
+
+    _fields_ = (("n_ctx", ctypes.c_uint32), ("n_batch", ctypes.c_uint32), ("others", ctypes.c_byte * (STRUCT_BYTES - 8)))
 
 
 class _Batch(ctypes.Structure):
@@ -77,15 +80,25 @@ def _library() -> Any:
         "llama_get_logits": (ctypes.POINTER(ctypes.c_float), (ctypes.c_void_p,)),
         "llama_model_get_vocab": (ctypes.c_void_p, (ctypes.c_void_p,)),
         "llama_vocab_n_tokens": (ctypes.c_int32, (ctypes.c_void_p,)),
+        "llama_n_ctx": (ctypes.c_uint32, (ctypes.c_void_p,)),
+        "llama_n_batch": (ctypes.c_uint32, (ctypes.c_void_p,)),
         "llama_free": (None, (ctypes.c_void_p,)),
         "llama_model_free": (None, (ctypes.c_void_p,)),
         "llama_log_set": (None, (_Log, ctypes.c_void_p)),
     }
     for name, (result, arguments) in given.items():
+        if not hasattr(library, name):
+            raise _other_version(f"has no {name}")
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     library.llama_log_set(_QUIET, None)
     return library
+
+
+def _other_version(what: str) -> ToolFailedError:
+    return ToolFailedError(
+        f"llama.cpp in xllamacpp {version('xllamacpp')} {what}, which ftkit reads logits with.", f"pip install 'xllamacpp=={TRIED}'"
+    )
 
 
 def of_file(path: Path, rows: Sequence[Forced], threads: int | None = None) -> Iterator[np.ndarray[Any, Any]]:
@@ -101,11 +114,14 @@ def of_file(path: Path, rows: Sequence[Forced], threads: int | None = None) -> I
         raise ToolFailedError(f"llama.cpp cannot load {path.name}.")
     try:
         settings = library.llama_context_default_params()
-        settings.first[:] = [-(-longest // 256) * 256] * len(CONTEXT_FIELDS)
+        size = -(-longest // 256) * 256
+        settings.n_ctx = settings.n_batch = size
         context = library.llama_init_from_model(model, settings)
         if not context:
             raise ToolFailedError(f"llama.cpp has no room for {longest} tokens of {path.name}.")
         try:
+            if (library.llama_n_ctx(context), library.llama_n_batch(context)) != (size, size):
+                raise _other_version("takes other settings")
             wanted = threads or asked_threads() or psutil.cpu_count(logical=False) or 1
             library.llama_set_n_threads(context, wanted, wanted)
             vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
@@ -129,6 +145,7 @@ def of_model(model: PreTrainedModel, rows: Sequence[Forced]) -> Iterator[np.ndar
     import torch
 
     model.eval()
+    patches.require("reading answers")
     spares = model._supports_logits_to_keep()  # some models that bring their own code compute them all
     for row in rows:
         ids = torch.tensor([row.ids], device=model.device)

@@ -28,7 +28,7 @@ from ftkit.line.train import TRAIN, Trained
 from ftkit.plan.cost import of_closing
 
 LEARNT_ROWS, CHECKED_ROWS = 160, 24  # training rows that are gone through again and again, and others that are looked at
-MOST_TOKENS = 128  # of an answer, and of a prompt, that are looked at
+ANSWER_TOKENS, PROMPT_TOKENS = 128, 32  # of each row that are looked at: an answer's first, of a prompt's all some, evenly
 MOST_APART = 0.1  # KL a token between the file in llama.cpp, which also rounds activations, and in transformers
 
 
@@ -122,7 +122,8 @@ def _places(example: Example, *, answer: bool) -> Forced:
     places = [n for n, label in enumerate(example.labels) if n and (label != IGNORED) == answer]
     last = max(n for n, label in enumerate(example.labels) if label != IGNORED)
     before = [n for n in places if n <= last]
-    return Forced(example.input_ids[: last + 1], before[:MOST_TOKENS] if answer else before[-MOST_TOKENS:])
+    every = max(1, -(-len(before) // PROMPT_TOKENS))
+    return Forced(example.input_ids[: last + 1], before[:ANSWER_TOKENS] if answer else before[::every])
 
 
 CLOSE: Step[Closed] = Step(

@@ -25,7 +25,7 @@ from ftkit.report.parts import (
     tied,
 )
 from ftkit.report.plot import axis_bytes
-from ftkit.report.words import PHASES, answer, command_for, padding, peak_words, phase_of, plain, reach, runs, why
+from ftkit.report.words import PHASES, answer, command_for, padding, peak_words, phase_of, plain, reach, runs, sixteen_bits, why
 from ftkit.report.write import PAGE_SUFFIXES, check, write
 from ftkit.units import bytes_text, count_text, seconds_text
 
@@ -79,7 +79,7 @@ def write_page(
         answer=tied(answer(plan)),
         why=tied(why(plan)),
         peak_words=tied(peak_words(plan)),
-        notes=[tied(words) for words in (reach(plan),) if words],
+        notes=[tied(words) for words in (reach(plan), sixteen_bits(plan)) if words],
         margin=tied(f"{100 * MARGIN:g} %"),
         margin_words=tied(margin_words(fit)),
         least=tied(f"{100 * LEAST_SHARE:g} %"),

@@ -99,6 +99,17 @@ def reach(plan: MemoryPlan) -> str | None:
     return words + (f"; without one: {', '.join(named)}{more}." if named else ".")
 
 
+def sixteen_bits(plan: MemoryPlan) -> str | None:
+    """That the weights need not be in 4 bits, where QLoRA is asked for and LoRA fits as well."""
+    lora = next((fit for fit in plan.methods if fit.inventory.method == "lora"), None)
+    if plan.chosen.inventory.method != "qlora" or not lora or not lora.fits:
+        return None
+    return (
+        f"LoRA on the 16-bit weights fits too, with {bytes_text(lora.peak.device_bytes)}, and is the better choice: its merge is the "
+        "model that was trained, where an adapter learnt around 4-bit weights loses something: --set training.method=lora"
+    )
+
+
 def command_for(change: Remedy, asked: str = "ftkit plan") -> str:
     """What to type: the command that the plan was asked for with, and the change."""
     import shlex

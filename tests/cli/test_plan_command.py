@@ -51,6 +51,7 @@ def test_a_model_and_a_card_are_enough(here: Path, model: Path, ftkit: Ftkit) ->
     assert shown.exit_code == 0, shown.output
     assert shown.stdout.startswith("Fits: qlora needs ")
     assert "11.75 GiB on RTX 3060" in shown.stdout
+    assert "LoRA on the 16-bit weights fits too, with " in shown.stdout
     assert not list(here.iterdir())  # nothing is left beside
 
 
