@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_
 GAIN, DISTANCE = "gain kept", "distance from the trained model"
 
 
-@pytest.mark.parametrize(("name", "method"), [("Llama 3.1", "qlora"), ("Gemma 2", "lora")])
+@pytest.mark.parametrize(("name", "method"), [("Phi 3.5", "qlora"), ("Gemma 2", "lora")])
 def test_the_line_ships_it_and_does_nothing_twice(
     name: str, method: str, made: Callable[..., Path], tmp_path: Path, write_rows: Callable[[Path, list[Any]], Path], rows: list[Any]
 ) -> None:

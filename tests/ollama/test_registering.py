@@ -66,6 +66,9 @@ DEFAULT_SYSTEM = (
 TEMPLATES = {"chatml": ("Qwen 2.5", tiny.CHATML), "default system prompt": ("Qwen 2.5", DEFAULT_SYSTEM), "folded": ("Gemma 2", FOLDED)}
 
 
+NEWEST = pytest.mark.parametrize("server", servers.VERSIONS[:1], indirect=True)  # where what is tested is ftkit's own
+
+
 @pytest.fixture(scope="module", params=servers.VERSIONS)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """(version, address) of a running server."""
@@ -152,7 +155,14 @@ def test_the_file_and_the_request_create_the_same_model(
     assert ollama.rendered_prompt(client, "by-hand", asked) == chat.render([system, *asked])
 
 
-@pytest.mark.parametrize("kind", ["Qwen 2.5", "Llama 3.1", "Gemma 2", "Phi 3.5", "folded", "default system prompt"])
+@pytest.mark.parametrize(
+    ("server", "kind"),
+    [
+        *((servers.VERSIONS[0], kind) for kind in ("Qwen 2.5", "Llama 3.1", "Gemma 2", "Phi 3.5", "folded", "default system prompt")),
+        *((servers.VERSIONS[1], kind) for kind in ("Gemma 2", "default system prompt")),
+    ],
+    indirect=["server"],
+)
 def test_families_are_asked_as_they_were_trained(kind: str, client: Any, files: Callable[[str], tuple[Any, Path]]) -> None:
     """Prompts equal, white space at the ends and all; and the model reads as many tokens as in training: one BOS, not two."""
     tokenizer, path = files(kind)
@@ -247,6 +257,7 @@ class Killed(BaseException):
     """As if the process were gone."""
 
 
+@NEWEST
 def test_killed_ships_know_their_own(ship: Callable[..., str], client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a ship left in Ollama, the next goes through without --yes, and in the end one model is there."""
 
@@ -284,6 +295,7 @@ def test_killed_ships_know_their_own(ship: Callable[..., str], client: Any, monk
     assert names(client) == ["m:q4"]
 
 
+@NEWEST
 def test_anothers_model_stays(ship: Callable[..., str], client: Any, files: Callable[[str], tuple[Any, Path]]) -> None:
     tokenizer, path = files("chatml")
     theirs = register(client, "m:q4", path, modelfile(tokenizer, path, system="Mine."), renders(tokenizer))
