@@ -1,1 +1,1 @@
-"""An adapter and its base become one 16-bit model."""
+"""A quantised file comes nearer to the trained model, by the numbers that it stores without loss."""

@@ -104,7 +104,7 @@ def running(student: PreTrainedModel) -> Iterator[None]:
     import torch
 
     kind = next(parameter.dtype for parameter in student.parameters() if len(parameter.shape) > 1)
-    with patches.applied("running adapters"), torch.autocast(student.device.type, torch.bfloat16, enabled=kind == torch.bfloat16):
+    with torch.autocast(student.device.type, torch.bfloat16, enabled=kind == torch.bfloat16):
         yield
 
 

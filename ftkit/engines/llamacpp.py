@@ -14,11 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from ftkit.data.rows import TOOLS, Message
 from ftkit.errors import ToolFailedError, ToolMissingError
-from ftkit.machine.device import asked_threads
+from ftkit.machine.device import computing_threads
 from ftkit.progress import SILENT, Reporter
 
 ANSWERS_WITHIN_SECONDS = 3600.0  # a large model on a slow disk
@@ -117,9 +115,7 @@ def load(path: Path, num_ctx: int = 4096, threads: int | None = None) -> Iterato
     parameters.warmup = False
     parameters.hostnames = ["127.0.0.1"]
     parameters.endpoint_metrics = True
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = (
-        threads or asked_threads() or psutil.cpu_count(logical=False) or 1
-    )
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads or computing_threads()
     try:
         server = xllamacpp.Server(parameters)
     except (RuntimeError, ValueError) as error:

@@ -14,11 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from ftkit import patches
 from ftkit.errors import ToolFailedError, ToolMissingError
-from ftkit.machine.device import asked_threads
+from ftkit.machine.device import computing_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,7 +99,7 @@ def _other_version(what: str) -> ToolFailedError:
     )
 
 
-def of_file(path: Path, rows: Sequence[Forced], threads: int | None = None) -> Iterator[np.ndarray[Any, Any]]:
+def of_file(path: Path, rows: Sequence[Forced]) -> Iterator[np.ndarray[Any, Any]]:
     """Of each row in turn, (places, vocabulary) in float32, as llama.cpp computes it from a GGUF.
 
     Raises ToolMissingError without xllamacpp, ToolFailedError where llama.cpp takes the file or a row not.
@@ -122,8 +120,7 @@ def of_file(path: Path, rows: Sequence[Forced], threads: int | None = None) -> I
         try:
             if (library.llama_n_ctx(context), library.llama_n_batch(context)) != (size, size):
                 raise _other_version("takes other settings")
-            wanted = threads or asked_threads() or psutil.cpu_count(logical=False) or 1
-            library.llama_set_n_threads(context, wanted, wanted)
+            library.llama_set_n_threads(context, computing_threads(), computing_threads())
             vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
             for row in rows:
                 library.llama_memory_clear(library.llama_get_memory(context), True)

@@ -154,10 +154,10 @@ class Shipping:
 def shipping(job: Job, converted: Made[Converted], *later: Made[Any]) -> Shipping:
     """Which of the files ships: the closed one, else the type that is wanted, else Q8_0."""
     made, wanted = {step.name: step for step in later}, job.recipe.ship.quantization
+    step: Made[Any] = converted
     file = converted.result.file(wanted if wanted in ALWAYS_MADE else "Q8_0")
-    ships, missing = Shipping(converted.folder / file.path, file, converted.name, converted.fingerprint, None), wanted
     if quantised := made.get(QUANTISE.name):
-        ships = Shipping(quantised.folder / quantised.result.path, quantised.result, quantised.name, quantised.fingerprint, None)
+        step, file = quantised, quantised.result
     if (closed := made.get(CLOSE.name)) and closed.result.file:
-        ships = Shipping(closed.folder / closed.result.file.path, closed.result.file, closed.name, closed.fingerprint, None)
-    return replace(ships, missing=None if ships.file.quantization == missing else missing)
+        step, file = closed, closed.result.file
+    return Shipping(step.folder / file.path, file, step.name, step.fingerprint, None if file.quantization == wanted else wanted)

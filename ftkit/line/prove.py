@@ -144,7 +144,7 @@ class Form:
 
     loss: float
     kept: Kept | None  # of what training gained; None: of the base, of the trained model, or where nothing was gained
-    divergence: float | None  # KL(trained ‖ this); None: of the base and the trained model
+    divergence: float | None  # KL(trained ‖ this); None: of the trained model
     agreed_percent: float | None  # of the tokens, at which the likeliest is the trained model's
 
 

@@ -163,6 +163,11 @@ def asked_threads() -> int | None:
     return int(first) if first.isdecimal() and int(first) else None
 
 
+def computing_threads() -> int:
+    """How many threads to compute with: those that are asked for, else a core each."""
+    return asked_threads() or psutil.cpu_count(logical=False) or 1
+
+
 def choose(vram: str | None = None, gpu: str | None = None) -> Device:
     """The device to plan for: an amount, a card by name, the first GPU found, else the CPU."""
     if gpu:

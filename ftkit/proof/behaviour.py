@@ -131,7 +131,7 @@ def judge_distance(forms: Mapping[str, Behaviour], shipped: str, least: float) -
     figures = f"KL a token {left:.2g}, of the base {whole:.2g}, over {len(forms[shipped].divergence)} rows"
     if whole < LEAST:
         return not_made(name, f"training changed next to nothing on these answers; {figures}")
-    share = 100 * (1 - left / whole)
+    share = _way(whole, left)
     return (
         passed(name, figures) if share >= least else failed(name, f"{least:g} % of the way are wanted, made are {share:.1f} %; {figures}")
     )
@@ -141,8 +141,13 @@ def least_kept(forms: Mapping[str, Behaviour], shipped: str) -> float:
     """The percent that both checks would pass with."""
     kept = gain_kept(forms["before"], forms["trained"], forms[shipped])
     whole, left = forms["before"].divergence_a_token, forms[shipped].divergence_a_token
-    way = 100 * (1 - left / whole) if whole and left is not None and whole >= LEAST else 100.0
+    way = _way(whole, left) if whole is not None and left is not None and whole >= LEAST else 100.0
     return min(way, kept.percent if kept else 100.0)
+
+
+def _way(whole: float, left: float) -> float:
+    """Percent of the way from the base to the trained model, by what is left of it."""
+    return 100 * (1 - left / whole)
 
 
 def _missing(forms: Mapping[str, Behaviour], shipped: str) -> str | None:
