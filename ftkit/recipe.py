@@ -22,6 +22,7 @@ QUANTIZATIONS = (
     "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1",
     "Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "IQ4_XS", "IQ4_NL", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
 )  # fmt: skip
+SMALLEST = "smallest"  # type that keeps enough
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}(:[a-z0-9][a-z0-9._-]{0,79})?", re.IGNORECASE)
 
 
@@ -151,6 +152,7 @@ class Ship(Group):
     closing_steps: Annotated[int, Field(ge=0)] = Field(
         default=0, description="train norms and biases of the shipped file for at most so many steps, towards the trained model"
     )
+    imatrix: bool = Field(default=False, description="measure on training rows and general text where llama-quantize must round least")
     test_rows: Annotated[int, Field(ge=1)] | None = Field(default=None, description="ask only so many held-out rows")
     system: str | None = None
     num_ctx: Annotated[int, Field(ge=8)] = 4096
@@ -175,10 +177,14 @@ class Ship(Group):
     @classmethod
     def _quantization(cls, value: str) -> str:
         upper = value.upper()
+        if value.lower() == SMALLEST:
+            return SMALLEST
         if upper not in QUANTIZATIONS:
             near = difflib.get_close_matches(upper, QUANTIZATIONS, 1, cutoff=0.4)
             raise ValueError(
-                f"unknown quantisation {value!r}" + (f"; did you mean {near[0]}?" if near else "") + f" (known: {', '.join(QUANTIZATIONS)})"
+                f"unknown quantisation {value!r}"
+                + (f"; did you mean {near[0]}?" if near else "")
+                + f" (known: {SMALLEST}, {', '.join(QUANTIZATIONS)})"
             )
         return upper
 

@@ -124,7 +124,7 @@ def test_a_fault_is_named_by_its_key(minimal: Path, setting: str, fault: str) ->
 
 
 def test_an_unknown_quantisation_is_told_the_known_ones(minimal: Path) -> None:
-    assert faults(minimal, "ship.quantization=zzz")[1].endswith(f"(known: {', '.join(QUANTIZATIONS)})")
+    assert faults(minimal, "ship.quantization=zzz")[1].endswith(f"(known: smallest, {', '.join(QUANTIZATIONS)})")
 
 
 def test_all_faults_come_at_once(minimal: Path) -> None:

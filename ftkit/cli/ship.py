@@ -145,6 +145,10 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
             "\nMerged into the source the gain was lost. The dequantised base keeps it, "
             "at a price outside the task: its weights are as coarse as 4 bits."
         )
+    if shipped.weighed:
+        tried = [[w.quantization, bytes_text(w.bytes), f"{w.kept_percent:.1f} %"] for w in shipped.weighed]
+        say("")
+        print_table("What each type keeps of the training, on the rows by which is chosen", ["", "size", "kept"], tried)
     say(f"\nMerged into {shipped.merged_onto}.")
     if closed := shipped.closed:
         done = f"{closed.vectors} norms and biases, {closed.steps} steps; KL a token {closed.before or 0:.2g} → {closed.after or 0:.2g}"

@@ -11,7 +11,7 @@ from ftkit.data.rows import Message
 from ftkit.data.turns import answer_reader, expected, question
 from ftkit.engines import hf, llamacpp
 from ftkit.errors import DoesNotFitError
-from ftkit.line.behaviour import MERGED, TRAINED, given_rows, measure_file, measure_model, write
+from ftkit.line.behaviour import CHOICE, CHOICE_ROWS, MERGED, TRAINED, choice_and_others, given_rows, measure_file, measure_model, write
 from ftkit.line.gguf import GGUF, Converted
 from ftkit.line.job import Job, Onto, base_folder, computes_on, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
@@ -62,13 +62,18 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
 
     An adapter's base is loaded once, as training loaded it (with QLoRA in 4 bits), and asked without and with the adapter.
     """
-    recipe, base, held_out = job.recipe, base_folder(job), read_data(job).test
+    recipe, base, data = job.recipe, base_folder(job), read_data(job)
     (cuda, bfloat16), tokenizer = computes_on(), tokenizer_of(job, base, base=True)
-    rows, given = [row for row in held_out if not row.is_text], given_rows(tokenizer, held_out, recipe.training.max_length)
+    rows, length = [row for row in data.test if not row.is_text], recipe.training.max_length
+    given = {
+        folder: given_rows(tokenizer, data.test, length),
+        folder / CHOICE: given_rows(tokenizer, choice_and_others(job, data)[0], length, CHOICE_ROWS),
+    }
+    (folder / CHOICE).mkdir()
     hf.refuse_lost_gradients()
     questions, method = [question(tokenizer, row) for row in rows], recipe.training.method
     answers: dict[str, list[str]] = {}
-    measured: dict[str, Behaviour] = {}
+    measured: dict[Path, dict[str, Behaviour]] = {place: {} for place in given}
 
     how: dict[str, Any] = {"bfloat16": bfloat16, "cuda": cuda, "trust_remote_code": recipe.trust_remote_code}
 
@@ -78,7 +83,8 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
             answers[name] = hf.answer(model, tokenizer, questions, recipe.ship.max_new_tokens, label=label, reporter=job.reporter)
         except DoesNotFitError as error:
             job.reporter.warn(f"{label} was left out: {error.message}")
-        measured.update(measure_model(job, folder, name, model, given, f"reading answers with {who}"))
+        for place, answers_given in given.items():
+            measured[place].update(measure_model(job, place, name, model, answers_given, f"reading answers with {who}"))
 
     if method == "full":
         ask(TRAINED, hf.load_model(trained.folder / MODEL, None, **how), "the trained model")
@@ -88,7 +94,8 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
         ask(TRAINED, model, "base and adapter")
         with model.disable_adapter():
             ask("before", model, "the base model")
-    write(folder, dict(sorted(measured.items())), given)  # before, trained
+    for place, forms in measured.items():
+        write(place, dict(sorted(forms.items())), given[place])  # before, trained
     write_json(folder / ANSWERS, asdict(Questions(dict(sorted(answers.items())), questions, [expected(tokenizer, row) for row in rows])))
     return Asked(tuple(answers))
 
@@ -123,6 +130,7 @@ def _ask_merged(job: Job, folder: Path, asked: Made[Asked], converted: Made[Conv
     room = processor().total_bytes - FTKIT_BYTES
     file = next((file for file in converted.result.files if file.bytes < room), None)
     answers: dict[str, list[str]] = {}
+    form: Behaviour | None = None
     read = answer_reader(tokenizer_of(job, merged.folder / MODEL))
     if file:
         with llamacpp.load(converted.folder / file.path, job.recipe.ship.num_ctx) as engine:
@@ -133,9 +141,10 @@ def _ask_merged(job: Job, folder: Path, asked: Made[Asked], converted: Made[Conv
                 label=f"asking the merged model ({file.quantization})",
                 reporter=job.reporter,
             )
-        measure_file(job, folder, MERGED, converted.folder / file.path, asked)
+        form = measure_file(job, converted.folder / file.path, asked.folder)
     else:
         job.reporter.warn("the merged model is not asked: each of its files is larger than this machine's memory")
+    write(folder, {MERGED: form})
     write_json(folder / ANSWERS, asdict(Answers(answers)))
     return AskedMerged(job.onto, file.quantization if file else None)
 

@@ -101,7 +101,7 @@ def _make(job: Job, folder: Path, merged: Made[Merged], asked: Made[Asked], conv
         answers = engine.answer(
             questions, ship.max_new_tokens, answer_reader(tokenizer), label=f"asking {path.name}", reporter=job.reporter
         )
-    measure_file(job, folder, SHIPPED, path, asked)
+    behaviour.write(folder, {SHIPPED: measure_file(job, path, asked.folder)})
     write_json(folder / ANSWERS, asdict(Answers({"shipped": answers})))
     return Proven(tuple(checks))
 
@@ -123,7 +123,7 @@ def loses_gain(job: Job, asked: Made[Asked], told: Made[AskedMerged]) -> str | N
     lost = _lost_points(job, asked, told)
     if lost is not None and lost > job.recipe.ship.max_loss_points:
         return f"{lost:.1f} points"
-    forms, keep = {**behaviour.read(asked), **behaviour.read(told)}, job.recipe.ship.keep
+    forms, keep = {**behaviour.read(asked.folder), **behaviour.read(told.folder)}, job.recipe.ship.keep
     check = judge_gain(forms, MERGED, keep)
     return f"too much of the gain ({check.detail})" if check.outcome == "failed" else None
 
@@ -167,15 +167,15 @@ def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping)
     ship, run, quantization = job.recipe.ship, job.run, shipped.file.quantization
     first, after = read_questions(asked), read_answers(proven)["shipped"]
     given: dict[str, list[str]] = {name: first.answers[name] for name in ("before", "trained") if name in first.answers}
-    forms = behaviour.read(asked)
+    forms = behaviour.read(asked.folder)
     for onto in get_args(Onto):  # each merge of this training that was asked
         if told := find(replace(job, onto=onto), REASK):
             if answers := read_answers(told).get("merged"):
                 given[SCORE_NAMES[onto]] = answers
-            if form := behaviour.read(told).get(MERGED):
+            if form := behaviour.read(told.folder).get(MERGED):
                 forms[SCORE_NAMES[onto]] = form
     given[quantization] = after
-    if form := behaviour.read(proven).get(SHIPPED):
+    if form := behaviour.read(proven.folder).get(SHIPPED):
         forms[quantization] = form
     scores = {name: score(first.expected, answers, ship.match) for name, answers in given.items()} if first.questions else {}
     alike = same(given["trained"], after) if "trained" in given and scores else None
