@@ -15,11 +15,13 @@ from ftkit.line.behaviour import MERGED, TRAINED, given_rows, measure_file, meas
 from ftkit.line.gguf import GGUF, Converted
 from ftkit.line.job import Job, Onto, base_folder, computes_on, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
+from ftkit.line.plan import expected_answers
 from ftkit.line.step import Made, Step, fingerprint_of, write_json
 from ftkit.line.train import TRAIN, Trained
 from ftkit.machine.device import processor
 from ftkit.plan.cost import FTKIT_BYTES, of_asking, of_asking_merged
 from ftkit.proof.behaviour import Behaviour
+from ftkit.proof.score import refuse_unreadable
 
 ANSWERS = "answers.json"
 
@@ -50,6 +52,11 @@ def read_questions(asked: Made[Any]) -> Questions:
     return Questions(**json.loads((asked.folder / ANSWERS).read_text(encoding="utf-8")))
 
 
+def refuse_rule(job: Job, asked: Made[Asked]) -> None:
+    """Raise RecipeError for an `evaluate` that does not suit the expected answers which were recorded: it may be another today."""
+    refuse_unreadable(job.recipe.evaluate, ((f"held-out row {n}", text) for n, text in enumerate(read_questions(asked).expected, 1)))
+
+
 @dataclass(frozen=True)
 class Asked:
     """Who answered. Answers that could not be had are left out, and that was said."""
@@ -65,6 +72,7 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
     recipe, base, held_out = job.recipe, base_folder(job), read_data(job).test
     (cuda, bfloat16), tokenizer = computes_on(), tokenizer_of(job, base, base=True)
     rows, given = [row for row in held_out if not row.is_text], given_rows(tokenizer, held_out, recipe.training.max_length)
+    refuse_unreadable(recipe.evaluate, expected_answers(tokenizer, rows))
     hf.refuse_lost_gradients()
     questions, method = [question(tokenizer, row) for row in rows], recipe.training.method
     answers: dict[str, list[str]] = {}

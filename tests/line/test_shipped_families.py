@@ -78,7 +78,7 @@ def test_the_line_ships_it_and_does_nothing_twice(
         line.start_from(job, "prove")
         assert (line.make_only(job, "prove").fresh, line.make_only(job, "merge").fresh) == (True, False)
     system = {} if name == "Gemma 2" else {"system": "Be short."}  # its template refuses one
-    judged = ship(max_loss_points=10, match="first_line", temperature=0.5, **system, name="other")
+    judged = ship(max_loss_points=10, temperature=0.5, **system, name="other")
     assert (judged.fresh, times(".gguf", ".safetensors")) == (False, files)
     assert "PARAMETER temperature 0.5" in judged.modelfile.read_text(encoding="utf-8")
     other = ship(quantization="F16", closing_steps=0)  # is there already: it is proven, and nothing is converted
