@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ftkit.line.job import Job
     from ftkit.line.line import Shipped, State
     from ftkit.line.prove import Form
+    from ftkit.proof.score import Score
 
 MOST_LABELS = 8  # of a table on the screen
 ollama_option = click.option(
@@ -136,7 +137,7 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
             f"\n  before    {_one_line(example['before'])}\n  after     {_one_line(example['after'])}\n"
             f"  expected  {_one_line(example['expected'])}\n"
         )
-    _show_scores(shipped)
+    show_scores(shipped.right_by, shipped.scores)
     if any(form.kept for form in shipped.forms.values()):
         kept = [[name, *_figures(form)] for name, form in shipped.forms.items()]
         say("")
@@ -172,11 +173,10 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
         say(f"             or by hand: ollama create {job.recipe.ship.name} -f {shipped.modelfile}")
 
 
-def _show_scores(shipped: Shipped) -> None:
+def show_scores(right_by: str, scores: dict[str, Score]) -> None:
     """Right answers of each form, what more the rule tells of them, and what was said for what of the file that ships."""
     from ftkit.cli.console import print_table, say
 
-    scores = shipped.scores
     columns = {
         "right": [f"{score.right} of {score.rows}" for score in scores.values()],
         "": [f"{score.percent:.1f} %" for score in scores.values()],
@@ -185,7 +185,7 @@ def _show_scores(shipped: Shipped) -> None:
     }
     told = [name for name, cells in columns.items() if any(cells)]
     rows = [[form, *(columns[name][number] for name in told)] for number, form in enumerate(scores)]
-    print_table(f"Held-out questions, right by {shipped.right_by}", ["", *told], rows)
+    print_table(f"Held-out questions, right by {right_by}", ["", *told], rows)
     shown = next(reversed(scores), "")  # the file that ships comes last
     table = scores[shown].confusion if scores else None
     if table and len(table) <= MOST_LABELS:

@@ -84,6 +84,18 @@ def test_a_kind_that_is_held_out_whole_is_named(here: Path, model: Path, ftkit: 
     assert "validation rows alone" not in ftkit(*ask).stderr  # as a whole each answer is one of its kind, as in free text
 
 
+def test_a_rule_by_which_no_answer_could_be_right_is_refused(
+    here: Path, model: Path, ftkit: Ftkit, rows: list[Any], write_rows: Any
+) -> None:
+    write_rows(here / "t.jsonl", rows)
+    ask = ("plan", "--model", model, "--data", "t.jsonl", "--vram", "8", "--length", "64")
+    refused = ftkit(*ask, "--set", "evaluate={by: labels, labels: [one, two]}")
+    assert refused.exit_code == 2
+    assert "evaluate.labels: the expected answer in " in refused.stderr
+    assert "t.jsonl, line " in refused.stderr
+    assert "tracing" not in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("learnt", "shipped", "said"),
     [
