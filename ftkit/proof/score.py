@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import regex  # Python's re cannot be told when to give up
-
 from ftkit.errors import RecipeError
 from ftkit.recipe import KEY_OF, Evaluate
 
@@ -129,6 +127,8 @@ def _last_line(rule: Evaluate, text: str) -> str:
 
 def _captured(rule: Evaluate, text: str, seconds: float = SECONDS) -> str | tuple[str | None, ...] | None:
     """What the groups capture, white space around it aside. Raises TimeoutError."""
+    import regex  # Python's re cannot be told when to give up
+
     assert rule.pattern is not None
     with warnings.catch_warnings(action="ignore"):
         found = regex.compile(rule.pattern).search(text.strip(), timeout=seconds)
@@ -251,6 +251,8 @@ CASED = ("Lu", "Ll", "Lt", "Nd")  # letters of scripts that write words apart, a
 @lru_cache(maxsize=8)
 def _finder(labels: tuple[str, ...]) -> Any:
     """Finds labels, the longest first; a label that begins or ends with a letter or a digit not inside a word."""
+    import regex
+
     before, after = r"(?<![\p{Lu}\p{Ll}\p{Lt}\p{Nd}])", r"(?![\p{Lu}\p{Ll}\p{Lt}\p{Nd}\p{M}])"
 
     def whole(label: str) -> str:
