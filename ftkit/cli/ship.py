@@ -189,10 +189,12 @@ def show_scores(right_by: str, scores: dict[str, Score]) -> None:
     shown = next(reversed(scores), "")  # the file that ships comes last
     table = scores[shown].confusion if scores else None
     if table and len(table) <= MOST_LABELS:
-        said = [name for name in next(iter(table.values())) if name in table or any(row[name] for row in table.values())]
+        said = [*table, *sorted({name for row in table.values() for name in row} - table.keys())]
         say("")
         print_table(
-            f"Expected, and what {shown} says", ["", *said], [[label, *(str(row[name]) for name in said)] for label, row in table.items()]
+            f"Expected, and what {shown} says",
+            ["", *said],
+            [[label, *(str(row.get(name, 0)) for name in said)] for label, row in table.items()],
         )
 
 

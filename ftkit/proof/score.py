@@ -29,7 +29,7 @@ class Score:
     unreadable: int = 0  # answers in which there was nothing to compare; none of them is right
     keys_right: int | None = None  # by json alone: keys that are as expected
     keys: int | None = None  # of so many: those of the expected answers, and those that the answers have beside them
-    confusion: dict[str, dict[str, int]] | None = None  # by labels alone: expected → said → answers
+    confusion: dict[str, dict[str, int]] | None = None  # by labels alone: expected → said → answers, without zeros
 
     @property
     def percent(self) -> float:
@@ -73,7 +73,7 @@ def same(first: Sequence[str], second: Sequence[str], rule: Evaluate) -> Score:
 
     def counts(answer: str) -> Any:
         counted = KINDS[rule.by].read(rule, answer)
-        return ("cannot be read", answer.strip()) if counted is None else counted
+        return [answer.strip()] if counted is None else counted  # a list is nothing that counts
 
     return Score(sum(counts(a) == counts(b) for a, b in zip(first, second, strict=True)), len(first))
 
@@ -278,12 +278,12 @@ def _lacks_label(rule: Evaluate, text: str) -> str:
 
 
 def _confusion(rule: Evaluate, expected: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
-    labels = rule.labels or []
-    table = {label: dict.fromkeys((*labels, NONE, SEVERAL), 0) for label in labels}
+    table: dict[str, dict[str, int]] = {label: {} for label in rule.labels or ()}
     for wanted, given in zip(expected, answers, strict=True):
         named = _named(rule, given)
+        said = named.pop() if len(named) == 1 else SEVERAL if named else NONE
         if label := _read_label(rule, wanted):
-            table[label][named.pop() if len(named) == 1 else SEVERAL if named else NONE] += 1
+            table[label][said] = table[label].get(said, 0) + 1
     return {"confusion": table}
 
 

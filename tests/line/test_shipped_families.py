@@ -127,6 +127,10 @@ def test_a_type_that_the_converter_makes_later_is_corrected_too(
     job = open_job(tmp_path)
     with job.run:
         line.train(job)
+        other = open_job(tmp_path, [("evaluate", {"by": "json"})])
+        with pytest.raises(RecipeError, match=r"evaluate\.by: the expected answer in .*train\.jsonl, line \d+ is no JSON"):
+            line.ship(replace(other, run=job.run), use_ollama=False)
+        assert not list((tmp_path / "runs" / "recipe").glob("ask-*"))
         checks = line.ship(job, use_ollama=False).checks
     assert {check.name for check in checks if check.outcome != "passed"} <= {"answers", GAIN, DISTANCE}
 

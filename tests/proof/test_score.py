@@ -165,11 +165,10 @@ def test_what_is_said_for_what() -> None:
     answers = ["SAFE", "UNSAFE", "either SAFE or UNSAFE", "who knows", "UNSAFE"]
     counted = score(["SAFE"] * 4 + ["UNSAFE"], answers, LABELS)
     assert (counted.right, counted.unreadable) == (2, 2)
-    empty = dict.fromkeys(("SAFE", "UNSAFE", "SAFE ENOUGH", NONE, SEVERAL), 0)
     assert counted.confusion == {
-        "SAFE": {**empty, "SAFE": 1, "UNSAFE": 1, NONE: 1, SEVERAL: 1},
-        "UNSAFE": {**empty, "UNSAFE": 1},
-        "SAFE ENOUGH": empty,
+        "SAFE": {"SAFE": 1, "UNSAFE": 1, NONE: 1, SEVERAL: 1},
+        "UNSAFE": {"UNSAFE": 1},
+        "SAFE ENOUGH": {},
     }
 
 
