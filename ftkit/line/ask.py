@@ -15,11 +15,13 @@ from ftkit.line.behaviour import CHOICE, CHOICE_ROWS, MERGED, TRAINED, choice_an
 from ftkit.line.gguf import GGUF, Converted
 from ftkit.line.job import Job, Onto, base_folder, computes_on, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
+from ftkit.line.plan import expected_answers
 from ftkit.line.step import Made, Step, fingerprint_of, write_json
 from ftkit.line.train import TRAIN, Trained
 from ftkit.machine.device import processor
 from ftkit.plan.cost import FTKIT_BYTES, of_asking, of_asking_merged
 from ftkit.proof.behaviour import Behaviour
+from ftkit.proof.score import refuse_unreadable
 
 ANSWERS = "answers.json"
 
@@ -50,6 +52,11 @@ def read_questions(asked: Made[Any]) -> Questions:
     return Questions(**json.loads((asked.folder / ANSWERS).read_text(encoding="utf-8")))
 
 
+def refuse_rule(job: Job, asked: Made[Asked]) -> None:
+    """Raise RecipeError for an `evaluate` that does not suit the expected answers which were recorded: it may be another today."""
+    refuse_unreadable(job.recipe.evaluate, ((f"held-out row {n}", text) for n, text in enumerate(read_questions(asked).expected, 1)))
+
+
 @dataclass(frozen=True)
 class Asked:
     """Who answered. Answers that could not be had are left out, and that was said."""
@@ -70,6 +77,7 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
         folder / CHOICE: given_rows(tokenizer, choice_and_others(job, data)[0], length, CHOICE_ROWS),
     }
     (folder / CHOICE).mkdir()
+    refuse_unreadable(recipe.evaluate, expected_answers(tokenizer, rows))
     hf.refuse_lost_gradients()
     questions, method = [question(tokenizer, row) for row in rows], recipe.training.method
     answers: dict[str, list[str]] = {}

@@ -12,7 +12,7 @@ from ftkit.data.lengths import TokenCounts
 from ftkit.engines import ollama
 from ftkit.errors import DoesNotFitError, NameTakenError, ProofError, RecipeError, RunError, ToolMissingError
 from ftkit.gguf.files import GgufFile
-from ftkit.line.ask import ASK, REASK
+from ftkit.line.ask import ASK, REASK, refuse_rule
 from ftkit.line.choose import WEIGH, Weighed, candidates, is_smallest, of_type
 from ftkit.line.close import CLOSE, Closed, shipping
 from ftkit.line.gguf import GGUF, IMATRIX, QUANTISE, refuse_missing_imatrix
@@ -29,7 +29,7 @@ from ftkit.model.open import bytes_to_fetch
 from ftkit.plan import measured
 from ftkit.plan.cost import Cost
 from ftkit.plan.plan import MARGIN, MemoryPlan
-from ftkit.proof.compare import Score
+from ftkit.proof.score import Score
 from ftkit.run import discard
 from ftkit.units import bytes_text
 
@@ -105,6 +105,7 @@ class Shipped:
     modelfile: Path
     merged_onto: str
     checks: list[Check]
+    right_by: str  # what of an answer is compared with the expected one
     scores: dict[str, Score]
     forms: dict[str, Form]
     proof_file: Path
@@ -127,7 +128,9 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
     Raises RunError where nothing was trained, ProofError where the shipped file does not behave as the trained model.
     """
     _refuse_what_cannot_ship(job, use_ollama, replace_model)
-    asked, job = ensure(job, ASK), choose_merge(job)
+    asked = ensure(job, ASK)
+    refuse_rule(job, asked)
+    job = choose_merge(job)
     merged, converted = ensure(job, MERGE), ensure(job, GGUF)
     ensure(job, REASK)
     job, weighed = choose_type(job)
@@ -153,6 +156,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
         modelfile=modelfile,
         merged_onto=merged.result.onto,
         checks=checks,
+        right_by=proof.right_by,
         scores=proof.scores,
         forms=proof.forms,
         proof_file=proven.folder / PROOF,

@@ -25,9 +25,10 @@ from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step, find, write_json
 from ftkit.plan.cost import of_proving
 from ftkit.proof.behaviour import Behaviour, Kept, gain_kept, judge_distance, judge_gain, least_kept
-from ftkit.proof.compare import Score, same, same_ids, score
+from ftkit.proof.compare import same_ids
 from ftkit.proof.gate import judge_answers
 from ftkit.proof.probes import CONTROL_WORDS, HARD_TEXTS, conversations
+from ftkit.proof.score import Score, same, score, words
 
 ROWS_COMPARED = 1000  # training rows whose ids are compared, the first
 PROOF, FAILED_PROOF = "proof.json", "failed-proof.json"
@@ -134,7 +135,7 @@ def _lost_points(job: Job, asked: Made[Asked], told: Made[AskedMerged]) -> float
     trained = first.answers.get("trained")
     if trained is None or merged is None or not first.questions:
         return None
-    before, after = (score(first.expected, given, job.recipe.ship.match).percent for given in (trained, merged))
+    before, after = (score(first.expected, given, job.recipe.evaluate).percent for given in (trained, merged))
     return before - after
 
 
@@ -153,6 +154,7 @@ class Proof:
     """The checks of the shipped file, and the figures behind that of its answers."""
 
     checks: list[Check]
+    right_by: str  # what of an answer is compared with the expected one
     scores: dict[str, Score]
     forms: dict[str, Form]
     same_answers: Score | None  # of the trained model and the shipped file; None where the trained model could not be asked
@@ -160,11 +162,11 @@ class Proof:
 
 
 def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping) -> Proof:
-    """Score the recorded answers and hold them against `ship.max_loss_points`: nothing is loaded or asked again.
+    """Score the recorded answers by `evaluate` and hold them against `ship.max_loss_points`: nothing is loaded or asked again.
 
     Writes proof.json, or where they fail failed-proof.json, and raises ProofError.
     """
-    ship, run, quantization = job.recipe.ship, job.run, shipped.file.quantization
+    ship, rule, run, quantization = job.recipe.ship, job.recipe.evaluate, job.run, shipped.file.quantization
     first, after = read_questions(asked), read_answers(proven)["shipped"]
     given: dict[str, list[str]] = {name: first.answers[name] for name in ("before", "trained") if name in first.answers}
     forms = behaviour.read(asked.folder)
@@ -177,8 +179,8 @@ def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping)
     given[quantization] = after
     if form := behaviour.read(proven.folder).get(SHIPPED):
         forms[quantization] = form
-    scores = {name: score(first.expected, answers, ship.match) for name, answers in given.items()} if first.questions else {}
-    alike = same(given["trained"], after) if "trained" in given and scores else None
+    scores = {name: score(first.expected, answers, rule) for name, answers in given.items()} if first.questions else {}
+    alike = same(given["trained"], after, rule) if "trained" in given and scores else None
     answers_check = judge_answers(scores, quantization, alike or Score(0, len(after)), ship.max_loss_points)
     before = given.get("before", [""] * len(after))
     examples = [
@@ -186,12 +188,12 @@ def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping)
         for q, e, b, a in zip(first.questions, first.expected, before, after, strict=True)
     ]
     checks = [answers_check, *(judged(forms, quantization, ship.keep) for judged in (judge_gain, judge_distance))]
-    proof = Proof([*proven.result.checks, *checks], scores, _forms(forms), alike, examples)
+    proof = Proof([*proven.result.checks, *checks], words(rule), scores, _forms(forms), alike, examples)
     failing = next((check for check in checks if check.outcome == "failed"), None)
     path = run.folder / FAILED_PROOF if failing else proven.folder / PROOF
     for old in (run.folder / FAILED_PROOF, proven.folder / PROOF):
         old.unlink(missing_ok=True)
-    limits = {"match": ship.match, "max_loss_points": ship.max_loss_points, "keep": ship.keep}
+    limits = {"evaluate": rule.model_dump(exclude_none=True), "max_loss_points": ship.max_loss_points, "keep": ship.keep}
     write_json(path, {"file": shipped.path.name, **limits, **asdict(proof)})
     run.record(proof={"step": proven.fingerprint, "checks": [asdict(check) for check in proof.checks]})
     if failing:
