@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ftkit.data.general import general_text
 from ftkit.machine.call import call
+from ftkit.machine.device import computing_threads
 from ftkit.machine.llama_cpp import Found
 from ftkit.progress import SILENT, Reporter
 
@@ -28,5 +29,6 @@ def importance(model: Path, rows: Iterable[str], path: Path, program: Found, rep
     text = path.with_suffix(".txt")
     text.write_text(own[:OWN_CHARACTERS] + "\n\n" + general_text(GENERAL_CHARACTERS), encoding="utf-8")
     files: list[str | Path] = ["-m", model.resolve(), "-f", text.name, "-o", path.name]  # names alone: they end up in the quantised file
-    call([program.path.resolve(), *files, "--parse-special", "--no-ppl", "-c", str(CHUNK_TOKENS)], cwd=path.parent)
+    settings = ["--parse-special", "--no-ppl", "-c", str(CHUNK_TOKENS), "-t", str(computing_threads())]
+    call([program.path.resolve(), *files, *settings], cwd=path.parent)
     text.unlink()
