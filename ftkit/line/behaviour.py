@@ -56,7 +56,7 @@ def measure_model(job: Job, folder: Path, name: str, model: Any, rows: Sequence[
 
 def measure_file(job: Job, folder: Path, name: str, path: Path, asked: Made[Any]) -> None:
     """Look at a GGUF in llama.cpp. What cannot be looked at is said, and left out."""
-    rows, measured, label = _rows(asked), {}, f"reading answers with {path.name}"
+    rows, measured, label = rows_of(asked), {}, f"reading answers with {path.name}"
     if rows and TRAINED in read(asked):
         try:
             measured[name] = measure(with_bar(job, label, rows, logits.of_file(path, rows)), _said(rows), _trained(asked.folder, rows))
@@ -79,7 +79,7 @@ def read(made: Made[Any]) -> dict[str, Behaviour]:
     return {name: Behaviour(**form) for name, form in found.items()}
 
 
-def _rows(asked: Made[Any]) -> list[Forced]:
+def rows_of(asked: Made[Any]) -> list[Forced]:
     path = asked.folder / ROWS
     return [Forced(**row) for row in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -18,7 +18,8 @@ from ftkit.line.gguf import GGUF, QUANTISE
 from ftkit.line.job import Job, Onto
 from ftkit.line.merge import MERGE
 from ftkit.line.plan import PLAN, recorded
-from ftkit.line.prove import PROOF, PROVE, Form, judge, loses_gain
+from ftkit.line.prove import PROOF, PROVE, Form, Proof, judge, loses_gain
+from ftkit.line.record import hand_over
 from ftkit.line.register import REGISTER, refuse_anothers_name, register_shipped, write_modelfile
 from ftkit.line.shortage import Shortage, refuse_shortages, shortages
 from ftkit.line.step import Made, Step, ensure, find
@@ -94,9 +95,10 @@ def train(job: Job) -> Made[Trained]:
 class Shipped:
     """What `ship` delivers."""
 
-    gguf: Path
-    files: list[GgufFile]
+    gguf: Path  # in the folder that is handed on, with the two that follow
     modelfile: Path
+    record: Path
+    files: list[GgufFile]
     merged_onto: str
     checks: list[Check]
     scores: dict[str, Score]
@@ -126,8 +128,14 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
     later: list[Made[Any]] = [ensure(job, step) for step in (QUANTISE, CLOSE) if step.applies(job)]
     shipped = shipping(job, converted, *later)
     proven = ensure(job, PROVE)
-    modelfile = write_modelfile(job, merged, shipped)
     proof = judge(job, asked, proven, shipped)
+    modelfile = write_modelfile(job, merged, shipped)
+    closed = next((made.result for made in later if made.name == CLOSE.name), None)
+
+    def record(in_ollama: Sequence[Check] = ()) -> Path:
+        return hand_over(job, merged, shipped, proven, ensure(job, TRAIN), closed, proof, in_ollama)
+
+    recorded_in = record()
     checks, registered, because, register_with = proof.checks, None, None, None
     if use_ollama is not False:
         try:
@@ -135,12 +143,14 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
                 refuse_anothers_name(job, client, replace_model)
                 registered, in_ollama = register_shipped(job, client, shipped, merged, asked, proven)
                 checks = [*checks, *in_ollama]
+                record(in_ollama)
         except (ToolMissingError, NameTakenError) as error:
             if use_ollama:
                 raise
             because, register_with = error.message, error.hint
     return Shipped(
-        gguf=shipped.path,
+        gguf=recorded_in.with_name(shipped.path.name),
+        record=recorded_in,
         files=[*(file for file in converted.result.files if file != shipped.file), shipped.file],
         modelfile=modelfile,
         merged_onto=merged.result.onto,
@@ -151,7 +161,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
         same_answers=proof.same_answers,
         examples=proof.examples[:3],
         missing_quantization=shipped.missing,
-        closed=next((made.result for made in later if made.name == CLOSE.name), None),
+        closed=closed,
         registered_as=registered,
         not_registered_because=because,
         register_with=register_with,
@@ -204,6 +214,19 @@ def choose_merge(job: Job) -> Job:
         if stale := job.run.finished(step.name):
             discard(stale.folder)
     return dequantised
+
+
+def judge_again(job: Job) -> Proof:
+    """Hold what the run recorded against the recipe's limits of today: nothing is loaded or asked again.
+
+    Raises RunError where nothing of this recipe was proven, ProofError where it fails.
+    """
+    job = _as_merged(job)
+    made = {step.name: find(job, step) for step in (ASK, GGUF, QUANTISE, CLOSE, PROVE) if step.applies(job)}
+    if missing := next((name for name, found in made.items() if not found), None):
+        raise RunError(f"{job.run.folder} holds no proof of this recipe: `{missing}` is not done.", "ftkit ship")
+    asked, converted, *later, proven = (found for found in made.values() if found)
+    return judge(job, asked, proven, shipping(job, converted, *later))
 
 
 def build(job: Job, *, use_ollama: bool | None = None, replace_model: bool = False) -> Shipped:

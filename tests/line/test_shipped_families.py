@@ -52,7 +52,7 @@ def test_the_line_ships_it_and_does_nothing_twice(
     outcomes = {check.name: check.outcome for check in shipped.checks}
     assert outcomes.pop("answers") == "not made"  # two steps teach little
     assert {outcomes.pop(name) for name in (GAIN, DISTANCE)} <= {"passed", "not made"}
-    assert outcomes == dict.fromkeys(("token ids", "training ids", "prompts", "stops"), "passed")
+    assert outcomes == dict.fromkeys(("token ids", "training ids", "prompts", "stops", "end of sequence"), "passed")
     assert set(shipped.forms) == {"before", "trained", "merged", "Q8_0"}
     assert f'PARAMETER stop "{family.ends}"' in shipped.modelfile.read_text(encoding="utf-8")
     run = tmp_path / "runs" / "recipe"
