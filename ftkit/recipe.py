@@ -152,7 +152,7 @@ class Ship(Group):
         default=0, description="train norms and biases of the shipped file for at most so many steps, towards the trained model"
     )
     test_rows: Annotated[int, Field(ge=1)] | None = Field(default=None, description="ask only so many held-out rows")
-    record_rows: Annotated[int, Field(ge=0)] = Field(
+    record_rows: Annotated[int, Field(ge=0, le=64)] = Field(
         default=0, description="held-out rows that go into the record beside the shipped file, as token ids"
     )
     system: str | None = None

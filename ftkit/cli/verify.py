@@ -64,14 +64,13 @@ def find_file(what: Path, record: Path | None) -> tuple[Path, Path] | None:
         if not what.is_file():
             raise ModelError(f"{what} is not there, which {record.name} is the record of.", "give the file: ftkit verify FILE --record …")
         return what, record
-    with_magic = what.is_file() and what.open("rb").read(4) == b"GGUF"
-    if not with_magic and what.suffix != ".gguf" and not record:
+    if what.suffix != ".gguf" and not record:
         return None
     record = record or what.with_name(RECORD)
     for path in (what, record):
         if not path.is_file():
-            hint = f"ftkit ship leaves it beside the file; elsewhere: ftkit verify {what} --record {RECORD}"
-            raise ModelError(f"There is no {path}.", hint if path is record else None)
+            hint = f"ftkit ship leaves both in runs/RECIPE/shipped; a record elsewhere is named: --record {RECORD}"
+            raise ModelError(f"There is no {path}.", hint)
     return what, record
 
 

@@ -11,6 +11,7 @@ from ftkit.check import Check, failed, passed
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
+FEW = 5  # entries that a check names one by one
 LONGEST = 64  # characters of a text that is kept as it is; a longer one, one that may be a path, and a list are known by their hash
 # Which key of the metadata belongs to which check: (check, the key's beginning, its end), the first that fits; and what it is
 # where another stands there. ARCHITECTURE stands for the file's own name.
@@ -45,18 +46,24 @@ def _short(field: Any) -> Any:
 def compare_says(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[Check]:
     """A check of each kind of metadata."""
     name = str(recorded.get("general.architecture"))
-    counts: dict[str, int] = {}
+    kinds: dict[str, list[str]] = {}
     wrong: dict[str, tuple[str, str]] = {}
     for key in {**recorded, **found}:
         check, _, _, means = next(row for row in KINDS if key.startswith(row[1].replace(ARCHITECTURE, f"{name}.")) and key.endswith(row[2]))
-        counts[check] = counts.get(check, 0) + 1
+        kinds.setdefault(check, []).append(key)
         if (key in recorded, recorded.get(key)) != (key in found, found.get(key)):
             wrong.setdefault(check, (_differs(key, recorded, found), means))
     return [
-        failed(check, "; ".join(wrong[check])) if check in wrong else passed(check, f"{counts[check]} entries, as recorded")
+        failed(check, "; ".join(wrong[check])) if check in wrong else passed(check, _told(kinds[check], found))
         for check in dict.fromkeys(row[0] for row in KINDS)
-        if check in counts
+        if check in kinds
     ]
+
+
+def _told(keys: list[str], found: Mapping[str, Any]) -> str:
+    if len(keys) > FEW:
+        return f"{len(keys)} entries, as recorded"
+    return ", ".join(f"{key.rpartition('.')[2]} {'as recorded' if _is_hash(found[key]) else found[key]}" for key in keys)
 
 
 def _differs(key: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str:

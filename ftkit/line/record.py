@@ -6,6 +6,7 @@ made on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -73,20 +74,29 @@ def hand_over(
         hashes = _hashes(job, {shipped.path.name: shipped.path, **_adapter(job, trained), **_base(job), **_data(job)})
         old, untouched = _last(folder)
         same = old if old and untouched and old.file.sha256 == hashes[shipped.path.name] else None
-        record = _record(job, merged, shipped, proven, trained, closed, [*proof.checks, *in_ollama], proof, hashes)
-        _write(folder, record, _probes(folder, proven, shipped, same), shipped.path, old, untouched=untouched)
+        record = _record(job, merged, shipped, proven, trained, closed, [*proof.checks, *in_ollama], proof, hashes, same)
+        _write(job, record, _probes(folder, proven, shipped, same), shipped.path, old, untouched=untouched)
     except OSError as error:
         fault = disk_fault(error) or error.strerror
         raise RunError(f"Cannot write to {folder}: {fault}.", "free some space, or put the run elsewhere with --run-dir") from None
     return folder / RECORD
 
 
-def _write(folder: Path, record: Record, probes: Probes | None, gguf: Path, old: Record | None, *, untouched: bool) -> None:
-    """What was handed over before goes first, and the record comes last: it never stands beside another file than its own."""
+def _write(job: Job, record: Record, probes: Probes | None, gguf: Path, old: Record | None, *, untouched: bool) -> None:
+    """What was handed over before goes first, and the record comes last: it never stands beside another file than its own.
+
+    A card that somebody changed stays.
+    """
+    folder = shipped_folder(job)
+    partial, text, card_file = folder / f".{PROBES}.partial", card(record).encode(), folder / CARD
     if probes:
-        partial = folder / f".{PROBES}.partial"
         write_probes(partial, probes)
-        record = replace(record, probes_sha256=file_fingerprint(partial))
+    beside = {**({PROBES: file_fingerprint(partial)} if probes else {}), CARD: hashlib.sha256(text).hexdigest()}
+    record = replace(record, beside=beside)
+    if old == record and untouched and _is_there(folder, record, gguf):
+        partial.unlink(missing_ok=True)
+        return
+    by_hand = old and card_file.is_file() and file_fingerprint(card_file) != old.beside.get(CARD)
     if not old or old.file != record.file:
         (folder / RECORD).unlink(missing_ok=True)
     if old and old.file.name != record.file.name and Path(old.file.name).name == old.file.name:
@@ -96,16 +106,31 @@ def _write(folder: Path, record: Record, probes: Probes | None, gguf: Path, old:
         partial.replace(folder / PROBES)
     else:
         (folder / PROBES).unlink(missing_ok=True)
-    write_atomically(folder / CARD, card(record).encode())
-    if old != record or not untouched:
-        write_record(folder / RECORD, record)
+    if by_hand:
+        job.reporter.warn(f"{card_file} was changed by hand and stays; to have ftkit's own again, remove it: ftkit ship writes it")
+    else:
+        write_atomically(card_file, text)
+    write_record(folder / RECORD, record)
+
+
+def _is_there(folder: Path, record: Record, gguf: Path) -> bool:
+    """Whether all that belongs to this record lies in the folder."""
+    probes, recorded = folder / PROBES, record.beside.get(PROBES)
+    same_probes = file_fingerprint(probes) == recorded if probes.is_file() else recorded is None
+    return same_probes and (folder / CARD).is_file() and _is_linked(gguf, folder / gguf.name)
+
+
+def _is_linked(source: Path, target: Path) -> bool:
+    """Whether the two are one file; or where no link could be made, a copy that nobody touched."""
+    if not target.is_file():
+        return False
+    there, here = target.stat(), source.stat()
+    return target.samefile(source) or (there.st_size, there.st_mtime_ns) == (here.st_size, here.st_mtime_ns)
 
 
 def _link(source: Path, target: Path) -> None:
-    if target.exists():
-        there, here = target.stat(), source.stat()
-        if target.samefile(source) or (there.st_size, there.st_mtime_ns) == (here.st_size, here.st_mtime_ns):
-            return
+    if _is_linked(source, target):
+        return
     partial = target.with_name(f".{target.name}.partial")
     try:
         os.link(source, partial)
@@ -133,9 +158,10 @@ def _probes(folder: Path, proven: Made[Proven], shipped: Shipping, same: Record 
 
 def _record(
     job: Job, merged: Made[Merged], shipped: Shipping, proven: Made[Proven], trained: Made[Trained], closed: Closed | None,
-    checks: Sequence[Check], proof: Proof, hashes: Mapping[str, str],
+    checks: Sequence[Check], proof: Proof, hashes: Mapping[str, str], same: Record | None,
 ) -> Record:  # fmt: skip
-    recipe, reader, tokenizer = job.recipe, open_gguf(shipped.path), tokenizer_of(job, merged.folder / MODEL)
+    """`same`: the last record of this file, whose metadata need not be read again; that takes seconds where there are many tokens."""
+    recipe, tokenizer, reader = job.recipe, tokenizer_of(job, merged.folder / MODEL), None if same else open_gguf(shipped.path)
     stops, texts = merged.result.stops, tokenizer.convert_ids_to_tokens(list(merged.result.stops))
     limits = recipe.ship.model_dump(include={"match", "max_loss_points", "keep"})
     scores = {name: {**asdict(score), "percent": score.percent} for name, score in proof.scores.items()}
@@ -150,8 +176,8 @@ def _record(
             shipped.file.quantization,
             round(shipped.file.bits_per_weight, 4),
         ),
-        says=says(reader),
-        tensor_types=types_of(reader),
+        says=same.says if same else says(reader),
+        tensor_types=same.tensor_types if same else types_of(reader),
         stops=[{"id": token, "token": str(text)} for token, text in zip(stops, texts, strict=True)],
         base=_base_words(job, hashes),
         trained={**learnt, "sha256": {name: hashes[name] for name in _adapter(job, trained)}},
@@ -174,10 +200,11 @@ def _record(
             "forms": forms,
             "same_answers": asdict(proof.same_answers) if proof.same_answers else None,
         },
-        probes_sha256=None,
+        beside={},
     )
-    kept = json.loads(json.dumps(asdict(record), default=str))
-    return Record(**{**_without_places(job, kept), "file": record.file})
+    kept = _without_places(job, json.loads(json.dumps(asdict(record), default=str)))
+    kept["settings"]["ship"]["system"] = recipe.ship.system  # the user's own words, in the Modelfile too
+    return Record(**{**kept, "file": record.file})
 
 
 def _build(found: Found | None) -> str | None:

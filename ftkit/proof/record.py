@@ -50,7 +50,7 @@ class Record:
     merged_onto: str
     closed: dict[str, Any] | None
     proof: dict[str, Any]  # limits, checks, scores, forms
-    probes_sha256: str | None  # of PROBES; None: the run was proven by an ftkit that made none
+    beside: dict[str, str]  # SHA-256 of PROBES, unless an earlier ftkit proved it, which made none; and of CARD as it was written
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,11 @@ def read_record(path: Path) -> tuple[Record, bool]:
 def probes_beside(path: Path, record: Record) -> tuple[Probes | None, str | None]:
     """The probes of a record at `path`; without them why."""
     probes = path.with_name(PROBES)
-    if not record.probes_sha256:
+    if PROBES not in record.beside:
         return None, "it was proven by an earlier ftkit; to have it: ftkit ship --from prove"
     if not probes.is_file():
         return None, f"{PROBES} is not beside {path.name}"
-    if file_fingerprint(probes) != record.probes_sha256:
+    if file_fingerprint(probes) != record.beside[PROBES]:
         return None, f"{PROBES} is another than {path.name} names"
     return read_probes(probes), None
 

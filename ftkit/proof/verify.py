@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 IDS, PROMPTS, STOPS, TEXTS, ROWS = "token ids", "prompts", "stops", "losses on texts", "losses on held-out rows"
-MOST_APART = 0.1  # nats a token, on average without sign
+# Nats a token, on average without sign. SmolLM2-135M in Q4_1 against its own weights in F16, which llama.cpp computes otherwise: 0.09;
+# quantised again to Q8_0 0.11, Q6_K 0.18, Q4_K_M 0.36. The same file in the same build: 0.
+MOST_APART = 0.15
 
 
 def verify(path: Path, record_path: Path, reporter: Reporter = SILENT) -> list[Check]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import yaml
 
 from ftkit import sandbox, templates
 from ftkit.errors import RecipeError, visible
-from ftkit.proof.record import CARD, PROBES, RECORD, Record
+from ftkit.proof.record import RECORD, Record
 from ftkit.units import bytes_text
 
 TEMPLATE = "model-card.md.j2"
@@ -88,14 +89,12 @@ def _values(record: Record) -> dict[str, Any]:
             [plain(name), f"{score['right']} of {score['rows']}", f"{score['percent']:.1f} %"] for name, score in proof["scores"].items()
         ],
         "forms": [[plain(name), *_figures(form)] for name, form in proof["forms"].items()],
-        "settings": [[plain(key), plain(value)] for key, value in _dotted(settings)],
+        "settings": [[plain(key), plain(_shown(value))] for key, value in _dotted(settings)],
         "stops": " ".join(plain(stop["token"]) for stop in record.stops),
         "context_length": next((value for key, value in record.says.items() if key.endswith(".context_length")), None),
         "num_ctx": settings["ship"]["num_ctx"],
         "versions": ", ".join(plain(f"{name} {version}") for name, version in record.versions["shipping"].items()),
         "record": RECORD,
-        "probes": PROBES if record.probes_sha256 else "",
-        "card": CARD,
     }
 
 
@@ -108,6 +107,12 @@ def _closed(closed: Mapping[str, Any] | None) -> str:
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: plain(value) if isinstance(value, str) else value for key, value in values.items()}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _figures(form: Mapping[str, Any]) -> list[str]:
