@@ -86,22 +86,14 @@ def _verify_file(path: Path, record: Path, *, as_json: bool) -> None:
 
 
 def _judge_again(what: Path, settings: Sequence[str], run_dir: Path | None, *, as_json: bool) -> None:
-    from ftkit.check import Check
     from ftkit.cli.common import open_job
-    from ftkit.errors import ProofError
     from ftkit.line import line
 
     job = open_job(what, None, tuple(settings), None, None, run_dir, None)
-    failure = None
-    with job.run:
-        try:
-            checks = line.judge_again(job).checks
-        except ProofError as error:
-            failure, checks = error, [Check(**entry) for entry in job.run.manifest()["proof"]["checks"]]
+    checks, run = line.judge_again(job).checks, job.run.folder
     limits = job.recipe.ship.model_dump(include={"match", "max_loss_points", "keep"})
-    _show(f"What {job.run.folder} recorded, at the limits of today", checks, as_json, {"run": str(job.run.folder), "limits": limits})
-    if failure:
-        raise failure
+    _show(f"What {run} recorded, at the limits of today", checks, as_json, {"run": str(run), "limits": limits})
+    _end(checks, f"{run} does not pass at these limits", "a finer type, or more to be lost: ftkit ship says which would pass")
 
 
 def _show(title: str, checks: Sequence[Check], as_json: bool, more: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from ftkit.line.gguf import GGUF, QUANTISE
 from ftkit.line.job import Job, Onto
 from ftkit.line.merge import MERGE
 from ftkit.line.plan import PLAN, recorded
-from ftkit.line.prove import PROOF, PROVE, Form, Proof, judge, loses_gain
+from ftkit.line.prove import PROOF, PROVE, Form, Proof, judge, judged, loses_gain
 from ftkit.line.record import hand_over
 from ftkit.line.register import REGISTER, refuse_anothers_name, register_shipped, write_modelfile
 from ftkit.line.shortage import Shortage, refuse_shortages, shortages
@@ -217,16 +217,16 @@ def choose_merge(job: Job) -> Job:
 
 
 def judge_again(job: Job) -> Proof:
-    """Hold what the run recorded against the recipe's limits of today: nothing is loaded or asked again.
+    """Hold what the run recorded against the recipe's limits of today: nothing is loaded, asked again or written.
 
-    Raises RunError where nothing of this recipe was proven, ProofError where it fails.
+    Raises RunError where nothing of this recipe was proven.
     """
     job = _as_merged(job)
     made = {step.name: find(job, step) for step in (ASK, GGUF, QUANTISE, CLOSE, PROVE) if step.applies(job)}
     if missing := next((name for name, found in made.items() if not found), None):
         raise RunError(f"{job.run.folder} holds no proof of this recipe: `{missing}` is not done.", "ftkit ship")
     asked, converted, *later, proven = (found for found in made.values() if found)
-    return judge(job, asked, proven, shipping(job, converted, *later))
+    return judged(job, asked, proven, shipping(job, converted, *later))[0]
 
 
 def build(job: Job, *, use_ollama: bool | None = None, replace_model: bool = False) -> Shipped:

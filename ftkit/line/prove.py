@@ -28,6 +28,7 @@ from ftkit.model.source import open_gguf
 from ftkit.plan.cost import of_proving
 from ftkit.proof.behaviour import Behaviour, Kept, gain_kept, judge_distance, judge_gain, least_kept
 from ftkit.proof.compare import Score, same, same_ids, score
+from ftkit.proof.gate import ANSWERS as ANSWERS_CHECK
 from ftkit.proof.gate import judge_answers
 from ftkit.proof.probes import CONTROL_WORDS, HARD_TEXTS, conversations
 from ftkit.proof.record import PROBES, GivenIds, Probes, Prompt, write_probes
@@ -204,12 +205,12 @@ class Proof:
     examples: list[dict[str, str]]
 
 
-def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping) -> Proof:
-    """Score the recorded answers and hold them against `ship.max_loss_points`: nothing is loaded or asked again.
+def judged(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping) -> tuple[Proof, dict[str, Behaviour]]:
+    """Score the recorded answers and hold them against the recipe's limits: nothing is loaded, asked again or written.
 
-    Writes proof.json, or where they fail failed-proof.json, and raises ProofError.
+    The proof, and what was measured of each form.
     """
-    ship, run, quantization = job.recipe.ship, job.run, shipped.file.quantization
+    ship, quantization = job.recipe.ship, shipped.file.quantization
     first, after = read_questions(asked), read_answers(proven)["shipped"]
     given: dict[str, list[str]] = {name: first.answers[name] for name in ("before", "trained") if name in first.answers}
     forms = behaviour.read(asked)
@@ -230,9 +231,15 @@ def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping)
         {"question": q[-1]["content"], "expected": e, "before": b, "after": a}
         for q, e, b, a in zip(first.questions, first.expected, before, after, strict=True)
     ]
-    checks = [answers_check, *(judged(forms, quantization, ship.keep) for judged in (judge_gain, judge_distance))]
-    proof = Proof([*proven.result.checks, *checks], scores, _forms(forms), alike, examples)
-    failing = next((check for check in checks if check.outcome == "failed"), None)
+    checks = [answers_check, *(judging(forms, quantization, ship.keep) for judging in (judge_gain, judge_distance))]
+    return Proof([*proven.result.checks, *checks], scores, _forms(forms), alike, examples), forms
+
+
+def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping) -> Proof:
+    """What `judged` says; written to proof.json, or where it fails to failed-proof.json, and then ProofError is raised."""
+    ship, run, quantization = job.recipe.ship, job.run, shipped.file.quantization
+    proof, forms = judged(job, asked, proven, shipped)
+    failing = next((check for check in proof.checks if check.outcome == "failed"), None)
     path = run.folder / FAILED_PROOF if failing else proven.folder / PROOF
     for old in (run.folder / FAILED_PROOF, proven.folder / PROOF):
         old.unlink(missing_ok=True)
@@ -240,7 +247,8 @@ def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping)
     write_json(path, {"file": shipped.path.name, **limits, **asdict(proof)})
     run.record(proof={"step": proven.fingerprint, "checks": [asdict(check) for check in proof.checks]})
     if failing:
-        if failing is answers_check:
+        if failing.name == ANSWERS_CHECK:
+            scores = proof.scores
             allow = f"ship.max_loss_points={math.ceil(scores['trained'].percent - scores[quantization].percent)}"
         else:
             allow = f"ship.keep={math.floor(max(0, least_kept(forms, quantization)))}"

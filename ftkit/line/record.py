@@ -41,9 +41,9 @@ from ftkit.proof.record import (
     Record,
     ShippedFile,
     probes_beside,
+    probes_text,
     read_probes,
     read_record,
-    write_probes,
     write_record,
 )
 from ftkit.report.card import card
@@ -88,13 +88,9 @@ def _write(job: Job, record: Record, probes: Probes | None, gguf: Path, old: Rec
     A card that somebody changed stays.
     """
     folder = shipped_folder(job)
-    partial, text, card_file = folder / f".{PROBES}.partial", card(record).encode(), folder / CARD
-    if probes:
-        write_probes(partial, probes)
-    beside = {**({PROBES: file_fingerprint(partial)} if probes else {}), CARD: hashlib.sha256(text).hexdigest()}
-    record = replace(record, beside=beside)
+    texts = {**({PROBES: probes_text(probes)} if probes else {}), CARD: card(record).encode()}
+    record, card_file = replace(record, beside={name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}), folder / CARD
     if old == record and untouched and _is_there(folder, record, gguf):
-        partial.unlink(missing_ok=True)
         return
     by_hand = old and card_file.is_file() and file_fingerprint(card_file) != old.beside.get(CARD)
     if not old or old.file != record.file:
@@ -103,13 +99,13 @@ def _write(job: Job, record: Record, probes: Probes | None, gguf: Path, old: Rec
         (folder / old.file.name).unlink(missing_ok=True)
     _link(gguf, folder / gguf.name)
     if probes:
-        partial.replace(folder / PROBES)
+        write_atomically(folder / PROBES, texts[PROBES])
     else:
         (folder / PROBES).unlink(missing_ok=True)
     if by_hand:
         job.reporter.warn(f"{card_file} was changed by hand and stays; to have ftkit's own again, remove it: ftkit ship writes it")
     else:
-        write_atomically(card_file, text)
+        write_atomically(card_file, texts[CARD])
     write_record(folder / RECORD, record)
 
 

@@ -83,10 +83,14 @@ class Probes:
     tensors: dict[str, list[Any]] = field(default_factory=dict)  # type, shape and SHA-256
 
 
-def write_probes(path: Path, probes: Probes) -> None:
+def probes_text(probes: Probes) -> bytes:
     """One line a list, since there are many numbers."""
-    lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in asdict(probes).items()]
-    write_atomically(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in asdict(probes).items()]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def write_probes(path: Path, probes: Probes) -> None:
+    write_atomically(path, probes_text(probes))
 
 
 def read_probes(path: Path) -> Probes:

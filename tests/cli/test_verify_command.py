@@ -89,4 +89,4 @@ def test_a_recipe_without_a_proof_says_what_comes_first(ftkit: Ftkit, tmp_path: 
     (tmp_path / "recipe.yaml").write_text(f"model: {tiny.make_model(tmp_path / 'model')}\n", encoding="utf-8")
     done = ftkit("verify", tmp_path)
     assert (done.exit_code, "holds no proof of this recipe: `ask` is not done" in done.stderr) == (1, True), done.output
-    assert not (tmp_path / "runs" / "recipe" / "manifest.json").exists()
+    assert not (tmp_path / "runs").exists()
