@@ -134,6 +134,7 @@ def record(path: Path) -> Record:
         closed=None,
         proof={
             "limits": {"match": "whole", "max_loss_points": 3.0, "keep": 95.0},
+            "right_by": "the whole answer",
             "checks": [{"name": "answers", "outcome": "passed", "detail": "9 of 10 right"}],
             "scores": {"trained": {"right": 9, "rows": 10, "percent": 90.0}},
             "forms": {"F32": form},

@@ -33,6 +33,7 @@ from ftkit.proof.gate import judge_answers
 from ftkit.proof.probes import CONTROL_WORDS, HARD_TEXTS, conversations
 from ftkit.proof.record import PROBES, GivenIds, Probes, Prompt, write_probes
 from ftkit.proof.verify import losses, this_engine
+from ftkit.recipe import Recipe
 
 ROWS_COMPARED = 1000  # training rows whose ids are compared, the first
 PROOF, FAILED_PROOF = "proof.json", "failed-proof.json"
@@ -43,6 +44,7 @@ HINTS = {
     "stops": "an answer would not end: report this with the model's name",
     "end of sequence": "an answer would end too early: report this with the model's name",
 }
+RIGHT_BY = {"first_line": "the first line", "last_line": "the last line", "whole": "the whole answer"}
 SCORE_NAMES: dict[Onto, str] = {"source": "merged", "dequantised": "merged onto the dequantised base"}
 
 
@@ -235,16 +237,20 @@ def judged(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping
     return Proof([*proven.result.checks, *checks], scores, _forms(forms), alike, examples), forms
 
 
+def limits_of(recipe: Recipe) -> dict[str, Any]:
+    """What recorded figures are judged by."""
+    return recipe.ship.model_dump(include={"match", "max_loss_points", "keep"})
+
+
 def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping) -> Proof:
     """What `judged` says; written to proof.json, or where it fails to failed-proof.json, and then ProofError is raised."""
-    ship, run, quantization = job.recipe.ship, job.run, shipped.file.quantization
+    run, quantization = job.run, shipped.file.quantization
     proof, forms = judged(job, asked, proven, shipped)
     failing = next((check for check in proof.checks if check.outcome == "failed"), None)
     path = run.folder / FAILED_PROOF if failing else proven.folder / PROOF
     for old in (run.folder / FAILED_PROOF, proven.folder / PROOF):
         old.unlink(missing_ok=True)
-    limits = {"match": ship.match, "max_loss_points": ship.max_loss_points, "keep": ship.keep}
-    write_json(path, {"file": shipped.path.name, **limits, **asdict(proof)})
+    write_json(path, {"file": shipped.path.name, **limits_of(job.recipe), **asdict(proof)})
     run.record(proof={"step": proven.fingerprint, "checks": [asdict(check) for check in proof.checks]})
     if failing:
         if failing.name == ANSWERS_CHECK:

@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,14 @@ from typing import Any
 import yaml
 
 from ftkit.check import Check
-from ftkit.errors import ModelError, RunError
-from ftkit.files import cache_folder, disk_fault, file_fingerprint, sync_folder, write_atomically
+from ftkit.errors import ModelError, RecipeError, RunError
+from ftkit.files import cache_folder, disk_fault, file_fingerprint, sync_folder, user_path, write_atomically
 from ftkit.gguf.says import says, tensors, types_of
 from ftkit.line.close import Closed, Shipping
 from ftkit.line.job import Job, base_folder, tokenizer_of
 from ftkit.line.merge import MODEL, Merged
-from ftkit.line.prove import Proof, Proven
+from ftkit.line.prove import RIGHT_BY, Proof, Proven, limits_of
 from ftkit.line.step import Made
-from ftkit.line.train import Trained
 from ftkit.machine.llama_cpp import Found, find_converter, find_program
 from ftkit.machine.packages import LLAMA_CPP
 from ftkit.model.dataset import HubData
@@ -59,7 +59,7 @@ def shipped_folder(job: Job) -> Path:
 
 
 def hand_over(
-    job: Job, merged: Made[Merged], shipped: Shipping, proven: Made[Proven], trained: Made[Trained], closed: Closed | None, proof: Proof,
+    job: Job, merged: Made[Merged], shipped: Shipping, proven: Made[Proven], trained: Made[Any], closed: Closed | None, proof: Proof,
     in_ollama: Sequence[Check] = (),
 ) -> Path:  # fmt: skip
     """The folder, with all that is new in it; the record. Raises RunError where the disk refuses.
@@ -129,7 +129,7 @@ def _link(source: Path, target: Path) -> None:
         return
     partial = target.with_name(f".{target.name}.partial")
     try:
-        os.link(source, partial)
+        os.link(source.resolve(), partial)  # where it is a link itself, to what it names
     except OSError:
         shutil.copy2(source, partial)
     partial.replace(target)
@@ -153,13 +153,12 @@ def _probes(folder: Path, proven: Made[Proven], shipped: Shipping, same: Record 
 
 
 def _record(
-    job: Job, merged: Made[Merged], shipped: Shipping, proven: Made[Proven], trained: Made[Trained], closed: Closed | None,
+    job: Job, merged: Made[Merged], shipped: Shipping, proven: Made[Proven], trained: Made[Any], closed: Closed | None,
     checks: Sequence[Check], proof: Proof, hashes: Mapping[str, str], same: Record | None,
 ) -> Record:  # fmt: skip
     """`same`: the last record of this file, whose metadata need not be read again; that takes seconds where there are many tokens."""
     recipe, tokenizer, reader = job.recipe, tokenizer_of(job, merged.folder / MODEL), None if same else open_gguf(shipped.path)
     stops, texts = merged.result.stops, tokenizer.convert_ids_to_tokens(list(merged.result.stops))
-    limits = recipe.ship.model_dump(include={"match", "max_loss_points", "keep"})
     scores = {name: {**asdict(score), "percent": score.percent} for name, score in proof.scores.items()}
     forms = {name: asdict(form) for name, form in proof.forms.items()}
     learnt = {key: value for key, value in asdict(trained.result).items() if key != "curve"}
@@ -190,7 +189,8 @@ def _record(
         merged_onto=merged.result.onto,
         closed={key: value for key, value in asdict(closed).items() if key != "file"} if closed else None,
         proof={
-            "limits": limits,
+            "limits": limits_of(recipe),
+            "right_by": RIGHT_BY[recipe.ship.match],
             "checks": [asdict(check) for check in checks],
             "scores": scores,
             "forms": forms,
@@ -199,7 +199,7 @@ def _record(
         beside={},
     )
     kept = _without_places(job, json.loads(json.dumps(asdict(record), default=str)))
-    kept["settings"]["ship"]["system"] = recipe.ship.system  # the user's own words, in the Modelfile too
+    kept["settings"]["ship"]["system"] = recipe.ship.system  # the user's own words, as in the Modelfile
     return Record(**{**kept, "file": record.file})
 
 
@@ -220,13 +220,14 @@ def _made_with(made: Made[Any]) -> dict[str, str]:
 
 def _settings(job: Job) -> dict[str, Any]:
     """The recipe, files by their names."""
-    settings = job.recipe.model_dump(mode="json", exclude={"tools"})
-    settings["model"] = _reference(job.source)
-    for purpose in ("train", "validation", "test"):
-        if settings["data"][purpose]:
-            settings["data"][purpose] = [_data_name(file) for file in job.data[purpose].files]
-    if template := settings["data"]["template"]:
-        settings["data"]["template"] = Path(template).name
+
+    def named(text: str) -> str:
+        with suppress(OSError, ValueError, RecipeError):
+            path = job.folder / user_path(text)
+            return path.resolve().name if text and path.exists() else text
+        return text
+
+    settings: dict[str, Any] = _mapped(job.recipe.model_dump(mode="json", exclude={"tools"}), named)
     return settings
 
 
@@ -252,29 +253,30 @@ def _base_words(job: Job, hashes: Mapping[str, str]) -> dict[str, Any]:
         "kind": source.kind,
         "revision": source.fingerprint if source.kind == "hub" else None,
         "sha256": {name.removeprefix("base/"): hashes[name] for name in _base(job)},
-        "licence": licence_of(source.gguf, base_folder(job)),
+        "licence": licence_of(source.gguf) if source.gguf else licence_beside(base_folder(job)),
     }
 
 
-def licence_of(gguf: Path | None, folder: Path) -> dict[str, str]:
-    """What the base's own files say of its licence: its GGUF's metadata, its card's header, or a file of that name; else nothing."""
-    found: dict[str, Any] = {}
-    if gguf:
-        reader = open_gguf(gguf)
-        fields = {key: reader.get_field(f"general.{key.replace('_', '.')}") for key in LICENCE_KEYS}
-        found = {key: field.contents() for key, field in fields.items() if field}
-    elif (folder / CARD).is_file():
+def licence_of(gguf: Path) -> dict[str, str]:
+    """What a GGUF's metadata say of its licence; else nothing."""
+    reader = open_gguf(gguf)
+    fields = {key: reader.get_field(f"general.{key.replace('_', '.')}") for key in LICENCE_KEYS}
+    return {key: str(field.contents()) for key, field in fields.items() if field}
+
+
+def licence_beside(folder: Path) -> dict[str, str]:
+    """What a model's folder says of its licence: in the header of its card, or by a file of that name; else nothing."""
+    found: Any = {}
+    if (folder / CARD).is_file():
         header = re.match(r"---\n(.*?)\n---\s*(\n|\Z)", (folder / CARD).read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-        try:
-            loaded = yaml.safe_load(header[1]) if header else {}
-        except (yaml.YAMLError, ValueError, RecursionError):
-            loaded = {}
-        found = {key: loaded[key] for key in LICENCE_KEYS if loaded.get(key)} if isinstance(loaded, dict) else {}
-    licences = [path.name for path in sorted(folder.glob("LICEN[CS]E*")) if path.is_file()]
-    return {**{key: str(value) for key, value in found.items() if isinstance(value, str)}, **({"file": licences[0]} if licences else {})}
+        with suppress(yaml.YAMLError, ValueError, RecursionError):
+            found = yaml.safe_load(header[1]) if header else {}
+    said = {key: found[key] for key in LICENCE_KEYS if isinstance(found.get(key), str)} if isinstance(found, dict) else {}
+    files = [path.name for path in sorted(folder.glob("LICEN[CS]E*")) if path.is_file()]
+    return {**said, **({"file": files[0]} if files else {})}
 
 
-def _adapter(job: Job, trained: Made[Trained]) -> dict[str, Path]:
+def _adapter(job: Job, trained: Made[Any]) -> dict[str, Path]:
     """What was trained: the adapter, or of a full training the weights."""
     folder = trained.folder / (MODEL if job.recipe.training.method == "full" else "adapter")
     return {f"{folder.name}/{path.name}": path for path in (*weight_files(folder), *folder.glob("adapter_config.json"))}

@@ -74,7 +74,7 @@ def _values(record: Record) -> dict[str, Any]:
         "method": settings["training"]["method"],
         "merged_onto": plain(record.merged_onto),
         "closed": _closed(record.closed),
-        "trained": _plain({key: value for key, value in record.trained.items() if key != "sha256"}),
+        "trained": plain(_training(record.trained)),
         "trained_files": [[plain(name), digest] for name, digest in record.trained["sha256"].items()],
         "data": [
             [purpose, plain(file["name"]), file["sha256"] or "a dataset of the hub, at this commit"]
@@ -82,7 +82,7 @@ def _values(record: Record) -> dict[str, Any]:
             for file in files
         ],
         "system": fenced(settings["ship"]["system"]) if settings["ship"]["system"] else "",
-        "match": {"first_line": "first line", "last_line": "last line", "whole": "whole answer"}[proof["limits"]["match"]],
+        "right_by": plain(proof["right_by"]),
         "limits": proof["limits"],
         "checks": [[plain(check[key]) for key in ("name", "outcome", "detail")] for check in proof["checks"]],
         "scores": [
@@ -96,6 +96,13 @@ def _values(record: Record) -> dict[str, Any]:
         "versions": ", ".join(plain(f"{name} {version}") for name, version in record.versions["shipping"].items()),
         "record": RECORD,
     }
+
+
+def _training(trained: Mapping[str, Any]) -> str:
+    """Of a training; nothing of what was trained with another tool."""
+    if "steps" not in trained:
+        return ""
+    return f"{trained['steps']} steps, the best {trained['best_step']}; {trained['trained_tokens']} tokens; {trained['verdict']}"
 
 
 def _closed(closed: Mapping[str, Any] | None) -> str:

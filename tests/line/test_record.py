@@ -21,7 +21,7 @@ from ftkit.line.close import Closed, Shipping
 from ftkit.line.job import Job, make_job
 from ftkit.line.merge import Merged
 from ftkit.line.prove import Form, Proof, Proven
-from ftkit.line.record import hand_over, licence_of
+from ftkit.line.record import hand_over, licence_beside, licence_of
 from ftkit.line.step import Made
 from ftkit.line.train import Trained
 from ftkit.proof.compare import Score
@@ -132,7 +132,7 @@ def test_one_folder_is_handed_on_and_says_nothing_of_this_machine(made: Walked) 
     assert record.base["sha256"].keys() >= {"config.json", "model.safetensors"}
     assert record.trained["sha256"].keys() == {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"}
     assert [file["name"] for file in record.data["train"]] == ["train.jsonl"]
-    assert record.settings["data"]["train"] == ["train.jsonl"]
+    assert record.settings["data"]["train"] == "train.jsonl"
     assert record.settings["model"] == "base"
     assert "license_name: mine" in text
     assert {check.outcome for check in verify(folder / shipped.FILE, folder / RECORD)} == {"passed"}
@@ -215,9 +215,9 @@ def test_a_run_of_an_earlier_ftkit_is_handed_on_without_probes(made: Walked) -> 
 )
 def test_a_licence_is_what_the_files_say(card: str, licence: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / CARD).write_text(card, encoding="utf-8")
-    assert licence_of(None, tmp_path) == licence
+    assert licence_beside(tmp_path) == licence
     (tmp_path / "LICENSE.txt").touch()
-    assert licence_of(None, tmp_path) == {**licence, "file": "LICENSE.txt"}
+    assert licence_beside(tmp_path) == {**licence, "file": "LICENSE.txt"}
 
 
 def test_a_gguf_says_its_licence(tmp_path: Path) -> None:
@@ -229,4 +229,4 @@ def test_a_gguf_says_its_licence(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    assert licence_of(tmp_path / "x.gguf", tmp_path) == {"license": "apache-2.0", "license_link": "https://e.org"}
+    assert licence_of(tmp_path / "x.gguf") == {"license": "apache-2.0", "license_link": "https://e.org"}
