@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -131,26 +131,22 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
     proof = judge(job, asked, proven, shipped)
     modelfile = write_modelfile(job, merged, shipped)
     closed = next((made.result for made in later if made.name == CLOSE.name), None)
-
-    def record(in_ollama: Sequence[Check] = ()) -> Path:
-        return hand_over(job, merged, shipped, proven, ensure(job, TRAIN), closed, proof, in_ollama)
-
-    recorded_in = record()
     checks, registered, because, register_with = proof.checks, None, None, None
-    if use_ollama is not False:
-        try:
+    try:
+        if use_ollama is not False:
             with ollama.connect(job.reporter) as client:
                 refuse_anothers_name(job, client, replace_model)
                 registered, in_ollama = register_shipped(job, client, shipped, merged, asked, proven)
                 checks = [*checks, *in_ollama]
-                record(in_ollama)
-        except (ToolMissingError, NameTakenError) as error:
-            if use_ollama:
-                raise
-            because, register_with = error.message, error.hint
+    except (ToolMissingError, NameTakenError) as error:
+        if use_ollama:
+            raise
+        because, register_with = error.message, error.hint
+    finally:  # also where Ollama fails: the file has passed
+        record = hand_over(job, merged, shipped, proven, ensure(job, TRAIN), closed, replace(proof, checks=checks))
     return Shipped(
-        gguf=recorded_in.with_name(shipped.path.name),
-        record=recorded_in,
+        gguf=record.with_name(shipped.path.name),
+        record=record,
         files=[*(file for file in converted.result.files if file != shipped.file), shipped.file],
         modelfile=modelfile,
         merged_onto=merged.result.onto,

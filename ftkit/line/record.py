@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any
 
 import yaml
 
-from ftkit.check import Check
 from ftkit.errors import ModelError, RecipeError, RunError
 from ftkit.files import cache_folder, disk_fault, file_fingerprint, sync_folder, user_path, write_atomically
 from ftkit.gguf.says import says, tensors, types_of
@@ -30,7 +29,6 @@ from ftkit.line.merge import MODEL, Merged
 from ftkit.line.prove import RIGHT_BY, Proof, Proven, limits_of
 from ftkit.line.step import Made
 from ftkit.machine.llama_cpp import Found, find_converter, find_program
-from ftkit.machine.packages import LLAMA_CPP
 from ftkit.model.dataset import HubData
 from ftkit.model.source import Source, open_gguf, weight_files
 from ftkit.proof.record import (
@@ -59,8 +57,7 @@ def shipped_folder(job: Job) -> Path:
 
 
 def hand_over(
-    job: Job, merged: Made[Merged], shipped: Shipping, proven: Made[Proven], trained: Made[Any], closed: Closed | None, proof: Proof,
-    in_ollama: Sequence[Check] = (),
+    job: Job, merged: Made[Merged], shipped: Shipping, proven: Made[Proven], trained: Made[Any], closed: Closed | None, proof: Proof
 ) -> Path:  # fmt: skip
     """The folder, with all that is new in it; the record. Raises RunError where the disk refuses.
 
@@ -74,7 +71,7 @@ def hand_over(
         hashes = _hashes(job, {shipped.path.name: shipped.path, **_adapter(job, trained), **_base(job), **_data(job)})
         old, untouched = _last(folder)
         same = old if old and untouched and old.file.sha256 == hashes[shipped.path.name] else None
-        record = _record(job, merged, shipped, proven, trained, closed, [*proof.checks, *in_ollama], proof, hashes, same)
+        record = _record(job, merged, shipped, proven, trained, closed, proof, hashes, same)
         _write(job, record, _probes(folder, proven, shipped, same), shipped.path, old, untouched=untouched)
     except OSError as error:
         fault = disk_fault(error) or error.strerror
@@ -154,7 +151,7 @@ def _probes(folder: Path, proven: Made[Proven], shipped: Shipping, same: Record 
 
 def _record(
     job: Job, merged: Made[Merged], shipped: Shipping, proven: Made[Proven], trained: Made[Any], closed: Closed | None,
-    checks: Sequence[Check], proof: Proof, hashes: Mapping[str, str], same: Record | None,
+    proof: Proof, hashes: Mapping[str, str], same: Record | None,
 ) -> Record:  # fmt: skip
     """`same`: the last record of this file, whose metadata need not be read again; that takes seconds where there are many tokens."""
     recipe, tokenizer, reader = job.recipe, tokenizer_of(job, merged.folder / MODEL), None if same else open_gguf(shipped.path)
@@ -191,7 +188,7 @@ def _record(
         proof={
             "limits": limits_of(recipe),
             "right_by": RIGHT_BY[recipe.ship.match],
-            "checks": [asdict(check) for check in checks],
+            "checks": [asdict(check) for check in proof.checks],
             "scores": scores,
             "forms": forms,
             "same_answers": asdict(proof.same_answers) if proof.same_answers else None,
@@ -207,7 +204,7 @@ def _build(found: Found | None) -> str | None:
     """Which llama.cpp, without its place."""
     if not found:
         return None
-    return found.build if found.where.startswith("ftkit setup") else f"the user's own, by {found.where} (pinned is {LLAMA_CPP[1]})"
+    return found.build if found.where.startswith("ftkit setup") else f"the user's own, found by {found.where}"
 
 
 def _made_with(made: Made[Any]) -> dict[str, str]:

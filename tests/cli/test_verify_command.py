@@ -34,6 +34,7 @@ def test_a_folder_a_file_and_a_run_are_the_same(ftkit: Ftkit, folder: Path) -> N
         assert done.exit_code == 0, done.output
         assert "losses on texts" in done.stdout
         assert "failed" not in done.stdout
+    assert f"ftkit verify {folder.parent}" in ftkit("status", folder.parent).stdout
 
 
 def test_a_fault_ends_with_6_and_names_the_checks(ftkit: Ftkit, folder: Path) -> None:

@@ -124,14 +124,16 @@ def test_a_type_that_the_converter_makes_later_is_corrected_too(
     recipe = {
         "model": str(made(families.by_name("Llama 3.1"), families.WITHOUT_BOS)),  # asked without a BOS, which llama.cpp would add
         "training": {"method": "lora", "max_steps": 1, "effective_batch_size": 2, "max_length": 128},
-        "ship": {"name": "tiny", "quantization": "BF16", "max_new_tokens": 4, "test_rows": 2, "num_ctx": 512},
+        "ship": {"name": "tiny", "quantization": "BF16", "max_new_tokens": 4, "test_rows": 2, "num_ctx": 512, "record_rows": 1},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     job = open_job(tmp_path)
     with job.run:
         line.train(job)
-        checks = line.ship(job, use_ollama=False).checks
-    assert {check.name for check in checks if check.outcome != "passed"} <= {"answers", GAIN, DISTANCE}
+        shipped = line.ship(job, use_ollama=False)
+    assert {check.name for check in shipped.checks if check.outcome != "passed"} <= {"answers", GAIN, DISTANCE}
+    *_, last = verify(shipped.gguf, shipped.record)
+    assert (last.name, last.outcome) == ("losses on held-out rows", "passed")
 
 
 @pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern keys did not match.*:RuntimeWarning")
