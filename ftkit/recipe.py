@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import math
 import re
 import reprlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ftkit.errors import RecipeError
 from ftkit.units import parse_vram
@@ -22,6 +24,7 @@ QUANTIZATIONS = (
     "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1",
     "Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "IQ4_XS", "IQ4_NL", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
 )  # fmt: skip
+SMALLEST = "smallest"  # type that keeps enough
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}(:[a-z0-9][a-z0-9._-]{0,79})?", re.IGNORECASE)
 
 
@@ -140,10 +143,79 @@ def modelfile_value(text: str) -> str:
     return f'"""{text}"""' if set(text) & set('"\r\n') or not text else f'"{text}"'
 
 
+By = Literal["whole", "first_line", "last_line", "regex", "json", "labels"]
+KEY_OF: dict[str, By] = {"pattern": "regex", "keys": "json", "labels": "labels"}  # the keys that are of one kind alone
+MOST_REPEATED = 1_000_000  # the product of a pattern's {n}: repetitions inside each other are written out, in memory
+
+
+class Evaluate(Group):
+    """How an answer is held against the expected one. What each kind does stands in proof/score.py."""
+
+    by: By = Field(default="whole", description="what of an answer must be right to count")
+    pattern: str | None = Field(
+        default=None, validate_default=True, description="by: regex; what its groups capture, where it matches first, is compared"
+    )
+    keys: list[str] | None = Field(default=None, validate_default=True, description="by: json; only these keys are compared")
+    labels: list[str] | None = Field(default=None, validate_default=True, description="by: labels; one of them is said in each answer")
+
+    @field_validator("pattern", "keys", "labels")
+    @classmethod
+    def _of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        by, kind = info.data.get("by"), KEY_OF[str(info.field_name)]  # without `by`, that is the fault
+        if by and value is not None and by != kind:
+            raise ValueError(f"is of `by: {kind}`, and this is `by: {by}`")
+        if by == kind and value is None and kind != "json":
+            raise ValueError(f"is needed with `by: {kind}`")
+        return value
+
+    @field_validator("pattern")
+    @classmethod
+    def _captures(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        import regex  # the package, not Python's re: it can be told when to give up
+
+        if math.prod(max(1, int(most[:20])) for most in re.findall(r"\{(?:\d*,)?(\d+)\}", value)) > MOST_REPEATED:
+            raise ValueError("repeats too much, one {n} inside the other")
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of what another version might read otherwise
+                groups = regex.compile(value).groups
+        except (regex.error, RecursionError, MemoryError, OverflowError, ValueError) as error:
+            raise ValueError(f"is no regular expression: {str(error) or type(error).__name__} (got {SHORT.repr(value)})") from None
+        if not groups:
+            raise ValueError(f"captures nothing: put what is compared in ( ) (got {SHORT.repr(value)})")
+        return value
+
+    @field_validator("keys", "labels", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        if isinstance(value, list) and any(isinstance(name, bool) for name in value):
+            raise ValueError('YAML reads yes, no, on and off as true and false: write them in quotes, as "yes"')
+        return [str(name) if isinstance(name, int) else name for name in value] if isinstance(value, list) else value
+
+    @field_validator("keys", "labels")
+    @classmethod
+    def _names(cls, value: list[str] | None) -> list[str] | None:
+        names = value if value is None else [name.strip() for name in value]
+        if names is None:
+            return None
+        if not names or not all(names):
+            raise ValueError("names nothing" if not names else "one of them is empty")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{twice!r} stands there twice")
+        return names
+
+    @field_validator("labels")
+    @classmethod
+    def _several(cls, value: list[str] | None) -> list[str] | None:
+        if value and len(value) < 2:
+            raise ValueError("at least two are wanted: of one there is nothing to choose")
+        return value
+
+
 class Ship(Group):
     name: str = "my-model"
     quantization: str = "Q4_K_M"
-    match: Literal["first_line", "last_line", "whole"] = Field(default="whole", description="how much of an answer must be right to count")
     max_loss_points: Annotated[float, Field(ge=0, le=100)] = 3.0
     keep: Annotated[float, Field(ge=0, le=100)] = Field(
         default=95.0, description="percent of what training gained on held-out answers, in loss a token, that the shipped file must keep"
@@ -151,6 +223,7 @@ class Ship(Group):
     closing_steps: Annotated[int, Field(ge=0)] = Field(
         default=0, description="train norms and biases of the shipped file for at most so many steps, towards the trained model"
     )
+    imatrix: bool = Field(default=False, description="measure on training rows and general text where llama-quantize must round least")
     test_rows: Annotated[int, Field(ge=1)] | None = Field(default=None, description="ask only so many held-out rows")
     record_rows: Annotated[int, Field(ge=0, le=64)] = Field(
         default=0, description="held-out rows that go into the record beside the shipped file, as token ids"
@@ -178,10 +251,14 @@ class Ship(Group):
     @classmethod
     def _quantization(cls, value: str) -> str:
         upper = value.upper()
+        if value.lower() == SMALLEST:
+            return SMALLEST
         if upper not in QUANTIZATIONS:
             near = difflib.get_close_matches(upper, QUANTIZATIONS, 1, cutoff=0.4)
             raise ValueError(
-                f"unknown quantisation {value!r}" + (f"; did you mean {near[0]}?" if near else "") + f" (known: {', '.join(QUANTIZATIONS)})"
+                f"unknown quantisation {value!r}"
+                + (f"; did you mean {near[0]}?" if near else "")
+                + f" (known: {SMALLEST}, {', '.join(QUANTIZATIONS)})"
             )
         return upper
 
@@ -199,10 +276,12 @@ class Recipe(Group):
     training: Training = Training()
     lora: Lora = Lora()
     budget: Budget = Budget()
+    evaluate: Evaluate = Evaluate()
     ship: Ship = Ship()
     tools: Tools = Tools()
 
 
+MOVED = {"ship.match": "evaluate.by"}  # keys of earlier recipes
 GROUPS = [name for name, field in Recipe.model_fields.items() if isinstance(field.default, Group)]  # each may stand there without keys
 
 
@@ -266,6 +345,8 @@ def _set(loaded: dict[str, Any], key: str, value: Any) -> None:
 def _fault(entry: Any) -> str:
     keys = [str(part) for part in entry["loc"]]
     dotted = ".".join(keys) or "(recipe)"
+    if entry["type"] == "extra_forbidden" and dotted in MOVED:
+        return f"{dotted}: unknown key; it is {MOVED[dotted]} now"
     if entry["type"] == "extra_forbidden":
         part: type[BaseModel] = Recipe
         for key in keys[:-1]:

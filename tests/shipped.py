@@ -133,11 +133,12 @@ def record(path: Path) -> Record:
         merged_onto="the 16-bit source",
         closed=None,
         proof={
-            "limits": {"match": "whole", "max_loss_points": 3.0, "keep": 95.0},
+            "limits": {"evaluate": {"by": "whole"}, "max_loss_points": 3.0, "keep": 95.0},
             "right_by": "the whole answer",
             "checks": [{"name": "answers", "outcome": "passed", "detail": "9 of 10 right"}],
             "scores": {"trained": {"right": 9, "rows": 10, "percent": 90.0}},
             "forms": {"F32": form},
+            "weighed": [{"quantization": "Q2_K", "bytes": 2048, "kept_percent": 71.5}],
             "same_answers": None,
         },
         beside={PROBES: file_fingerprint(probes)} if probes.is_file() else {},

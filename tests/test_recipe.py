@@ -102,6 +102,7 @@ def test_a_later_set_wins(minimal: Path) -> None:
         ("trainning.seed=1", "trainning: unknown key; did you mean training?"),
         ("training.max_lenght=512", "training.max_lenght: unknown key; did you mean max_length?"),
         ("lora.alpha=32", "lora.alpha: unknown key; did you mean lora_alpha?"),
+        ("ship.match=whole", "ship.match: unknown key; it is evaluate.by now"),
         ("tools.zzz=1", "tools.zzz: unknown key (known: llama_cpp_dir)"),
         ("training.max_length=long", "training.max_length: "),
         ("training.max_length=7", "training.max_length: Input should be greater than or equal to 8 (got 7)"),
@@ -123,8 +124,40 @@ def test_a_fault_is_named_by_its_key(minimal: Path, setting: str, fault: str) ->
     assert rest[0].startswith("  " + fault)
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "expected"),
+    [
+        ("{by: regex}", ["evaluate.pattern: is needed with `by: regex`"]),
+        ("{by: regex, pattern: '(a'}", ["evaluate.pattern: is no regular expression: missing ) at position 2 (got '(a')"]),
+        ("{by: regex, pattern: 'a+'}", ["evaluate.pattern: captures nothing: put what is compared in ( ) (got 'a+')"]),
+        ("{by: regex, pattern: '((((a{100}){100}){100}){100})'}", ["evaluate.pattern: repeats too much, one {n} inside the other"]),
+        (f"{{by: regex, pattern: '{'(' * 3000}{')' * 3000}'}}", ["evaluate.pattern: is no regular expression: maximum recursion depth"]),
+        ("{by: labels}", ["evaluate.labels: is needed with `by: labels`"]),
+        ("{by: labels, labels: []}", ["evaluate.labels: names nothing"]),
+        ("{by: labels, labels: [a, ' ']}", ["evaluate.labels: one of them is empty"]),
+        ("{by: labels, labels: [a, 'a ']}", ["evaluate.labels: 'a' stands there twice"]),
+        ("{by: labels, labels: [a]}", ["evaluate.labels: at least two are wanted"]),
+        ("{by: labels, labels: [yes, no]}", ["evaluate.labels: YAML reads yes, no, on and off as true and false"]),
+        ("{by: json, keys: [], labels: [a, b]}", ["evaluate.keys: names nothing", "evaluate.labels: is of `by: labels`, and this is"]),
+        ("{pattern: (a), keys: [a]}", ["evaluate.pattern: is of `by: regex`, and this is `by: whole`", "evaluate.keys: is of `by: json`"]),
+        ("{by: exact, pattern: (a)}", ["evaluate.by: Input should be 'whole', "]),
+        ("{by: json, key: [a]}", ["evaluate.key: unknown key; did you mean keys?"]),
+    ],
+)
+def test_a_rule_of_scoring_is_looked_at_at_once(tmp_path: Path, evaluate: str, expected: list[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: org/name\nevaluate: {evaluate}\n", encoding="utf-8")
+    shown = faults(path)[1:]
+    assert len(shown) == len(expected), shown
+    assert all(line.startswith("  " + fault) for line, fault in zip(shown, expected, strict=True)), shown
+
+
+def test_labels_may_be_numbers(minimal: Path) -> None:
+    assert load_recipe(minimal, [("evaluate.by", "labels"), ("evaluate.labels", [0, 1])]).evaluate.labels == ["0", "1"]
+
+
 def test_an_unknown_quantisation_is_told_the_known_ones(minimal: Path) -> None:
-    assert faults(minimal, "ship.quantization=zzz")[1].endswith(f"(known: {', '.join(QUANTIZATIONS)})")
+    assert faults(minimal, "ship.quantization=zzz")[1].endswith(f"(known: smallest, {', '.join(QUANTIZATIONS)})")
 
 
 def test_all_faults_come_at_once(minimal: Path) -> None:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from ftkit.line.job import Job
     from ftkit.line.line import Shipped, State
     from ftkit.line.prove import Form
+    from ftkit.proof.score import Score
 
+MOST_LABELS = 8  # of a table on the screen
 ollama_option = click.option(
     "--ollama/--no-ollama", "use_ollama", default=None, help="Register in Ollama, or do not.  [default: if a server answers]"
 )
@@ -121,7 +123,9 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
     for check in unproven:
         say(f"Not proven – {check.name}: {check.detail}.")
     if any(check.name == "answers" for check in unproven):
-        say(f"Count less of an answer (--set ship.match=first_line), or read them side by side: {shipped.proof_file}")
+        say(f"Score them otherwise (--set evaluate.by=first_line, say), or read them side by side: {shipped.proof_file}")
+        if any(check.name == "gain kept" and check.outcome == "passed" for check in shipped.checks):
+            say("What was looked at token by token, below, does not need an answer that is exactly right, and passed.")
     if unproven:
         say("")
     if not shipped.fresh:
@@ -133,9 +137,7 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
             f"\n  before    {_one_line(example['before'])}\n  after     {_one_line(example['after'])}\n"
             f"  expected  {_one_line(example['expected'])}\n"
         )
-    what = {"first_line": "first lines", "last_line": "last lines", "whole": "answers"}[job.recipe.ship.match]
-    rows = [[name, f"{score.right} of {score.rows}", f"{score.percent:.1f} %"] for name, score in shipped.scores.items()]
-    print_table(f"Held-out questions, {what} exactly right", ["", "right", ""], rows)
+    show_scores(shipped.right_by, shipped.scores)
     if any(form.kept for form in shipped.forms.values()):
         kept = [[name, *_figures(form)] for name, form in shipped.forms.items()]
         say("")
@@ -145,6 +147,10 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
             "\nMerged into the source the gain was lost. The dequantised base keeps it, "
             "at a price outside the task: its weights are as coarse as 4 bits."
         )
+    if shipped.weighed:
+        tried = [[w.quantization, bytes_text(w.bytes), f"{w.kept_percent:.1f} %"] for w in shipped.weighed]
+        say("")
+        print_table("What each type keeps of the training, on the rows by which is chosen", ["", "size", "kept"], tried)
     say(f"\nMerged into {shipped.merged_onto}.")
     if closed := shipped.closed:
         done = f"{closed.vectors} norms and biases, {closed.steps} steps; KL a token {closed.before or 0:.2g} → {closed.after or 0:.2g}"
@@ -171,6 +177,31 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
             say(f"Not registered: {shipped.not_registered_because}")
         say(f"In Ollama:   {shipped.register_with or 'start it: ollama serve'}, then: ftkit ship --ollama")
         say(f"             or by hand: ollama create {job.recipe.ship.name} -f {shipped.modelfile}")
+
+
+def show_scores(right_by: str, scores: dict[str, Score]) -> None:
+    """Right answers of each form, what more the rule tells of them, and what was said for what of the file that ships."""
+    from ftkit.cli.console import print_table, say
+
+    columns = {
+        "right": [f"{score.right} of {score.rows}" for score in scores.values()],
+        "": [f"{score.percent:.1f} %" for score in scores.values()],
+        "not readable": [str(score.unreadable or "") for score in scores.values()],
+        "keys right": ["" if score.keys_percent is None else f"{score.keys_percent:.1f} %" for score in scores.values()],
+    }
+    told = [name for name, cells in columns.items() if any(cells)]
+    rows = [[form, *(columns[name][number] for name in told)] for number, form in enumerate(scores)]
+    print_table(f"Held-out questions, right by {right_by}", ["", *told], rows)
+    shown = next(reversed(scores), "")  # the file that ships comes last
+    table = scores[shown].confusion if scores else None
+    if table and len(table) <= MOST_LABELS:
+        said = [*table, *sorted({name for row in table.values() for name in row} - table.keys())]
+        say("")
+        print_table(
+            f"Expected, and what {shown} says",
+            ["", *said],
+            [[label, *(str(row.get(name, 0)) for name in said)] for label, row in table.items()],
+        )
 
 
 def _figures(form: Form) -> list[str]:

@@ -83,18 +83,19 @@ def close(
     lessons: Sequence[Lesson],
     steps: int,
     measured: Callable[[], float],
+    first: float,
     *,
     seed: int = 0,
     told: Callable[[int, float], None] = lambda *_: None,
 ) -> tuple[int, float]:
     """Train `vectors`; (steps of the best, what `measured` said of it), whose values they then have.
 
-    `measured`: how far the student is from where it should be, on rows that are not learnt; asked every few steps. It ends early
-    where two checks after one another are no better than the best.
+    `measured`: how far the student is from where it should be, on rows that are not learnt; asked every few steps. `first`: what it
+    said before. Closing ends early where two checks after one another are no better than the best.
     """
     import torch
 
-    best, best_step, best_values = measured(), 0, [vector.parameter.detach().clone() for vector in vectors]
+    best, best_step, best_values = first, 0, [vector.parameter.detach().clone() for vector in vectors]
     groups = [{"params": [vector.parameter.requires_grad_()], "lr": RATE * vector.scale} for vector in vectors]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -60,10 +60,14 @@ def _lost_what_predicts_more(model: Path) -> bool:
     return not any("mtp." in name or ((found := numbers.search(name)) and int(found[1]) >= layers) for name in shapes_of(model))
 
 
-def quantize(source: Path, path: Path, quantization: str, program: Found, reporter: Reporter = SILENT) -> None:
-    """llama-quantize from an F16 file. Raises ToolFailedError with its last lines."""
+def quantize(source: Path, path: Path, quantization: str, program: Found, imatrix: Path | None = None, reporter: Reporter = SILENT) -> None:
+    """llama-quantize from an F16 file, with an importance matrix or without. Raises ToolFailedError with its last lines."""
     reporter.step(f"quantising to {path.name}")
-    call([program.path, source, path, quantization])
+    importance = ["--imatrix", imatrix.name] if imatrix else []  # its name alone: it ends up in the file
+    call(
+        [program.path.resolve(), *importance, source.resolve(), path.resolve(), quantization],
+        cwd=imatrix.parent if imatrix else None,
+    )
 
 
 def read_back(path: Path, quantization: str, chat_template: str | None) -> GgufFile:

@@ -11,15 +11,17 @@ from ftkit.data.rows import Message
 from ftkit.data.turns import answer_reader, expected, question
 from ftkit.engines import hf, llamacpp
 from ftkit.errors import DoesNotFitError
-from ftkit.line.behaviour import MERGED, TRAINED, given_rows, measure_file, measure_model, write
+from ftkit.line.behaviour import CHOICE, CHOICE_ROWS, MERGED, TRAINED, choice_and_others, given_rows, measure_file, measure_model, write
 from ftkit.line.gguf import GGUF, Converted
 from ftkit.line.job import Job, Onto, base_folder, computes_on, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
+from ftkit.line.plan import expected_answers
 from ftkit.line.step import Made, Step, fingerprint_of, write_json
 from ftkit.line.train import TRAIN, Trained
 from ftkit.machine.device import processor
 from ftkit.plan.cost import FTKIT_BYTES, of_asking, of_asking_merged
 from ftkit.proof.behaviour import Behaviour
+from ftkit.proof.score import refuse_unreadable
 
 ANSWERS = "answers.json"
 
@@ -50,6 +52,11 @@ def read_questions(asked: Made[Any]) -> Questions:
     return Questions(**json.loads((asked.folder / ANSWERS).read_text(encoding="utf-8")))
 
 
+def refuse_rule(job: Job, asked: Made[Asked]) -> None:
+    """Raise RecipeError for an `evaluate` that does not suit the expected answers which were recorded: it may be another today."""
+    refuse_unreadable(job.recipe.evaluate, ((f"held-out row {n}", text) for n, text in enumerate(read_questions(asked).expected, 1)))
+
+
 @dataclass(frozen=True)
 class Asked:
     """Who answered. Answers that could not be had are left out, and that was said."""
@@ -62,13 +69,19 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
 
     An adapter's base is loaded once, as training loaded it (with QLoRA in 4 bits), and asked without and with the adapter.
     """
-    recipe, base, held_out = job.recipe, base_folder(job), read_data(job).test
+    recipe, base, data = job.recipe, base_folder(job), read_data(job)
     (cuda, bfloat16), tokenizer = computes_on(), tokenizer_of(job, base, base=True)
-    rows, given = [row for row in held_out if not row.is_text], given_rows(tokenizer, held_out, recipe.training.max_length)
+    rows, length = [row for row in data.test if not row.is_text], recipe.training.max_length
+    given = {
+        folder: given_rows(tokenizer, data.test, length),
+        folder / CHOICE: given_rows(tokenizer, choice_and_others(job, data)[0], length, CHOICE_ROWS),
+    }
+    (folder / CHOICE).mkdir()
+    refuse_unreadable(recipe.evaluate, expected_answers(tokenizer, rows))
     hf.refuse_lost_gradients()
     questions, method = [question(tokenizer, row) for row in rows], recipe.training.method
     answers: dict[str, list[str]] = {}
-    measured: dict[str, Behaviour] = {}
+    measured: dict[Path, dict[str, Behaviour]] = {place: {} for place in given}
 
     how: dict[str, Any] = {"bfloat16": bfloat16, "cuda": cuda, "trust_remote_code": recipe.trust_remote_code}
 
@@ -78,7 +91,8 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
             answers[name] = hf.answer(model, tokenizer, questions, recipe.ship.max_new_tokens, label=label, reporter=job.reporter)
         except DoesNotFitError as error:
             job.reporter.warn(f"{label} was left out: {error.message}")
-        measured.update(measure_model(job, folder, name, model, given, f"reading answers with {who}"))
+        for place, answers_given in given.items():
+            measured[place].update(measure_model(job, place, name, model, answers_given, f"reading answers with {who}"))
 
     if method == "full":
         ask(TRAINED, hf.load_model(trained.folder / MODEL, None, **how), "the trained model")
@@ -88,7 +102,8 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
         ask(TRAINED, model, "base and adapter")
         with model.disable_adapter():
             ask("before", model, "the base model")
-    write(folder, dict(sorted(measured.items())), given)  # before, trained
+    for place, forms in measured.items():
+        write(place, dict(sorted(forms.items())), given[place])  # before, trained
     write_json(folder / ANSWERS, asdict(Questions(dict(sorted(answers.items())), questions, [expected(tokenizer, row) for row in rows])))
     return Asked(tuple(answers))
 
@@ -123,6 +138,7 @@ def _ask_merged(job: Job, folder: Path, asked: Made[Asked], converted: Made[Conv
     room = processor().total_bytes - FTKIT_BYTES
     file = next((file for file in converted.result.files if file.bytes < room), None)
     answers: dict[str, list[str]] = {}
+    form: Behaviour | None = None
     read = answer_reader(tokenizer_of(job, merged.folder / MODEL))
     if file:
         with llamacpp.load(converted.folder / file.path, job.recipe.ship.num_ctx) as engine:
@@ -133,9 +149,10 @@ def _ask_merged(job: Job, folder: Path, asked: Made[Asked], converted: Made[Conv
                 label=f"asking the merged model ({file.quantization})",
                 reporter=job.reporter,
             )
-        measure_file(job, folder, MERGED, converted.folder / file.path, asked)
+        form = measure_file(job, converted.folder / file.path, asked.folder)
     else:
         job.reporter.warn("the merged model is not asked: each of its files is larger than this machine's memory")
+    write(folder, {MERGED: form})
     write_json(folder / ANSWERS, asdict(Answers(answers)))
     return AskedMerged(job.onto, file.quantization if file else None)
 

@@ -1,12 +1,14 @@
-"""The held-out answers given token by token, to the trained model and to all that is made of it.
+"""Answers given token by token, to the trained model and to all that is made of it.
 
-BEHAVIOUR, beside the answers that a step asked for, holds what was measured of each form; beside `ask` are also the rows and, as
-far as they fit, the trained model's logits.
+BEHAVIOUR, beside the answers that a step asked for, holds what was measured of each form on the held-out rows; beside `ask` are also
+these rows and, as far as they fit, the trained model's logits. Its folder CHOICE holds the same of other rows: by them it is chosen
+what ships, so that those by which it is judged have chosen nothing.
 """
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.data.mask import cut, tokenise
 from ftkit.data.rows import IGNORED, Row
+from ftkit.data.store import StoredRows
 from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import ToolFailedError
-from ftkit.line.job import Job
-from ftkit.line.step import Made, write_json
+from ftkit.line.job import Job, Rows
+from ftkit.line.step import write_json
 from ftkit.plan.cost import LOGITS_BYTES
 from ftkit.proof.behaviour import Behaviour, measure
 
@@ -27,16 +30,31 @@ if TYPE_CHECKING:
 
 BEHAVIOUR, ROWS, LOGITS = "behaviour.json", "given.json", "trained-logits.npy"
 TRAINED, MERGED, SHIPPED = "trained", "merged", "shipped"  # forms; before training: "before"
+CHOICE = "choice"
 MOST_ROWS, MOST_TOKENS = 64, 128  # that are looked at: the first rows, and of each the first tokens that were learnt
+CHOICE_ROWS = 32
 
 
-def given_rows(tokenizer: Any, rows: Iterable[Row], max_length: int) -> list[Forced]:
-    """Held-out rows as training would have read them, cut after the last token that is looked at."""
+def choice_and_others(job: Job, rows: Rows) -> tuple[StoredRows, StoredRows]:
+    """Rows by which is chosen what ships, and training rows in any order that are not among them.
+
+    The former are of validation, or where the held-out ones are those, some that were learnt.
+    """
+    count = len(rows.train)
+    drawn = rows.train.take(random.Random(job.recipe.training.seed).sample(range(count), count))
+    if "test" in job.data:
+        return rows.validation, drawn
+    few = min(2 * CHOICE_ROWS, count // 4)
+    return drawn[:few], drawn[few:]
+
+
+def given_rows(tokenizer: Any, rows: Iterable[Row], max_length: int, most: int = MOST_ROWS) -> list[Forced]:
+    """Rows as training would have read them, cut after the last token that is looked at."""
     found = []
     for example in cut(tokenise(tokenizer, rows), max_length):
         if places := [n for n, label in enumerate(example.labels) if n and label != IGNORED][:MOST_TOKENS]:
             found.append(Forced(example.input_ids[: places[-1] + 1], places))
-        if len(found) == MOST_ROWS:
+        if len(found) == most:
             break
     return found
 
@@ -44,7 +62,7 @@ def given_rows(tokenizer: Any, rows: Iterable[Row], max_length: int) -> list[For
 def measure_model(job: Job, folder: Path, name: str, model: Any, rows: Sequence[Forced], label: str) -> dict[str, Behaviour]:
     """Look at the trained model, whose logits are kept, or after it at the base. What has no room is said, and left out."""
     found: Iterator[Any] = with_bar(job, label, rows, logits.of_model(model, rows))
-    trained = _trained(folder, rows) if (folder / LOGITS).exists() else ()
+    trained = trained_logits(folder, rows) if (folder / LOGITS).exists() else ()
     try:
         return {name: measure(_kept(folder, rows, found) if name == TRAINED else found, _said(rows), trained)} if rows else {}
     except (RuntimeError, MemoryError) as error:
@@ -54,33 +72,35 @@ def measure_model(job: Job, folder: Path, name: str, model: Any, rows: Sequence[
         raise
 
 
-def measure_file(job: Job, folder: Path, name: str, path: Path, asked: Made[Any]) -> None:
-    """Look at a GGUF in llama.cpp. What cannot be looked at is said, and left out."""
-    rows, measured, label = rows_of(asked), {}, f"reading answers with {path.name}"
-    if rows and TRAINED in read(asked):
-        try:
-            measured[name] = measure(with_bar(job, label, rows, logits.of_file(path, rows)), _said(rows), _trained(asked.folder, rows))
-        except ToolFailedError as error:
-            job.reporter.warn(f"{label} was left out: {error.message}")
-    write(folder, measured)
+def measure_file(job: Job, path: Path, asked: Path) -> Behaviour | None:
+    """Look at a GGUF in llama.cpp on the rows of a folder of `ask`. None, which is said, where it cannot be looked at."""
+    rows, label = read_rows(asked), f"reading answers with {path.name}"
+    if not rows or TRAINED not in read(asked):
+        return None
+    try:
+        return measure(with_bar(job, label, rows, logits.of_file(path, rows)), _said(rows), trained_logits(asked, rows))
+    except ToolFailedError as error:
+        job.reporter.warn(f"{label} was left out: {error.message}")
+        return None
 
 
-def write(folder: Path, measured: Mapping[str, Behaviour], rows: Sequence[Forced] | None = None) -> None:
+def write(folder: Path, measured: Mapping[str, Behaviour | None], rows: Sequence[Forced] | None = None) -> None:
     """What a step measured; of `ask` also the rows."""
-    write_json(folder / BEHAVIOUR, {name: asdict(form) for name, form in measured.items()})
+    write_json(folder / BEHAVIOUR, {name: asdict(form) for name, form in measured.items() if form})
     if rows is not None:
         write_json(folder / ROWS, [asdict(row) for row in rows])
 
 
-def read(made: Made[Any]) -> dict[str, Behaviour]:
+def read(folder: Path) -> dict[str, Behaviour]:
     """What a step measured, by the names of forms; nothing of a run by an earlier ftkit."""
-    path = made.folder / BEHAVIOUR
+    path = folder / BEHAVIOUR
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return {name: Behaviour(**form) for name, form in found.items()}
 
 
-def rows_of(asked: Made[Any]) -> list[Forced]:
-    path = asked.folder / ROWS
+def read_rows(asked: Path) -> list[Forced]:
+    """The rows that `ask` looked at."""
+    path = asked / ROWS
     return [Forced(**row) for row in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
 
 
@@ -112,7 +132,7 @@ def _kept(folder: Path, rows: Sequence[Forced], found: Iterator[Any]) -> Iterato
         yield one
 
 
-def _trained(folder: Path, rows: Sequence[Forced]) -> Iterator[np.ndarray[Any, Any]]:
+def trained_logits(folder: Path, rows: Sequence[Forced]) -> Iterator[np.ndarray[Any, Any]]:
     """The trained model's logits, row by row, of the rows that were kept."""
     import numpy as np
 

@@ -5,21 +5,18 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ftkit.close.closing import Lesson, close, distribution, mean_divergence
+from ftkit.close.closing import ROWS_A_STEP, Lesson, close, distribution, mean_divergence
 from ftkit.close.student import load_student, lossless, running, write_back
-from ftkit.data.mask import cut, tokenise
-from ftkit.data.rows import IGNORED, Example
 from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import DoesNotFitError, ModelError, ToolFailedError
 from ftkit.gguf.files import GgufFile
-from ftkit.line.behaviour import with_bar
+from ftkit.line.ask import ASK
+from ftkit.line.behaviour import CHOICE, choice_and_others, given_rows, read_rows, trained_logits, with_bar
 from ftkit.line.gguf import ALWAYS_MADE, GGUF, QUANTISE, Converted
 from ftkit.line.job import Job, base_folder, computes_on, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
@@ -27,8 +24,7 @@ from ftkit.line.step import Made, Step
 from ftkit.line.train import TRAIN, Trained
 from ftkit.plan.cost import of_closing
 
-LEARNT_ROWS, CHECKED_ROWS = 160, 24  # training rows that are gone through again and again, and others that are looked at
-ANSWER_TOKENS, PROMPT_TOKENS = 128, 32  # of each row that are looked at: an answer's first, of a prompt's all some, evenly
+PROMPT_TOKENS = 32  # of each row that are looked at, evenly; of an answer as many as elsewhere
 MOST_APART = 0.1  # KL a token between the file in llama.cpp, which also rounds activations, and in transformers
 
 
@@ -44,27 +40,31 @@ class Closed:
     why_not: str | None  # made no better, or not made at all
 
 
-def _close(job: Job, folder: Path, trained: Made[Trained], converted: Made[Converted], *others: Made[Any]) -> Closed:
-    merged = next(made for made in others if made.name == MERGE.name)
-    shipped = shipping(job, converted, *others)
+def _close(
+    job: Job, folder: Path, trained: Made[Trained], asked: Made[Any], merged: Made[Merged], converted: Made[Converted], *later: Made[Any]
+) -> Closed:
+    shipped = shipping(job, converted, *later)
     try:
-        return _closed(job, folder, trained, merged, shipped)
+        return _closed(job, folder, trained, asked, merged, shipped)
     except (ModelError, DoesNotFitError, ToolFailedError) as error:
         job.reporter.warn(f"{shipped.path.name} is not closed: {error.message}")
         return Closed(None, 0, 0, None, None, error.message)
 
 
-def _closed(job: Job, folder: Path, trained: Made[Trained], merged: Made[Merged], shipped: Shipping) -> Closed:
+def _closed(job: Job, folder: Path, trained: Made[Trained], asked: Made[Any], merged: Made[Merged], shipped: Shipping) -> Closed:
     recipe, (cuda, bfloat16), path = job.recipe, computes_on(), shipped.path
-    tokenizer, rows = tokenizer_of(job, merged.folder / MODEL), read_data(job)
-    learnt, checked = _chosen(cut(tokenise(tokenizer, rows.train), recipe.training.max_length), recipe.training.seed)
-    answers = [_places(example, answer=True) for example in (*learnt, *checked)]
+    choice, tokenizer = asked.folder / CHOICE, tokenizer_of(job, merged.folder / MODEL)
+    rows = read_rows(choice)
+    checks = [Lesson(row, distribution(found)) for row, found in zip(rows, trained_logits(choice, rows), strict=False)]
+    if not checks:
+        raise ModelError("The trained model was not looked at token by token.", "look again: ftkit ship --from ask")
+    _, others = choice_and_others(job, read_data(job))
+    answers = given_rows(tokenizer, others, recipe.training.max_length, recipe.ship.closing_steps * ROWS_A_STEP)
     teacher = _teacher(job, trained)
     told = with_bar(job, "reading answers as trained", answers, logits.of_model(teacher, answers))
     lessons = [Lesson(row, distribution(found)) for row, found in zip(answers, told, strict=True)]
     del teacher
     hf.release_memory()
-    checks = lessons[len(learnt) :]
     before = mean_divergence(logits.of_file(path, [lesson.answer for lesson in checks]), checks)
     student = load_student(path, merged.folder / MODEL, bfloat16=bfloat16 and cuda, cuda=cuda, trust_remote_code=recipe.trust_remote_code)
     vectors = lossless(student, path)
@@ -75,9 +75,9 @@ def _closed(job: Job, folder: Path, trained: Made[Trained], merged: Made[Merged]
         with running(student):
             return mean_divergence(logits.of_model(student, [lesson.answer for lesson in checks]), checks)
 
-    if abs(measured() - before) > MOST_APART:
+    if abs((first := measured()) - before) > MOST_APART:
         raise ModelError(f"transformers reads {path.name} otherwise than llama.cpp.", "ship it as it is: ship.closing_steps=0")
-    prompts = [_places(example, answer=False) for example in learnt]
+    prompts = [_prompt(row) for row in answers]
     with running(student):
         lessons = [
             replace(lesson, prompt=prompt, prompted=distribution(found)) if prompt.places else lesson
@@ -88,7 +88,7 @@ def _closed(job: Job, folder: Path, trained: Made[Trained], merged: Made[Merged]
     numbers, steps = sum(vector.parameter.numel() for vector in vectors), recipe.ship.closing_steps
     job.reporter.step(f"closing {path.name}: {numbers:,} numbers of {len(vectors)} vectors, at most {steps} steps")
     with job.reporter.bar("closing", steps) as bar:
-        done, _ = close(student, vectors, lessons, steps, measured, seed=recipe.training.seed, told=lambda step, _: bar.update(step))
+        done, _ = close(student, vectors, lessons, steps, measured, first, seed=recipe.training.seed, told=lambda step, _: bar.update(step))
     target = folder / path.name
     write_back(path, vectors, target)
     after = mean_divergence(logits.of_file(target, [lesson.answer for lesson in checks]), checks)
@@ -109,21 +109,11 @@ def _teacher(job: Job, trained: Made[Trained]) -> Any:
     )  # fmt: skip
 
 
-def _chosen(examples: Iterator[Example], seed: int) -> tuple[list[Example], list[Example]]:
-    """Training rows to learn from, and others to look at: not those that are held out, by which the file is judged."""
-    every = [example for example in examples if any(label != IGNORED for label in example.labels[1:])]
-    drawn = random.Random(seed).sample(every, min(len(every), LEARNT_ROWS + CHECKED_ROWS))
-    checked = min(CHECKED_ROWS, max(1, len(drawn) // 8))
-    return drawn[checked:] or drawn, drawn[:checked]
-
-
-def _places(example: Example, *, answer: bool) -> Forced:
-    """The tokens of an answer, or some of those before it."""
-    places = [n for n, label in enumerate(example.labels) if n and (label != IGNORED) == answer]
-    last = max(n for n, label in enumerate(example.labels) if label != IGNORED)
-    before = [n for n in places if n <= last]
-    every = max(1, -(-len(before) // PROMPT_TOKENS))
-    return Forced(example.input_ids[: last + 1], before[:ANSWER_TOKENS] if answer else before[::every])
+def _prompt(row: Forced) -> Forced:
+    """Of a row whose answer is given, some tokens that are none of it."""
+    answer = set(row.places)
+    places = [n for n in range(1, len(row.ids)) if n not in answer]
+    return Forced(row.ids, places[:: max(1, -(-len(places) // PROMPT_TOKENS))])
 
 
 CLOSE: Step[Closed] = Step(
@@ -131,7 +121,7 @@ CLOSE: Step[Closed] = Step(
     does="the file that ships, nearer to the trained model",
     command="ftkit ship",
     result=Closed,
-    after=(TRAIN, GGUF, MERGE, QUANTISE),
+    after=(TRAIN, ASK, MERGE, GGUF, QUANTISE),
     follows_from=lambda job: [job.recipe.ship.quantization, job.recipe.ship.closing_steps],
     costs=of_closing,
     make=_close,

@@ -1,21 +1,27 @@
-"""The steps `gguf` and `quantise`: the merged model as GGUF files."""
+"""The steps `gguf`, `imatrix` and `quantise`: the merged model as GGUF files."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ftkit.data.template import begins_with_bos
+from ftkit.data.template import begins_with_bos, render
 from ftkit.engines import llamacpp
+from ftkit.errors import ToolMissingError
 from ftkit.gguf.files import CONVERTER_TYPES, Corrections, GgufFile, convert, correct, quantize, read_back
-from ftkit.line.job import Job, tokenizer_of
+from ftkit.gguf.imatrix import importance
+from ftkit.gguf.types import CONVERTED
+from ftkit.line.job import Job, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step, fingerprint_of
+from ftkit.line.train import TRAIN
 from ftkit.machine.llama_cpp import find_program, need_converter
-from ftkit.plan.cost import of_converting, of_quantising
+from ftkit.plan.cost import of_converting, of_imatrix, of_quantising
 
+LLAMA_IMATRIX = "llama-imatrix"
 ALWAYS_MADE = ("F16", "Q8_0")  # by the converter, which needs no llama-quantize
 
 
@@ -68,8 +74,55 @@ GGUF = Step(
 )
 
 
-def _quantise(job: Job, folder: Path, converted: Made[Converted], merged: Made[Merged]) -> GgufFile:
-    wanted, f16, model = job.recipe.ship.quantization, converted.result.file("F16").path, merged.folder / MODEL
+@dataclass(frozen=True)
+class Importance:
+    """An importance matrix, its path from the step's folder."""
+
+    path: Path
+
+
+def _imatrix(job: Job, folder: Path, converted: Made[Converted], merged: Made[Merged]) -> Importance:
+    program, f16 = find_program(LLAMA_IMATRIX, job.llama_cpp_dir), converted.folder / converted.result.file("F16").path
+    assert program  # else the step does not apply
+    tokenizer, train, path = tokenizer_of(job, merged.folder / MODEL), read_data(job).train, folder / "imatrix.gguf"
+    order = random.Random(job.recipe.training.seed).sample(range(len(train)), len(train))
+    rows = (
+        row.messages[0]["content"] if row.is_text else render(tokenizer, row.messages, ask=False) for row in map(train.__getitem__, order)
+    )
+    importance(f16, rows, path, program, job.reporter)
+    return Importance(Path(path.name))
+
+
+def _has_imatrix(job: Job) -> bool:
+    """Whether one is wanted, for a type that llama-quantize makes, and can be made here or was made before."""
+    if not job.recipe.ship.imatrix or job.recipe.ship.quantization in CONVERTED:
+        return False
+    return bool(find_program(LLAMA_IMATRIX, job.llama_cpp_dir) or job.run.finished(IMATRIX.name, fingerprint_of(job, IMATRIX)))
+
+
+def refuse_missing_imatrix(job: Job) -> None:
+    """Raise ToolMissingError where one is wanted and cannot be made, of a type that can."""
+    if job.recipe.ship.imatrix and find_program("llama-quantize", job.llama_cpp_dir) and not find_program(LLAMA_IMATRIX, job.llama_cpp_dir):
+        raise ToolMissingError("ship.imatrix needs llama-imatrix, which is not here.", "ftkit setup llama.cpp, or --set ship.imatrix=false")
+
+
+IMATRIX = Step(
+    name="imatrix",
+    does="where rounding matters",
+    command="ftkit ship",
+    result=Importance,
+    after=(GGUF,),
+    needs=(MERGE,),
+    follows_from=lambda job: [fingerprint_of(job, TRAIN)],
+    costs=of_imatrix,
+    make=_imatrix,
+    applies=_has_imatrix,
+)
+
+
+def _quantise(job: Job, folder: Path, converted: Made[Converted], *others: Made[Any]) -> GgufFile:
+    made = {step.name: step for step in others}
+    wanted, f16, model = job.recipe.ship.quantization, converted.result.file("F16").path, made[MERGE.name].folder / MODEL
     path = folder / f"{f16.stem.removesuffix('F16')}{wanted}.gguf"
     if wanted in CONVERTER_TYPES:
         convert(model, path, wanted, need_converter(job.llama_cpp_dir), job.reporter)
@@ -77,7 +130,8 @@ def _quantise(job: Job, folder: Path, converted: Made[Converted], merged: Made[M
     else:
         program = find_program("llama-quantize", job.llama_cpp_dir)
         assert program  # else the step does not apply
-        quantize(converted.folder / f16, path, wanted, program, job.reporter)
+        matrix = made.get(IMATRIX.name)
+        quantize(converted.folder / f16, path, wanted, program, matrix.folder / matrix.result.path if matrix else None, job.reporter)
     return _read(path, wanted, tokenizer_of(job, model))
 
 
@@ -96,7 +150,7 @@ QUANTISE: Step[GgufFile] = Step(
     does="the type that ships",
     command="ftkit ship",
     result=GgufFile,
-    after=(GGUF,),
+    after=(GGUF, IMATRIX),
     needs=(MERGE,),
     follows_from=lambda job: [job.recipe.ship.quantization],
     costs=lambda sizes: () if sizes.ship.quantization in ALWAYS_MADE else of_quantising(sizes),

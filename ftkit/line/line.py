@@ -10,11 +10,12 @@ from typing import Any, get_args
 from ftkit.check import Check
 from ftkit.data.lengths import TokenCounts
 from ftkit.engines import ollama
-from ftkit.errors import DoesNotFitError, NameTakenError, RecipeError, RunError, ToolMissingError
+from ftkit.errors import DoesNotFitError, NameTakenError, ProofError, RecipeError, RunError, ToolMissingError
 from ftkit.gguf.files import GgufFile
-from ftkit.line.ask import ASK, REASK
+from ftkit.line.ask import ASK, REASK, refuse_rule
+from ftkit.line.choose import WEIGH, Weighed, candidates, is_smallest, of_type
 from ftkit.line.close import CLOSE, Closed, shipping
-from ftkit.line.gguf import GGUF, QUANTISE
+from ftkit.line.gguf import GGUF, IMATRIX, QUANTISE, refuse_missing_imatrix
 from ftkit.line.job import Job, Onto
 from ftkit.line.merge import MERGE
 from ftkit.line.plan import PLAN, recorded
@@ -29,11 +30,11 @@ from ftkit.model.open import bytes_to_fetch
 from ftkit.plan import measured
 from ftkit.plan.cost import Cost
 from ftkit.plan.plan import MARGIN, MemoryPlan
-from ftkit.proof.compare import Score
+from ftkit.proof.score import Score
 from ftkit.run import discard
 from ftkit.units import bytes_text
 
-LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ASK, MERGE, GGUF, REASK, QUANTISE, CLOSE, PROVE, REGISTER)
+LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ASK, MERGE, GGUF, REASK, IMATRIX, QUANTISE, CLOSE, PROVE, REGISTER)
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,13 @@ def plan(job: Job) -> Planned:
 
 def costs_of(job: Job, memory: MemoryPlan) -> tuple[Cost, ...]:
     """What each step needs, in the order of the line."""
-    sizes = memory.sizes(job.recipe.ship)
+    sizes = memory.sizes(_largest(job).recipe.ship)
     return tuple(cost for step in LINE for cost in step.costs(sizes))
+
+
+def _largest(job: Job) -> Job:
+    """The job, with the largest type that may have to be made."""
+    return of_type(job, "Q6_K") if is_smallest(job) else job
 
 
 def is_trained(job: Job) -> bool:
@@ -101,6 +107,7 @@ class Shipped:
     files: list[GgufFile]
     merged_onto: str
     checks: list[Check]
+    right_by: str  # what of an answer is compared with the expected one
     scores: dict[str, Score]
     forms: dict[str, Form]
     proof_file: Path
@@ -108,6 +115,7 @@ class Shipped:
     examples: list[dict[str, str]]
     missing_quantization: str | None  # the wanted type, where llama-quantize is not here
     closed: Closed | None  # None: not asked for
+    weighed: tuple[Weighed, ...]  # types that were tried, from small to large, where the smallest was to be found
     registered_as: str | None
     not_registered_because: str | None
     register_with: str | None  # what to type for that
@@ -122,9 +130,12 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
     Raises RunError where nothing was trained, ProofError where the shipped file does not behave as the trained model.
     """
     _refuse_what_cannot_ship(job, use_ollama, replace_model)
-    asked, job = ensure(job, ASK), choose_merge(job)
+    asked = ensure(job, ASK)
+    refuse_rule(job, asked)
+    job = choose_merge(job)
     merged, converted = ensure(job, MERGE), ensure(job, GGUF)
     ensure(job, REASK)
+    job, weighed = choose_type(job)
     later: list[Made[Any]] = [ensure(job, step) for step in (QUANTISE, CLOSE) if step.applies(job)]
     shipped = shipping(job, converted, *later)
     proven = ensure(job, PROVE)
@@ -143,7 +154,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
             raise
         because, register_with = error.message, error.hint
     finally:  # also where Ollama fails: the file has passed
-        record = hand_over(job, merged, shipped, proven, ensure(job, TRAIN), closed, replace(proof, checks=checks))
+        record = hand_over(job, merged, shipped, proven, ensure(job, TRAIN), closed, replace(proof, checks=checks), weighed)
     return Shipped(
         gguf=record.with_name(shipped.path.name),
         record=record,
@@ -151,12 +162,14 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
         modelfile=modelfile,
         merged_onto=merged.result.onto,
         checks=checks,
+        right_by=proof.right_by,
         scores=proof.scores,
         forms=proof.forms,
         proof_file=proven.folder / PROOF,
         same_answers=proof.same_answers,
         examples=proof.examples[:3],
         missing_quantization=shipped.missing,
+        weighed=weighed,
         closed=closed,
         registered_as=registered,
         not_registered_because=because,
@@ -187,6 +200,7 @@ def refuse_missing_tools(job: Job) -> None:
     """Raise ToolMissingError before long work whose result could not be converted."""
     if not job.run.finished(GGUF.name):
         need_converter(job.llama_cpp_dir)
+    refuse_missing_imatrix(job)
 
 
 def choose_merge(job: Job) -> Job:
@@ -217,12 +231,40 @@ def judge_again(job: Job) -> Proof:
 
     Raises RunError where nothing of this recipe was proven.
     """
-    job = _as_merged(job)
+    job = _as_made(job)
     made = {step.name: find(job, step) for step in (ASK, GGUF, QUANTISE, CLOSE, PROVE) if step.applies(job)}
     if missing := next((name for name, found in made.items() if not found), None):
         raise RunError(f"{job.run.folder} holds no proof of this recipe: `{missing}` is not done.", "ftkit ship")
     asked, converted, *later, proven = (found for found in made.values() if found)
     return judged(job, asked, proven, shipping(job, converted, *later))[0]
+
+
+def choose_type(job: Job) -> tuple[Job, tuple[Weighed, ...]]:
+    """The job, with the type that ships, and what was tried for it.
+
+    Where the recipe wants the smallest, types are made and weighed from small to large, until one keeps `ship.keep` on the rows
+    by which is chosen. Of those before it no file stays. Raises ProofError where these rows could not be looked at.
+    """
+    if not is_smallest(job):
+        return job, ()
+    weighed = []
+    for tried in candidates(job):
+        made = ensure(tried, WEIGH)
+        weighed.append(made.result)
+        kept = made.result.kept_percent
+        if kept is None:
+            raise ProofError(
+                "Which type is the smallest that keeps enough cannot be said: the trained model was not looked at token by token.",
+                "name one: --set ship.quantization=Q4_K_M; or look again: ftkit ship --from ask",
+            )
+        if kept >= job.recipe.ship.keep:
+            break
+        job.reporter.note(f"{made.result.quantization} keeps {kept:.1f} % of the training, wanted are {job.recipe.ship.keep:g} %")
+        of_file: tuple[Step[Any], ...] = (QUANTISE, CLOSE)
+        for step in of_file:
+            if step.applies(tried) and (stale := find(tried, step)):
+                discard(stale.folder)
+    return tried, tuple(weighed)
 
 
 def build(job: Job, *, use_ollama: bool | None = None, replace_model: bool = False) -> Shipped:
@@ -240,10 +282,15 @@ def named(name: str) -> Step[Any]:
     raise RecipeError(f"There is no step `{name}`.", f"the steps are {', '.join(step.name for step in LINE)}")
 
 
-def _as_merged(job: Job) -> Job:
-    """The job, with the merge that is there."""
+def _as_made(job: Job) -> Job:
+    """The job, with the merge that is there and the type that was chosen, where that is done."""
     dequantised = replace(job, onto="dequantised")
-    return dequantised if find(dequantised, MERGE) and not job.recipe.ship.closing_steps else job
+    job = dequantised if find(dequantised, MERGE) and not job.recipe.ship.closing_steps else job
+    for tried in candidates(job) if is_smallest(job) else ():
+        weighed = find(tried, WEIGH)
+        if weighed and (weighed.result.kept_percent or 0) >= job.recipe.ship.keep:
+            return tried
+    return job
 
 
 @dataclass(frozen=True)
@@ -257,9 +304,9 @@ class State:
 
 def states(job: Job) -> Iterator[State]:
     """Of every step that this job has, in order. Nothing is made."""
-    job = _as_merged(job)
+    job = _as_made(job)
     planned = recorded(job.run)
-    sizes = planned.memory.sizes(job.recipe.ship) if planned else None
+    sizes = planned.memory.sizes(_largest(job).recipe.ship) if planned else None
     for step in LINE:
         if step.applies(job):
             yield State(step, find(job, step) if step.make else None, step.costs(sizes) if sizes else ())
@@ -273,11 +320,14 @@ def make_only(job: Job, name: str) -> Made[Any]:
     if step.make is None or not step.applies(job):
         why = "keeps nothing in the run" if step.make is None else f"makes nothing of {job.recipe.ship.quantization}"
         raise RecipeError(f"`{name}` {why}.", "the whole line: ftkit ship")
+    job = _as_made(job)
+    if is_smallest(job) and step is QUANTISE:
+        raise RecipeError("Which type is the smallest that keeps enough is not chosen yet.", "the whole line: ftkit ship")
     done = {state.step.name: state for state in states(job)}
     for before in (*step.after, *step.needs):
         if before.applies(job) and not done[before.name].done:
             raise RunError(f"`{name}` comes after `{before.name}`, which is not finished.", f"{before.command} --only {before.name}")
-    return ensure(_as_merged(job), step)
+    return ensure(job, step)
 
 
 def start_from(job: Job, name: str) -> None:
@@ -290,9 +340,11 @@ def start_from(job: Job, name: str) -> None:
         raise RecipeError(
             f"--from {name}: plan and training are made again where something of theirs is another.", "see what can go: ftkit status"
         )
-    for step in LINE[first:]:
-        for onto in get_args(Onto) if step.make else ():
-            if step.applies(job) and (found := find(replace(job, onto=onto), step)):
-                discard(found.folder)
+    made = LINE[first:] if first > LINE.index(CLOSE) else (*LINE[first:], WEIGH)
+    for one in candidates(job) if is_smallest(job) else (job,):
+        for step in made:
+            for onto in get_args(Onto) if step.make else ():
+                if step.applies(one) and (found := find(replace(one, onto=onto), step)):
+                    discard(found.folder)
     if index := job.run.manifest().get("ollama"):
         job.run.record(ollama={key: value for key, value in index.items() if key != "shipped"})

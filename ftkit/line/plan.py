@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -17,7 +17,7 @@ from ftkit.data.mask import refuse_nothing_to_learn, tokenise
 from ftkit.data.read import only_held_out
 from ftkit.data.rows import IGNORED, Example, Row
 from ftkit.data.template import render, renders, token_ids
-from ftkit.data.turns import has_reasoning, question, turns_of
+from ftkit.data.turns import expected, has_reasoning, question, turns_of
 from ftkit.engines import hf
 from ftkit.errors import DoesNotFitError, ModelError, RecipeError
 from ftkit.line.job import Job, Rows, base_folder, computes_on, read_data, tokenizer_of
@@ -32,7 +32,7 @@ from ftkit.plan import measured
 from ftkit.plan.by_measuring import Measure
 from ftkit.plan.choose import make_plan
 from ftkit.plan.plan import MemoryPlan
-from ftkit.proof.compare import counted
+from ftkit.proof.score import counted_text, refuse_unreadable
 from ftkit.recipe import Recipe
 from ftkit.run import Run
 from ftkit.train.probe import probe
@@ -96,7 +96,7 @@ def _follows_from(job: Job) -> list[Any]:
         free_bytes = last.memory.device.free_bytes
     wanted = [device.name, device.total_bytes >> 20, free_bytes, recipe.budget.vram, _extra_bytes(job)]
     versions = {name: version(name) for name in HOLDS_FOR}
-    return [*training_inputs(job), recipe.lora.use_dora, recipe.ship.model_dump(), wanted, versions]
+    return [*training_inputs(job), recipe.lora.use_dora, recipe.evaluate.model_dump(), recipe.ship.model_dump(), wanted, versions]
 
 
 def _extra_bytes(job: Job) -> int:
@@ -173,6 +173,7 @@ def _count(job: Job, opened: Source, rows: Rows, config: Any) -> tuple[Tally, ..
     _say_what_became_of_the_rows(job, tokenizer, rows, sum(len(part.lengths) for part in counted))
     refuse_nothing_to_learn(*(len(part.kept) for part in counted))
     _refuse_ids_beyond(config.get_text_config().vocab_size, tokenizer, max(part.highest_id for part in counted))
+    refuse_unreadable(job.recipe.evaluate, expected_answers(tokenizer, rows.test))
     _say_what_is_only_held_out(job, rows)
     _say_another_system_message(job, rows.train)
     _refuse_what_cannot_be_asked(job, rows.test, tokenizer)
@@ -224,9 +225,14 @@ def _refuse_what_cannot_be_asked(job: Job, rows: Sequence[Row], tokenizer: Any) 
             )
 
 
+def expected_answers(tokenizer: Any, rows: Iterable[Row]) -> Iterator[tuple[str, str]]:
+    """(place, text) of each, as they will be compared."""
+    return ((row.where, expected(tokenizer, row)) for row in rows if not row.is_text)
+
+
 def _say_what_is_only_held_out(job: Job, rows: Rows) -> None:
     def kind(answer: str) -> str:
-        return counted(answer, job.recipe.ship.match)
+        return counted_text(job.recipe.evaluate, answer)
 
     if missing := only_held_out(rows.train, rows.validation, kind):
         kinds = len({kind(row.answer) for row in chain(rows.train, rows.validation)})

@@ -18,7 +18,7 @@ from ftkit.engines.logits import Forced
 from ftkit.errors import ProofError, ToolFailedError
 from ftkit.line import behaviour
 from ftkit.line.ask import ANSWERS, ASK, REASK, Answers, Asked, AskedMerged, read_answers, read_questions
-from ftkit.line.behaviour import MERGED, SHIPPED, TRAINED, measure_file, rows_of
+from ftkit.line.behaviour import MERGED, SHIPPED, TRAINED, measure_file
 from ftkit.line.close import CLOSE, Shipping, shipping
 from ftkit.line.gguf import GGUF, QUANTISE, Converted
 from ftkit.line.job import Job, Onto, read_data, tokenizer_of
@@ -27,11 +27,12 @@ from ftkit.line.step import Made, Step, find, write_json
 from ftkit.model.source import open_gguf
 from ftkit.plan.cost import of_proving
 from ftkit.proof.behaviour import Behaviour, Kept, gain_kept, judge_distance, judge_gain, least_kept
-from ftkit.proof.compare import Score, same, same_ids, score
+from ftkit.proof.compare import same_ids
 from ftkit.proof.gate import ANSWERS as ANSWERS_CHECK
 from ftkit.proof.gate import judge_answers
 from ftkit.proof.probes import CONTROL_WORDS, HARD_TEXTS, conversations
 from ftkit.proof.record import PROBES, GivenIds, Probes, Prompt, write_probes
+from ftkit.proof.score import Score, same, score, words
 from ftkit.proof.verify import losses, this_engine
 from ftkit.recipe import Recipe
 
@@ -44,7 +45,6 @@ HINTS = {
     "stops": "an answer would not end: report this with the model's name",
     "end of sequence": "an answer would end too early: report this with the model's name",
 }
-RIGHT_BY = {"first_line": "the first line", "last_line": "the last line", "whole": "the whole answer"}
 SCORE_NAMES: dict[Onto, str] = {"source": "merged", "dequantised": "merged onto the dequantised base"}
 
 
@@ -146,9 +146,9 @@ def _make(job: Job, folder: Path, merged: Made[Merged], asked: Made[Asked], conv
             questions, ship.max_new_tokens, answer_reader(tokenizer), label=f"asking {path.name}", reporter=job.reporter
         )
         prompts, texts = _prompts(tokenizer, engine), [engine.tokenize(text, begins=True) for text in HARD_TEXTS]
-    measure_file(job, folder, SHIPPED, path, asked)
+    behaviour.write(folder, {SHIPPED: measure_file(job, path, asked.folder)})
     given = _losses(job, path, [Forced(ids, list(range(1, len(ids)))) for ids in texts])
-    rows = _losses(job, path, rows_of(asked)[: ship.record_rows])
+    rows = _losses(job, path, behaviour.read_rows(asked.folder)[: ship.record_rows])
     write_probes(folder / PROBES, Probes(this_engine(), prompts, list(merged.result.stops), given, rows))
     write_json(folder / ANSWERS, asdict(Answers({"shipped": answers})))
     return Proven(tuple(checks))
@@ -171,7 +171,7 @@ def loses_gain(job: Job, asked: Made[Asked], told: Made[AskedMerged]) -> str | N
     lost = _lost_points(job, asked, told)
     if lost is not None and lost > job.recipe.ship.max_loss_points:
         return f"{lost:.1f} points"
-    forms, keep = {**behaviour.read(asked), **behaviour.read(told)}, job.recipe.ship.keep
+    forms, keep = {**behaviour.read(asked.folder), **behaviour.read(told.folder)}, job.recipe.ship.keep
     check = judge_gain(forms, MERGED, keep)
     return f"too much of the gain ({check.detail})" if check.outcome == "failed" else None
 
@@ -182,7 +182,7 @@ def _lost_points(job: Job, asked: Made[Asked], told: Made[AskedMerged]) -> float
     trained = first.answers.get("trained")
     if trained is None or merged is None or not first.questions:
         return None
-    before, after = (score(first.expected, given, job.recipe.ship.match).percent for given in (trained, merged))
+    before, after = (score(first.expected, given, job.recipe.evaluate).percent for given in (trained, merged))
     return before - after
 
 
@@ -201,6 +201,7 @@ class Proof:
     """The checks of the shipped file, and the figures behind that of its answers."""
 
     checks: list[Check]
+    right_by: str  # what of an answer is compared with the expected one
     scores: dict[str, Score]
     forms: dict[str, Form]
     same_answers: Score | None  # of the trained model and the shipped file; None where the trained model could not be asked
@@ -208,25 +209,25 @@ class Proof:
 
 
 def judged(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping) -> tuple[Proof, dict[str, Behaviour]]:
-    """Score the recorded answers and hold them against the recipe's limits: nothing is loaded, asked again or written.
+    """Score the recorded answers by `evaluate` and hold them against the recipe's limits: nothing is loaded, asked again or written.
 
     The proof, and what was measured of each form.
     """
-    ship, quantization = job.recipe.ship, shipped.file.quantization
+    ship, rule, quantization = job.recipe.ship, job.recipe.evaluate, shipped.file.quantization
     first, after = read_questions(asked), read_answers(proven)["shipped"]
     given: dict[str, list[str]] = {name: first.answers[name] for name in ("before", "trained") if name in first.answers}
-    forms = behaviour.read(asked)
+    forms = behaviour.read(asked.folder)
     for onto in get_args(Onto):  # each merge of this training that was asked
         if told := find(replace(job, onto=onto), REASK):
             if answers := read_answers(told).get("merged"):
                 given[SCORE_NAMES[onto]] = answers
-            if form := behaviour.read(told).get(MERGED):
+            if form := behaviour.read(told.folder).get(MERGED):
                 forms[SCORE_NAMES[onto]] = form
     given[quantization] = after
-    if form := behaviour.read(proven).get(SHIPPED):
+    if form := behaviour.read(proven.folder).get(SHIPPED):
         forms[quantization] = form
-    scores = {name: score(first.expected, answers, ship.match) for name, answers in given.items()} if first.questions else {}
-    alike = same(given["trained"], after) if "trained" in given and scores else None
+    scores = {name: score(first.expected, answers, rule) for name, answers in given.items()} if first.questions else {}
+    alike = same(given["trained"], after, rule) if "trained" in given and scores else None
     answers_check = judge_answers(scores, quantization, alike or Score(0, len(after)), ship.max_loss_points)
     before = given.get("before", [""] * len(after))
     examples = [
@@ -234,12 +235,12 @@ def judged(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping
         for q, e, b, a in zip(first.questions, first.expected, before, after, strict=True)
     ]
     checks = [answers_check, *(judging(forms, quantization, ship.keep) for judging in (judge_gain, judge_distance))]
-    return Proof([*proven.result.checks, *checks], scores, _forms(forms), alike, examples), forms
+    return Proof([*proven.result.checks, *checks], words(rule), scores, _forms(forms), alike, examples), forms
 
 
 def limits_of(recipe: Recipe) -> dict[str, Any]:
     """What recorded figures are judged by."""
-    return recipe.ship.model_dump(include={"match", "max_loss_points", "keep"})
+    return {"evaluate": recipe.evaluate.model_dump(exclude_none=True), **recipe.ship.model_dump(include={"max_loss_points", "keep"})}
 
 
 def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping) -> Proof:

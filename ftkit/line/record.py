@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,10 +23,11 @@ import yaml
 from ftkit.errors import ModelError, RecipeError, RunError
 from ftkit.files import cache_folder, disk_fault, file_fingerprint, sync_folder, user_path, write_atomically
 from ftkit.gguf.says import says, tensors, types_of
+from ftkit.line.choose import Weighed
 from ftkit.line.close import Closed, Shipping
 from ftkit.line.job import Job, base_folder, tokenizer_of
 from ftkit.line.merge import MODEL, Merged
-from ftkit.line.prove import RIGHT_BY, Proof, Proven, limits_of
+from ftkit.line.prove import Proof, Proven, limits_of
 from ftkit.line.step import Made
 from ftkit.machine.llama_cpp import Found, find_converter, find_program
 from ftkit.model.dataset import HubData
@@ -57,7 +58,8 @@ def shipped_folder(job: Job) -> Path:
 
 
 def hand_over(
-    job: Job, merged: Made[Merged], shipped: Shipping, proven: Made[Proven], trained: Made[Any], closed: Closed | None, proof: Proof
+    job: Job, merged: Made[Merged], shipped: Shipping, proven: Made[Proven], trained: Made[Any], closed: Closed | None, proof: Proof,
+    weighed: Sequence[Weighed] = (),
 ) -> Path:  # fmt: skip
     """The folder, with all that is new in it; the record. Raises RunError where the disk refuses.
 
@@ -71,7 +73,7 @@ def hand_over(
         hashes = _hashes(job, {shipped.path.name: shipped.path, **_adapter(job, trained), **_base(job), **_data(job)})
         old, untouched = _last(folder)
         same = old if old and untouched and old.file.sha256 == hashes[shipped.path.name] else None
-        record = _record(job, merged, shipped, proven, trained, closed, proof, hashes, same)
+        record = _record(job, merged, shipped, proven, trained, closed, proof, weighed, hashes, same)
         _write(job, record, _probes(folder, proven, shipped, same), shipped.path, old, untouched=untouched)
     except OSError as error:
         fault = disk_fault(error) or error.strerror
@@ -151,7 +153,7 @@ def _probes(folder: Path, proven: Made[Proven], shipped: Shipping, same: Record 
 
 def _record(
     job: Job, merged: Made[Merged], shipped: Shipping, proven: Made[Proven], trained: Made[Any], closed: Closed | None,
-    proof: Proof, hashes: Mapping[str, str], same: Record | None,
+    proof: Proof, weighed: Sequence[Weighed], hashes: Mapping[str, str], same: Record | None,
 ) -> Record:  # fmt: skip
     """`same`: the last record of this file, whose metadata need not be read again; that takes seconds where there are many tokens."""
     recipe, tokenizer, reader = job.recipe, tokenizer_of(job, merged.folder / MODEL), None if same else open_gguf(shipped.path)
@@ -187,10 +189,11 @@ def _record(
         closed={key: value for key, value in asdict(closed).items() if key != "file"} if closed else None,
         proof={
             "limits": limits_of(recipe),
-            "right_by": RIGHT_BY[recipe.ship.match],
+            "right_by": proof.right_by,
             "checks": [asdict(check) for check in proof.checks],
             "scores": scores,
             "forms": forms,
+            "weighed": [asdict(one) for one in weighed],
             "same_answers": asdict(proof.same_answers) if proof.same_answers else None,
         },
         beside={},

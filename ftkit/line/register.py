@@ -13,7 +13,7 @@ from ftkit.data.rows import Message, has_tools
 from ftkit.data.template import dated, render, renders
 from ftkit.data.turns import answer_reader
 from ftkit.engines import ollama
-from ftkit.errors import ModelError, NameTakenError
+from ftkit.errors import ModelError, NameTakenError, ProofError
 from ftkit.files import fingerprint, write_atomically
 from ftkit.line.ask import Asked, read_answers, read_questions
 from ftkit.line.close import Shipping
@@ -28,8 +28,8 @@ from ftkit.ollama.modelfile import Modelfile, make_modelfile
 from ftkit.ollama.register import register, remove, temporary_name
 from ftkit.ollama.template import find_format
 from ftkit.plan.cost import of_registering
-from ftkit.proof.compare import Score, score
-from ftkit.proof.gate import judge_served
+from ftkit.proof.gate import SERVED, judge_served
+from ftkit.proof.score import score
 from ftkit.units import bytes_text
 
 TOOLS_IN_OLLAMA = (
@@ -96,8 +96,11 @@ def register_shipped(
     if left := recorded.get("temporary"):
         remove(client, left, reporter)
     digest = ollama.digest_of(client, name)
-    if digest and recorded.get("digest") == digest and recorded.get("shipped") == mark and "checks" in recorded:
-        return name, [Check(**entry) for entry in recorded["checks"]]
+    if digest and recorded.get("digest") == digest and recorded.get("shipped") == mark and "answers" in recorded:
+        judged = _judge(job, recorded["answers"], asked, proven)  # again: by another rule, the answers are the same
+        if judged.outcome == "failed":
+            raise ProofError(f"{judged.name}: {judged.detail}", "score by another rule: --set evaluate.by=…; or ship without: --no-ollama")
+        return name, [judged if entry["name"] == SERVED else Check(**entry) for entry in recorded["checks"]]
     if ollama.models_folder() is None:
         reporter.note(f"Ollama is on another machine: whether its disk takes {bytes_text(shipped.path.stat().st_size)} was not looked at")
     tokenizer = tokenizer_of(job, merged.folder / MODEL)
@@ -105,12 +108,11 @@ def register_shipped(
     modelfile = _modelfile(job, tokenizer, shipped.path, merged.result.stops)
     temporary = temporary_name(name)
     run.record(ollama={**recorded, "temporary": temporary})
-    found: dict[str, Any] = {}
+    answers: list[str] = []
 
     def verify(unchecked: str) -> Check:
-        served, check = _ask(job, client, unchecked, asked, proven, tokenizer, _added_bos(tokenizer, shipped.path))
-        found.update(asdict(served))
-        return check
+        answers[:] = _ask(job, client, unchecked, asked, tokenizer, _added_bos(tokenizer, shipped.path))
+        return _judge(job, answers, asked, proven)
 
     def remember(digest: str) -> None:
         naming = [*recorded.get("naming", []), [name, digest]]
@@ -130,14 +132,13 @@ def register_shipped(
     checks = [asdict(check) for check in registered.checks]
     if any(has_tools(question) for question in read_questions(asked).questions[:OLLAMA_ROWS]):
         checks.append(asdict(not_made("tools in Ollama's API", TOOLS_IN_OLLAMA)))
-    run.record(ollama={"name": name, "digest": registered.digest, "shipped": mark, "score": found, "checks": checks})
+    run.record(ollama={"name": name, "digest": registered.digest, "shipped": mark, "answers": answers, "checks": checks})
     return name, [Check(**entry) for entry in checks]
 
 
-def _ask(job: Job, client: Any, name: str, asked: Made[Asked], proven: Made[Proven], tokenizer: Any, bos: str) -> tuple[Score, Check]:
-    """Ask the server the first held-out questions: how many it answers right, and whether that is what the file answers."""
-    ship, first = job.recipe.ship, read_questions(asked)
-    questions, expected = first.questions[:OLLAMA_ROWS], first.expected[:OLLAMA_ROWS]
+def _ask(job: Job, client: Any, name: str, asked: Made[Asked], tokenizer: Any, bos: str) -> list[str]:
+    """The server's answers to the first held-out questions."""
+    questions = read_questions(asked).questions[:OLLAMA_ROWS]
     threads = asked_threads()  # more than are free slow a server down many times: they spin while they wait
     options = {"num_thread": threads} if threads else None
 
@@ -145,11 +146,24 @@ def _ask(job: Job, client: Any, name: str, asked: Made[Asked], proven: Made[Prov
         return render(tokenizer, messages, ask=True).removeprefix(bos)
 
     given = ollama.answer(
-        client, name, questions, ship.max_new_tokens, answer_reader(tokenizer), render=prompt, options=options, reporter=job.reporter
+        client,
+        name,
+        questions,
+        job.recipe.ship.max_new_tokens,
+        answer_reader(tokenizer),
+        render=prompt,
+        options=options,
+        reporter=job.reporter,
     )
-    served = score(expected, given, ship.match)
+    served = score(read_questions(asked).expected[:OLLAMA_ROWS], given, job.recipe.evaluate)
     job.reporter.note(f"Ollama answers {served.right} of {served.rows} held-out questions right")
-    return served, judge_served(expected, read_answers(proven)["shipped"][:OLLAMA_ROWS], given, ship.match, ship.max_loss_points)
+    return given
+
+
+def _judge(job: Job, given: Sequence[str], asked: Made[Asked], proven: Made[Proven]) -> Check:
+    """Whether the server's answers are as right as the file's."""
+    expected, file = read_questions(asked).expected[:OLLAMA_ROWS], read_answers(proven)["shipped"][:OLLAMA_ROWS]
+    return judge_served(expected, file, given, job.recipe.evaluate, job.recipe.ship.max_loss_points)
 
 
 REGISTER: Step[None] = Step(

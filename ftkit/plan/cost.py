@@ -125,6 +125,14 @@ def of_asking_merged(sizes: Sizes) -> tuple[Cost, ...]:
     return (Cost("ask the merged model", FTKIT_BYTES + LLAMA_CPP_BYTES + file + sizes.cache_bytes, 0, 0, RUN_FOLDER, file, needed=False),)
 
 
+def of_imatrix(sizes: Sizes) -> tuple[Cost, ...]:
+    """The F16 file, mapped, on the CPU or on what the user's llama.cpp was made for."""
+    if not sizes.ship.imatrix or sizes.ship.quantization in CONVERTED:
+        return ()
+    file = sizes.file_bytes("F16")
+    return (Cost("measure what matters", LLAMA_CPP_BYTES + file, 0, 0, RUN_FOLDER, file),)
+
+
 def of_quantising(sizes: Sizes) -> tuple[Cost, ...]:
     """The type that ships, where it is not among those that are always made."""
     wanted = sizes.ship.quantization

@@ -1,49 +1,11 @@
-"""Compare two forms of one model: their token ids and their answers."""
+"""Compare two forms of one model: their token ids and their prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from ftkit.check import Check, failed, not_made, passed
 from ftkit.errors import ProofError
-
-Match = Literal["first_line", "last_line", "whole"]
-
-
-@dataclass(frozen=True)
-class Score:
-    """How many answers are right."""
-
-    right: int
-    rows: int
-
-    @property
-    def percent(self) -> float:
-        return 100 * self.right / self.rows
-
-
-def counted(answer: str, match: Match) -> str:
-    """What counts of an answer: all of it, or its first or last line; outer white space aside."""
-    if match == "whole":
-        return answer.strip()
-    return answer.strip().split("\n")[0 if match == "first_line" else -1].strip()
-
-
-def is_right(expected: str, answer: str, match: Match) -> bool:
-    """Whether what counts of an answer equals what counts of the expected one."""
-    return counted(expected, match) == counted(answer, match)
-
-
-def score(expected: Sequence[str], answers: Sequence[str], match: Match) -> Score:
-    """Count right answers."""
-    return Score(sum(is_right(e, a, match) for e, a in zip(expected, answers, strict=True)), len(expected))
-
-
-def same(first: Sequence[str], second: Sequence[str]) -> Score:
-    """Count answers that are the same text in both."""
-    return Score(sum(a.strip() == b.strip() for a, b in zip(first, second, strict=True)), len(first))
 
 
 def compare_tokens(texts: Sequence[str], ours: Callable[[str], list[int]], theirs: Callable[[str], list[int]], what: str) -> int:

@@ -89,6 +89,10 @@ def _values(record: Record) -> dict[str, Any]:
             [plain(name), f"{score['right']} of {score['rows']}", f"{score['percent']:.1f} %"] for name, score in proof["scores"].items()
         ],
         "forms": [[plain(name), *_figures(form)] for name, form in proof["forms"].items()],
+        "weighed": [
+            [plain(one["quantization"]), bytes_text(one["bytes"]), "–" if one["kept_percent"] is None else f"{one['kept_percent']:.1f} %"]
+            for one in proof["weighed"]
+        ],
         "settings": [[plain(key), plain(_shown(value))] for key, value in _dotted(settings)],
         "stops": " ".join(plain(stop["token"]) for stop in record.stops),
         "context_length": next((value for key, value in record.says.items() if key.endswith(".context_length")), None),

@@ -78,10 +78,22 @@ def test_a_kind_that_is_held_out_whole_is_named(here: Path, model: Path, ftkit: 
     answers = [f"Reason {n}.\n{'rare' if n == rare else 'SAFE' if n % 2 else 'UNSAFE'}" for n in range(20)]
     write_rows(here / "t.jsonl", [{"prompt": f"{n}?", "completion": answer} for n, answer in enumerate(answers)])
     ask = ("plan", "--model", model, "--data", "t.jsonl", "--vram", "8", "--length", "64")
-    said = ftkit(*ask, "--set", "ship.match=last_line").stderr
+    said = ftkit(*ask, "--set", "evaluate.by=last_line").stderr
     assert '1 of 3 different answers stand in the validation rows alone and are not learnt: the first is "rare", ' in said
     assert f"t.jsonl, line {rare + 1};" in said
     assert "validation rows alone" not in ftkit(*ask).stderr  # as a whole each answer is one of its kind, as in free text
+
+
+def test_a_rule_by_which_no_answer_could_be_right_is_refused(
+    here: Path, model: Path, ftkit: Ftkit, rows: list[Any], write_rows: Any
+) -> None:
+    write_rows(here / "t.jsonl", rows)
+    ask = ("plan", "--model", model, "--data", "t.jsonl", "--vram", "8", "--length", "64")
+    refused = ftkit(*ask, "--set", "evaluate={by: labels, labels: [one, two]}")
+    assert refused.exit_code == 2
+    assert "evaluate.labels: the expected answer in " in refused.stderr
+    assert "t.jsonl, line " in refused.stderr
+    assert "tracing" not in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from ftkit.model.locate import locate
 from ftkit.model.open import open_weights
 from ftkit.proof import compare
 from ftkit.proof.probes import HARD_TEXTS
+from ftkit.proof.score import Score, same
+from ftkit.recipe import Evaluate
 from ftkit.run import RECORD, Run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
@@ -51,7 +53,7 @@ def proof(run: Path) -> dict[str, Any]:
 
 
 def test_the_demo_learned_its_task(demo_run: Path, report_figures: Callable[[str], None]) -> None:
-    scores = {name: compare.Score(**score) for name, score in proof(demo_run)["scores"].items()}
+    scores = {name: Score(**score) for name, score in proof(demo_run)["scores"].items()}
     report_figures("\n".join(f"{name:32} {score.right:3} of {score.rows} = {score.percent:.1f} %" for name, score in scores.items()))
     assert scores["before"].rows >= 120
     assert scores["before"].percent < 20
@@ -107,7 +109,7 @@ def test_the_other_methods_go_through_the_same_line(method: str, few_rows: Path)
         answers |= json.loads((step.folder / "answers.json").read_text(encoding="utf-8"))["answers"]
     assert all(answers["trained"])
     # Nothing was quantised on the way; rounding the merged weights to 16 bits may turn one near tie.
-    assert compare.same(answers["trained"], answers["merged"]).right >= len(answers["trained"]) - 1
+    assert same(answers["trained"], answers["merged"], Evaluate()).right >= len(answers["trained"]) - 1
 
 
 def test_a_wheel_in_an_empty_folder(demo_run: Path, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from ftkit.line.prove import Form, Proof, Proven
 from ftkit.line.record import hand_over, licence_beside, licence_of
 from ftkit.line.step import Made
 from ftkit.line.train import Trained
-from ftkit.proof.compare import Score
 from ftkit.proof.record import CARD, PROBES, RECORD, read_record
+from ftkit.proof.score import Score
 from ftkit.proof.verify import verify
 from ftkit.run import Run
 
@@ -105,7 +105,7 @@ def made(folder: Path, tmp_path: Path) -> Walked:
         step("prove", Proven(())),
         step("train", Trained(**tiny.TRAINED)),
         Closed(None, 0, 0, None, None, f"{here}/x cannot be read with {TOKEN}"),
-        Proof([passed("answers", f"in {tmp_path}/x")], {"trained": Score(1, 1)}, {"F32": Form(0.5, None, 0.1, 99.0)}, None, []),
+        Proof([passed("answers", f"in {tmp_path}/x")], "all", {"trained": Score(1, 1)}, {"F32": Form(0.5, None, 0.1, 99.0)}, None, []),
     )  # fmt: skip
 
 

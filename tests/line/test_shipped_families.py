@@ -40,8 +40,9 @@ def test_the_line_ships_it_and_does_nothing_twice(
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
 
-    def ship(**settings: Any) -> line.Shipped:
-        job = open_job(tmp_path, [(f"ship.{key}", value) for key, value in settings.items()])
+    def ship(evaluate: dict[str, Any] | None = None, **settings: Any) -> line.Shipped:
+        changed = [("evaluate", evaluate)] if evaluate else []
+        job = open_job(tmp_path, [*changed, *((f"ship.{key}", value) for key, value in settings.items())])
         with job.run:
             line.train(job)
             return line.ship(job, use_ollama=False)
@@ -92,9 +93,23 @@ def test_the_line_ships_it_and_does_nothing_twice(
         line.start_from(job, "prove")
         assert (line.make_only(job, "prove").fresh, line.make_only(job, "merge").fresh) == (True, False)
     system = {} if name == "Gemma 2" else {"system": "Be short."}  # its template refuses one
-    judged = ship(max_loss_points=10, match="first_line", temperature=0.5, **system, name="other")
+    judged = ship(max_loss_points=10, temperature=0.5, **system, name="other")
     assert (judged.fresh, times(".gguf", ".safetensors")) == (False, files)
     assert "PARAMETER temperature 0.5" in judged.modelfile.read_text(encoding="utf-8")
+    steps = times(".gguf", ".safetensors", ".json", "")
+    labelled = ship({"by": "labels", "labels": [f"{2 * n}" for n in range(12)]})  # by another rule, nothing is made or asked again
+    scores, proof = labelled.scores["Q8_0"], json.loads(labelled.proof_file.read_text(encoding="utf-8"))
+    assert (labelled.fresh, times(".gguf", ".safetensors")) == (False, files)
+    changed = {path.name for path, when in times(".gguf", ".safetensors", ".json", "").items() if steps.get(path) != when}
+    assert not changed & {"answers.json", "behaviour.json", "step.json"}
+    assert scores.confusion
+    assert sum(sum(row.values()) for row in scores.confusion.values()) == scores.rows == 1  # a tenth of twelve
+    assert proof["evaluate"]["by"] == "labels"
+    assert proof["right_by"].startswith("the label: 0 | 2 | 4 | ")
+    assert proof["scores"]["Q8_0"]["confusion"] == scores.confusion
+    with pytest.raises(RecipeError, match=r"evaluate\.labels: the expected answer in held-out row 1 names none of the labels"):
+        ship({"by": "labels", "labels": ["yes", "no"]})
+
     other = ship(quantization="F16", closing_steps=0)  # is there already: it is proven, and nothing is converted
     assert (other.fresh, times(".gguf", ".safetensors")) == (True, files)
 
@@ -130,6 +145,10 @@ def test_a_type_that_the_converter_makes_later_is_corrected_too(
     job = open_job(tmp_path)
     with job.run:
         line.train(job)
+        other = open_job(tmp_path, [("evaluate", {"by": "json"})])
+        with pytest.raises(RecipeError, match=r"evaluate\.by: the expected answer in .*train\.jsonl, line \d+ is no JSON"):
+            line.ship(replace(other, run=job.run), use_ollama=False)
+        assert not list((tmp_path / "runs" / "recipe").glob("ask-*"))
         shipped = line.ship(job, use_ollama=False)
     assert {check.name for check in shipped.checks if check.outcome != "passed"} <= {"answers", GAIN, DISTANCE}
     *_, last = verify(shipped.gguf, shipped.record)

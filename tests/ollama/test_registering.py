@@ -31,7 +31,7 @@ from ftkit.ollama import register as registering
 from ftkit.ollama.modelfile import Modelfile, make_modelfile
 from ftkit.ollama.register import PROMPTS, register
 from ftkit.ollama.template import ChatFormat, find_format
-from ftkit.recipe import Ship
+from ftkit.recipe import Evaluate, Ship
 from ftkit.run import Run
 
 pytestmark = [pytest.mark.ollama, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
@@ -237,14 +237,14 @@ def ship(client: Any, files: Callable[[str], tuple[Any, Path]], tmp_path: Path) 
     merged = Made("merge", "merge", path.parent.parent, Merged("", (151645,)), 0, True)
     recipe = tiny.recipe(path.parent)
 
-    def register(name: str, *, replace_model: bool = False) -> str:
-        named = recipe.model_copy(update={"ship": Ship(name=name, num_ctx=512, max_new_tokens=2)})
+    def register(name: str, *, replace_model: bool = False, evaluate: Evaluate | None = None, answers: str = "not made") -> str:
+        named = recipe.model_copy(update={"ship": Ship(name=name, num_ctx=512, max_new_tokens=2), "evaluate": evaluate or Evaluate()})
         job = make_job(named, tmp_path, run, has_data=False)
         run.record(shipped={"mark": name})
         refuse_anothers_name(job, client, replace_model)
         shipped = Shipping(path, GgufFile("F16", Path(path.name), 1, 16.0, 1, 0), "gguf", "", None)
         registered, checks = register_shipped(job, client, shipped, merged, asked, proven)
-        assert [check.outcome for check in checks] == ["passed", "not made"]  # no answer is right
+        assert [check.outcome for check in checks] == ["passed", answers]  # by itself no answer is right
         recorded = run.manifest()["ollama"]
         assert [entry["outcome"] for entry in recorded["checks"]] == ["passed", "not made"]
         assert "temporary" not in recorded
@@ -293,6 +293,14 @@ def test_killed_ships_know_their_own(ship: Callable[..., str], client: Any, monk
         assert sum("ftkit-unchecked" in name for name in there) == (moment != "before the record")
     assert ship("m:q4") == "m:q4"
     assert names(client) == ["m:q4"]
+
+
+@NEWEST
+def test_another_rule_asks_the_server_nothing_again(ship: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    ship("m")
+    monkeypatch.setattr(ollama, "answer", None)
+    anything = Evaluate(by="regex", pattern="()")
+    assert ship("m", evaluate=anything, answers="passed") == "m"
 
 
 @NEWEST

@@ -20,9 +20,9 @@ from ftkit.engines import hf, ollama
 from ftkit.ollama.modelfile import make_modelfile
 from ftkit.ollama.register import register
 from ftkit.ollama.template import find_format
-from ftkit.proof import compare
+from ftkit.proof import score as scoring
 from ftkit.proof.probes import conversations
-from ftkit.recipe import Ship
+from ftkit.recipe import Evaluate, Ship
 from ftkit.run import Run
 
 pytestmark = pytest.mark.ollama
@@ -166,8 +166,10 @@ def test_the_shipped_files_answer_as_the_trained_model(
         rows = every if folder == quantised.folder else FEWER
         answers = ollama.answer(client, name, asked["questions"][:rows], 64, options=ONE_THREAD)
         expected = asked["expected"][:rows]
-        score, trained = (compare.score(expected, given, "last_line") for given in (answers, asked["answers"]["trained"][:rows]))
-        equal = compare.same(answers, merged[:rows])
+        score, trained = (
+            scoring.score(expected, given, Evaluate(by="last_line")) for given in (answers, asked["answers"]["trained"][:rows])
+        )
+        equal = scoring.same(answers, merged[:rows], Evaluate())
         lines.append(
             f"  {file['quantization']:7} {score.right} of {rows} right, as trained {trained.right}, "
             f"{equal.percent:.1f} % equal to the merged model's answers"

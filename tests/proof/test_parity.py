@@ -5,52 +5,11 @@ from __future__ import annotations
 import pytest
 
 from ftkit.errors import ProofError
-from ftkit.proof.compare import Match, Score, compare_tokens, is_right, same, same_ids, score
+from ftkit.proof.compare import compare_tokens, same_ids
 from ftkit.proof.gate import judge_answers, judge_served
 from ftkit.proof.probes import HARD_TEXTS
-
-
-@pytest.mark.parametrize(
-    ("expected", "answer", "first_line", "whole"),
-    [
-        ("SAFE\nBounded.", "SAFE\nBounded.", True, True),
-        ("SAFE\nBounded.", " SAFE \n\nAnything.\n", True, False),
-        ("SAFE\nBounded.", "\n SAFE\nBounded. \n", True, True),
-        ("SAFE\nBounded.", "SAFE", True, False),
-        ("SAFE", "SAFER", False, False),
-        ("SAFE", "safe", False, False),
-        ("SAFE", "", False, False),
-        ("VULNERABLE — CWE-78", "VULNERABLE — CWE-787", False, False),
-    ],
-)
-def test_what_is_right(expected: str, answer: str, first_line: bool, whole: bool) -> None:
-    assert is_right(expected, answer, "first_line") is first_line
-    assert is_right(expected, answer, "whole") is whole
-
-
-@pytest.mark.parametrize(
-    ("answer", "right"), [("Bounded.\nSAFE", True), ("Unbounded.\nSAFE \n", True), ("SAFE\nBounded.", False), ("", False)]
-)
-def test_the_last_line_alone_may_count(answer: str, right: bool) -> None:
-    assert is_right("Bounded.\nSAFE", answer, "last_line") is right
-
-
-@pytest.mark.parametrize(("match", "right"), [("first_line", 3), ("last_line", 2), ("whole", 2)])
-def test_score(match: Match, right: int) -> None:
-    counted = score(["a\n1", "a\n1", "b", "c"], ["a\n1", "a\n2", "b ", "x"], match)
-    assert counted == Score(right, 4)
-    assert counted.percent == 100 * right / 4
-
-
-def test_same_counts_equal_texts() -> None:
-    assert same(["a", "b\n", "c"], [" a", "b", "C"]) == Score(2, 3)
-
-
-def test_a_missing_answer_is_no_small_matter() -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        score(["a", "b"], ["a"], "whole")
-    with pytest.raises(ValueError, match="shorter"):
-        same(["a", "b"], ["a"])
+from ftkit.proof.score import Score
+from ftkit.recipe import Evaluate
 
 
 def characters(text: str) -> list[int]:
@@ -100,7 +59,16 @@ def test_a_gate_that_cannot_see_says_so(trained: int, shipped: int, limit: float
     check = judge_answers(scores, "Q4_K_M", Score(50, 100), limit)
     assert check.outcome == outcome
     assert f"{shipped} of 100 right" in check.detail
-    assert "50 of 100 are the same text" in check.detail
+    assert "50 of 100 answers are the same" in check.detail
+
+
+@pytest.mark.parametrize("limit", [0.0, 3.0, 100.0])
+def test_zero_against_zero_says_nothing_whatever_the_limit(limit: float) -> None:
+    """Long texts: no answer is exactly right, before, as trained and shipped. What cannot be read is told."""
+    long = Score(0, 40, unreadable=30)
+    check = judge_answers({"before": long, "trained": long, "Q8_0": long}, "Q8_0", Score(2, 40), limit)
+    assert check.outcome == "not made"
+    assert "as trained no answer of 40 is right (30 cannot be read), so that a loss cannot be seen" in check.detail
 
 
 def test_what_could_not_be_asked_is_not_proved() -> None:
@@ -125,6 +93,6 @@ def test_hard_texts_hold_what_tokenizers_split_differently() -> None:
     ],
 )
 def test_whether_a_server_answers_as_the_file(file: str, served: str, limit: float, outcome: str) -> None:
-    check = judge_served("r" * 20, file, served, "whole", limit)
+    check = judge_served("r" * 20, file, served, Evaluate(), limit)
     assert check.outcome == outcome
     assert check.name == "answers in Ollama"
