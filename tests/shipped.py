@@ -118,7 +118,13 @@ def make(folder: Path, **changes: Any) -> Path:
 def record(path: Path) -> Record:
     """What `ftkit ship` would write of a file; probes, if they lie beside it, are named."""
     reader, probes = open_gguf(path), path.with_name(PROBES)
-    form = {"loss": 0.5, "kept": {"percent": 99.5, "low": 98.0, "high": 101.0}, "divergence": 0.01, "agreed_percent": 99.0}
+    form = {
+        "loss": 0.5,
+        "kept": {"percent": 99.5, "low": 98.0, "high": 101.0},
+        "divergence": 0.01,
+        "agreed_percent": 99.0,
+        "outside": 18.25,
+    }
     return Record(
         name="tiny",
         file=ShippedFile(path.name, file_fingerprint(path), path.stat().st_size, "F32", 32.0),

@@ -141,7 +141,7 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
     if any(form.kept for form in shipped.forms.values()):
         kept = [[name, *_figures(form)] for name, form in shipped.forms.items()]
         say("")
-        print_table("Held-out answers, token by token", ["", "loss", "gain kept", "KL", "same token"], kept)
+        print_table("Held-out answers, token by token", ["", "loss", "gain kept", "KL", "same token", "perplexity outside"], kept)
     if "dequantised" in shipped.merged_onto:
         say(
             "\nMerged into the source the gain was lost. The dequantised base keeps it, "
@@ -211,6 +211,7 @@ def _figures(form: Form) -> list[str]:
         f"{kept.percent:.1f} % ({kept.low:.1f} to {kept.high:.1f})" if kept else "",
         "" if far is None else f"{far:.2g}",
         "" if alike is None else f"{alike:.1f} %",
+        "" if form.outside is None else f"{form.outside:.4g}",
     ]
 
 

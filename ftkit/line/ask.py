@@ -11,7 +11,19 @@ from ftkit.data.rows import Message
 from ftkit.data.turns import answer_reader, expected, question
 from ftkit.engines import hf, llamacpp
 from ftkit.errors import DoesNotFitError
-from ftkit.line.behaviour import CHOICE, CHOICE_ROWS, MERGED, TRAINED, choice_and_others, given_rows, measure_file, measure_model, write
+from ftkit.line.behaviour import (
+    CHOICE,
+    CHOICE_ROWS,
+    MERGED,
+    OUTSIDE,
+    TRAINED,
+    choice_and_others,
+    given_rows,
+    measure_form,
+    measure_model,
+    outside_rows,
+    write,
+)
 from ftkit.line.gguf import GGUF, Converted
 from ftkit.line.job import Job, Onto, base_folder, computes_on, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
@@ -76,7 +88,9 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
         folder: given_rows(tokenizer, data.test, length),
         folder / CHOICE: given_rows(tokenizer, choice_and_others(job, data)[0], length, CHOICE_ROWS),
     }
-    (folder / CHOICE).mkdir()
+    given[folder / OUTSIDE] = outside_rows(tokenizer)
+    for inside in (CHOICE, OUTSIDE):
+        (folder / inside).mkdir()
     refuse_unreadable(recipe.evaluate, expected_answers(tokenizer, rows))
     hf.refuse_lost_gradients()
     questions, method = [question(tokenizer, row) for row in rows], recipe.training.method
@@ -91,8 +105,10 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
             answers[name] = hf.answer(model, tokenizer, questions, recipe.ship.max_new_tokens, label=label, reporter=job.reporter)
         except DoesNotFitError as error:
             job.reporter.warn(f"{label} was left out: {error.message}")
-        for place, answers_given in given.items():
-            measured[place].update(measure_model(job, place, name, model, answers_given, f"reading answers with {who}"))
+        for place, forced in given.items():
+            outside = place.name == OUTSIDE
+            label = f"reading {'text outside the task' if outside else 'answers'} with {who}"
+            measured[place].update(measure_model(job, place, name, model, forced, label, keeps=not outside))
 
     if method == "full":
         ask(TRAINED, hf.load_model(trained.folder / MODEL, None, **how), "the trained model")
@@ -138,7 +154,6 @@ def _ask_merged(job: Job, folder: Path, asked: Made[Asked], converted: Made[Conv
     room = processor().total_bytes - FTKIT_BYTES
     file = next((file for file in converted.result.files if file.bytes < room), None)
     answers: dict[str, list[str]] = {}
-    form: Behaviour | None = None
     read = answer_reader(tokenizer_of(job, merged.folder / MODEL))
     if file:
         with llamacpp.load(converted.folder / file.path, job.recipe.ship.num_ctx) as engine:
@@ -149,10 +164,9 @@ def _ask_merged(job: Job, folder: Path, asked: Made[Asked], converted: Made[Conv
                 label=f"asking the merged model ({file.quantization})",
                 reporter=job.reporter,
             )
-        form = measure_file(job, converted.folder / file.path, asked.folder)
+        measure_form(job, folder, MERGED, converted.folder / file.path, asked.folder)
     else:
         job.reporter.warn("the merged model is not asked: each of its files is larger than this machine's memory")
-    write(folder, {MERGED: form})
     write_json(folder / ANSWERS, asdict(Answers(answers)))
     return AskedMerged(job.onto, file.quantization if file else None)
 

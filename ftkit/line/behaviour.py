@@ -1,8 +1,9 @@
 """Answers given token by token, to the trained model and to all that is made of it.
 
 BEHAVIOUR, beside the answers that a step asked for, holds what was measured of each form on the held-out rows; beside `ask` are also
-these rows and, as far as they fit, the trained model's logits. Its folder CHOICE holds the same of other rows: by them it is chosen
-what ships, so that those by which it is judged have chosen nothing.
+these rows and, as far as they fit, the trained model's logits. The folder CHOICE in it holds the same of other rows: by them it is
+chosen what ships, so that those by which it is judged have chosen nothing. The folder OUTSIDE holds that of text that has nothing to
+do with the task, without logits: what training, merge and quantisation cost there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftkit.data.general import general_text
 from ftkit.data.mask import cut, tokenise
 from ftkit.data.rows import IGNORED, Row
 from ftkit.data.store import StoredRows
@@ -30,9 +32,10 @@ if TYPE_CHECKING:
 
 BEHAVIOUR, ROWS, LOGITS = "behaviour.json", "given.json", "trained-logits.npy"
 TRAINED, MERGED, SHIPPED = "trained", "merged", "shipped"  # forms; before training: "before"
-CHOICE = "choice"
+CHOICE, OUTSIDE = "choice", "outside"
 MOST_ROWS, MOST_TOKENS = 64, 128  # that are looked at: the first rows, and of each the first tokens that were learnt
 CHOICE_ROWS = 32
+OUTSIDE_ROWS, OUTSIDE_TOKENS = 8, 256
 
 
 def choice_and_others(job: Job, rows: Rows) -> tuple[StoredRows, StoredRows]:
@@ -48,6 +51,13 @@ def choice_and_others(job: Job, rows: Rows) -> tuple[StoredRows, StoredRows]:
     return drawn[:few], drawn[few:]
 
 
+def outside_rows(tokenizer: Any) -> list[Forced]:
+    """Text of nobody's task, every token of it but the first of a row."""
+    ids = tokenizer(general_text(8 * OUTSIDE_ROWS * OUTSIDE_TOKENS))["input_ids"][: OUTSIDE_ROWS * OUTSIDE_TOKENS]
+    rows = [ids[begin : begin + OUTSIDE_TOKENS] for begin in range(0, len(ids), OUTSIDE_TOKENS)]
+    return [Forced(row, list(range(1, len(row)))) for row in rows if len(row) > 1]
+
+
 def given_rows(tokenizer: Any, rows: Iterable[Row], max_length: int, most: int = MOST_ROWS) -> list[Forced]:
     """Rows as training would have read them, cut after the last token that is looked at."""
     found = []
@@ -59,12 +69,14 @@ def given_rows(tokenizer: Any, rows: Iterable[Row], max_length: int, most: int =
     return found
 
 
-def measure_model(job: Job, folder: Path, name: str, model: Any, rows: Sequence[Forced], label: str) -> dict[str, Behaviour]:
+def measure_model(
+    job: Job, folder: Path, name: str, model: Any, rows: Sequence[Forced], label: str, *, keeps: bool = True
+) -> dict[str, Behaviour]:
     """Look at the trained model, whose logits are kept, or after it at the base. What has no room is said, and left out."""
     found: Iterator[Any] = with_bar(job, label, rows, logits.of_model(model, rows))
     trained = trained_logits(folder, rows) if (folder / LOGITS).exists() else ()
     try:
-        return {name: measure(_kept(folder, rows, found) if name == TRAINED else found, _said(rows), trained)} if rows else {}
+        return {name: measure(_kept(folder, rows, found) if keeps and name == TRAINED else found, _said(rows), trained)} if rows else {}
     except (RuntimeError, MemoryError) as error:
         if refused := hf.out_of_memory(error, "read one answer"):
             job.reporter.warn(f"{label} was left out: {refused.message}")
@@ -74,14 +86,22 @@ def measure_model(job: Job, folder: Path, name: str, model: Any, rows: Sequence[
 
 def measure_file(job: Job, path: Path, asked: Path) -> Behaviour | None:
     """Look at a GGUF in llama.cpp on the rows of a folder of `ask`. None, which is said, where it cannot be looked at."""
-    rows, label = read_rows(asked), f"reading answers with {path.name}"
+    rows, label = read_rows(asked), f"reading {'text outside the task' if asked.name == OUTSIDE else 'answers'} with {path.name}"
     if not rows or TRAINED not in read(asked):
         return None
+    trained = trained_logits(asked, rows) if (asked / LOGITS).exists() else ()
     try:
-        return measure(with_bar(job, label, rows, logits.of_file(path, rows)), _said(rows), trained_logits(asked, rows))
+        return measure(with_bar(job, label, rows, logits.of_file(path, rows)), _said(rows), trained)
     except ToolFailedError as error:
         job.reporter.warn(f"{label} was left out: {error.message}")
         return None
+
+
+def measure_form(job: Job, folder: Path, name: str, path: Path, asked: Path) -> None:
+    """Look at a GGUF on the held-out answers and on text outside the task, and write it into a step's folder."""
+    (folder / OUTSIDE).mkdir(exist_ok=True)
+    for inside in ("", OUTSIDE):
+        write(folder / inside, {name: measure_file(job, path, asked / inside)})
 
 
 def write(folder: Path, measured: Mapping[str, Behaviour | None], rows: Sequence[Forced] | None = None) -> None:

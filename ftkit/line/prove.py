@@ -18,7 +18,7 @@ from ftkit.engines.logits import Forced
 from ftkit.errors import ProofError, ToolFailedError
 from ftkit.line import behaviour
 from ftkit.line.ask import ANSWERS, ASK, REASK, Answers, Asked, AskedMerged, read_answers, read_questions
-from ftkit.line.behaviour import MERGED, SHIPPED, TRAINED, measure_file
+from ftkit.line.behaviour import MERGED, OUTSIDE, SHIPPED, TRAINED, measure_form
 from ftkit.line.close import CLOSE, Shipping, shipping
 from ftkit.line.gguf import GGUF, QUANTISE, Converted
 from ftkit.line.job import Job, Onto, read_data, tokenizer_of
@@ -146,7 +146,7 @@ def _make(job: Job, folder: Path, merged: Made[Merged], asked: Made[Asked], conv
             questions, ship.max_new_tokens, answer_reader(tokenizer), label=f"asking {path.name}", reporter=job.reporter
         )
         prompts, texts = _prompts(tokenizer, engine), [engine.tokenize(text, begins=True) for text in HARD_TEXTS]
-    behaviour.write(folder, {SHIPPED: measure_file(job, path, asked.folder)})
+    measure_form(job, folder, SHIPPED, path, asked.folder)
     given = _losses(job, path, [Forced(ids, list(range(1, len(ids)))) for ids in texts])
     rows = _losses(job, path, behaviour.read_rows(asked.folder)[: ship.record_rows])
     write_probes(folder / PROBES, Probes(this_engine(), prompts, list(merged.result.stops), given, rows))
@@ -194,6 +194,7 @@ class Form:
     kept: Kept | None  # of what training gained; None: of the base, of the trained model, or where nothing was gained
     divergence: float | None  # KL(trained ‖ this); None: of the trained model
     agreed_percent: float | None  # of the tokens, at which the likeliest is the trained model's
+    outside: float | None  # perplexity of text that has nothing to do with the task
 
 
 @dataclass(frozen=True)
@@ -216,16 +217,18 @@ def judged(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping
     ship, rule, quantization = job.recipe.ship, job.recipe.evaluate, shipped.file.quantization
     first, after = read_questions(asked), read_answers(proven)["shipped"]
     given: dict[str, list[str]] = {name: first.answers[name] for name in ("before", "trained") if name in first.answers}
-    forms = behaviour.read(asked.folder)
+    forms, outside = behaviour.read(asked.folder), behaviour.read(asked.folder / OUTSIDE)
     for onto in get_args(Onto):  # each merge of this training that was asked
         if told := find(replace(job, onto=onto), REASK):
             if answers := read_answers(told).get("merged"):
                 given[SCORE_NAMES[onto]] = answers
-            if form := behaviour.read(told.folder).get(MERGED):
-                forms[SCORE_NAMES[onto]] = form
+            for place, found in ((told.folder, forms), (told.folder / OUTSIDE, outside)):
+                if form := behaviour.read(place).get(MERGED):
+                    found[SCORE_NAMES[onto]] = form
     given[quantization] = after
-    if form := behaviour.read(proven.folder).get(SHIPPED):
-        forms[quantization] = form
+    for place, found in ((proven.folder, forms), (proven.folder / OUTSIDE, outside)):
+        if form := behaviour.read(place).get(SHIPPED):
+            found[quantization] = form
     scores = {name: score(first.expected, answers, rule) for name, answers in given.items()} if first.questions else {}
     alike = same(given["trained"], after, rule) if "trained" in given and scores else None
     answers_check = judge_answers(scores, quantization, alike or Score(0, len(after)), ship.max_loss_points)
@@ -235,7 +238,7 @@ def judged(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping
         for q, e, b, a in zip(first.questions, first.expected, before, after, strict=True)
     ]
     checks = [answers_check, *(judging(forms, quantization, ship.keep) for judging in (judge_gain, judge_distance))]
-    return Proof([*proven.result.checks, *checks], words(rule), scores, _forms(forms), alike, examples), forms
+    return Proof([*proven.result.checks, *checks], words(rule), scores, _forms(forms, outside), alike, examples), forms
 
 
 def limits_of(recipe: Recipe) -> dict[str, Any]:
@@ -266,7 +269,7 @@ def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping)
     return proof
 
 
-def _forms(forms: Mapping[str, Behaviour]) -> dict[str, Form]:
+def _forms(forms: Mapping[str, Behaviour], outside: Mapping[str, Behaviour]) -> dict[str, Form]:
     before, trained = forms.get("before"), forms.get(TRAINED)
     return {
         name: Form(
@@ -274,6 +277,7 @@ def _forms(forms: Mapping[str, Behaviour]) -> dict[str, Form]:
             gain_kept(before, trained, form) if before and trained and form not in (before, trained) else None,
             form.divergence_a_token,
             form.agreed_percent,
+            math.exp(min(700, outside[name].loss_a_token)) if name in outside else None,
         )
         for name, form in forms.items()
     }

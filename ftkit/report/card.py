@@ -133,6 +133,7 @@ def _figures(form: Mapping[str, Any]) -> list[str]:
         f"{kept['percent']:.1f} % ({kept['low']:.1f} to {kept['high']:.1f})" if kept else "–",
         "–" if far is None else f"{far:.2g}",
         "–" if alike is None else f"{alike:.1f} %",
+        "–" if form["outside"] is None else f"{form['outside']:.4g}",
     ]
 
 
