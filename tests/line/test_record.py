@@ -29,6 +29,7 @@ from ftkit.proof.score import Score
 from ftkit.proof.verify import verify
 from ftkit.run import Run
 
+FORM = Form(0.5, None, 0.1, 99.0, None)
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"  # noqa: S105
 
 
@@ -105,7 +106,7 @@ def made(folder: Path, tmp_path: Path) -> Walked:
         step("prove", Proven(())),
         step("train", Trained(**tiny.TRAINED)),
         Closed(None, 0, 0, None, None, f"{here}/x cannot be read with {TOKEN}"),
-        Proof([passed("answers", f"in {tmp_path}/x")], "all", {"trained": Score(1, 1)}, {"F32": Form(0.5, None, 0.1, 99.0, None)}, None, []),
+        Proof([passed("answers", f"in {tmp_path}/x")], "all", {"trained": Score(1, 1)}, {"F32": FORM}, None, []),
     )  # fmt: skip
 
 
