@@ -77,7 +77,11 @@ def _values(record: Record) -> dict[str, Any]:
         "trained": plain(_training(record.trained)),
         "trained_files": [[plain(name), digest] for name, digest in record.trained["sha256"].items()],
         "data": [
-            [purpose, plain(file["name"]), file["sha256"] or "a dataset of the hub, at this commit"]
+            [
+                purpose,
+                plain(file["name"]),
+                file["sha256"] or ("a dataset of the hub, at this commit" if "@" in file["name"] else "not there"),
+            ]
             for purpose, files in record.data.items()
             for file in files
         ],
