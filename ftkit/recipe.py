@@ -225,6 +225,9 @@ class Ship(Group):
     )
     imatrix: bool = Field(default=False, description="measure on training rows and general text where llama-quantize must round least")
     test_rows: Annotated[int, Field(ge=1)] | None = Field(default=None, description="ask only so many held-out rows")
+    record_rows: Annotated[int, Field(ge=0, le=64)] = Field(
+        default=0, description="held-out rows that go into the record beside the shipped file, as token ids"
+    )
     system: str | None = None
     num_ctx: Annotated[int, Field(ge=8)] = 4096
     temperature: Annotated[float, Field(ge=0)] = 0.0

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ BEGUN = re.compile(r"\.([a-z]+)-([0-9a-f]{16})\.partial")
 # beside the steps: what was written when ftkit was killed, and answers that failed a proof
 LEFT_BEHIND = re.compile(r"\.probe-[a-z0-9_]{8}|\.(manifest|failed-proof)\.json\.\d+\.partial")
 FAILED = re.compile(r"failed-proof\.json")
+# What a step is made with, beside llama.cpp's programs: the versions stand in its record.
+MADE_WITH = ("ftkit", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "gguf", "xllamacpp")
 Entry = dict[str, Any]
 
 
@@ -259,6 +262,7 @@ class Run:
                 "seconds": round(step.seconds, 3),
                 "finished_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "after": dict(after),
+                "made_with": _versions(),
                 "result": result,
             }
             sync_files(partial)
@@ -326,6 +330,15 @@ def _record(folder: Path, name: str, mark: str) -> Entry | None:
         return record if _is_entry(record) and (record["name"], record["fingerprint"]) == (name, mark) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _versions() -> dict[str, str]:
+    """Of each of MADE_WITH that is installed."""
+    found = {}
+    for name in MADE_WITH:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _is_entry(entry: Any) -> bool:

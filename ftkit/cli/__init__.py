@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": "Say whether it fits, and with which batch × accumulation.",
     "train": "Fine-tune: QLoRA, LoRA or full; resumable.",
     "ship": "Merge, convert, quantise, prove, and register in Ollama.",
+    "verify": "Say whether a shipped file is what its record says.",
     "build": "plan, train and ship in one go.",
     "chat": "Ask the model that a run shipped.",
     "status": "Show which steps of a run are done, and what it holds.",

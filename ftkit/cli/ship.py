@@ -161,7 +161,9 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
     print_table(
         "Files", ["", "size", "bits a weight"], [[str(f.path), bytes_text(f.bytes), f"{f.bits_per_weight:.2f}"] for f in shipped.files]
     )
-    say(f"in {shipped.gguf.parent}\n")
+    folder = shipped.gguf.parent
+    say(f"\nTo hand on:  {folder} ({', '.join(sorted(path.name for path in folder.iterdir()))})")
+    say(f"             {shipped.record.name} has every figure; is the file still what it says: ftkit verify {folder}\n")
     if shipped.missing_quantization:
         say(
             f"{shipped.missing_quantization} was not made: llama-quantize is not here. "

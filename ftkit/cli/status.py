@@ -21,6 +21,8 @@ def command(run: Path, as_json: bool) -> None:
     """Show the steps of RUN: finished, begun or still to do, the command that does the next one, and what lies on the disk."""
     from ftkit.cli.console import print_json, print_table, say
     from ftkit.line.line import LINE
+    from ftkit.line.record import SHIPPED
+    from ftkit.proof.record import RECORD
     from ftkit.units import bytes_text, seconds_text
 
     opened = open_run(run)
@@ -62,6 +64,8 @@ def command(run: Path, as_json: bool) -> None:
         say(f"\nWhat is not needed takes {bytes_text(free)}: ftkit clean {run}")
     to_do = [step.command for step in LINE if step.name in steps and not steps[step.name]]
     following = to_do[0] if to_do else None if registered else "ftkit ship --ollama"
+    if (run / SHIPPED / RECORD).is_file():
+        say(f"\nTo hand on, as it last passed: {run / SHIPPED}; is it still that: ftkit verify {run}")
     if doubts:
         say(f"\nNot all is proven: {'; '.join(doubts)}. Why: ftkit ship")
     say(f"\nNext: {following or f'ollama run {registered}'}")

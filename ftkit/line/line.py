@@ -19,7 +19,8 @@ from ftkit.line.gguf import GGUF, IMATRIX, QUANTISE, refuse_missing_imatrix
 from ftkit.line.job import Job, Onto
 from ftkit.line.merge import MERGE
 from ftkit.line.plan import PLAN, recorded
-from ftkit.line.prove import PROOF, PROVE, Form, judge, loses_gain
+from ftkit.line.prove import PROOF, PROVE, Form, Proof, judge, judged, loses_gain
+from ftkit.line.record import hand_over
 from ftkit.line.register import REGISTER, refuse_anothers_name, register_shipped, write_modelfile
 from ftkit.line.shortage import Shortage, refuse_shortages, shortages
 from ftkit.line.step import Made, Step, ensure, find
@@ -100,9 +101,10 @@ def train(job: Job) -> Made[Trained]:
 class Shipped:
     """What `ship` delivers."""
 
-    gguf: Path
-    files: list[GgufFile]
+    gguf: Path  # in the folder that is handed on, with the two that follow
     modelfile: Path
+    record: Path
+    files: list[GgufFile]
     merged_onto: str
     checks: list[Check]
     right_by: str  # what of an answer is compared with the expected one
@@ -137,21 +139,25 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
     later: list[Made[Any]] = [ensure(job, step) for step in (QUANTISE, CLOSE) if step.applies(job)]
     shipped = shipping(job, converted, *later)
     proven = ensure(job, PROVE)
-    modelfile = write_modelfile(job, merged, shipped)
     proof = judge(job, asked, proven, shipped)
+    modelfile = write_modelfile(job, merged, shipped)
+    closed = next((made.result for made in later if made.name == CLOSE.name), None)
     checks, registered, because, register_with = proof.checks, None, None, None
-    if use_ollama is not False:
-        try:
+    try:
+        if use_ollama is not False:
             with ollama.connect(job.reporter) as client:
                 refuse_anothers_name(job, client, replace_model)
                 registered, in_ollama = register_shipped(job, client, shipped, merged, asked, proven)
                 checks = [*checks, *in_ollama]
-        except (ToolMissingError, NameTakenError) as error:
-            if use_ollama:
-                raise
-            because, register_with = error.message, error.hint
+    except (ToolMissingError, NameTakenError) as error:
+        if use_ollama:
+            raise
+        because, register_with = error.message, error.hint
+    finally:  # also where Ollama fails: the file has passed
+        record = hand_over(job, merged, shipped, proven, ensure(job, TRAIN), closed, replace(proof, checks=checks), weighed)
     return Shipped(
-        gguf=shipped.path,
+        gguf=record.with_name(shipped.path.name),
+        record=record,
         files=[*(file for file in converted.result.files if file != shipped.file), shipped.file],
         modelfile=modelfile,
         merged_onto=merged.result.onto,
@@ -164,7 +170,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
         examples=proof.examples[:3],
         missing_quantization=shipped.missing,
         weighed=weighed,
-        closed=next((made.result for made in later if made.name == CLOSE.name), None),
+        closed=closed,
         registered_as=registered,
         not_registered_because=because,
         register_with=register_with,
@@ -218,6 +224,19 @@ def choose_merge(job: Job) -> Job:
         if stale := job.run.finished(step.name):
             discard(stale.folder)
     return dequantised
+
+
+def judge_again(job: Job) -> Proof:
+    """Hold what the run recorded against the recipe's limits of today: nothing is loaded, asked again or written.
+
+    Raises RunError where nothing of this recipe was proven.
+    """
+    job = _as_made(job)
+    made = {step.name: find(job, step) for step in (ASK, GGUF, QUANTISE, CLOSE, PROVE) if step.applies(job)}
+    if missing := next((name for name, found in made.items() if not found), None):
+        raise RunError(f"{job.run.folder} holds no proof of this recipe: `{missing}` is not done.", "ftkit ship")
+    asked, converted, *later, proven = (found for found in made.values() if found)
+    return judged(job, asked, proven, shipping(job, converted, *later))[0]
 
 
 def choose_type(job: Job) -> tuple[Job, tuple[Weighed, ...]]:

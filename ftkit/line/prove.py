@@ -14,7 +14,8 @@ from ftkit.data.rows import Message, Row, roles_text
 from ftkit.data.template import render, renders, token_ids
 from ftkit.data.turns import answer_reader
 from ftkit.engines import llamacpp
-from ftkit.errors import ProofError
+from ftkit.engines.logits import Forced
+from ftkit.errors import ProofError, ToolFailedError
 from ftkit.line import behaviour
 from ftkit.line.ask import ANSWERS, ASK, REASK, Answers, Asked, AskedMerged, read_answers, read_questions
 from ftkit.line.behaviour import MERGED, OUTSIDE, SHIPPED, TRAINED, measure_form
@@ -23,12 +24,17 @@ from ftkit.line.gguf import GGUF, QUANTISE, Converted
 from ftkit.line.job import Job, Onto, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step, find, write_json
+from ftkit.model.source import open_gguf
 from ftkit.plan.cost import of_proving
 from ftkit.proof.behaviour import Behaviour, Kept, gain_kept, judge_distance, judge_gain, least_kept
 from ftkit.proof.compare import same_ids
+from ftkit.proof.gate import ANSWERS as ANSWERS_CHECK
 from ftkit.proof.gate import judge_answers
 from ftkit.proof.probes import CONTROL_WORDS, HARD_TEXTS, conversations
+from ftkit.proof.record import PROBES, GivenIds, Probes, Prompt, write_probes
 from ftkit.proof.score import Score, same, score, words
+from ftkit.proof.verify import losses, this_engine
+from ftkit.recipe import Recipe
 
 ROWS_COMPARED = 1000  # training rows whose ids are compared, the first
 PROOF, FAILED_PROOF = "proof.json", "failed-proof.json"
@@ -37,6 +43,7 @@ HINTS = {
     "training ids": "train again with these library versions, or use the model's original safetensors as the base",
     "prompts": "its chat template renders differently in llama.cpp: report this with the model's name",
     "stops": "an answer would not end: report this with the model's name",
+    "end of sequence": "an answer would end too early: report this with the model's name",
 }
 SCORE_NAMES: dict[Onto, str] = {"source": "merged", "dequantised": "merged onto the dequantised base"}
 
@@ -65,7 +72,7 @@ def proof_checks(
             text = render(tokenizer, messages, ask=True)
             yield text, token_ids(tokenizer, text), engine.prompt_ids(messages)
 
-    taken_for_control = [word for word in CONTROL_WORDS if token_ids(tokenizer, word) != engine.tokenize(word)]
+    taken_for_control = _taken_for_control(tokenizer, engine)
     endless = [token for token in stops if not engine.stops_at(token)]
     names = tokenizer.convert_ids_to_tokens(list(stops))
     return [
@@ -82,6 +89,41 @@ def proof_checks(
     ]
 
 
+def _taken_for_control(tokenizer: Any, engine: llamacpp.Engine) -> list[str]:
+    """Words that llama.cpp reads as one token and training as text."""
+    return [word for word in CONTROL_WORDS if token_ids(tokenizer, word) != engine.tokenize(word)]
+
+
+def end_of_sequence(path: Path, tokenizer: Any, stops: Sequence[int]) -> Check:
+    """Whether the token that ends a sequence, by the file's own words, is one that ends an answer: llama.cpp stops at it."""
+    name, field = "end of sequence", open_gguf(path).get_field("tokenizer.ggml.eos_token_id")
+    if field is None:
+        return not_made(name, "the file names none")
+    token = int(field.contents())
+    words = tokenizer.convert_ids_to_tokens([token, *stops])
+    if token not in stops:
+        return failed(name, f"the file ends at {words[0]} ({token}), training at {' '.join(words[1:])}")
+    return passed(name, words[0])
+
+
+def _prompts(tokenizer: Any, engine: llamacpp.Engine) -> list[Prompt]:
+    """Texts and conversations of ftkit's own, as training reads them: what the file is held against once it is elsewhere."""
+    prompts = [Prompt(None, text, token_ids(tokenizer, text)) for text in HARD_TEXTS]
+    for messages in conversations(renders(tokenizer), _taken_for_control(tokenizer, engine)):
+        text = render(tokenizer, messages, ask=True)
+        prompts.append(Prompt(messages, text, token_ids(tokenizer, text)))
+    return prompts
+
+
+def _losses(job: Job, path: Path, rows: Sequence[Forced]) -> list[GivenIds]:
+    """What the file thinks of given ids; none where that cannot be looked at."""
+    try:
+        return losses(path, rows)
+    except ToolFailedError as error:
+        job.reporter.warn(f"{path.name} cannot be held against its losses later: {error.message}")
+        return []
+
+
 @dataclass(frozen=True)
 class Proven:
     """What was looked at of the file that ships; its answers are beside, and judged by `judge`."""
@@ -96,13 +138,18 @@ def _make(job: Job, folder: Path, merged: Made[Merged], asked: Made[Asked], conv
     questions, tokenizer = read_questions(asked).questions, tokenizer_of(job, merged.folder / MODEL)
     with llamacpp.load(path, ship.num_ctx) as engine:
         checks = proof_checks(tokenizer, engine, read_data(job).train, questions, merged.result.stops)
+        checks.append(end_of_sequence(path, tokenizer, merged.result.stops))
         for check in checks:
             if check.outcome == "failed":
                 raise ProofError(f"{path.name} is not the model that was trained. {check.words}", HINTS[check.name])
         answers = engine.answer(
             questions, ship.max_new_tokens, answer_reader(tokenizer), label=f"asking {path.name}", reporter=job.reporter
         )
+        prompts, texts = _prompts(tokenizer, engine), [engine.tokenize(text, begins=True) for text in HARD_TEXTS]
     measure_form(job, folder, SHIPPED, path, asked.folder)
+    given = _losses(job, path, [Forced(ids, list(range(1, len(ids)))) for ids in texts])
+    rows = _losses(job, path, behaviour.read_rows(asked.folder)[: ship.record_rows])
+    write_probes(folder / PROBES, Probes(this_engine(), prompts, list(merged.result.stops), given, rows))
     write_json(folder / ANSWERS, asdict(Answers({"shipped": answers})))
     return Proven(tuple(checks))
 
@@ -113,7 +160,7 @@ PROVE = Step(
     command="ftkit ship",
     result=Proven,
     after=(MERGE, ASK, GGUF, QUANTISE, CLOSE),
-    follows_from=lambda job: [job.recipe.ship.quantization],
+    follows_from=lambda job: [job.recipe.ship.quantization, *filter(None, [job.recipe.ship.record_rows])],
     costs=of_proving,
     make=_make,
 )
@@ -162,12 +209,12 @@ class Proof:
     examples: list[dict[str, str]]
 
 
-def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping) -> Proof:
-    """Score the recorded answers by `evaluate` and hold them against `ship.max_loss_points`: nothing is loaded or asked again.
+def judged(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping) -> tuple[Proof, dict[str, Behaviour]]:
+    """Score the recorded answers by `evaluate` and hold them against the recipe's limits: nothing is loaded, asked again or written.
 
-    Writes proof.json, or where they fail failed-proof.json, and raises ProofError.
+    The proof, and what was measured of each form.
     """
-    ship, rule, run, quantization = job.recipe.ship, job.recipe.evaluate, job.run, shipped.file.quantization
+    ship, rule, quantization = job.recipe.ship, job.recipe.evaluate, shipped.file.quantization
     first, after = read_questions(asked), read_answers(proven)["shipped"]
     given: dict[str, list[str]] = {name: first.answers[name] for name in ("before", "trained") if name in first.answers}
     forms, outside = behaviour.read(asked.folder), behaviour.read(asked.folder / OUTSIDE)
@@ -190,17 +237,28 @@ def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping)
         {"question": q[-1]["content"], "expected": e, "before": b, "after": a}
         for q, e, b, a in zip(first.questions, first.expected, before, after, strict=True)
     ]
-    checks = [answers_check, *(judged(forms, quantization, ship.keep) for judged in (judge_gain, judge_distance))]
-    proof = Proof([*proven.result.checks, *checks], words(rule), scores, _forms(forms, outside), alike, examples)
-    failing = next((check for check in checks if check.outcome == "failed"), None)
+    checks = [answers_check, *(judging(forms, quantization, ship.keep) for judging in (judge_gain, judge_distance))]
+    return Proof([*proven.result.checks, *checks], words(rule), scores, _forms(forms, outside), alike, examples), forms
+
+
+def limits_of(recipe: Recipe) -> dict[str, Any]:
+    """What recorded figures are judged by."""
+    return {"evaluate": recipe.evaluate.model_dump(exclude_none=True), **recipe.ship.model_dump(include={"max_loss_points", "keep"})}
+
+
+def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping) -> Proof:
+    """What `judged` says; written to proof.json, or where it fails to failed-proof.json, and then ProofError is raised."""
+    run, quantization = job.run, shipped.file.quantization
+    proof, forms = judged(job, asked, proven, shipped)
+    failing = next((check for check in proof.checks if check.outcome == "failed"), None)
     path = run.folder / FAILED_PROOF if failing else proven.folder / PROOF
     for old in (run.folder / FAILED_PROOF, proven.folder / PROOF):
         old.unlink(missing_ok=True)
-    limits = {"evaluate": rule.model_dump(exclude_none=True), "max_loss_points": ship.max_loss_points, "keep": ship.keep}
-    write_json(path, {"file": shipped.path.name, **limits, **asdict(proof)})
+    write_json(path, {"file": shipped.path.name, **limits_of(job.recipe), **asdict(proof)})
     run.record(proof={"step": proven.fingerprint, "checks": [asdict(check) for check in proof.checks]})
     if failing:
-        if failing is answers_check:
+        if failing.name == ANSWERS_CHECK:
+            scores = proof.scores
             allow = f"ship.max_loss_points={math.ceil(scores['trained'].percent - scores[quantization].percent)}"
         else:
             allow = f"ship.keep={math.floor(max(0, least_kept(forms, quantization)))}"

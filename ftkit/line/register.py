@@ -20,6 +20,7 @@ from ftkit.line.close import Shipping
 from ftkit.line.job import Job, tokenizer_of
 from ftkit.line.merge import MODEL, Merged
 from ftkit.line.prove import PROVE, Proven
+from ftkit.line.record import shipped_folder
 from ftkit.line.step import Made, Step
 from ftkit.machine.device import asked_threads
 from ftkit.model.source import open_gguf
@@ -39,14 +40,15 @@ OLLAMA_ROWS = 20  # held-out questions that a server is asked after registering;
 
 
 def write_modelfile(job: Job, merged: Made[Merged], shipped: Shipping) -> Path:
-    """The Modelfile beside the file that ships, written again where the file or a sampling value is another.
+    """The Modelfile of what is handed on, written again where the file or a sampling value is another.
 
     Recorded as what ships: `chat`, `status` and registering read it.
     """
-    run, ship, path = job.run, job.recipe.ship, shipped.path.with_name("Modelfile")
+    run, ship, path = job.run, job.recipe.ship, shipped_folder(job) / "Modelfile"
     mark = fingerprint(shipped.fingerprint, shipped.file.quantization, ship.model_dump(), version("ftkit"))
     if run.manifest().get("shipped", {}).get("mark") != mark or not path.is_file():
         modelfile = _modelfile(job, tokenizer_of(job, merged.folder / MODEL), shipped.path, merged.result.stops)
+        path.parent.mkdir(exist_ok=True)
         write_atomically(path, modelfile.text().encode())
         gguf = shipped.path.relative_to(run.folder).as_posix()
         run.record(shipped={"step": shipped.step, "gguf": gguf, "system": ship.system, "num_ctx": ship.num_ctx, "mark": mark})

@@ -8,13 +8,15 @@ from ftkit.check import Check, failed, not_made, passed
 from ftkit.proof.score import Score, is_right, same, score
 from ftkit.recipe import Evaluate
 
+ANSWERS = "answers"  # the check's name
+
 
 def judge_answers(scores: Mapping[str, Score], shipped: str, alike: Score, limit: float) -> Check:
     """Whether the file `shipped` keeps what the trained model answers right, up to `limit` points.
 
     Not made where a loss could not be seen: where the trained model gets no more right than may be lost.
     """
-    name = "answers"
+    name = ANSWERS
     if not scores:
         return not_made(name, "nothing is asked: the held-out rows are plain text")
     if "trained" not in scores or shipped not in scores:

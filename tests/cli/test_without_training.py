@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import shipped
 from conftest import REPOSITORY
 from packaging.requirements import Requirement
 
@@ -65,6 +66,13 @@ def test_commands_that_need_no_training_stack(packages: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     done = run(packages, "chat", "run", "hello", cwd=tmp_path)
     assert "holds no shipped model" in done.stderr
+
+
+def test_a_shipped_file_is_verified_without_it(packages: Path, tmp_path: Path) -> None:
+    shipped.make(tmp_path / "shipped")
+    done = run(packages, "verify", "shipped", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "losses on texts" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["plan", "train", "ship", "build"])

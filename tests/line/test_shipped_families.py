@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from ftkit.errors import ProofError, RecipeError
 from ftkit.line import line
 from ftkit.line.job import open_job
 from ftkit.line.prove import FAILED_PROOF
+from ftkit.proof.record import CARD, PROBES, RECORD, read_record
+from ftkit.proof.verify import verify
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -53,8 +55,16 @@ def test_the_line_ships_it_and_does_nothing_twice(
     outcomes = {check.name: check.outcome for check in shipped.checks}
     assert outcomes.pop("answers") == "not made"  # two steps teach little
     assert {outcomes.pop(name) for name in (GAIN, DISTANCE)} <= {"passed", "not made"}
-    assert outcomes == dict.fromkeys(("token ids", "training ids", "prompts", "stops"), "passed")
+    assert outcomes == dict.fromkeys(("token ids", "training ids", "prompts", "stops", "end of sequence"), "passed")
     assert set(shipped.forms) == {"before", "trained", "merged", "Q8_0"}
+    assert {path.name for path in shipped.record.parent.iterdir()} == {"tiny-Q8_0.gguf", "Modelfile", RECORD, PROBES, CARD}
+    assert {check.outcome for check in verify(shipped.gguf, shipped.record)} == {"passed"}
+    handed = "".join((shipped.record.parent / name).read_text(encoding="utf-8") for name in (RECORD, PROBES, CARD))
+    assert str(tmp_path) not in handed
+    assert "What is 3 plus 3?" not in handed
+    record, untouched = read_record(shipped.record)
+    assert (untouched, record.proof["checks"]) == (True, [asdict(check) for check in shipped.checks])
+    assert record.versions["training"].keys() >= {"ftkit", "torch", "transformers", "peft", "trl"}
     assert f'PARAMETER stop "{family.ends}"' in shipped.modelfile.read_text(encoding="utf-8")
     run = tmp_path / "runs" / "recipe"
     for step in run.glob("close-*/step.json"):
@@ -65,14 +75,18 @@ def test_the_line_ships_it_and_does_nothing_twice(
     assert [check["name"] for check in proof["checks"] if check["outcome"] == "not made"][:1] == ["answers"]
 
     def times(*suffixes: str) -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.suffix in suffixes}
+        steps = [path for path in run.rglob("*") if "shipped" not in (path.name, path.parent.name)]
+        return {path: path.stat().st_mtime_ns for path in steps if path.suffix in suffixes}
+
+    def handed_on_times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (run / "shipped", *(run / "shipped").iterdir())}
 
     assert {state.step.name for state in line.states(open_job(tmp_path)) if not state.done} == {"register"}
-    before = times(".gguf", ".safetensors", ".json", "")
+    before, untouched_since = times(".gguf", ".safetensors", ".json", ""), handed_on_times()
     again = ship()
     changed = {path.name for path, when in times(".gguf", ".safetensors", ".json", "").items() if before.get(path) != when}
     assert changed <= {"proof.json", "manifest.json", ".lock", run.name} | {path.parent.name for path in run.rglob("proof.json")}
-    assert not again.fresh
+    assert (again.fresh, handed_on_times()) == (False, untouched_since)
     files = times(".gguf", ".safetensors")
     job = open_job(tmp_path)
     with job.run:
@@ -105,6 +119,10 @@ def test_the_line_ships_it_and_does_nothing_twice(
     answers.write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(ProofError, match="answers worse") as worse:
         ship()
+    assert (run / "shipped" / RECORD).exists()  # what passed last
+    for allowed, outcome in ((3, "failed"), (100, "not made")):
+        checks = line.judge_again(open_job(tmp_path, [("ship.max_loss_points", allowed)])).checks
+        assert next(check.outcome for check in checks if check.name == "answers") == outcome
     hint = str(worse.value.hint)
     assert "--set ship.max_loss_points=100" in hint
     assert (run / FAILED_PROOF).exists()
@@ -121,7 +139,7 @@ def test_a_type_that_the_converter_makes_later_is_corrected_too(
     recipe = {
         "model": str(made(families.by_name("Llama 3.1"), families.WITHOUT_BOS)),  # asked without a BOS, which llama.cpp would add
         "training": {"method": "lora", "max_steps": 1, "effective_batch_size": 2, "max_length": 128},
-        "ship": {"name": "tiny", "quantization": "BF16", "max_new_tokens": 4, "test_rows": 2, "num_ctx": 512},
+        "ship": {"name": "tiny", "quantization": "BF16", "max_new_tokens": 4, "test_rows": 2, "num_ctx": 512, "record_rows": 1},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     job = open_job(tmp_path)
@@ -131,8 +149,10 @@ def test_a_type_that_the_converter_makes_later_is_corrected_too(
         with pytest.raises(RecipeError, match=r"evaluate\.by: the expected answer in .*train\.jsonl, line \d+ is no JSON"):
             line.ship(replace(other, run=job.run), use_ollama=False)
         assert not list((tmp_path / "runs" / "recipe").glob("ask-*"))
-        checks = line.ship(job, use_ollama=False).checks
-    assert {check.name for check in checks if check.outcome != "passed"} <= {"answers", GAIN, DISTANCE}
+        shipped = line.ship(job, use_ollama=False)
+    assert {check.name for check in shipped.checks if check.outcome != "passed"} <= {"answers", GAIN, DISTANCE}
+    *_, last = verify(shipped.gguf, shipped.record)
+    assert (last.name, last.outcome) == ("losses on held-out rows", "passed")
 
 
 @pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern keys did not match.*:RuntimeWarning")
