@@ -59,7 +59,7 @@ def header(path: Path) -> dict[str, Any]:
         entries: dict[str, Any] = json.loads(file.read(length))
     entries.pop("__metadata__", None)
     for entry in entries.values():
-        entry["begin"] = 8 + length + entry["data_offsets"][0]
+        entry["begin"], entry["end"] = (8 + length + offset for offset in entry["data_offsets"])
     return entries
 
 
