@@ -200,3 +200,71 @@ def raw(folder: Path) -> dict[str, tuple[str, str, list[int], bytes]]:
             found[name] = (shard.name, entry["dtype"], entry["shape"], content[entry["begin"] : entry["end"]])
         assert max(entry["end"] for entry in header(shard).values()) == len(content)
     return found
+
+
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, **UNTIED}
+# As `ParamWrapper` of that version computes the delta of (experts, one, other): peft/tuners/lora/layer.py. in of A, out of B, their product
+EARLIER = {
+    ("qwen3_moe", None): (1, 2, "ore,eri->eio"),
+    ("qwen3_moe", "0.18.1"): (1, 2, "ore,eri->eio"),
+    ("qwen3_moe", "0.19.0"): (1, 2, "ore,eri->eio"),
+    ("qwen3_moe", "0.19.1"): (2, 1, "ore,eri->eoi"),
+    ("gpt_oss", "0.18.1"): (1, 2, "ore,eri->eio"),
+    ("gpt_oss", "0.19.0"): (2, 1, "ore,eri->eoi"),
+    ("gpt_oss", "0.19.1@main"): (1, 2, "ore,eri->eio"),
+}
+
+
+@pytest.mark.parametrize(("model", "version"), EARLIER)
+def test_experts_lie_as_the_version_of_peft_that_wrote_them_had_them(model: str, version: str | None, tmp_path: Path) -> None:
+    """Of a square tensor only the version says which way round; every tensor of Qwen's here but one, and of gpt-oss's, is square."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    kind = {"qwen3_moe": KINDS["experts by name"], "gpt_oss": KINDS["experts, transposed"]}[model]
+    base, adapter, merged = base_of(kind, tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged"
+    adapter_of(kind, base, adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_version": version}), encoding="utf-8")
+    tensors, before, wanted = load_file(adapter / "adapter_model.safetensors"), state(base), {}
+    a_in, b_out, product = EARLIER[model, version]
+    for layer in range(2):
+        for name, wrapper in (("gate_up_proj", ".base_layer"), ("down_proj", "")):
+            weight = f"model.layers.{layer}.mlp.experts.{name}"
+            shape, path = before[weight].shape, f"base_model.model.model.layers.{layer}.mlp.experts{wrapper}"
+            a, b = torch.randn(shape[0], 4, shape[a_in]) * 0.1, torch.randn(shape[b_out], 4, shape[0]) * 0.1
+            assert f"{path}.lora_A.weight" in tensors
+            tensors |= {f"{path}.lora_A.weight": a.flatten(0, 1), f"{path}.lora_B.weight": b.flatten(1, 2)}
+            wanted[weight] = before[weight] + torch.einsum(product, b, a) * (6 / 4)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    merged.mkdir()
+    merge(base, adapter, merged)
+    ours = state(merged)
+    assert all(torch.equal(ours[name], tensor.to(torch.bfloat16).float()) for name, tensor in wanted.items())
+
+
+def test_experts_that_were_layers_of_their_own_are_fused_as_peft_does(tmp_path: Path) -> None:
+    """Mixtral's, as adapters were written for them before transformers 5."""
+    import peft
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    kind = Kind({}, MIXTRAL, "mixtral")
+    base, adapter, merged = base_of(kind, tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged"
+    peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", target_modules=["w1", "w2", "w3"]).save_pretrained(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "0.17.0"}), encoding="utf-8")
+    torch.manual_seed(1)
+    tensors = {}
+    for layer in range(2):
+        for expert in range(4):
+            for name, out, into in (("w1", 96, 64), ("w2", 64, 96), ("w3", 96, 64)):
+                path = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                tensors |= {f"{path}.lora_A.weight": torch.randn(4, into), f"{path}.lora_B.weight": torch.randn(out, 4)}
+    save_file({name: 0.1 * tensor for name, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
+    merged.mkdir()
+    assert merge(base, adapter, merged).merged_tensors == 2 * 4 * 3
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs, ours = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict(), state(merged)
+    assert all(torch.equal(tensor, theirs[name].to(torch.bfloat16).float()) for name, tensor in ours.items())
