@@ -131,7 +131,7 @@ def changes_of(base: Path, adapter: Path, *, trust_remote_code: bool = False) ->
         try:
             adapted = get_peft_model(model, settings)
             tensors = _as_this_peft_has_them(adapted, tensors, adapter)
-        except (ValueError, LookupError, TypeError, RuntimeError, NotImplementedError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ModelError(f"PEFT cannot put the adapter in {adapter} on {base}: {first_line(error)}", TRAINED_BASE) from None
         _refuse_other_tensors(weights, get_peft_model_state_dict(adapted, save_embedding_layers=False), tensors)
     found = changes(adapted, weights, tensors, base)
