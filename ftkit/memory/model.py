@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ftkit.errors import ModelError, RecipeError, first_line
 from ftkit.memory.sizes import DTYPE_BYTES, nf4_storages, optimizer_state_bytes
 from ftkit.model.four_bits import EXPERTS_PATTERN, fused_experts, left_alone
-from ftkit.model.source import from_files, name_body, needs_code
+from ftkit.model.source import from_files, name_body, needs_code, sixteen_bits_of
 from ftkit.recipe import Lora, Method
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise ModelError(
             f"The model in {folder} is quantised already ({kind or 'quantization_config in its config.json'}); "
             "ftkit trains from 16-bit weights.",
-            "give the 16-bit model that it was made from; to plan for that one, take quantization_config out of a copy of config.json",
+            f"give the 16-bit model that it was made from{f' ({where})' if (where := sixteen_bits_of(folder)) else ''}; "
+            "to plan for that one, take quantization_config out of a copy of config.json",
         )
     text = config.get_text_config()
     sizes = {name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")}

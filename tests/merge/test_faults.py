@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
+from click.testing import Result
 
 from ftkit.errors import FtkitError, ModelError, RunError
 from ftkit.line.job import Job, open_job
@@ -160,6 +161,23 @@ def test_an_adapter_that_is_damaged_or_another(name: str, here: Path) -> None:
     change, words = ADAPTERS[name]
     change(here / "adapter" / "adapter_model.safetensors")
     refused(trained(here), ModelError, words)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq"])
+@pytest.mark.parametrize("command", ["plan", "train", "build"])
+def test_a_base_in_4_bits_is_refused_before_anything_is_made(
+    command: str, method: str, here: Path, ftkit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a look at its weights: there are none."""
+    monkeypatch.setattr("ftkit.line.line.need_converter", lambda folder: None)
+    four_bits(method)(here / "base" / "model.safetensors")
+    (here / "base" / "model.safetensors").write_bytes(b"")
+    (here / "base" / "README.md").write_text("---\nbase_model: org/name\n---\n", encoding="utf-8")
+    said = ftkit(command, here / "recipe.yaml")
+    assert said.exit_code == ModelError.exit_code, said.output
+    assert f"is quantised already ({method})" in said.stderr
+    assert "its card names org/name: --model org/name" in said.stderr
+    assert not list((here / "runs" / "recipe").glob("*-*"))
 
 
 def test_a_number_too_large_for_float16(here: Path) -> None:
