@@ -199,7 +199,7 @@ class Skeleton:
     def _injected(self, lora: Lora) -> Adapters:
         if any(type(module).__name__ == "Conv1D" for module in self.model.modules()):
             raise ModelError(
-                f"{self.model.config.model_type} keeps its weights transposed (Conv1D); ftkit cannot merge adapters into them.",
+                f"{self.model.config.model_type} keeps its weights transposed (Conv1D); ftkit trains no adapters on them.",
                 "--set training.method=full, or a newer model",
             )
         towers = any(tensor.role == TOWERS for tensor in self.tensors)

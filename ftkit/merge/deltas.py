@@ -49,6 +49,7 @@ class Delta:
     rows: torch.Tensor  # (matrices, rows of each): the model's rows, counted through all experts, in the tensor's order
     transposed: bool  # whether the tensor holds those rows as columns
     change: Change
+    resized: bool = False  # has other rows than the source's tensor
 
     def factors(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """Left, right and scaling of the matrix of these rows; their product is what is added to it, in float32."""
@@ -63,6 +64,11 @@ class Delta:
             return None
         weight = self.change.instead.reshape(-1, self.change.instead.shape[-1] if len(self.stored) > 1 else 1)
         return weight[:, begin:end][numbers].T if self.transposed else weight[numbers[begin:end]]
+
+    @property
+    def copied(self) -> bool:
+        """Whether that is to be compared with the source's rows. Of other tokens it cannot be."""
+        return self.change.copied and not self.resized
 
 
 @dataclass(frozen=True)
@@ -232,7 +238,7 @@ def changes(adapted: Any, weights: Weights, tensors: Mapping[str, torch.Tensor],
                 raise ModelError(f"The adapter has DoRA's magnitudes of {parameter}, which stands in several matrices.", WITH_PEFT)
             matrix = stored if len(stored) > 1 else (*stored, 1)
             quantized = parameter in weights.quantized and change.instead is None
-            found[name] = Delta(name, source, parameter, quantized, stored, matrix, rows, transposed, change)
+            found[name] = Delta(name, source, parameter, quantized, stored, matrix, rows, transposed, change, there != stored)
     return Changes(found, {"tie_word_embeddings": False} if untied else {})
 
 
@@ -248,7 +254,7 @@ def _by_parameter(adapted: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str
         if of_lora := OF_LORA.fullmatch(name):
             held.setdefault(of_lora["layer"], {})[of_lora["held"]] = tensor
         elif not name.endswith(OF_TOKENS):
-            found[_parameter_of(name)] = Change(instead=tensor)
+            found[_parameter_of(name)] = Change(instead=tensor, copied=name.endswith(".base_layer.weight"))
     adapters = {id(m.token_adapter): path for path, m in adapted.named_modules() if isinstance(m, TrainableTokensWrapper)}
     for path, module in adapted.named_modules():
         layer = _parameter_of(f"{path}.")

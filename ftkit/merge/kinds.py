@@ -35,9 +35,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class Change:
-    """In this order: another weight instead of the source's, factors, rows instead of its own. All None: the weight stays."""
+    """In this order: another weight instead of the source's, factors, rows instead of its own. None of them: the weight stays."""
 
     instead: torch.Tensor | None = None
+    copied: bool = False  # whether that is the weight as PEFT had it, in its format: a row that only was rounded to it is the source's
     factors: Factors | None = None
     tokens: torch.Tensor | None = None  # numbers of the rows that were trained
     trained: torch.Tensor | None = None  # (tokens, columns)
@@ -46,7 +47,9 @@ class Change:
         import torch
 
         def equal(a: Any, b: Any) -> bool:
-            return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a is b or a == b
+            if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+                return not a.is_meta and torch.equal(a, b)  # what is not trained yet will not become the same
+            return a is b or bool(a == b)
 
         def flat(change: Change) -> tuple[Any, ...]:
             return change.instead, change.tokens, change.trained, *(astuple(change.factors) if change.factors else ())

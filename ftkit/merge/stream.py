@@ -201,10 +201,11 @@ def _rows(delta: Delta, kind: torch.dtype, source: BinaryIO, whole: torch.Tensor
         while begin < height:
             rows = at_once if height - begin >= 2 * at_once else height - begin
             there = delta.instead(numbers, begin, begin + rows)
-            if there is None:
+            if there is None or delta.copied:
                 part = memoryview(read)[: rows * columns * kind.itemsize]
                 _read(source, part)
-                there = torch.frombuffer(part, dtype=kind).view(rows, columns) if whole is None else whole[done : done + rows]
+                own = torch.frombuffer(part, dtype=kind).view(rows, columns) if whole is None else whole[done : done + rows]
+                there = own if there is None else torch.where((own.to(there.dtype) == there).all(1, keepdim=True), own, there)
             if factors:
                 left, right, scaling = factors
                 torch.mm(left[begin : begin + rows], right, out=product[:rows]).mul_(scaling).add_(there)

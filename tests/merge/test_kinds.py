@@ -202,6 +202,27 @@ def raw(folder: Path) -> dict[str, tuple[str, str, list[int], bytes]]:
     return found
 
 
+def test_a_copy_of_the_embedding_in_another_format_does_not_make_it_coarser(tmp_path: Path) -> None:
+    """PEFT writes an adapted embedding beside its adapter, as it was loaded for training; rows that are others there were made so."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    kind = Kind({"target_modules": ["q_proj", "embed_tokens"]}, dtype="float32")
+    base, adapter, merged = base_of(kind, tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged"
+    adapted = adapter_of(kind, base, adapter)
+    delta = adapted.base_model.model.model.embed_tokens.get_delta_weight("default").detach()
+    name, own = "base_model.model.model.embed_tokens.base_layer.weight", state(base)["model.embed_tokens.weight"]
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors[name] = tensors[name].to(torch.bfloat16)
+    tensors[name][7] = 1.0
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    merged.mkdir()
+    merge(base, adapter, merged)
+    wanted = own + delta
+    wanted[7] = 1 + delta[7]
+    assert torch.equal(state(merged)["model.embed_tokens.weight"], wanted)
+
+
 MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, **UNTIED}
 # As `ParamWrapper` of that version computes the delta of (experts, one, other): peft/tuners/lora/layer.py. in of A, out of B, their product
 EARLIER = {
