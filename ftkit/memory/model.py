@@ -327,6 +327,7 @@ def inject(model: PreTrainedModel, lora: Lora, hint: str | None = None) -> Any:
     try:
         with warnings.catch_warnings():  # PEFT 0.21 tells of its own patterns for fused experts that all-linear does not reach
             warnings.filterwarnings("ignore", message=r".*(rank|alpha)_pattern keys did not match.*", category=RuntimeWarning)
+            warnings.filterwarnings("ignore", message=r".*a tied layer is part of the adapter.*")  # which the merge unties
             return get_peft_model(model, lora_config(lora, model), autocast_adapter_dtype=False)
     except (ValueError, re.error) as error:
         wanted = lora.target_modules

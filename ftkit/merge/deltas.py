@@ -202,13 +202,22 @@ def _refuse_other_tensors(weights: Weights, wanted: Mapping[str, torch.Tensor], 
 
 
 def refuse_what_cannot_be_merged(base: Path, lora: Lora, *, trust_remote_code: bool = False) -> None:
-    """Raise ModelError for targets whose adapter could not be merged into the files of `base`: before training, not after."""
+    """Raise ModelError for targets whose adapter could not be merged into the files of `base`: before training, not after.
+
+    And for the head, on which TRL trains no adapter: it computes the loss from the head's own weight.
+    """
     from peft import get_peft_model_state_dict
 
     model = model_of(base, trust_remote_code=trust_remote_code)
     weights = Weights.of(model)
     adapted = inject(model, lora)
-    changes(adapted, weights, get_peft_model_state_dict(adapted, save_embedding_layers=False), base)
+    found = changes(adapted, weights, get_peft_model_state_dict(adapted, save_embedding_layers=False), base)
+    for head in weights.ends[1:]:
+        if any(delta.parameter == head and delta.change.factors for delta in found.deltas.values()):
+            name = head.removesuffix(".weight")
+            raise ModelError(
+                f"No adapter is trained on {name}: TRL computes the loss from its own weight.", "leave it out of lora.target_modules"
+            )
 
 
 def changes(adapted: Any, weights: Weights, tensors: Mapping[str, torch.Tensor], base: Path) -> Changes:

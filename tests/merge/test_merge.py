@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import tiny
 
 from ftkit.errors import ModelError
 from ftkit.merge import stream
+from ftkit.merge.deltas import refuse_what_cannot_be_merged
 from ftkit.merge.stream import merge
+from ftkit.recipe import Lora
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -123,6 +126,26 @@ def test_a_head_that_llama_cpp_does_not_have_is_refused(model: str, target: str,
     AutoModelForCausalLM.from_config(CONFIG_MAPPING[model](**SIZES)).save_pretrained(tmp_path / "base")
     tiny.make_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj", target])
     refused(tmp_path / "base", tmp_path, f"changes .*{target}.weight, .*two places .*llama.cpp has no {model} with a head of its own")
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "words"),
+    [
+        ("llama", ["q_proj", "embed_tokens"], None),
+        ("llama", ["q_proj", "lm_head"], "No adapter is trained on lm_head"),
+        ("llama", ["embed_tokens", "lm_head"], "No adapter is trained on lm_head"),
+        ("gemma2", ["q_proj", "embed_tokens"], "embed_tokens.weight, .* two places"),
+    ],
+)
+def test_what_could_not_be_merged_is_refused_before_it_is_trained(
+    model: str, targets: list[str], words: str | None, tmp_path: Path
+) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING[model](**SIZES, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match=words) if words else nullcontext():
+        refuse_what_cannot_be_merged(tmp_path / "base", Lora(target_modules=targets))
 
 
 def test_shards_are_merged_and_another_layout_beside_them_is_left(base: Path, tmp_path: Path) -> None:
