@@ -89,7 +89,8 @@ def load_tensors(adapter: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"The adapter in {adapter} cannot be read: {error!r}.", AGAIN) from None
     tensors = {name: tensor for name, tensor in tensors.items() if not WRITTEN_TWICE.search(name)}
     for name, tensor in tensors.items():
-        if not math.isfinite(tensor.sum(dtype=torch.float64)):  # one that is none makes all none
+        parts = torch.split(tensor.flatten(), 1 << 20)
+        if not all(math.isfinite(part.sum(dtype=torch.float64)) for part in parts):  # one that is none makes the sum none
             raise ModelError(
                 f"The adapter's {name} holds NaN or Inf.", "its training diverged: take an earlier checkpoint, or train it again"
             )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ftkit.errors import ModelError
 from ftkit.merge import stream
 from ftkit.merge.stream import merge
 from ftkit.model.source import INDEX, header
@@ -221,6 +222,32 @@ def test_a_copy_of_the_embedding_in_another_format_does_not_make_it_coarser(tmp_
     wanted = own + delta
     wanted[7] = 1 + delta[7]
     assert torch.equal(state(merged)["model.embed_tokens.weight"], wanted)
+
+
+def test_pissa_is_merged_once_peft_has_written_it_as_plain_lora(tmp_path: Path) -> None:
+    """The way out that refusing it names: A and B then hold what PiSSA took out of the base as well."""
+    import peft
+    import torch
+    import transformers
+
+    base, adapter, merged = base_of(Kind({}, dtype="float32"), tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged"
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = peft.LoraConfig(r=4, lora_alpha=4, task_type="CAUSAL_LM", target_modules=ATTENTION, init_lora_weights="pissa")
+    adapted = peft.get_peft_model(model, settings)
+    adapted.save_pretrained(tmp_path / "as it is")
+    merged.mkdir()
+    with pytest.raises(ModelError, match="init_lora_weights=") as refused:
+        merge(base, tmp_path / "as it is", merged)
+    assert "path_initial_model_for_weight_conversion" in str(refused.value.hint)
+    adapted.peft_config["default"].init_lora_weights = True
+    adapted.save_pretrained(tmp_path / "as it began")
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(adapter, path_initial_model_for_weight_conversion=str(tmp_path / "as it began"))
+    merge(base, adapter, merged)
+    theirs, ours = adapted.merge_and_unload().state_dict(), state(merged)
+    assert all(torch.allclose(tensor, theirs[name], atol=1e-6) for name, tensor in ours.items())
 
 
 MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, **UNTIED}
