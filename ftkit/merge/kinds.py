@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import ModelError
@@ -11,6 +11,8 @@ from ftkit.model.adapter import WITH_PEFT
 
 if TYPE_CHECKING:
     import torch
+
+MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
@@ -44,35 +46,33 @@ class Change:
     trained: torch.Tensor | None = None  # (tokens, columns)
 
     def __eq__(self, other: object) -> bool:
+        """Whether both make the same of a weight."""
         import torch
 
-        def equal(a: Any, b: Any) -> bool:
+        def parts(change: Change) -> tuple[Any, ...]:
+            factors = change.factors
+            of_factors = (factors.left, factors.right, factors.scaling, factors.magnitude) if factors else (None,) * 4
+            return change.instead, change.tokens, change.trained, *of_factors
+
+        def same(a: Any, b: Any) -> bool:
             if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-                return not a.is_meta and torch.equal(a, b)  # what is not trained yet will not become the same
-            return a is b or bool(a == b)
+                return not a.is_meta and a.dtype == b.dtype and torch.equal(a, b)  # what is not trained yet will not become the same
+            return a is b or (isinstance(a, float) and a == b)
 
-        def flat(change: Change) -> tuple[Any, ...]:
-            return change.instead, change.tokens, change.trained, *(astuple(change.factors) if change.factors else ())
-
-        return isinstance(other, Change) and len(flat(self)) == len(flat(other)) and all(map(equal, flat(self), flat(other)))
+        return isinstance(other, Change) and all(map(same, parts(self), parts(other)))
 
     __hash__ = None  # type: ignore[assignment]
 
 
 def _linear(module: Any, held: Mapping[str, torch.Tensor]) -> Factors:
-    a, b, scaling, magnitude = held["lora_A.weight"], held["lora_B.weight"], module.scaling["default"], held.get("lora_magnitude_vector")
+    a, b = held["lora_A.weight"], held["lora_B.weight"]
     left, right = (a.T, b.T) if module.fan_in_fan_out else (b, a)  # Conv1D keeps (in, out)
-    return Factors(left[None], right[None], scaling, magnitude, of_columns=module.fan_in_fan_out)
+    return Factors(left[None], right[None], module.scaling["default"], held.get(MAGNITUDE), of_columns=module.fan_in_fan_out)
 
 
 def _embedding(module: Any, held: Mapping[str, torch.Tensor]) -> Factors:
-    a, b, scaling, magnitude = (
-        held["lora_embedding_A"],
-        held["lora_embedding_B"],
-        module.scaling["default"],
-        held.get("lora_magnitude_vector"),
-    )
-    return Factors(a.T[None], b.T[None], scaling, magnitude, of_columns=magnitude is not None)
+    a, b = held["lora_embedding_A"], held["lora_embedding_B"]
+    return Factors(a.T[None], b.T[None], module.scaling["default"], held.get(MAGNITUDE), of_columns=True)
 
 
 def _parameter(module: Any, held: Mapping[str, torch.Tensor]) -> Factors:
