@@ -157,7 +157,12 @@ def state(folder: Path) -> dict[str, Any]:
     return loaded
 
 
-@pytest.mark.parametrize("name", KINDS)
+# Mixed of what others show one by one.
+SLOW = ("patterns and rsLoRA", "some layers", "a router to save", "tokens", "orthogonal", "MiCA", "both ends", "both tied ends",
+        "fewer tokens", "more tokens", "more tokens, adapted", "bias of the adapted")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in KINDS])
 def test_each_kind_is_merged_as_peft_does(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
