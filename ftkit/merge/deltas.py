@@ -243,6 +243,8 @@ def changes(adapted: Any, weights: Weights, tensors: Mapping[str, torch.Tensor],
             if there != stored and not resized:
                 is_there = f"is {there} there" if there else "is not there"
                 raise ModelError(f"The adapter changes {parameter}, as {source} {stored} in {base}; that {is_there}.", TRAINED_BASE)
+            if change.tokens is not None and not (change.tokens >= 0).logical_and(change.tokens < rows.numel()).all():
+                raise ModelError(f"The adapter trains token {int(change.tokens.max())}, and {parameter} has {rows.numel()}.", TRAINED_BASE)
             if change.factors and change.factors.of_columns and change.factors.magnitude is not None and rows.shape[0] != 1:
                 raise ModelError(f"The adapter has DoRA's magnitudes of {parameter}, which stands in several matrices.", WITH_PEFT)
             matrix = stored if len(stored) > 1 else (*stored, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,47 @@ def raw(folder: Path) -> dict[str, tuple[str, str, list[int], bytes]]:
             found[name] = (shard.name, entry["dtype"], entry["shape"], content[entry["begin"] : entry["end"]])
         assert max(entry["end"] for entry in header(shard).values()) == len(content)
     return found
+
+
+def other_size(adapter: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = "base_model.model.lm_head.weight"
+    save_file({**tensors, name: tensors[name][:-2].clone()}, path)
+
+
+def without_head(adapter: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if "lm_head" not in name}, path)
+
+
+def other_tokens(adapter: Path) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("299", "300"), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("more tokens", lambda adapter: (adapter / "tokenizer.json").unlink(), "no tokenizer beside it"),
+        ("more tokens", other_size, "embeddings of 305 and of 307 tokens"),
+        ("more tokens", without_head, "embeddings of 307 tokens, and no lm_head.weight of as many"),
+        ("tokens", other_tokens, "trains token 300, and model.embed_tokens.weight has 300"),
+    ],
+)
+def test_tokens_that_do_not_fit_each_other_are_refused(name: str, change: Callable[[Path], Any], words: str, tmp_path: Path) -> None:
+    base, adapter, merged = base_of(KINDS[name], tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged"
+    adapter_of(KINDS[name], base, adapter)
+    change(adapter)
+    merged.mkdir()
+    with pytest.raises(ModelError, match=words) as refused:
+        merge(base, adapter, merged)
+    assert refused.value.hint
+    assert not list(merged.iterdir())
 
 
 def test_a_copy_of_the_embedding_in_another_format_does_not_make_it_coarser(tmp_path: Path) -> None:
