@@ -252,8 +252,11 @@ class Run:
             shutil.rmtree(final)
         started = time.monotonic()
         try:
-            partial.mkdir(exist_ok=True)
-            self.record(begun={**self.manifest().get("begun", {}), name: mark})
+            try:
+                partial.mkdir(exist_ok=True)
+                self.record(begun={**self.manifest().get("begun", {}), name: mark})
+            except PermissionError as error:
+                raise RunError(f"Cannot write to {self.folder}: {error.strerror}.", "choose another folder with --run-dir") from None
             result = make(partial)
             step = Finished(name, mark, final, result, time.monotonic() - started, fresh=True)
             record = {

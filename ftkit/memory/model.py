@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ftkit.errors import ModelError, RecipeError, first_line
 from ftkit.memory.sizes import DTYPE_BYTES, nf4_storages, optimizer_state_bytes
 from ftkit.model.four_bits import EXPERTS_PATTERN, fused_experts, left_alone
-from ftkit.model.source import from_files, name_body, needs_code
+from ftkit.model.source import from_files, name_body, needs_code, sixteen_bits_of
 from ftkit.recipe import Lora, Method
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise ModelError(
             f"The model in {folder} is quantised already ({kind or 'quantization_config in its config.json'}); "
             "ftkit trains from 16-bit weights.",
-            "give the 16-bit model that it was made from; to plan for that one, take quantization_config out of a copy of config.json",
+            f"give the 16-bit model that it was made from{f' ({where})' if (where := sixteen_bits_of(folder)) else ''}; "
+            "to plan for that one, take quantization_config out of a copy of config.json",
         )
     text = config.get_text_config()
     sizes = {name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")}
@@ -198,7 +199,7 @@ class Skeleton:
     def _injected(self, lora: Lora) -> Adapters:
         if any(type(module).__name__ == "Conv1D" for module in self.model.modules()):
             raise ModelError(
-                f"{self.model.config.model_type} keeps its weights transposed (Conv1D); ftkit cannot merge adapters into them.",
+                f"{self.model.config.model_type} keeps its weights transposed (Conv1D); ftkit trains no adapters on them.",
                 "--set training.method=full, or a newer model",
             )
         towers = any(tensor.role == TOWERS for tensor in self.tensors)
@@ -326,6 +327,7 @@ def inject(model: PreTrainedModel, lora: Lora, hint: str | None = None) -> Any:
     try:
         with warnings.catch_warnings():  # PEFT 0.21 tells of its own patterns for fused experts that all-linear does not reach
             warnings.filterwarnings("ignore", message=r".*(rank|alpha)_pattern keys did not match.*", category=RuntimeWarning)
+            warnings.filterwarnings("ignore", message=r".*a tied layer is part of the adapter.*")  # which the merge unties
             return get_peft_model(model, lora_config(lora, model), autocast_adapter_dtype=False)
     except (ValueError, re.error) as error:
         wanted = lora.target_modules

@@ -1,18 +1,20 @@
-"""What an adapter changes: PEFT's own deltas, under the names that the checkpoint has for the weights."""
+"""What an adapter changes: PEFT's own kinds of changes, under the names that the checkpoint has for the weights."""
 
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit import patches
 from ftkit.errors import ModelError, first_line
-from ftkit.memory.model import adapted_layers, inject, quantized_layers
-from ftkit.model.adapter import load_config, load_tensors
+from ftkit.memory.model import inject, load_config, quantized_layers
+from ftkit.merge.kinds import Change, factors_of, turned
+from ftkit.model.adapter import WITH_PEFT, load_settings, load_tensors, written_turned
 from ftkit.model.four_bits import fused_experts
 from ftkit.model.source import from_files, shapes_of
 from ftkit.recipe import Lora
@@ -23,177 +25,309 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 TRAINED_BASE = "merge it with the base that it was trained on"
+WRAPPERS = re.compile(r"\.(base_layer|token_adapter)(?=\.)")  # of PEFT's, between a layer's name and its weight's
+OF_LORA = re.compile(r"(?P<layer>.+)\.(?P<held>lora_[^.]+(\.weight)?)")
+OF_TOKENS = ".token_adapter.trainable_tokens_delta"
+# model_types whose head is the embedding's weight in llama.cpp too (src/models; its converter leaves out a head of their own).
+HEAD_IS_EMBEDDING = ("bitnet", "cohere", "cohere2", "gemma", "gemma2", "openelm")
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What an adapter adds to one tensor of the checkpoint.
+    """How one tensor of the merged checkpoint is made of one of the source's, its own or (of an untied head) another.
 
     The tensor is a stack of matrices, of experts one each, else a single one; each is made of rows of the model's own weight.
+    What has one dimension is a matrix of one column.
     """
 
     tensor: str  # its name in the checkpoint
+    source: str  # that of the source's tensor
     parameter: str  # the weight of the model that it is, or is a part of
     quantized: bool  # whether QLoRA trains on it in 4 bits
-    shape: tuple[int, ...]
+    stored: tuple[int, ...]  # its shape there
+    shape: tuple[int, ...]  # the same, with a column where it has one dimension
     rows: torch.Tensor  # (matrices, rows of each): the model's rows, counted through all experts, in the tensor's order
     transposed: bool  # whether the tensor holds those rows as columns
-    factors: Factors
+    change: Change
+    resized: bool = False  # has other rows than the source's tensor
 
-    def matrices(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Left and right of each matrix in turn; left × right × scaling is what is added to it, in float32."""
-        for numbers in self.rows:
-            left, right = self.factors.of(numbers)
-            yield (right.T.contiguous(), left.T) if self.transposed else (left, right)
+    def factors(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Left, right and scaling of the matrix of these rows; their product is what is added to it, in float32."""
+        if not self.change.factors:
+            return None
+        left, right = self.change.factors.of(numbers)
+        return *((right.T.contiguous(), left.T) if self.transposed else (left, right)), self.change.factors.scaling
+
+    def instead(self, numbers: torch.Tensor, begin: int, end: int) -> torch.Tensor | None:
+        """What stands there in place of the source's rows from `begin` to `end`."""
+        if self.change.instead is None:
+            return None
+        weight = self.change.instead.reshape(-1, self.change.instead.shape[-1] if len(self.stored) > 1 else 1)
+        return weight[:, begin:end][numbers].T if self.transposed else weight[numbers[begin:end]]
+
+    @property
+    def copied(self) -> bool:
+        """Whether that is to be compared with the source's rows. Of other tokens it cannot be."""
+        return self.change.copied and not self.resized
 
 
 @dataclass(frozen=True)
-class Factors:
-    """The A and B of one adapted weight, as left (experts, rows, r) and right (experts, r, columns)."""
+class Changes:
+    """All that an adapter does to a checkpoint."""
 
-    left: torch.Tensor
-    right: torch.Tensor
-    scaling: float
-
-    def of(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of some rows of one expert, which are counted through all of them."""
-        rows = self.left.shape[1]
-        expert = int(numbers[0]) // rows
-        return self.left[expert][numbers % rows], self.right[expert]
+    deltas: dict[str, Delta]  # by the tensor's name
+    config: dict[str, Any] = field(default_factory=dict)  # keys of the text model's config.json that are others
 
 
 def model_of(base: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder on the meta device, as transformers loads it: it knows by which names its weights were there."""
+    """The model of a folder on the meta device, as transformers loads it: it knows by which names its weights were there.
+
+    Raises ModelError where it cannot be loaded, is quantised, or lacks a weight.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    load_config(base, trust_remote_code=trust_remote_code)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            base, device_map="meta", use_safetensors=True, **from_files(trust_remote_code)
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            base, device_map="meta", use_safetensors=True, output_loading_info=True, **from_files(trust_remote_code)
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"transformers cannot load {base}: {first_line(error)}.", "fetch or copy the model again, whole") from None
+    model, info = loaded
+    if lost := sorted(map(str, info["missing_keys"])):
+        more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise ModelError(f"The weights in {base} lack {lost[0]}{more}.", "fetch or copy the model again, whole")
     return model
 
 
-def deltas_of(base: Path, adapter: Path, *, trust_remote_code: bool = False) -> list[Delta]:
-    """Every weight that the adapter in a folder changes. Raises ModelError as `changes` does, and for an adapter that is not whole."""
-    from peft import PeftConfig, get_peft_model
+@dataclass(frozen=True)
+class Weights:
+    """What the model has without an adapter, by transformers' names."""
 
-    load_config(adapter)
-    tensors = load_tensors(adapter)
-    with warnings.catch_warnings():  # PEFT 0.21 tells of its own patterns for fused experts
-        warnings.filterwarnings("ignore", message=r".*(rank|alpha)_pattern keys did not match.*", category=RuntimeWarning)
-        settings = PeftConfig.from_pretrained(adapter)
-        settings.base_model_name_or_path = None  # another folder may hold the same model
-        adapted = get_peft_model(model_of(base, trust_remote_code=trust_remote_code), settings)
-    _fill(adapted, tensors)
-    return changes(adapted, base)
+    shapes: dict[str, tuple[int, ...]]
+    ends: tuple[str, ...]  # of the input embedding, and of the head where it has one
+    tied: tuple[frozenset[str], ...]  # names of one weight each
+    quantized: frozenset[str]
 
-
-def _fill(adapted: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put an adapter's A and B into its layers. Raises ModelError where one is missing, has no place or another shape."""
-    import torch
-
-    places = {
-        name.replace(".default", ""): (name, parameter)
-        for name, parameter in adapted.named_parameters()
-        if ".lora_" in name and ".default" in name
-    }
-    for name in sorted(places.keys() ^ tensors.keys()):
-        what = "is not whole: it lacks" if name in places else "has"
-        raise ModelError(
-            f"The adapter {what} {name.removeprefix(PREFIX)}, which {'its' if name in places else 'no'} layer has.", TRAINED_BASE
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Weights:
+        named: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            named.setdefault(id(parameter), []).append(name)
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        return cls(
+            shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+            ends=tuple(f"{name}.weight" for end in ends for name, module in model.named_modules(remove_duplicate=False) if module is end),
+            tied=tuple(frozenset(names) for names in named.values() if len(names) > 1),
+            quantized=frozenset(f"{name}.weight" for name in quantized_layers(model)) | {name for *_, name in fused_experts(model)},
         )
-    for name, (path, parameter) in places.items():
-        if parameter.shape != tensors[name].shape:
-            raise ModelError(
-                f"The adapter's {name.removeprefix(PREFIX)} is {tuple(tensors[name].shape)}, the base wants {tuple(parameter.shape)}.",
-                TRAINED_BASE,
-            )
-        owner, _, leaf = path.rpartition(".")
-        setattr(adapted.get_submodule(owner), leaf, torch.nn.Parameter(tensors[name].float(), requires_grad=False))
 
 
-def refuse_what_cannot_be_merged(base: Path, lora: Lora, *, trust_remote_code: bool = False) -> None:
-    """Raise ModelError for targets whose adapter could not be merged into the files of `base`: before training, not after."""
-    changes(inject(model_of(base, trust_remote_code=trust_remote_code), lora), base)
+def changes_of(base: Path, adapter: Path, *, trust_remote_code: bool = False) -> Changes:
+    """Every weight that the adapter in a folder changes. Raises ModelError as `changes` does, and for an adapter that is not whole."""
+    from peft import get_peft_model, get_peft_model_state_dict
 
-
-def changes(adapted: Any, base: Path) -> list[Delta]:
-    """What an adapter on a meta model changes in the checkpoint of `base`, by PEFT's layers and transformers' names.
-
-    Raises ModelError for a weight that the checkpoint does not have, and for one that the model uses in two places.
-    """
-    import torch
-
-    patches.require("merging")
-    from transformers.core_model_loading import revert_weight_conversion
-
-    model = adapted.get_base_model()
-    shapes = shapes_of(base)
-    quantized = {f"{name}.weight" for name in quantized_layers(model)} | {name for *_, name in fused_experts(model)}
-    quantized = {name.replace(".base_layer", "") for name in quantized}
-    tied = _tied(model)
-    found = []
-    for parameter, module in adapted_layers(adapted):
-        if parameter in tied:
-            raise ModelError(
-                f"The adapter changes {parameter}, which the model uses in two places (tied weights): merged, both would change.",
-                "name other layers in lora.target_modules",
-            )
-        shape = _shape(module)
-        numbered = torch.arange(math.prod(shape[:-1])).reshape(*shape[:-1], 1)  # each row's number in its place
+    settings, tensors = load_settings(adapter), load_tensors(adapter)
+    model = model_of(base, trust_remote_code=trust_remote_code)
+    tokens = _resize(model, tensors)
+    weights = Weights.of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's: what they are of is told apart or refused here
         try:
-            pieces = revert_weight_conversion(model, {parameter: numbered})
-        except (RuntimeError, ValueError, KeyError, IndexError, NotImplementedError) as error:
-            raise ModelError(
-                f"{parameter} stands in one tensor with other weights, which this merge does not take apart: {first_line(error)}.",
-                "leave that layer out of lora.target_modules",
-            ) from None
-        for name, piece in pieces.items():
-            transposed = piece.shape[-1] != 1
-            there = (*piece.shape[:-2], shape[-1], piece.shape[-1]) if transposed else (*piece.shape[:-1], shape[-1])
-            if shapes.get(name) != there:
-                is_there = f"is {shapes[name]} there" if name in shapes else "is not there"
-                raise ModelError(f"The adapter changes {parameter}, as {name} {there} in {base}; that {is_there}.", TRAINED_BASE)
-            rows = piece.reshape(math.prod(piece.shape[:-2]), -1)
-            found.append(Delta(name, parameter, parameter in quantized, there, rows, transposed, _factors(module)))
+            adapted = get_peft_model(model, settings)
+            tensors = _as_this_peft_has_them(adapted, tensors, adapter)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ModelError(f"PEFT cannot put the adapter in {adapter} on {base}: {first_line(error)}", TRAINED_BASE) from None
+        _refuse_other_tensors(weights, get_peft_model_state_dict(adapted, save_embedding_layers=False), tensors)
+    found = changes(adapted, weights, tensors, base)
+    if tokens:
+        whole = {delta.parameter for delta in found.deltas.values() if delta.change.instead is not None}
+        for end in weights.ends:
+            if not whole & next((names for names in weights.tied if end in names), {end}):
+                raise ModelError(f"The adapter has embeddings of {tokens} tokens, and no {end} of as many.", TRAINED_BASE)
+        found.config["vocab_size"] = tokens
     return found
 
 
-def _factors(module: Any) -> Factors:
-    """As PEFT 0.21's `get_delta_weight` multiplies them (tuners/lora/layer.py). Raises ModelError for another kind of layer."""
-    from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
-
-    scaling = module.scaling["default"]
-    if isinstance(module, Embedding):
-        return Factors(module.lora_embedding_A["default"].T[None], module.lora_embedding_B["default"].T[None], scaling)
-    a, b = (getattr(module, f"lora_{kind}")["default"].weight for kind in "AB")
-    if isinstance(module, Linear) or (isinstance(module, ParamWrapper) and len(_shape(module)) == 2):
-        return Factors(b[None], a[None], scaling)
-    if isinstance(module, ParamWrapper):
-        a = a.reshape(module.num_experts, -1, a.shape[-1])  # (experts, r, in)
-        b = b.reshape(b.shape[0], -1, module.num_experts).permute(2, 0, 1)  # (experts, out, r)
-        return Factors(b, a, scaling) if module._did_swap_in_out_features else Factors(a.transpose(1, 2), b.transpose(1, 2), scaling)
-    raise ModelError(f"The adapter has a {type(module).__name__}, which this merge does not do.", TRAINED_BASE)
+def _resize(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> int | None:
+    """Give the model as many tokens as the adapter brings embeddings for; None where they are as many as before."""
+    ends = Weights.of(model).ends
+    sizes = {len(tensor) for name, tensor in tensors.items() if _parameter_of(name) in ends and not name.endswith(OF_TOKENS)}
+    if len(sizes) > 1:
+        raise ModelError(f"The adapter has embeddings of {' and of '.join(map(str, sorted(sizes)))} tokens.", TRAINED_BASE)
+    if not sizes - {len(model.get_input_embeddings().weight)}:
+        return None
+    model.resize_token_embeddings(max(sizes), mean_resizing=False)
+    return max(sizes)
 
 
-def _owner(module: Any) -> Any:
-    """The module that has the weight which one of PEFT's layers, or several around each other, adapt."""
-    while hasattr(module, "get_base_layer") and module.get_base_layer() is not module:
-        module = module.get_base_layer()
-    return module
+def _parameter_of(name: str) -> str:
+    """The model's name for the weight that a tensor of an adapter's file is, or is trained on."""
+    return WRAPPERS.sub("", name.removeprefix(PREFIX)).replace(".trainable_tokens_delta", ".weight")
 
 
-def _shape(module: Any) -> tuple[int, ...]:
-    """Of the weight that a layer of PEFT's adapts."""
-    return tuple(getattr(_owner(module), getattr(module, "parameter_name", "weight")).shape)
+def _as_this_peft_has_them(adapted: Any, tensors: Mapping[str, torch.Tensor], adapter: Path) -> dict[str, torch.Tensor]:
+    """An adapter's tensors as the installed PEFT would have written them.
+
+    PEFT itself fuses those of experts that were layers of their own before transformers 5. Those of fused ones, which earlier
+    versions of PEFT kept the other way round, are changed over: by their shapes, and where both fit by the version.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    patches.require("merging")
+    tensors = dict(tensors)
+    for path, module in adapted.named_modules():
+        a, b = f"{path}.lora_A.weight", f"{path}.lora_B.weight"
+        if a in tensors and type(module).__name__ == "ParamWrapper" and module.get_param().dim() == 3:
+            transposed = not module._did_swap_in_out_features
+            now = module.get_param().shape[1:] if transposed else module.get_param().shape[:0:-1]  # in of A, out of B
+            has = (tensors[a].shape[-1], tensors[b].shape[0])
+            if has == tuple(now[::-1]) and (has != tuple(now) or written_turned(adapter, transposed)):
+                tensors[a], tensors[b] = turned(tensors[a], tensors[b], module.num_experts)
+    converted: dict[str, torch.Tensor] = convert_peft_adapter_state_dict_for_transformers(adapted, adapted.peft_config["default"], tensors)
+    return converted
 
 
-def _tied(model: PreTrainedModel) -> set[str]:
-    """Names of parameters that stand for one weight with another's."""
-    named: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        named.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
-    return {name for names in named.values() if len(names) > 1 for name in names}
+def _refuse_other_tensors(weights: Weights, wanted: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ModelError where one is missing, has no place or another shape. PEFT may write the embedding and the head beside it."""
+    for name in sorted(wanted.keys() ^ tensors.keys()):
+        if name in wanted or _parameter_of(name) not in weights.ends:
+            what, whose = ("is not whole: it lacks", "its") if name in wanted else ("has", "no")
+            raise ModelError(f"The adapter {what} {name.removeprefix(PREFIX)}, which {whose} layer has.", TRAINED_BASE)
+    for name in wanted.keys() & tensors.keys():
+        if wanted[name].shape != tensors[name].shape:
+            has, wants = tuple(tensors[name].shape), tuple(wanted[name].shape)
+            raise ModelError(f"The adapter's {name.removeprefix(PREFIX)} is {has}, the base wants {wants}.", TRAINED_BASE)
+
+
+def refuse_what_cannot_be_merged(base: Path, lora: Lora, *, trust_remote_code: bool = False) -> None:
+    """Raise ModelError for targets whose adapter could not be merged into the files of `base`: before training, not after.
+
+    And for the head, on which TRL trains no adapter: it computes the loss from the head's own weight.
+    """
+    from peft import get_peft_model_state_dict
+
+    model = model_of(base, trust_remote_code=trust_remote_code)
+    weights = Weights.of(model)
+    adapted = inject(model, lora)
+    found = changes(adapted, weights, get_peft_model_state_dict(adapted, save_embedding_layers=False), base)
+    for head in weights.ends[1:]:
+        if any(delta.parameter == head and delta.change.factors for delta in found.deltas.values()):
+            name = head.removesuffix(".weight")
+            raise ModelError(
+                f"No adapter is trained on {name}: TRL computes the loss from its own weight.", "leave it out of lora.target_modules"
+            )
+
+
+def changes(adapted: Any, weights: Weights, tensors: Mapping[str, torch.Tensor], base: Path) -> Changes:
+    """What an adapter on a meta model, of these tensors, changes in the checkpoint of `base`, by PEFT's layers and transformers' names.
+
+    Raises ModelError for a weight that the checkpoint does not have, and for one that the model uses in two places and that
+    cannot become two.
+    """
+    model, shapes = adapted.get_base_model(), shapes_of(base)
+    by_parameter = _by_parameter(adapted, tensors)
+    untied = _untie(model, weights, by_parameter)
+    found: dict[str, Delta] = {}
+    for parameter, change in by_parameter.items():
+        twins = next((names for names in weights.tied if parameter in names), frozenset())
+        for name, stored, rows, transposed in _pieces(model, parameter, weights.shapes[parameter]):
+            source = name
+            if name not in shapes and twins:  # the files hold it once, under another of its names
+                if parameter not in untied:
+                    continue
+                source = next((n for twin in twins for n, *_ in _pieces(model, twin, weights.shapes[twin]) if n in shapes), name)
+            there = shapes.get(source)
+            resized = there and parameter in weights.ends and change.instead is not None and there[1:] == stored[1:]
+            if there != stored and not resized:
+                is_there = f"is {there} there" if there else "is not there"
+                raise ModelError(f"The adapter changes {parameter}, as {source} {stored} in {base}; that {is_there}.", TRAINED_BASE)
+            if change.tokens is not None and not (change.tokens >= 0).logical_and(change.tokens < rows.numel()).all():
+                raise ModelError(f"The adapter trains token {int(change.tokens.max())}, and {parameter} has {rows.numel()}.", TRAINED_BASE)
+            if change.factors and change.factors.of_columns and change.factors.magnitude is not None and rows.shape[0] != 1:
+                raise ModelError(f"The adapter has DoRA's magnitudes of {parameter}, which stands in several matrices.", WITH_PEFT)
+            matrix = stored if len(stored) > 1 else (*stored, 1)
+            quantized = parameter in weights.quantized and change.instead is None
+            found[name] = Delta(name, source, parameter, quantized, stored, matrix, rows, transposed, change, there != stored)
+    return Changes(found, {"tie_word_embeddings": False} if untied else {})
+
+
+def _by_parameter(adapted: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Change]:
+    """What is done to each weight of the model, by its name there."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    held: dict[str, dict[str, torch.Tensor]] = {}  # of each layer with A and B, by their names in it
+    found: dict[str, Change] = {}
+    for name, tensor in tensors.items():
+        if of_lora := OF_LORA.fullmatch(name):
+            held.setdefault(of_lora["layer"], {})[of_lora["held"]] = tensor
+        elif not name.endswith(OF_TOKENS):
+            found[_parameter_of(name)] = Change(instead=tensor, copied=name.endswith(".base_layer.weight"))
+    adapters = {id(m.token_adapter): path for path, m in adapted.named_modules() if isinstance(m, TrainableTokensWrapper)}
+    for path, module in adapted.named_modules():
+        layer = _parameter_of(f"{path}.")
+        if isinstance(module, LoraLayer) and path in held:
+            parameter = layer + getattr(module, "parameter_name", "weight")
+            found[parameter] = replace(found.get(parameter, Change()), factors=factors_of(module, held.pop(path)))
+        elif isinstance(module, TrainableTokensWrapper):  # a tied head's follows the embedding's
+            owner = module.token_adapter.tied_adapter or module.token_adapter
+            tokens, trained = torch.tensor(owner.token_indices["default"]), tensors[adapters[id(owner)] + OF_TOKENS]
+            found[layer + "weight"] = replace(found.get(layer + "weight", Change()), tokens=tokens, trained=trained)
+    if held:
+        raise ModelError(f"The adapter has A and B inside of {_parameter_of(next(iter(held)))}, which it trains whole.", WITH_PEFT)
+    return found
+
+
+def _untie(model: Any, weights: Weights, by_parameter: dict[str, Change]) -> frozenset[str]:
+    """The names of the embedding's weight and the head's, where they were one and are two now; each is in `by_parameter` then.
+
+    Raises ModelError for other weights of several names that are not changed alike under each.
+    """
+    untied: frozenset[str] = frozenset()
+    for names in weights.tied:
+        first, *others = (by_parameter.get(name) for name in sorted(names))
+        if all(first == other for other in others):
+            continue
+        if names != frozenset(weights.ends) or model.config.model_type in HEAD_IS_EMBEDDING:
+            changed = next(name for name in sorted(names) if name in by_parameter)
+            with_own = (
+                "" if names != frozenset(weights.ends) else f", and llama.cpp has no {model.config.model_type} with a head of its own"
+            )
+            raise ModelError(
+                f"The adapter changes {changed}, which the model uses in two places (tied weights){with_own}: merged, both would change.",
+                "name other layers in lora.target_modules, or train both alike (PEFT's ensure_weight_tying)",
+            )
+        by_parameter.update({name: by_parameter.get(name, Change()) for name in names})
+        untied = names
+    return untied
+
+
+def _pieces(model: Any, parameter: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor, bool]]:
+    """Each tensor of the files that a weight of the model is in: name, shape, the weight's rows in its order, whether as columns."""
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    height = shape[:-1] if len(shape) > 1 else shape
+    numbered = torch.arange(math.prod(height)).reshape(*height, *([1] if len(shape) > 1 else []))  # each row's number in its place
+    try:
+        pieces = revert_weight_conversion(model, {parameter: numbered})
+    except (RuntimeError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+        raise ModelError(
+            f"{parameter} stands in one tensor with other weights, which this merge does not take apart: {first_line(error)}.",
+            "leave that layer out of lora.target_modules",
+        ) from None
+    if not torch.equal(torch.cat([piece.flatten() for piece in pieces.values()]).sort().values, numbered.flatten()):
+        raise ModelError(
+            f"{parameter} stands in the files as other numbers than in the model, which this merge does not compute.",
+            "leave that layer out of lora.target_modules",
+        )
+    for name, piece in pieces.items():
+        if len(shape) == 1:
+            yield name, tuple(piece.shape), piece.reshape(1, -1), False
+            continue
+        transposed = piece.shape[-1] != 1
+        stored = (*piece.shape[:-2], shape[-1], piece.shape[-1]) if transposed else (*piece.shape[:-1], shape[-1])
+        yield name, stored, piece.reshape(math.prod(piece.shape[:-2]), -1), transposed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,49 +12,104 @@ from ftkit.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
+    from peft import LoraConfig
 
 
-# Keys of adapter_config.json that PEFT's own layers compute with, and those that say nothing about the result.
-COMPUTED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters")
+# Keys of adapter_config.json that the merge computes with, and those that say nothing about the result.
+COMPUTED = (
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters", "fan_in_fan_out", "bias", "use_dora",
+    "modules_to_save", "trainable_token_indices", "ensure_weight_tying",
+)  # fmt: skip
 WITHOUT_EFFECT = (
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",
+    "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",
     "lora_dropout", "peft_version", "revision", "target_modules", "task_type",
 )  # fmt: skip
-PLAIN_STARTS = (True, False, "gaussian")  # of A and B; each other init_lora_weights changes the base, or the adapter's form, as well
-KEPT_BESIDE = ".base_layer.weight"  # PEFT's copy of an embedding, which an adapter on it leaves as it is
-WITH_PEFT = "merge it with PEFT: merge_and_unload()"
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # of A and B, which leave the base as it is
+# Of an embedding that is trained whole and has other tokens: as it is written under its own name, and as it was before.
+WRITTEN_TWICE = re.compile(r"\.(modules_to_save|original_module)\.")
+WITH_PEFT = "merge it with PEFT, merge_and_unload(), and give that model"
 AGAIN = "train it again, or copy it again, whole"
+PLAIN = "save it as a plain LoRA: save_pretrained(FOLDER, path_initial_model_for_weight_conversion=THE_ADAPTER_AS_IT_BEGAN)"
+WAYS_OUT = {  # key, or key=value, to what can be done; else WITH_PEFT
+    "alora_invocation_tokens": "an activated LoRA works from some token on, and cannot be merged: serve it as an adapter, or train without",
+    "arrow_config": "it chooses among adapters at each token, and cannot be merged: give one of them",
+    "layer_replication": "train it on a checkpoint that has those layers",
+    "init_lora_weights=loftq": "it was trained around another base, which LoftQ made: merge it there with PEFT, merge_and_unload()",
+    **{f"init_lora_weights={start}": PLAIN for start in ("corda", "lora_ga", "olora", "pissa")},
+}
+# PEFT's versions, the newest first: whether A and B of fused experts lie the other way round than in the newest, by whether the
+# layer keeps its weight as (experts, in, out).
+TURNED_EXPERTS = (("0.19.1", {True: False, False: False}), ("0.19.0", {True: True, False: True}), ("0", {True: False, False: True}))
 
 
-def load_config(adapter: Path) -> dict[str, Any]:
-    """An adapter's config. Raises ModelError where it cannot be read, or is of no plain LoRA."""
+def load_settings(adapter: Path) -> LoraConfig:
+    """An adapter's settings, to put layers of it on a model. Raises ModelError where they cannot be read, or are not to be merged."""
+    from peft import PeftConfig
+
+    _load_config(adapter)
+    settings = PeftConfig.from_pretrained(adapter)
+    settings.base_model_name_or_path = None  # another folder may hold the same model
+    settings.init_lora_weights = True  # what it began with is in its tensors
+    return settings  # type: ignore[return-value]
+
+
+def _load_config(adapter: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        if (kind := config.get("peft_type", "LORA")) != "LORA":
+            raise ModelError(
+                f"The adapter uses peft_type={kind}, which this merge does not do: it is of another kind than LoRA.", WITH_PEFT
+            )
         if not (config["r"] > 0 and config["lora_alpha"] > 0):
             raise ValueError("r and lora_alpha are positive")
-        _refuse_more_than_lora(config)
+        _refuse_what_changes_more(config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"The adapter in {adapter} cannot be read: {error!r}.", AGAIN) from None
     return config
 
 
 def load_tensors(adapter: Path) -> dict[str, torch.Tensor]:
-    """An adapter's tensors by their names in its file. Raises ModelError where it cannot be read, or holds anything but A and B."""
+    """An adapter's tensors by their names in its file, mapped.
+
+    Raises ModelError where it cannot be read, has pickles alone, or numbers that are none.
+    """
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    path = adapter / "adapter_model.safetensors"
+    if not path.is_file() and (adapter / "adapter_model.bin").is_file():
+        raise ModelError(
+            f"{adapter} holds a pickle alone (adapter_model.bin), which can run code when it is loaded.",
+            "convert it once, where it is trusted: PeftModel.from_pretrained(base, FOLDER).save_pretrained(NEW_FOLDER)",
+        )
     try:
-        tensors = load_file(adapter / "adapter_model.safetensors")
+        tensors = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"The adapter in {adapter} cannot be read: {error!r}.", AGAIN) from None
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(KEPT_BESIDE)}
-    for name in tensors:
-        if ".lora_A" not in name and ".lora_B" not in name and ".lora_embedding_" not in name:
-            raise ModelError(f"The adapter's tensor {name} is no LoRA matrix.", WITH_PEFT)
+    tensors = {name: tensor for name, tensor in tensors.items() if not WRITTEN_TWICE.search(name)}
+    for name, tensor in tensors.items():
+        parts = torch.split(tensor.flatten(), 1 << 20)
+        if not all(math.isfinite(part.sum(dtype=torch.float64)) for part in parts):  # one that is none makes the sum none
+            raise ModelError(
+                f"The adapter's {name} holds NaN or Inf.", "its training diverged: take an earlier checkpoint, or train it again"
+            )
     return tensors
 
 
-def _refuse_more_than_lora(config: dict[str, Any]) -> None:
+def written_turned(adapter: Path, transposed: bool) -> bool:
+    """Whether the PEFT that wrote an adapter kept A and B of fused experts the other way round; it says its version from 0.18 on."""
+    from packaging.version import Version
+
+    written = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("peft_version") or "0"
+    try:
+        version = Version(written.partition("@")[0])
+    except (ValueError, AttributeError):
+        raise ModelError(f"The adapter in {adapter} has peft_version {written!r}, which is no version.", AGAIN) from None
+    return next(turned[transposed] for since, turned in TURNED_EXPERTS if version >= Version(since))
+
+
+def _refuse_what_changes_more(config: dict[str, Any]) -> None:
     """Raise ModelError, by name, for each key that this merge neither computes with nor finds at PEFT's default.
 
     A key that the installed PEFT does not know is refused too: nobody can say what it does to the weights.
@@ -63,7 +120,8 @@ def _refuse_more_than_lora(config: dict[str, Any]) -> None:
     harmless = {*COMPUTED, *WITHOUT_EFFECT}
     if config.get("init_lora_weights", True) in PLAIN_STARTS:
         harmless.add("init_lora_weights")
-    more = [key for key, value in config.items() if key not in harmless and (key not in defaults or value != defaults[key])]
+    more = sorted(key for key, value in config.items() if key not in harmless and (key not in defaults or value != defaults[key]))
     if more:
-        named = ", ".join(f"{key}={json.dumps(config[key])[:60]}" for key in sorted(more))
-        raise ModelError(f"The adapter uses {named}, which this merge does not do.", f"{WITH_PEFT}; or train without it")
+        named = ", ".join(f"{key}={json.dumps(config[key])[:60]}" for key in more)
+        ways = {WAYS_OUT.get(key) or WAYS_OUT.get(f"{key}={str(config[key]).partition('_niter')[0]}") for key in more} - {None}
+        raise ModelError(f"The adapter uses {named}, which this merge does not do.", "; ".join(sorted(map(str, ways))) or WITH_PEFT)

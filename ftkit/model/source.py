@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,7 @@ def header(path: Path) -> dict[str, Any]:
         entries: dict[str, Any] = json.loads(file.read(length))
     entries.pop("__metadata__", None)
     for entry in entries.values():
-        entry["begin"] = 8 + length + entry["data_offsets"][0]
+        entry["begin"], entry["end"] = (8 + length + offset for offset in entry["data_offsets"])
     return entries
 
 
@@ -93,6 +94,27 @@ def indexed_files(folder: Path) -> list[str] | None:
         hint = CONVERT_PICKLES if elsewhere[0].endswith(".bin") else "take the model from where it was first published"
         raise ModelError(f"{index} names {elsewhere[0]!r}, which is no safetensors file beside it.", hint)
     return sorted(names)
+
+
+QUANTISED = re.compile(r"[-_.](unsloth-)?(bnb-)?([48]bit|int[48]|fp8|nf4|gptq|awq|hqq|aqlm|mxfp4|nvfp4)([-_.].*)?$", re.IGNORECASE)
+
+
+def sixteen_bits_of(folder: Path) -> str | None:
+    """Where the 16-bit model is that a quantised one was made from: by its card, else, of a hub model, by its name; None: unknown."""
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        made_from = (metadata_load(folder / "README.md") or {}).get("base_model")
+    except (OSError, ValueError, yaml.YAMLError):
+        made_from = None
+    named = made_from[0] if isinstance(made_from, list) and made_from else made_from
+    if isinstance(named, str):
+        return f"its card names {named}: --model {named}"
+    hub = re.search(r"models--([^/]+)--([^/]+)/snapshots", folder.as_posix())
+    if hub and (name := QUANTISED.sub("", hub[2])) != hub[2]:
+        return f"by its name that may be --model {hub[1]}/{name}"
+    return None
 
 
 def from_files(trust_remote_code: bool = False) -> dict[str, Any]:

@@ -54,3 +54,28 @@ def test_a_model_trained_in_full_keeps_the_config_that_the_converter_knows(tmp_p
     architectures.run(replace(BY_NAME["Granite 4"], settings={"training.method": "full"}), tmp_path, cells.__setitem__)
     assert list(cells) == list(architectures.COLUMNS)
     assert not [cell for cell in cells.values() if cell.startswith("✘")], cells
+
+
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_a_head_that_the_merge_untied_is_one_in_llama_cpp(tmp_path: Path) -> None:
+    import peft
+    import torch
+    from safetensors.torch import save_file
+
+    from ftkit.merge.deltas import model_of
+    from ftkit.merge.stream import merge
+    from ftkit.model.source import open_gguf
+
+    base, adapter, merged = architectures.make_model(BY_NAME["Llama 2"], tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged"
+    settings = peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match="tied"):
+        adapted = peft.get_peft_model(model_of(base), settings)
+    settings.save_pretrained(adapter)
+    wanted = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    save_file({name: 0.1 * torch.randn(tensor.shape) for name, tensor in wanted.items()}, adapter / "adapter_model.safetensors")
+    merged.mkdir()
+    merge(base, adapter, merged)
+    gguf.convert(merged, tmp_path / "merged.gguf", "F32", need_converter())
+    assert "output.weight" in {tensor.name for tensor in open_gguf(tmp_path / "merged.gguf").tensors}
+    assert architectures.kl(merged, tmp_path / "merged.gguf") < architectures.MAX_KL

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import tiny
 
 from ftkit.errors import ModelError
 from ftkit.merge import stream
+from ftkit.merge.deltas import refuse_what_cannot_be_merged
 from ftkit.merge.stream import merge
+from ftkit.recipe import Lora
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -114,11 +117,35 @@ def test_whatever_is_adapted_is_merged_under_the_names_of_its_files(name: str, t
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(tmp_path / "base" / "model.safetensors").keys()
 
 
-@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 @pytest.mark.filterwarnings("ignore:.*(tied|embedding layers|tie_word_embeddings).*:UserWarning")
-def test_a_weight_that_stands_in_two_places_is_refused(target: str, base: Path, tmp_path: Path) -> None:
-    tiny.make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", target])
-    refused(base, tmp_path, f"changes .*{target}.weight, which the model uses in two places")
+@pytest.mark.parametrize(("model", "target"), [("gemma2", "embed_tokens"), ("cohere2", "lm_head")])
+def test_a_head_that_llama_cpp_does_not_have_is_refused(model: str, target: str, tmp_path: Path) -> None:
+    """Where a head of its own would be left out of the GGUF, or not be read from it."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[model](**SIZES)).save_pretrained(tmp_path / "base")
+    tiny.make_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj", target])
+    refused(tmp_path / "base", tmp_path, f"changes .*{target}.weight, .*two places .*llama.cpp has no {model} with a head of its own")
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "words"),
+    [
+        ("llama", ["q_proj", "embed_tokens"], None),
+        ("llama", ["q_proj", "lm_head"], "No adapter is trained on lm_head"),
+        ("llama", ["embed_tokens", "lm_head"], "No adapter is trained on lm_head"),
+        ("gemma2", ["q_proj", "embed_tokens"], "embed_tokens.weight, .* two places"),
+    ],
+)
+def test_what_could_not_be_merged_is_refused_before_it_is_trained(
+    model: str, targets: list[str], words: str | None, tmp_path: Path
+) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING[model](**SIZES, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match=words) if words else nullcontext():
+        refuse_what_cannot_be_merged(tmp_path / "base", Lora(target_modules=targets))
 
 
 def test_shards_are_merged_and_another_layout_beside_them_is_left(base: Path, tmp_path: Path) -> None:
@@ -226,19 +253,14 @@ def test_a_base_that_ends_too_early_is_refused(base: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
-        ("use_dora", {"use_dora": True}),
-        ("modules_to_save", {"modules_to_save": ["lm_head"]}),
-        ("trainable_token_indices", {"trainable_token_indices": [1]}),
         ("layer_replication", {"layer_replication": [(0, 2), (1, 2)]}),
-        ("fan_in_fan_out", {"fan_in_fan_out": True}),
-        ("bias", {"bias": "all"}),
         ("lora_bias", {"lora_bias": True}),
         ("use_qalora", {"use_qalora": True}),
         ("alora_invocation_tokens", {"alora_invocation_tokens": [1, 2]}),
         ("loftq_config", {"init_lora_weights": "loftq", "loftq_config": "LoftQConfig"}),
-        ("eva_config", {"init_lora_weights": "eva", "eva_config": "EvaConfig"}),
         ("corda_config", {"init_lora_weights": "corda", "corda_config": "CordaConfig"}),
-        *[("init_lora_weights", {"init_lora_weights": start}) for start in ("pissa", "pissa_niter_4", "olora", "orthogonal")],
+        ("kasa_config", {"kasa_config": "KasaConfig"}),
+        *[("init_lora_weights", {"init_lora_weights": start}) for start in ("pissa", "pissa_niter_4", "olora", "lora_ga")],
     ],
 )
 def test_what_it_does_not_do_is_refused_by_name(key: str, settings: dict[str, Any], base: Path, tmp_path: Path) -> None:

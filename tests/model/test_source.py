@@ -17,7 +17,7 @@ import pytest
 from ftkit.errors import ModelError, ToolMissingError
 from ftkit.model.locate import locate
 from ftkit.model.open import open_config, open_weights
-from ftkit.model.source import INDEX
+from ftkit.model.source import INDEX, sixteen_bits_of
 
 
 @pytest.fixture(autouse=True)
@@ -235,3 +235,21 @@ def test_an_ollama_model_without_a_server(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(ToolMissingError, match="No Ollama server") as caught:  # bound, but nothing listens
             locate("ollama:smollm2", tmp_path)
     assert "ollama serve" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("folder", "card", "said"),
+    [
+        ("models--unsloth--Qwen3-4B-unsloth-bnb-4bit/snapshots/1", None, "by its name that may be --model unsloth/Qwen3-4B"),
+        ("models--org--Llama-3.2-1B-Instruct-GPTQ-Int4/snapshots/1", None, "by its name that may be --model org/Llama-3.2-1B-Instruct"),
+        ("models--org--Name-AWQ/snapshots/1", "---\nbase_model: org/Name-7B\n---\n", "its card names org/Name-7B: --model org/Name-7B"),
+        ("mine", "---\nbase_model: [org/Name]\n---\n", "its card names org/Name: --model org/Name"),
+        ("mine-AWQ", "---\nbase_model: [\n---\n", None),
+        ("models--org--Name-4B/snapshots/1", "no metadata", None),
+    ],
+)
+def test_where_the_16_bit_model_of_a_quantised_one_is(folder: str, card: str | None, said: str | None, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    if card:
+        (tmp_path / folder / "README.md").write_text(card, encoding="utf-8")
+    assert sixteen_bits_of(tmp_path / folder) == said
