@@ -30,8 +30,11 @@ def command(run: Path, as_json: bool) -> None:
     ollama, shipped, proof = manifest.get("ollama", {}), manifest.get("shipped", {}), manifest.get("proof", {})
     registered = ollama.get("name") if steps["gguf"] and shipped and ollama.get("shipped") == shipped["mark"] else None
     proven = steps["prove"]
-    if proven and not steps["quantise"]:
-        del steps["quantise"]  # what ships is F16 or Q8_0
+    elsewhere = bool(steps["adopt"]) or begun["adopt"]
+    for name in ("plan", "train") if elsewhere else ("adopt",):
+        del steps[name]
+    if proven:  # what is not there was not needed: F16 or Q8_0 ships, or nothing is closed
+        steps = {name: step for name, step in steps.items() if step}
     checks = proof["checks"] if proven and proof.get("step") == proven.fingerprint else []
     checks = [*checks, *(ollama.get("checks", []) if registered else [])]
     doubts = [f"{check['name']}: {check['outcome']}" for check in checks if check["outcome"] != "passed"]

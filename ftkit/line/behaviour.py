@@ -41,9 +41,11 @@ def given_rows(tokenizer: Any, rows: Iterable[Row], max_length: int) -> list[For
     return found
 
 
-def measure_model(job: Job, folder: Path, name: str, model: Any, rows: Sequence[Forced], label: str) -> dict[str, Behaviour]:
+def measure_model(
+    job: Job, folder: Path, name: str, logits: Iterator[np.ndarray[Any, Any]], rows: Sequence[Forced], label: str
+) -> dict[str, Behaviour]:
     """Look at the trained model, whose logits are kept, or after it at the base. What has no room is said, and left out."""
-    found: Iterator[Any] = with_bar(job, label, rows, logits.of_model(model, rows))
+    found: Iterator[Any] = with_bar(job, label, rows, logits)
     trained = _trained(folder, rows) if (folder / LOGITS).exists() else ()
     try:
         return {name: measure(_kept(folder, rows, found) if name == TRAINED else found, _said(rows), trained)} if rows else {}

@@ -19,12 +19,13 @@ from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import DoesNotFitError, ModelError, ToolFailedError
 from ftkit.gguf.files import GgufFile
+from ftkit.line.adopt import ADAPTER, ADOPT
 from ftkit.line.behaviour import with_bar
-from ftkit.line.gguf import ALWAYS_MADE, GGUF, QUANTISE, Converted
+from ftkit.line.gguf import GGUF, QUANTISE, Converted
 from ftkit.line.job import Job, base_folder, computes_on, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step
-from ftkit.line.train import TRAIN, Trained
+from ftkit.line.train import TRAIN
 from ftkit.plan.cost import of_closing
 
 LEARNT_ROWS, CHECKED_ROWS = 160, 24  # training rows that are gone through again and again, and others that are looked at
@@ -44,7 +45,7 @@ class Closed:
     why_not: str | None  # made no better, or not made at all
 
 
-def _close(job: Job, folder: Path, trained: Made[Trained], converted: Made[Converted], *others: Made[Any]) -> Closed:
+def _close(job: Job, folder: Path, trained: Made[Any], converted: Made[Converted], *others: Made[Any]) -> Closed:
     merged = next(made for made in others if made.name == MERGE.name)
     shipped = shipping(job, converted, *others)
     try:
@@ -54,7 +55,7 @@ def _close(job: Job, folder: Path, trained: Made[Trained], converted: Made[Conve
         return Closed(None, 0, 0, None, None, error.message)
 
 
-def _closed(job: Job, folder: Path, trained: Made[Trained], merged: Made[Merged], shipped: Shipping) -> Closed:
+def _closed(job: Job, folder: Path, trained: Made[Any], merged: Made[Merged], shipped: Shipping) -> Closed:
     recipe, (cuda, bfloat16), path = job.recipe, computes_on(), shipped.path
     tokenizer, rows = tokenizer_of(job, merged.folder / MODEL), read_data(job)
     learnt, checked = _chosen(cut(tokenise(tokenizer, rows.train), recipe.training.max_length), recipe.training.seed)
@@ -98,13 +99,13 @@ def _closed(job: Job, folder: Path, trained: Made[Trained], merged: Made[Merged]
     return Closed(replace(shipped.file, path=Path(target.name)), len(vectors), done, before, after, None)
 
 
-def _teacher(job: Job, trained: Made[Trained]) -> Any:
+def _teacher(job: Job, trained: Made[Any]) -> Any:
     """The trained model: an adapter on the base that it was trained on, as it was."""
     (cuda, bfloat16), recipe = computes_on(), job.recipe
     if recipe.training.method == "full":
         return hf.load_model(trained.folder / MODEL, None, bfloat16=bfloat16, cuda=cuda, trust_remote_code=recipe.trust_remote_code)
     return hf.load_adapted(
-        base_folder(job), trained.folder / "adapter", recipe.training.method, bfloat16=bfloat16, cuda=cuda,
+        base_folder(job), trained.folder / ADAPTER, recipe.training.method, bfloat16=bfloat16, cuda=cuda,
         trust_remote_code=recipe.trust_remote_code,
     )  # fmt: skip
 
@@ -131,7 +132,7 @@ CLOSE: Step[Closed] = Step(
     does="the file that ships, nearer to the trained model",
     command="ftkit ship",
     result=Closed,
-    after=(TRAIN, GGUF, MERGE, QUANTISE),
+    after=(TRAIN, ADOPT, GGUF, MERGE, QUANTISE),
     follows_from=lambda job: [job.recipe.ship.quantization, job.recipe.ship.closing_steps],
     costs=of_closing,
     make=_close,
@@ -152,10 +153,10 @@ class Shipping:
 
 
 def shipping(job: Job, converted: Made[Converted], *later: Made[Any]) -> Shipping:
-    """Which of the files ships: the closed one, else the type that is wanted, else Q8_0."""
+    """Which of the files ships: the closed one, else the type that is wanted, else Q8_0, or the file that came."""
     made, wanted = {step.name: step for step in later}, job.recipe.ship.quantization
     step: Made[Any] = converted
-    file = converted.result.file(wanted if wanted in ALWAYS_MADE else "Q8_0")
+    file = next((file for file in converted.result.files if file.quantization == wanted), converted.result.files[-1])
     if quantised := made.get(QUANTISE.name):
         step, file = quantised, quantised.result
     if (closed := made.get(CLOSE.name)) and closed.result.file:

@@ -12,6 +12,7 @@ from ftkit.data.lengths import TokenCounts
 from ftkit.engines import ollama
 from ftkit.errors import DoesNotFitError, NameTakenError, RecipeError, RunError, ToolMissingError
 from ftkit.gguf.files import GgufFile
+from ftkit.line.adopt import ADOPT, Adopted, refuse
 from ftkit.line.ask import ASK, REASK
 from ftkit.line.close import CLOSE, Closed, shipping
 from ftkit.line.gguf import GGUF, QUANTISE
@@ -32,7 +33,7 @@ from ftkit.proof.compare import Score
 from ftkit.run import discard
 from ftkit.units import bytes_text
 
-LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ASK, MERGE, GGUF, REASK, QUANTISE, CLOSE, PROVE, REGISTER)
+LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ADOPT, ASK, MERGE, GGUF, REASK, QUANTISE, CLOSE, PROVE, REGISTER)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def plan(job: Job) -> Planned:
 
     Raises ModelError, DataError and RecipeError; a plan that does not fit is a result, not an error.
     """
+    _refuse_given(job)
     ensure(job, PLAN)
     made = recorded(job.run)
     assert made
@@ -67,13 +69,27 @@ def costs_of(job: Job, memory: MemoryPlan) -> tuple[Cost, ...]:
 
 
 def is_trained(job: Job) -> bool:
-    """Whether the run holds the finished training of this recipe, data and model."""
-    return find(job, TRAIN) is not None
+    """Whether the run holds the finished training of this recipe, data and model, or it was trained elsewhere."""
+    return job.given is not None or find(job, TRAIN) is not None
+
+
+def _refuse_given(job: Job) -> None:
+    if job.given:
+        raise RecipeError(
+            f"`trained` names {job.given.path}, which is trained already.", "ship it: ftkit ship; see what that does: ftkit ship --dry-run"
+        )
+
+
+def adopt(job: Job) -> Made[Adopted]:
+    """Look through what was trained elsewhere, and take it into the run. Raises ModelError for what could not be shipped."""
+    refuse(job)
+    return ensure(job, ADOPT)
 
 
 def train(job: Job) -> Made[Trained]:
     """Train as planned. Raises DoesNotFitError before anything is loaded, InterruptedRunError on Ctrl-C."""
     refuse_dora(job)
+    _refuse_given(job)
     if is_trained(job):
         return ensure(job, TRAIN)  # up to date: nothing has to fit any more
     planned = plan(job)
@@ -122,8 +138,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
     _refuse_what_cannot_ship(job, use_ollama, replace_model)
     asked, job = ensure(job, ASK), choose_merge(job)
     merged, converted = ensure(job, MERGE), ensure(job, GGUF)
-    ensure(job, REASK)
-    later: list[Made[Any]] = [ensure(job, step) for step in (QUANTISE, CLOSE) if step.applies(job)]
+    later: list[Made[Any]] = [ensure(job, step) for step in (REASK, QUANTISE, CLOSE) if step.applies(job)]
     shipped = shipping(job, converted, *later)
     proven = ensure(job, PROVE)
     modelfile = write_modelfile(job, merged, shipped)
@@ -162,6 +177,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
 def _refuse_what_cannot_ship(job: Job, use_ollama: bool | None, replace_model: bool) -> None:
     """All that can be known to be missing before the long work."""
     refuse_dora(job)
+    refuse(job)
     if not is_trained(job):
         other = "holds a training of another recipe, other data or another revision of the model"
         what = other if job.run.finished(TRAIN.name) else "holds no finished training"
@@ -179,7 +195,7 @@ def _refuse_what_cannot_ship(job: Job, use_ollama: bool | None, replace_model: b
 
 def refuse_missing_tools(job: Job) -> None:
     """Raise ToolMissingError before long work whose result could not be converted."""
-    if not job.run.finished(GGUF.name):
+    if not job.run.finished(GGUF.name) and not (job.given and job.given.kind == "gguf"):
         need_converter(job.llama_cpp_dir)
 
 
@@ -194,7 +210,7 @@ def choose_merge(job: Job) -> Job:
     dequantised = replace(job, onto="dequantised")
     if find(dequantised, MERGE):
         return dequantised
-    if job.recipe.training.method != "qlora":
+    if job.recipe.training.method != "qlora" or (job.given and not job.data):
         return job
     lost = loses_gain(job, ensure(job, ASK), ensure(job, REASK))
     if lost is None:
@@ -209,7 +225,8 @@ def choose_merge(job: Job) -> Job:
 def build(job: Job, *, use_ollama: bool | None = None, replace_model: bool = False) -> Shipped:
     """The whole line."""
     refuse_missing_tools(job)
-    train(job)
+    if not job.given:
+        train(job)
     return ship(job, use_ollama=use_ollama, replace_model=replace_model)
 
 
@@ -249,11 +266,12 @@ def states(job: Job) -> Iterator[State]:
 def make_only(job: Job, name: str) -> Made[Any]:
     """Make one step alone. Raises RunError where one that it comes after is not finished, RecipeError where there is no such step."""
     step = named(name)
+    if step.make is None or not step.applies(job):
+        why = "keeps nothing in the run" if step.make is None else "is no step of this recipe"
+        raise RecipeError(f"`{name}` {why}.", "those that are: ftkit ship --dry-run; the whole line: ftkit ship")
     if step is PLAN or step is TRAIN:
         return train(job) if step is TRAIN else ensure(job, PLAN)
-    if step.make is None or not step.applies(job):
-        why = "keeps nothing in the run" if step.make is None else f"makes nothing of {job.recipe.ship.quantization}"
-        raise RecipeError(f"`{name}` {why}.", "the whole line: ftkit ship")
+    refuse(job)
     done = {state.step.name: state for state in states(job)}
     for before in (*step.after, *step.needs):
         if before.applies(job) and not done[before.name].done:
