@@ -191,7 +191,8 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
     else:
         if shipped.not_registered_because:
             say(f"Not registered: {shipped.not_registered_because}")
-        say(f"In Ollama:   {shipped.register_with or 'start it: ollama serve'}, then: ftkit ship --ollama")
+        again = f"ftkit ship {job.run.folder}" if job.given else "ftkit ship"
+        say(f"In Ollama:   {shipped.register_with or 'start it: ollama serve'}, then: {again} --ollama")
         say(f"             or by hand: ollama create {job.recipe.ship.name} -f {shipped.modelfile}")
 
 

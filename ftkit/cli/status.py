@@ -63,10 +63,11 @@ def command(run: Path, as_json: bool) -> None:
     free = sum(entry.size_bytes for entry in held if not entry.needed)
     if any(not entry.needed for entry in held):
         say(f"\nWhat is not needed takes {bytes_text(free)}: ftkit clean {run}")
-    to_do = [step.command for step in LINE if step.name in steps and not steps[step.name]]
-    following = to_do[0] if to_do else None if registered else "ftkit ship --ollama"
+    ship = f"ftkit ship {run}" if elsewhere else "ftkit ship"
+    to_do = [ship if elsewhere else step.command for step in LINE if step.name in steps and not steps[step.name]]
+    following = to_do[0] if to_do else None if registered else f"{ship} --ollama"
     if doubts:
-        say(f"\nNot all is proven: {'; '.join(doubts)}. Why: ftkit ship")
+        say(f"\nNot all is proven: {'; '.join(doubts)}. Why: {ship}")
     say(f"\nNext: {following or f'ollama run {registered}'}")
 
 

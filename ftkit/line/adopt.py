@@ -15,12 +15,14 @@ from ftkit.errors import ModelError, RecipeError
 from ftkit.files import link
 from ftkit.line.job import Job, base_folder, open_base, tokenizer_of
 from ftkit.line.step import Made, Step
+from ftkit.line.train import TRAIN
 from ftkit.merge.deltas import deltas_of
+from ftkit.model.adapter import embedding_rows
 from ftkit.model.dequantise import rebuilt_tokenizer
 from ftkit.model.given import ADAPTER_CONFIG, ADAPTER_WEIGHTS, UNQUANTISED, Given, Kind, config_of, four_bits, quantised_by, tokenizer_files
 from ftkit.model.locate import locate
 from ftkit.model.open import open_config, open_weights
-from ftkit.model.source import header, open_gguf, weight_files
+from ftkit.model.source import open_gguf, weight_files
 from ftkit.proof.compare import compare_tokens
 from ftkit.proof.probes import HARD_TEXTS
 
@@ -130,8 +132,7 @@ def _refuse_tokens_without_rows(adapter: Path, base: Path, token: str, number: i
     """Raise ModelError for a token that training added, and that neither the base nor the adapter has an embedding of."""
     config = config_of(base)
     rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 0
-    brought = [entry["shape"][0] for name, entry in header(adapter / ADAPTER_WEIGHTS).items() if "emb" in name or "wte" in name]
-    if number >= max([rows, *brought]):
+    if number >= max(rows, embedding_rows(adapter)):
         raise ModelError(
             f"The tokenizer beside the adapter has the token {token} with id {number:,}; the base's embedding has {rows:,} rows, and the "
             "adapter brings none for it.",
@@ -212,3 +213,8 @@ ADOPT = Step(
     make=_make,
     applies=lambda job: job.given is not None,
 )
+
+
+def trained_by(job: Job) -> Step[Any]:
+    """The step that the trained model comes from."""
+    return ADOPT if job.given else TRAIN

@@ -12,7 +12,7 @@ from ftkit.data.template import render, token_ids
 from ftkit.data.turns import answer_reader, expected, question
 from ftkit.engines import hf, llamacpp, logits
 from ftkit.errors import DoesNotFitError
-from ftkit.line.adopt import ADAPTER, ADOPT, trained_tokenizer
+from ftkit.line.adopt import ADAPTER, ADOPT, trained_by, trained_tokenizer
 from ftkit.line.behaviour import MERGED, TRAINED, given_rows, measure_file, measure_model, write
 from ftkit.line.gguf import GGUF, Converted
 from ftkit.line.job import Job, Onto, base_folder, computes_on, read_data, tokenizer_of
@@ -174,7 +174,7 @@ REASK = Step(
     result=AskedMerged,
     after=(ASK,),
     needs=(GGUF, MERGE),
-    follows_from=lambda job: [fingerprint_of(job, ADOPT if job.given else TRAIN), job.onto],
+    follows_from=lambda job: [fingerprint_of(job, trained_by(job)), job.onto],
     costs=of_asking_merged,
     make=_ask_merged,
     applies=lambda job: not job.given or job.given.kind != "gguf",  # which is merged with nothing
