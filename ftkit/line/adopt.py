@@ -23,7 +23,7 @@ from ftkit.model.given import ADAPTER_CONFIG, ADAPTER_WEIGHTS, UNQUANTISED, Give
 from ftkit.model.locate import locate
 from ftkit.model.open import open_config, open_weights
 from ftkit.model.source import open_gguf, weight_files
-from ftkit.proof.compare import compare_tokens
+from ftkit.proof.compare import same_ids
 from ftkit.proof.probes import HARD_TEXTS
 
 ADAPTER, MODEL, TOKENIZER = "adapter", "model", "tokenizer"
@@ -168,13 +168,20 @@ def lay_out(model: Path, target: Path, *, with_code: bool) -> None:
 def _gguf(job: Job, given: Given, folder: Path) -> None:
     """Of the file its tokenizer, as transformers rebuilds it and llama.cpp confirms; the file itself is linked where it is converted to."""
     tokenizer, fields = rebuilt_tokenizer(given.path), open_gguf(given.path).fields
+    ends = list(dict.fromkeys(int(fields[name].contents()) for name in ENDS if name in fields))
+    tokenizer.add_tokens([str(token) for token in tokenizer.convert_ids_to_tokens(ends)], special_tokens=True)  # of whichever type there
     with llamacpp.load(given.path, 64) as engine:
-        compare_tokens(HARD_TEXTS, lambda text: token_ids(tokenizer, text), engine.tokenize, given.path.name)
+        texts = ((text, token_ids(tokenizer, text), engine.tokenize(text)) for text in HARD_TEXTS)
+        if (check := same_ids("token ids", texts, "hard texts")).outcome == "failed":
+            raise ModelError(
+                f"transformers rebuilds the tokenizer of {given.path.name} otherwise than llama.cpp reads it, so that nothing could be "
+                f"proved of it: {check.detail}",
+                "ship the folder that the file was converted from: ftkit ship FOLDER",
+            )
         adds_bos = engine.tokenize("x", begins=True) != engine.tokenize("x")
     if adds_bos and tokenizer.chat_template and not begins_with_bos(tokenizer):
         tokenizer.chat_template = "{{- bos_token }}" + tokenizer.chat_template  # what is read of it stays the same
     tokenizer.save_pretrained(folder / MODEL)
-    ends = list(dict.fromkeys(int(fields[name].contents()) for name in ENDS if name in fields))
     (folder / MODEL / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}) + "\n", encoding="utf-8")
 
 

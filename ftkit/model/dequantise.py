@@ -81,7 +81,8 @@ def _write_checkpoint(path: Path, folder: Path) -> None:
 
 def rebuilt_tokenizer(path: Path) -> Any:
     """The tokenizer of a GGUF, as far as transformers makes it of the file's metadata: a guess until llama.cpp gives the same ids."""
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from tokenizers import decoders
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence
     from transformers import AutoTokenizer
 
     with _reading(path) as where:
@@ -92,6 +93,11 @@ def rebuilt_tokenizer(path: Path) -> Any:
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
         )
+    space = fields.get("tokenizer.ggml.add_space_prefix")
+    backend = tokenizer.backend_tokenizer
+    if space is not None and not space.contents() and isinstance(backend.pre_tokenizer, Metaspace):  # transformers puts one all the same
+        backend.pre_tokenizer = Metaspace(prepend_scheme="never", split=False)
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 
 
