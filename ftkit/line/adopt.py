@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ from ftkit.data.template import begins_with_bos, is_dated, render, token_ids
 from ftkit.engines import llamacpp
 from ftkit.errors import ModelError, RecipeError
 from ftkit.files import link
-from ftkit.line.job import Job, base_folder, open_base, tokenizer_of
+from ftkit.gguf.types import gguf_model
+from ftkit.line.job import Job, base_folder, computes_on, open_base, tokenizer_of
 from ftkit.line.step import Made, Step
 from ftkit.line.train import TRAIN
+from ftkit.memory.model import Skeleton, load_config
+from ftkit.memory.sizes import DTYPE_BYTES
 from ftkit.merge.deltas import deltas_of
 from ftkit.model.adapter import embedding_rows
 from ftkit.model.dequantise import rebuilt_tokenizer
@@ -23,6 +26,7 @@ from ftkit.model.given import ADAPTER_CONFIG, ADAPTER_WEIGHTS, UNQUANTISED, Give
 from ftkit.model.locate import locate
 from ftkit.model.open import open_config, open_weights
 from ftkit.model.source import open_gguf, weight_files
+from ftkit.plan.cost import Sizes
 from ftkit.proof.compare import same_ids
 from ftkit.proof.probes import HARD_TEXTS
 
@@ -191,6 +195,33 @@ WORDS: dict[Kind, str] = {"adapter": "an adapter", "checkpoint": "a whole model"
 
 def _tokenizer(job: Job, folder: Path) -> Any:
     return tokenizer_of(job, next(path for path in (folder / TOKENIZER, folder / MODEL) if path.is_dir()), base=True)
+
+
+def sizes(job: Job) -> Sizes | None:
+    """What the costs of the later steps follow from, by the config and the adapter's file alone.
+
+    None of a GGUF, and where the model cannot be counted: then nothing is said of costs.
+    """
+    given, method = job.given, job.recipe.training.method
+    if not given or given.kind == "gguf":
+        return None
+    try:
+        folder = given.path if given.kind == "checkpoint" else open_config(job.source, job.reporter).folder
+        assert folder
+        config = load_config(folder, trust_remote_code=job.recipe.trust_remote_code)
+        (cuda, bfloat16), trust = computes_on(), job.recipe.trust_remote_code
+        dtype = "bfloat16" if bfloat16 else "float32"
+        skeleton = Skeleton(config, dtype, trust_remote_code=trust)
+    except ModelError:
+        return None
+    counted = skeleton.count("full", job.recipe.lora, job.recipe.training.optim, dtype)
+    if given.kind == "adapter":
+        size = (given.path / ADAPTER_WEIGHTS).stat().st_size
+        weights = sum(part for _, part in skeleton.storages(method, dtype, "float32", True))
+        counted = replace(counted, method=method, trainable_parameters=size // 4, adapter_bytes=size, weights_bytes=weights)
+    gguf = gguf_model({tensor.name: tensor.shape for tensor in skeleton.tensors}, config)
+    vram_bytes = job.device.total_bytes if cuda else None
+    return Sizes(gguf, counted, job.recipe.ship, job.recipe.training.max_length, DTYPE_BYTES[dtype], vram_bytes, 0)
 
 
 def trained_tokenizer(job: Job, trained: Made[Any]) -> Any:

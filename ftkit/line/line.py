@@ -13,6 +13,7 @@ from ftkit.engines import ollama
 from ftkit.errors import DoesNotFitError, NameTakenError, RecipeError, RunError, ToolMissingError
 from ftkit.gguf.files import GgufFile
 from ftkit.line.adopt import ADOPT, Adopted, refuse
+from ftkit.line.adopt import sizes as adopted_sizes
 from ftkit.line.ask import ASK, REASK
 from ftkit.line.close import CLOSE, Closed, shipping
 from ftkit.line.gguf import GGUF, QUANTISE
@@ -27,7 +28,7 @@ from ftkit.line.train import TRAIN, Trained, refuse_dora
 from ftkit.machine.llama_cpp import need_converter
 from ftkit.model.open import bytes_to_fetch
 from ftkit.plan import measured
-from ftkit.plan.cost import Cost
+from ftkit.plan.cost import Cost, Sizes
 from ftkit.plan.plan import MARGIN, MemoryPlan
 from ftkit.proof.compare import Score
 from ftkit.run import discard
@@ -188,8 +189,12 @@ def _refuse_what_cannot_ship(job: Job, use_ollama: bool | None, replace_model: b
     if use_ollama:
         with ollama.connect(job.reporter) as client:
             refuse_anothers_name(job, client, replace_model)
-    planned = recorded(job.run)
-    if planned and not job.run.finished(PROVE.name):
+    if job.run.finished(PROVE.name):
+        return
+    if job.given and (sizes := adopted_sizes(job)):
+        costs = [cost for step in LINE if step.applies(job) for cost in _costs(job, step, sizes)]
+        refuse_shortages(shortages(job, costs, bytes_to_fetch(job.source)))
+    elif planned := recorded(job.run):
         refuse_shortages(shortages(job, costs_of(job, planned.memory), 0, trained=True))
 
 
@@ -257,10 +262,15 @@ def states(job: Job) -> Iterator[State]:
     """Of every step that this job has, in order. Nothing is made."""
     job = _as_merged(job)
     planned = recorded(job.run)
-    sizes = planned.memory.sizes(job.recipe.ship) if planned else None
+    sizes = adopted_sizes(job) if job.given else planned.memory.sizes(job.recipe.ship) if planned else None
     for step in LINE:
         if step.applies(job):
-            yield State(step, find(job, step) if step.make else None, step.costs(sizes) if sizes else ())
+            yield State(step, find(job, step) if step.make else None, _costs(job, step, sizes) if sizes else ())
+
+
+def _costs(job: Job, step: Step[Any], sizes: Sizes) -> tuple[Cost, ...]:
+    """What a step costs; a model that was given whole is linked, and not merged."""
+    return () if step is MERGE and job.given and job.given.kind == "checkpoint" else step.costs(sizes)
 
 
 def make_only(job: Job, name: str) -> Made[Any]:

@@ -39,6 +39,8 @@ def judge_served(expected: Sequence[str], file: Sequence[str], served: Sequence[
     answers (McNemar's) are allowed beside the limit. Not made where the file gets nothing right, so that no loss shows.
     """
     name = "answers in Ollama"
+    if not expected:
+        return not_made(name, "nothing was asked")
     before, after = score(expected, file, match), score(expected, served, match)
     figures = f"{after.right} of {after.rows} right, in llama.cpp {before.right}; {same(file, served).right} are the same text"
     if not before.right:

@@ -6,12 +6,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 
-from ftkit.errors import FtkitError, ModelError
+from ftkit.errors import DoesNotFitError, FtkitError, ModelError
 from ftkit.line import line
 from ftkit.line.adopt import TOKENIZER, trained_tokenizer
 from ftkit.line.entry import enter
@@ -145,3 +146,21 @@ def test_data_template_gives_one(here: Path, write_rows: Callable[[Path, list[An
     (here / "base" / "chat_template.jinja").unlink()
     _, _, tokenizer = adopted("lora", data__template="chatml")
     assert "<|im_start|>" in tokenizer.chat_template
+
+
+def test_what_the_later_steps_cost_is_known_before_they_are_made(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {}
+    for what in ("lora", "base"):
+        job, _ = enter(what, [], run_dir=None, reporter=SILENT)
+        costs[what] = {cost.name: cost for state in line.states(job) for cost in state.costs}
+    adapter, model = here / "lora" / "adapter_model.safetensors", here / "base" / "model.safetensors"
+    written = costs["lora"]["merge"]
+    assert abs(written.disk_bytes - model.stat().st_size) < 1 << 13  # but for the header: the base is in 16 bits
+    assert written.read_bytes - written.disk_bytes == adapter.stat().st_size // 4 * 4
+    assert "copy the trained model" not in costs["base"]  # it is linked
+    assert "convert to F16" in costs["base"]
+    monkeypatch.setattr("ftkit.line.shortage.shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 10))
+    job, _ = enter("lora", [], run_dir=None, reporter=SILENT)
+    with job.run, pytest.raises(DoesNotFitError, match=r"1\.0 KiB are free"):
+        line.ship(job, use_ollama=False)
+    assert not list(job.run.folder.glob("*-*"))

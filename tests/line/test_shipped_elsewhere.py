@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,22 @@ def test_an_adapter_ships_unlooked_at_and_is_proven_once_rows_are_given(here: Pa
     assert made_files(run) == files  # neither merged nor converted again
     assert not ship("lora", data__train="rows.jsonl").fresh
     assert not ship("runs/lora", data__train="rows.jsonl").fresh
+
+
+def test_an_adapter_of_four_bits_is_asked_on_them_and_closed_towards_that(here: Path) -> None:
+    on_16 = ship("lora", data__train="rows.jsonl")
+    shutil.copytree(here / "lora", here / "unsloth")
+    config = json.loads((here / "lora" / "adapter_config.json").read_text(encoding="utf-8"))
+    four = {**config, "base_model_name_or_path": "unsloth/tiny-bnb-4bit"}
+    (here / "unsloth" / "adapter_config.json").write_text(json.dumps(four), encoding="utf-8")
+    write = {"data.train": "rows.jsonl", "data.test": "rows.jsonl", "ship.closing_steps": 2, "ship.keep": 0}
+    shipped = ship("unsloth", model="base", **write)
+    assert shipped.forms["before"].loss != on_16.forms["before"].loss  # the base as it was trained on
+    assert shipped.merged_onto == "the 16-bit source"
+    assert shipped.closed
+    assert shipped.closed.vectors == 13  # two norms a layer, and the last
+    assert "failed" not in outcomes(shipped).values()
+    assert not ship("unsloth", **write).fresh
 
 
 def test_a_merged_model_is_linked_converted_and_compared_with_its_base(here: Path) -> None:
