@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import convertible
 import pytest
 import tiny
+from click.testing import Result
 from conftest import conversations
 
 from ftkit.gguf.files import template_in
@@ -72,7 +74,7 @@ def made_files(run: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.suffix in (".gguf", ".safetensors")}
 
 
-def test_an_adapter_ships_unlooked_at_and_is_proven_once_rows_are_given(here: Path) -> None:
+def test_an_adapter_ships_unlooked_at_and_is_proven_once_rows_are_given(here: Path, ftkit: Callable[..., Result]) -> None:
     shipped, run = ship("lora"), here / "runs" / "lora"
     found = outcomes(shipped)
     assert {found.pop(name) for name in (*BEHAVIOUR, "training ids")} == {"not made"}
@@ -91,6 +93,12 @@ def test_an_adapter_ships_unlooked_at_and_is_proven_once_rows_are_given(here: Pa
     assert made_files(run) == files  # neither merged nor converted again
     assert not ship("lora", data__train="rows.jsonl").fresh
     assert not ship("runs/lora", data__train="rows.jsonl").fresh
+    steps = json.loads(ftkit("status", "runs/lora", "--json").stdout)["steps"]
+    assert [name for name, step in steps.items() if step["finished"]] == ["adopt", "ask", "merge", "gguf", "reask", "prove"]
+    assert "Next: ftkit ship runs/lora --ollama" in ftkit("status", "runs/lora").stdout
+    assert ftkit("chat", "runs/lora", "hello", "--max-new-tokens", "2").exit_code == 0
+    assert ftkit("clean", "runs/lora", "--yes").exit_code == 0
+    assert not ship("lora", data__train="rows.jsonl").fresh
 
 
 def test_an_adapter_of_four_bits_is_asked_on_them_and_closed_towards_that(here: Path) -> None:
