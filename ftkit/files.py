@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -65,6 +67,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def link(source: Path, target: Path) -> None:
+    """Another name for a large file, which stays where it is; a copy where the system makes none."""
+    source = source.resolve()
+    for linked in (target.symlink_to, target.hardlink_to):  # Windows wants a privilege for the first
+        with suppress(OSError):
+            linked(source)
+            return
+    shutil.copyfile(source, target)
 
 
 def sync_folder(folder: Path) -> None:

@@ -228,6 +228,7 @@ class Ship(Group):
     record_rows: Annotated[int, Field(ge=0, le=64)] = Field(
         default=0, description="held-out rows that go into the record beside the shipped file, as token ids"
     )
+    allow_requantize: bool = Field(default=False, description="make another type of a GGUF that is quantised already")
     system: str | None = None
     num_ctx: Annotated[int, Field(ge=8)] = 4096
     temperature: Annotated[float, Field(ge=0)] = 0.0
@@ -271,6 +272,9 @@ class Recipe(Group):
     """All of one run. Paths are as written: relative ones are taken from the recipe's folder."""
 
     model: str
+    trained: str | None = Field(
+        default=None, description="what was trained with another tool and ships in place of a training: an adapter, a checkpoint or a GGUF"
+    )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model: only of authors you trust")
     data: Data = Data()
     training: Training = Training()

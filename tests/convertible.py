@@ -38,15 +38,15 @@ def gemma4_text(vocab_size: int) -> Any:
     )  # fmt: skip
 
 
-def make(kind: str, folder: Path) -> Any:
-    """Write a tiny model with random weights and its tokenizer; the model."""
+def make(kind: str, folder: Path, spare_rows: int = 0) -> Any:
+    """Write a tiny model with random weights and its tokenizer; the model. `spare_rows`: of its embedding, for tokens to come."""
     import torch
     import transformers
 
     torch.manual_seed(0)
     words = tokenizer()
     if kind == "llama":
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=len(words)))
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=len(words) + spare_rows))
     elif kind == "gemma4":
         model = transformers.Gemma4ForCausalLM(gemma4_text(len(words)))
     else:

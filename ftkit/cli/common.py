@@ -32,10 +32,22 @@ trust_option = click.option(
 
 def recipe_options(function: Function) -> Function:
     """RECIPE and the options that change it."""
+    function = job_options(function)
+    return click.argument("recipe", type=click.Path(path_type=Path), default=Path("recipe.yaml"))(function)
+
+
+def job_options(function: Function) -> Function:
+    """The options that change a recipe."""
     for option in reversed(
         (
-            click.argument("recipe", type=click.Path(path_type=Path), default=Path("recipe.yaml")),
-            click.option("--model", "-m", metavar="REF", help="Base model: hub id (org/name@revision), folder, .gguf file or ollama:NAME."),
+            click.option(
+                "--model",
+                "--base",
+                "-m",
+                "model",
+                metavar="REF",
+                help="Base model: hub id (org/name@revision), folder, .gguf file or ollama:NAME.",
+            ),
             click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe."),
             click.option("--vram", metavar="GIB", help="Plan for this much memory."),
             click.option("--gpu", metavar="NAME", help='Plan for this card, as in --gpu "RTX 4090".'),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ftkit.cli.common import open_job, recipe_options
+from ftkit.cli.common import absolute, be_quiet, job_options, need_training_stack, overrides
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,13 +37,22 @@ def part_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-@click.command(epilog="\b\nExamples:\n  ftkit ship\n  ftkit ship --set ship.quantization=Q5_K_M --ollama")
-@recipe_options
+@click.command(
+    epilog="\b\nExamples:\n  ftkit ship\n  ftkit ship --set ship.quantization=Q5_K_M --ollama\n"
+    "  ftkit ship outputs/checkpoint-300 --data train.jsonl --test test.jsonl\n"
+    "  ftkit ship my-adapter --base org/name --set ship.name=mine\n  ftkit ship model-F16.gguf --set ship.quantization=Q5_K_M"
+)
+@click.argument("what", default="recipe.yaml")
+@job_options
+@click.option("--data", metavar="FILE", help="Rows that it was trained on, or like them; as data.train.")
+@click.option("--test", metavar="FILE", help="Rows that it is asked, and did not see; as data.test.")
 @ollama_option
 @yes_option
 @part_options
 def command(
-    recipe: Path,
+    what: str,
+    data: str | None,
+    test: str | None,
     as_json: bool,
     use_ollama: bool | None,
     replace_model: bool,
@@ -53,13 +61,27 @@ def command(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Turn what RECIPE trained into a GGUF that answers as the trained model does, and register it in Ollama."""
-    job = open_job(recipe, **options)
-    from ftkit.line import line
+    """Turn what was trained into a GGUF that answers as the trained model does, and register it in Ollama.
+
+    WHAT is a recipe that was trained, or its run; or what another tool trained: a PEFT adapter's folder, a whole model's folder
+    or a GGUF. Of those a recipe is written here, NAME.yaml, and the run is kept in runs/NAME.
+    """
+    need_training_stack()
+    be_quiet()
+    from ftkit.cli.console import ConsoleReporter
+    from ftkit.line import entry, line
+
+    run_dir = options.pop("run_dir")
+    changed = [(key, absolute(path)) for key, path in (("data.train", data), ("data.test", test)) if path] + overrides(**options)
+    job, new_recipe = entry.enter(what, changed, run_dir=run_dir, reporter=ConsoleReporter())
 
     def whole() -> None:
         show(job, line.ship(job, use_ollama=use_ollama, replace_model=replace_model), as_json)
 
+    if new_recipe and not dry_run:
+        with job.run:
+            line.adopt(job)  # what could not be shipped leaves no recipe
+            new_recipe.write()
     walk(job, whole, only=only, first=first, dry_run=dry_run, as_json=as_json)
 
 
@@ -107,7 +129,7 @@ def show_states(states: list[State], as_json: bool) -> None:
         done = "done" if state.done else "to do" if state.step.make else "asked of Ollama"
         rows.append([state.step.name, state.step.does, done, *(bytes_text(size) if size else "–" for size in (*most, *sums))])
     print_table("The line", ["step", "", "", "RAM", "VRAM", "disk", "read"], rows, figures=False)
-    if not any(state.costs for state in states):
+    if any(state.step.name == "plan" for state in states) and not any(state.costs for state in states):
         say("\nWhat it costs is known once it is planned: ftkit plan")
 
 
@@ -122,7 +144,7 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
     unproven = [check for check in shipped.checks if check.outcome != "passed"]
     for check in unproven:
         say(f"Not proven – {check.name}: {check.detail}.")
-    if any(check.name == "answers" for check in unproven):
+    if shipped.scores and any(check.name == "answers" for check in unproven):
         say(f"Score them otherwise (--set evaluate.by=first_line, say), or read them side by side: {shipped.proof_file}")
         if any(check.name == "gain kept" and check.outcome == "passed" for check in shipped.checks):
             say("What was looked at token by token, below, does not need an answer that is exactly right, and passed.")
@@ -137,11 +159,13 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
             f"\n  before    {_one_line(example['before'])}\n  after     {_one_line(example['after'])}\n"
             f"  expected  {_one_line(example['expected'])}\n"
         )
-    show_scores(shipped.right_by, shipped.scores)
-    if any(form.kept for form in shipped.forms.values()):
+    held_out = not job.given or "test" in job.data  # else training may have seen them
+    show_scores(shipped.right_by, shipped.scores, held_out=held_out)
+    if any(form.kept or form.divergence is not None for form in shipped.forms.values()):
         kept = [[name, *_figures(form)] for name, form in shipped.forms.items()]
         say("")
-        print_table("Held-out answers, token by token", ["", "loss", "gain kept", "KL", "same token", "perplexity outside"], kept)
+        title = f"{'Held-out answers' if held_out else 'Answers'}, token by token"
+        print_table(title, ["", "loss", "gain kept", "KL", "same token", "perplexity outside"], kept)
     if "dequantised" in shipped.merged_onto:
         say(
             "\nMerged into the source the gain was lost. The dequantised base keeps it, "
@@ -175,11 +199,12 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
     else:
         if shipped.not_registered_because:
             say(f"Not registered: {shipped.not_registered_because}")
-        say(f"In Ollama:   {shipped.register_with or 'start it: ollama serve'}, then: ftkit ship --ollama")
+        again = f"ftkit ship {job.run.folder}" if job.given else "ftkit ship"
+        say(f"In Ollama:   {shipped.register_with or 'start it: ollama serve'}, then: {again} --ollama")
         say(f"             or by hand: ollama create {job.recipe.ship.name} -f {shipped.modelfile}")
 
 
-def show_scores(right_by: str, scores: dict[str, Score]) -> None:
+def show_scores(right_by: str, scores: dict[str, Score], *, held_out: bool = True) -> None:
     """Right answers of each form, what more the rule tells of them, and what was said for what of the file that ships."""
     from ftkit.cli.console import print_table, say
 
@@ -191,7 +216,8 @@ def show_scores(right_by: str, scores: dict[str, Score]) -> None:
     }
     told = [name for name, cells in columns.items() if any(cells)]
     rows = [[form, *(columns[name][number] for name in told)] for number, form in enumerate(scores)]
-    print_table(f"Held-out questions, right by {right_by}", ["", *told], rows)
+    if rows:
+        print_table(f"{'Held-out questions' if held_out else 'Questions'}, right by {right_by}", ["", *told], rows)
     shown = next(reversed(scores), "")  # the file that ships comes last
     table = scores[shown].confusion if scores else None
     if table and len(table) <= MOST_LABELS:

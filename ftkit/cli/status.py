@@ -32,8 +32,11 @@ def command(run: Path, as_json: bool) -> None:
     ollama, shipped, proof = manifest.get("ollama", {}), manifest.get("shipped", {}), manifest.get("proof", {})
     registered = ollama.get("name") if steps["gguf"] and shipped and ollama.get("shipped") == shipped["mark"] else None
     proven = steps["prove"]
-    if proven and not steps["quantise"]:
-        del steps["quantise"]  # what ships is F16 or Q8_0
+    elsewhere = bool(steps["adopt"]) or begun["adopt"]
+    for name in ("plan", "train") if elsewhere else ("adopt",):
+        del steps[name]
+    if proven:  # what is not there was not needed: F16 or Q8_0 ships, or nothing is closed
+        steps = {name: step for name, step in steps.items() if step}
     checks = proof["checks"] if proven and proof.get("step") == proven.fingerprint else []
     checks = [*checks, *(ollama.get("checks", []) if registered else [])]
     doubts = [f"{check['name']}: {check['outcome']}" for check in checks if check["outcome"] != "passed"]
@@ -62,12 +65,13 @@ def command(run: Path, as_json: bool) -> None:
     free = sum(entry.size_bytes for entry in held if not entry.needed)
     if any(not entry.needed for entry in held):
         say(f"\nWhat is not needed takes {bytes_text(free)}: ftkit clean {run}")
-    to_do = [step.command for step in LINE if step.name in steps and not steps[step.name]]
-    following = to_do[0] if to_do else None if registered else "ftkit ship --ollama"
+    ship = f"ftkit ship {run}" if elsewhere else "ftkit ship"
+    to_do = [ship if elsewhere else step.command for step in LINE if step.name in steps and not steps[step.name]]
+    following = to_do[0] if to_do else None if registered else f"{ship} --ollama"
     if (run / SHIPPED / RECORD).is_file():
         say(f"\nTo hand on, as it last passed: {run / SHIPPED}; is it still that: ftkit verify {run}")
     if doubts:
-        say(f"\nNot all is proven: {'; '.join(doubts)}. Why: ftkit ship")
+        say(f"\nNot all is proven: {'; '.join(doubts)}. Why: {ship}")
     say(f"\nNext: {following or f'ollama run {registered}'}")
 
 

@@ -18,6 +18,7 @@ from ftkit.data.stops import stops
 from ftkit.data.template import ChatSettings, render, settle, token_ids
 from ftkit.data.turns import answer_reader
 from ftkit.errors import DoesNotFitError, ModelError, first_line
+from ftkit.model.adapter import embedding_rows
 from ftkit.model.four_bits import adaptable, left_alone, nf4_config
 from ftkit.model.source import from_files, name_body, needs_code
 from ftkit.progress import SILENT, Reporter
@@ -119,6 +120,8 @@ def load_adapted(folder: Path, adapter: Path, method: Method, *, bfloat16: bool,
     from peft import PeftModel
 
     base = load_model(folder, method, bfloat16=bfloat16, cuda=cuda, trust_remote_code=trust_remote_code)
+    if (rows := embedding_rows(adapter)) > base.get_input_embeddings().weight.shape[0]:  # for tokens that training added
+        base.resize_token_embeddings(rows, mean_resizing=False)
     with adaptable(base):
         return PeftModel.from_pretrained(base, adapter)
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,23 @@ class Engine:
         reporter: Reporter = SILENT,
     ) -> list[str]:
         """Greedy answers through the file's own chat template, in the order of the questions; `read` makes text of their ids."""
+        return self.answer_ids(map(self.prompt_ids, questions), max_new_tokens, read, label=label, total=len(questions), reporter=reporter)
+
+    def answer_ids(
+        self,
+        prompts: Iterable[list[int]],
+        max_new_tokens: int,
+        read: Callable[[Sequence[int]], str],
+        *,
+        total: int,
+        label: str = "asking",
+        reporter: Reporter = SILENT,
+    ) -> list[str]:
+        """The same, of prompts in ids."""
         answers = []
-        with reporter.bar(label, len(questions)) as bar:
-            for number, question in enumerate(questions, 1):
-                request = {"prompt": self.prompt_ids(question), "n_predict": max_new_tokens, "temperature": 0, "cache_prompt": True}
+        with reporter.bar(label, total) as bar:
+            for number, prompt in enumerate(prompts, 1):
+                request = {"prompt": prompt, "n_predict": max_new_tokens, "temperature": 0, "cache_prompt": True}
                 answers.append(read(self._post("/completion", {**request, "return_tokens": True})["tokens"]))
                 bar.update(number)
         return answers

@@ -60,14 +60,30 @@ def _lost_what_predicts_more(model: Path) -> bool:
     return not any("mtp." in name or ((found := numbers.search(name)) and int(found[1]) >= layers) for name in shapes_of(model))
 
 
-def quantize(source: Path, path: Path, quantization: str, program: Found, imatrix: Path | None = None, reporter: Reporter = SILENT) -> None:
-    """llama-quantize from an F16 file, with an importance matrix or without. Raises ToolFailedError with its last lines."""
+def quantize(
+    source: Path,
+    path: Path,
+    quantization: str,
+    program: Found,
+    reporter: Reporter = SILENT,
+    *,
+    imatrix: Path | None = None,
+    again: bool = False,
+) -> None:
+    """llama-quantize from a 16-bit file, or `again` from one that is quantised, with an importance matrix or without.
+
+    Raises ToolFailedError with its last lines.
+    """
     reporter.step(f"quantising to {path.name}")
-    importance = ["--imatrix", imatrix.name] if imatrix else []  # its name alone: it ends up in the file
-    call(
-        [program.path.resolve(), *importance, source.resolve(), path.resolve(), quantization],
-        cwd=imatrix.parent if imatrix else None,
-    )
+    how: list[str | Path] = ["--imatrix", imatrix.name] if imatrix else []  # its name alone: it ends up in the file
+    how += ["--allow-requantize"] if again else []
+    call([program.path.resolve(), *how, source.resolve(), path.resolve(), quantization], cwd=imatrix.parent if imatrix else None)
+
+
+def template_in(path: Path) -> str | None:
+    """The chat template that a file carries."""
+    field = open_gguf(path).get_field("tokenizer.chat_template")
+    return None if field is None else str(field.contents())
 
 
 def read_back(path: Path, quantization: str, chat_template: str | None) -> GgufFile:
@@ -76,8 +92,7 @@ def read_back(path: Path, quantization: str, chat_template: str | None) -> GgufF
     Raises ModelError where it does not.
     """
     reader = open_gguf(path)
-    field = reader.get_field("tokenizer.chat_template")
-    if chat_template and (field is None or field.contents() != chat_template):
+    if chat_template and template_in(path) != chat_template:
         raise ModelError(f"{path.name} does not carry the model's chat template.", "report this with the model's name")
     elements = sum(int(tensor.n_elements) for tensor in reader.tensors)
     size = sum(int(tensor.n_bytes) for tensor in reader.tensors)
@@ -102,24 +117,35 @@ class Corrections:
 
     eot_token_id: int | None = None  # llama.cpp knows some ends of turn by their text and goes on after any other
     add_bos_token: bool | None = None  # whether a BOS is put before a prompt
+    chat_template: str | None = None  # of a file that came without one, or with another
+
+    @property
+    def words(self) -> str:
+        names = {"eot_token_id": "end of turn", "add_bos_token": "BOS", "chat_template": "chat template"}
+        return " and ".join(names[name] for name, value in asdict(self).items() if value is not None)
 
 
-def correct(path: Path, corrections: Corrections) -> None:
-    """Put the corrections into a finished file.
+def correct(path: Path, corrections: Corrections) -> bool:
+    """Put the corrections into a finished file, and say whether there were any.
 
     It is written anew beside itself and takes its place, since metadata stands before the tensors.
     """
     from gguf import GGUFValueType, GGUFWriter
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
-    kinds = {"eot_token_id": GGUFValueType.UINT32, "add_bos_token": GGUFValueType.BOOL}
+    fields = {
+        "eot_token_id": ("tokenizer.ggml.eot_token_id", GGUFValueType.UINT32),
+        "add_bos_token": ("tokenizer.ggml.add_bos_token", GGUFValueType.BOOL),
+        "chat_template": ("tokenizer.chat_template", GGUFValueType.STRING),
+    }
     given = {name: value for name, value in asdict(corrections).items() if value is not None}
     if not given:
-        return
-    new = {f"tokenizer.ggml.{name}": MetadataDetails(kinds[name], value) for name, value in given.items()}
+        return False
+    new = {fields[name][0]: MetadataDetails(fields[name][1], value) for name, value in given.items()}
     reader = open_gguf(path)
     architecture = reader.get_field("general.architecture")
     assert architecture
     partial = path.with_suffix(".corrected")
     copy_with_new_metadata(reader, GGUFWriter(partial, arch=architecture.contents(), endianess=reader.endianess), new, [])
     partial.replace(path)
+    return True

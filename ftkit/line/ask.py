@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ftkit.data.rows import Message
+from ftkit.data.template import render, token_ids
 from ftkit.data.turns import answer_reader, expected, question
-from ftkit.engines import hf, llamacpp
+from ftkit.engines import hf, llamacpp, logits
+from ftkit.engines.logits import Forced
 from ftkit.errors import DoesNotFitError
+from ftkit.line.adopt import ADAPTER, ADOPT, trained_by, trained_tokenizer
 from ftkit.line.behaviour import (
     CHOICE,
     CHOICE_ROWS,
@@ -29,7 +34,7 @@ from ftkit.line.job import Job, Onto, base_folder, computes_on, read_data, token
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.plan import expected_answers
 from ftkit.line.step import Made, Step, fingerprint_of, write_json
-from ftkit.line.train import TRAIN, Trained
+from ftkit.line.train import TRAIN
 from ftkit.machine.device import processor
 from ftkit.plan.cost import FTKIT_BYTES, of_asking, of_asking_merged
 from ftkit.proof.behaviour import Behaviour
@@ -76,13 +81,14 @@ class Asked:
     answered: tuple[str, ...] = ()
 
 
-def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
-    """On what was trained on, so that no more memory is needed.
+def _ask(job: Job, folder: Path, trained: Made[Any]) -> Asked:
+    """On what was trained on, so that no more memory is needed. Nobody, where no rows were given.
 
     An adapter's base is loaded once, as training loaded it (with QLoRA in 4 bits), and asked without and with the adapter.
+    A GGUF that was given is asked as it came, in llama.cpp.
     """
-    recipe, base, data = job.recipe, base_folder(job), read_data(job)
-    (cuda, bfloat16), tokenizer = computes_on(), tokenizer_of(job, base, base=True)
+    recipe, data = job.recipe, read_data(job)
+    (cuda, bfloat16), tokenizer = computes_on(), trained_tokenizer(job, trained)
     rows, length = [row for row in data.test if not row.is_text], recipe.training.max_length
     given = {
         folder: given_rows(tokenizer, data.test, length),
@@ -99,22 +105,37 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
 
     how: dict[str, Any] = {"bfloat16": bfloat16, "cuda": cuda, "trust_remote_code": recipe.trust_remote_code}
 
+    def look_at(name: str, who: str, told: Callable[[list[Forced]], Iterator[Any]]) -> None:
+        for place, forced in given.items():
+            outside = place.name == OUTSIDE
+            label = f"reading {'text outside the task' if outside else 'answers'} with {who}"
+            measured[place].update(measure_model(job, place, name, told(forced), forced, label, keeps=not outside))
+
     def ask(name: str, model: Any, who: str) -> None:
         label = f"asking {who}"
         try:
             answers[name] = hf.answer(model, tokenizer, questions, recipe.ship.max_new_tokens, label=label, reporter=job.reporter)
         except DoesNotFitError as error:
             job.reporter.warn(f"{label} was left out: {error.message}")
-        for place, forced in given.items():
-            outside = place.name == OUTSIDE
-            label = f"reading {'text outside the task' if outside else 'answers'} with {who}"
-            measured[place].update(measure_model(job, place, name, model, forced, label, keeps=not outside))
+        look_at(name, who, partial(logits.of_model, model))
 
-    if method == "full":
-        ask(TRAINED, hf.load_model(trained.folder / MODEL, None, **how), "the trained model")
-        ask("before", hf.load_model(base, None, **how), "the base model")
+    if not data.test:
+        pass
+    elif method == "full":
+        if job.given and job.given.kind == "gguf":
+            path, prompts = job.given.path, [token_ids(tokenizer, render(tokenizer, asked, ask=True)) for asked in questions]
+            label, read = f"asking {path.name} as it came", answer_reader(tokenizer)
+            with llamacpp.load(path, recipe.ship.num_ctx) as engine:
+                answers[TRAINED] = engine.answer_ids(
+                    prompts, recipe.ship.max_new_tokens, read, label=label, total=len(prompts), reporter=job.reporter
+                )
+            look_at(TRAINED, f"{path.name} as it came", partial(logits.of_file, path))
+        else:
+            ask(TRAINED, hf.load_model(trained.folder / MODEL, None, **how), "the trained model")
+        if job.has_base:
+            ask("before", hf.load_model(base_folder(job), None, **how), "the base model")
     else:
-        model = hf.load_adapted(base, trained.folder / "adapter", method, **how)
+        model = hf.load_adapted(base_folder(job), trained.folder / ADAPTER, method, **how)
         ask(TRAINED, model, "base and adapter")
         with model.disable_adapter():
             ask("before", model, "the base model")
@@ -125,8 +146,17 @@ def _ask(job: Job, folder: Path, trained: Made[Trained]) -> Asked:
 
 
 def _held_out(job: Job) -> list[Any]:
-    test, ship = job.data.get("test"), job.recipe.ship
-    return [test and test.fingerprint, ship.test_rows, ship.max_new_tokens]
+    test, ship, data = job.data.get("test"), job.recipe.ship, job.recipe.data
+    asked = [test and test.fingerprint, ship.test_rows, ship.max_new_tokens]
+    if not job.given:
+        return asked
+    return [  # what a training here would follow from, and what was trained elsewhere does not
+        *asked,
+        {purpose: files.fingerprint for purpose, files in job.data.items()},
+        data.model_dump(include={"columns", "labels"}),
+        job.recipe.training.max_length,
+        job.source.fingerprint,
+    ]
 
 
 ASK = Step(
@@ -134,7 +164,7 @@ ASK = Step(
     does="answers before and as trained",
     command="ftkit ship",
     result=Asked,
-    after=(TRAIN,),
+    after=(TRAIN, ADOPT),
     follows_from=_held_out,
     costs=of_asking,
     make=_ask,
@@ -155,7 +185,9 @@ def _ask_merged(job: Job, folder: Path, asked: Made[Asked], converted: Made[Conv
     file = next((file for file in converted.result.files if file.bytes < room), None)
     answers: dict[str, list[str]] = {}
     read = answer_reader(tokenizer_of(job, merged.folder / MODEL))
-    if file:
+    if job.given and not job.data:
+        file = None
+    elif file:
         with llamacpp.load(converted.folder / file.path, job.recipe.ship.num_ctx) as engine:
             answers["merged"] = engine.answer(
                 read_questions(asked).questions,
@@ -178,8 +210,9 @@ REASK = Step(
     result=AskedMerged,
     after=(ASK,),
     needs=(GGUF, MERGE),
-    follows_from=lambda job: [fingerprint_of(job, TRAIN), job.onto],
+    follows_from=lambda job: [fingerprint_of(job, trained_by(job)), job.onto],
     costs=of_asking_merged,
     make=_ask_merged,
+    applies=lambda job: not job.given or job.given.kind != "gguf",  # which is merged with nothing
     keep=True,
 )

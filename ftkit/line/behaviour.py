@@ -45,7 +45,7 @@ def choice_and_others(job: Job, rows: Rows) -> tuple[StoredRows, StoredRows]:
     """
     count = len(rows.train)
     drawn = rows.train.take(random.Random(job.recipe.training.seed).sample(range(count), count))
-    if "test" in job.data:
+    if "test" in job.data and len(rows.validation):
         return rows.validation, drawn
     few = min(2 * CHOICE_ROWS, count // 4)
     return drawn[:few], drawn[few:]
@@ -70,10 +70,17 @@ def given_rows(tokenizer: Any, rows: Iterable[Row], max_length: int, most: int =
 
 
 def measure_model(
-    job: Job, folder: Path, name: str, model: Any, rows: Sequence[Forced], label: str, *, keeps: bool = True
+    job: Job,
+    folder: Path,
+    name: str,
+    logits: Iterator[np.ndarray[Any, Any]],
+    rows: Sequence[Forced],
+    label: str,
+    *,
+    keeps: bool = True,
 ) -> dict[str, Behaviour]:
     """Look at the trained model, whose logits are kept, or after it at the base. What has no room is said, and left out."""
-    found: Iterator[Any] = with_bar(job, label, rows, logits.of_model(model, rows))
+    found: Iterator[Any] = with_bar(job, label, rows, logits)
     trained = trained_logits(folder, rows) if (folder / LOGITS).exists() else ()
     try:
         return {name: measure(_kept(folder, rows, found) if keeps and name == TRAINED else found, _said(rows), trained)} if rows else {}

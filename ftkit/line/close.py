@@ -15,13 +15,14 @@ from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import DoesNotFitError, ModelError, ToolFailedError
 from ftkit.gguf.files import GgufFile
+from ftkit.line.adopt import ADAPTER, ADOPT
 from ftkit.line.ask import ASK
 from ftkit.line.behaviour import CHOICE, choice_and_others, given_rows, read_rows, trained_logits, with_bar
-from ftkit.line.gguf import ALWAYS_MADE, GGUF, QUANTISE, Converted
+from ftkit.line.gguf import GGUF, QUANTISE, Converted
 from ftkit.line.job import Job, base_folder, computes_on, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step
-from ftkit.line.train import TRAIN, Trained
+from ftkit.line.train import TRAIN
 from ftkit.plan.cost import of_closing
 
 PROMPT_TOKENS = 32  # of each row that are looked at, evenly; of an answer as many as elsewhere
@@ -41,7 +42,7 @@ class Closed:
 
 
 def _close(
-    job: Job, folder: Path, trained: Made[Trained], asked: Made[Any], merged: Made[Merged], converted: Made[Converted], *later: Made[Any]
+    job: Job, folder: Path, trained: Made[Any], asked: Made[Any], merged: Made[Merged], converted: Made[Converted], *later: Made[Any]
 ) -> Closed:
     shipped = shipping(job, converted, *later)
     try:
@@ -51,7 +52,7 @@ def _close(
         return Closed(None, 0, 0, None, None, error.message)
 
 
-def _closed(job: Job, folder: Path, trained: Made[Trained], asked: Made[Any], merged: Made[Merged], shipped: Shipping) -> Closed:
+def _closed(job: Job, folder: Path, trained: Made[Any], asked: Made[Any], merged: Made[Merged], shipped: Shipping) -> Closed:
     recipe, (cuda, bfloat16), path = job.recipe, computes_on(), shipped.path
     choice, tokenizer = asked.folder / CHOICE, tokenizer_of(job, merged.folder / MODEL)
     rows = read_rows(choice)
@@ -98,13 +99,13 @@ def _closed(job: Job, folder: Path, trained: Made[Trained], asked: Made[Any], me
     return Closed(replace(shipped.file, path=Path(target.name)), len(vectors), done, before, after, None)
 
 
-def _teacher(job: Job, trained: Made[Trained]) -> Any:
+def _teacher(job: Job, trained: Made[Any]) -> Any:
     """The trained model: an adapter on the base that it was trained on, as it was."""
     (cuda, bfloat16), recipe = computes_on(), job.recipe
     if recipe.training.method == "full":
         return hf.load_model(trained.folder / MODEL, None, bfloat16=bfloat16, cuda=cuda, trust_remote_code=recipe.trust_remote_code)
     return hf.load_adapted(
-        base_folder(job), trained.folder / "adapter", recipe.training.method, bfloat16=bfloat16, cuda=cuda,
+        base_folder(job), trained.folder / ADAPTER, recipe.training.method, bfloat16=bfloat16, cuda=cuda,
         trust_remote_code=recipe.trust_remote_code,
     )  # fmt: skip
 
@@ -121,7 +122,7 @@ CLOSE: Step[Closed] = Step(
     does="the file that ships, nearer to the trained model",
     command="ftkit ship",
     result=Closed,
-    after=(TRAIN, ASK, MERGE, GGUF, QUANTISE),
+    after=(TRAIN, ADOPT, ASK, MERGE, GGUF, QUANTISE),
     follows_from=lambda job: [job.recipe.ship.quantization, job.recipe.ship.closing_steps],
     costs=of_closing,
     make=_close,
@@ -142,10 +143,10 @@ class Shipping:
 
 
 def shipping(job: Job, converted: Made[Converted], *later: Made[Any]) -> Shipping:
-    """Which of the files ships: the closed one, else the type that is wanted, else Q8_0."""
+    """Which of the files ships: the closed one, else the type that is wanted, else Q8_0, or the file that came."""
     made, wanted = {step.name: step for step in later}, job.recipe.ship.quantization
     step: Made[Any] = converted
-    file = converted.result.file(wanted if wanted in ALWAYS_MADE else "Q8_0")
+    file = next((file for file in converted.result.files if file.quantization == wanted), converted.result.files[-1])
     if quantised := made.get(QUANTISE.name):
         step, file = quantised, quantised.result
     if (closed := made.get(CLOSE.name)) and closed.result.file:

@@ -11,13 +11,14 @@ from typing import Any
 from ftkit.data.template import begins_with_bos, render
 from ftkit.engines import llamacpp
 from ftkit.errors import ToolMissingError
-from ftkit.gguf.files import CONVERTER_TYPES, Corrections, GgufFile, convert, correct, quantize, read_back
+from ftkit.files import link
+from ftkit.gguf.files import CONVERTER_TYPES, Corrections, GgufFile, convert, correct, quantize, read_back, template_in
 from ftkit.gguf.imatrix import importance
 from ftkit.gguf.types import CONVERTED
+from ftkit.line.adopt import trained_by
 from ftkit.line.job import Job, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step, fingerprint_of
-from ftkit.line.train import TRAIN
 from ftkit.machine.llama_cpp import find_program, need_converter
 from ftkit.plan.cost import of_converting, of_imatrix, of_quantising
 
@@ -25,26 +26,37 @@ LLAMA_IMATRIX = "llama-imatrix"
 ALWAYS_MADE = ("F16", "Q8_0")  # by the converter, which needs no llama-quantize
 
 
+def _there(job: Job) -> tuple[str, ...]:
+    """The types that need no llama-quantize: those that are always made, or the one that came."""
+    return (str(job.given.quantization),) if job.given and job.given.kind == "gguf" else ALWAYS_MADE
+
+
 @dataclass(frozen=True)
 class Converted:
-    """The files that are always made, their paths from the step's folder, and what each file of this model is corrected in."""
+    """The files that are always made (or the one that came), the finest first, and what each file of this model is corrected in.
+
+    Their paths are from the step's folder.
+    """
 
     files: tuple[GgufFile, ...]
     corrections: Corrections = field(default_factory=Corrections)
 
-    def file(self, quantization: str) -> GgufFile:
-        return next(file for file in self.files if file.quantization == quantization)
-
 
 def _convert(job: Job, folder: Path, merged: Made[Merged]) -> Converted:
-    converter, model = need_converter(job.llama_cpp_dir), merged.folder / MODEL
-    tokenizer, stem = tokenizer_of(job, model), job.recipe.ship.name.replace(":", "-")
-    paths = {quantization: folder / f"{stem}-{quantization}.gguf" for quantization in ALWAYS_MADE}
+    model, stem = merged.folder / MODEL, job.recipe.ship.name.replace(":", "-")
+    tokenizer, paths = tokenizer_of(job, model), {quantization: folder / f"{stem}-{quantization}.gguf" for quantization in _there(job)}
     for quantization, path in paths.items():
-        convert(model, path, quantization, converter, job.reporter)
-    corrections = corrections_of(paths["Q8_0"], tokenizer, merged.result.stops)
+        if job.given and job.given.kind == "gguf":
+            link(job.given.path, path)
+        else:
+            convert(model, path, quantization, need_converter(job.llama_cpp_dir), job.reporter)
+    last = [*paths.values()][-1]
+    corrections = corrections_of(last, tokenizer, merged.result.stops)
+    if tokenizer.chat_template != template_in(last):  # it came without one, or with one that ftkit fixes: its date, its thinking
+        corrections = replace(corrections, chat_template=tokenizer.chat_template)
     for path in paths.values():
-        correct(path, corrections)
+        if correct(path, corrections) and last.samefile(path) and job.given:
+            job.reporter.note(f"the file is written anew: its {corrections.words} would be read otherwise")
     return Converted(tuple(_read(path, quantization, tokenizer) for quantization, path in paths.items()), corrections)
 
 
@@ -82,14 +94,12 @@ class Importance:
 
 
 def _imatrix(job: Job, folder: Path, converted: Made[Converted], merged: Made[Merged]) -> Importance:
-    program, f16 = find_program(LLAMA_IMATRIX, job.llama_cpp_dir), converted.folder / converted.result.file("F16").path
+    program, finest = find_program(LLAMA_IMATRIX, job.llama_cpp_dir), converted.folder / converted.result.files[0].path
     assert program  # else the step does not apply
     tokenizer, train, path = tokenizer_of(job, merged.folder / MODEL), read_data(job).train, folder / "imatrix.gguf"
-    order = random.Random(job.recipe.training.seed).sample(range(len(train)), len(train))
-    rows = (
-        row.messages[0]["content"] if row.is_text else render(tokenizer, row.messages, ask=False) for row in map(train.__getitem__, order)
-    )
-    importance(f16, rows, path, program, job.reporter)
+    rows = train.take(random.Random(job.recipe.training.seed).sample(range(len(train)), len(train)))
+    texts = (row.messages[0]["content"] if row.is_text else render(tokenizer, row.messages, ask=False) for row in rows)
+    importance(finest, texts, path, program, job.reporter)
     return Importance(Path(path.name))
 
 
@@ -113,34 +123,44 @@ IMATRIX = Step(
     result=Importance,
     after=(GGUF,),
     needs=(MERGE,),
-    follows_from=lambda job: [fingerprint_of(job, TRAIN)],
+    follows_from=lambda job: [
+        fingerprint_of(job, trained_by(job)),
+        [data.fingerprint for data in job.data.values()] if job.given else None,
+    ],
     costs=of_imatrix,
     make=_imatrix,
     applies=_has_imatrix,
 )
 
 
+def _is_converted(job: Job, quantization: str) -> bool:
+    """Whether the converter makes a file of this type: of a model's folder alone."""
+    return quantization in CONVERTER_TYPES and not (job.given and job.given.kind == "gguf")
+
+
 def _quantise(job: Job, folder: Path, converted: Made[Converted], *others: Made[Any]) -> GgufFile:
     made = {step.name: step for step in others}
-    wanted, f16, model = job.recipe.ship.quantization, converted.result.file("F16").path, made[MERGE.name].folder / MODEL
-    path = folder / f"{f16.stem.removesuffix('F16')}{wanted}.gguf"
-    if wanted in CONVERTER_TYPES:
+    wanted, finest, model = job.recipe.ship.quantization, converted.result.files[0], made[MERGE.name].folder / MODEL
+    path = folder / f"{finest.path.stem.removesuffix(finest.quantization)}{wanted}.gguf"
+    if _is_converted(job, wanted):
         convert(model, path, wanted, need_converter(job.llama_cpp_dir), job.reporter)
         correct(path, converted.result.corrections)
     else:
         program = find_program("llama-quantize", job.llama_cpp_dir)
         assert program  # else the step does not apply
         matrix = made.get(IMATRIX.name)
-        quantize(converted.folder / f16, path, wanted, program, matrix.folder / matrix.result.path if matrix else None, job.reporter)
+        imatrix = matrix.folder / matrix.result.path if matrix else None
+        again = job.recipe.ship.allow_requantize
+        quantize(converted.folder / finest.path, path, wanted, program, job.reporter, imatrix=imatrix, again=again)
     return _read(path, wanted, tokenizer_of(job, model))
 
 
 def _is_quantised(job: Job) -> bool:
     """Whether the type that is wanted is a file of its own, and can be made here or was made before."""
     wanted = job.recipe.ship.quantization
-    if wanted in ALWAYS_MADE:
+    if wanted in _there(job):
         return False
-    if wanted in CONVERTER_TYPES or find_program("llama-quantize", job.llama_cpp_dir):
+    if _is_converted(job, wanted) or find_program("llama-quantize", job.llama_cpp_dir):
         return True
     return job.run.finished(QUANTISE.name, fingerprint_of(job, QUANTISE)) is not None
 

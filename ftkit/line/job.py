@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ftkit.data.read import read_rows, split_validation
-from ftkit.data.store import StoredRows
+from ftkit.data.store import StoredRows, store_rows
 from ftkit.data.template import ChatSettings, named_template
 from ftkit.engines import hf
+from ftkit.errors import RecipeError
 from ftkit.files import cache_folder, file_fingerprint, fingerprint, user_path
 from ftkit.machine import device
 from ftkit.machine.device import Device, computes_bfloat16
 from ftkit.machine.llama_cpp import named_llama_cpp
 from ftkit.model.dataset import HubData, fetch_dataset, locate_dataset
+from ftkit.model.given import Given, look_at
 from ftkit.model.locate import locate
 from ftkit.model.open import open_weights
 from ftkit.model.source import Source
@@ -66,11 +68,17 @@ class Job:
     run: Run
     source: Source  # the base model
     device: Device  # that is planned for: the one that the recipe names, or this machine's
-    data: Mapping[str, DataFiles]  # by purpose; empty: to be planned without a dataset
+    data: Mapping[str, DataFiles]  # by purpose; empty: to be planned, or what was given is shipped, without a dataset
     llama_cpp_dir: Path | None  # the recipe's own llama.cpp
     chat_template: str | None  # the recipe's own
     reporter: Reporter
     onto: Onto = "source"  # the 16-bit model, or the 4-bit base that was trained on, dequantised
+    given: Given | None = None  # what was trained elsewhere; None: it is trained here
+
+    @property
+    def has_base(self) -> bool:
+        """Whether there is a base to compare with: none of a whole model that was given alone."""
+        return not self.given or self.given.path not in (self.source.folder, self.source.gguf)
 
 
 def open_job(path: Path, overrides: Sequence[tuple[str, Any]] = (), *, run_dir: Path | None = None, reporter: Reporter = SILENT) -> Job:
@@ -100,9 +108,14 @@ def make_job(recipe: Recipe, folder: Path, run: Run, reporter: Reporter = SILENT
 
     Raises RecipeError for a folder of tools, a template or a card that is not there, ModelError for no model.
     """
+    given = look_at(recipe.trained, folder) if recipe.trained else None
     named = {"train": recipe.data.train, "validation": recipe.data.validation, "test": recipe.data.test} if has_data else {}
+    if given:  # without rows of its own it is shipped without any
+        named = {purpose: names for purpose, names in named.items() if purpose in recipe.data.model_fields_set}
+        recipe = _as_given(recipe, given)
     return Job(
         recipe=recipe,
+        given=given,
         folder=folder,
         run=run,
         source=replace(locate(recipe.model, folder), with_code=recipe.trust_remote_code),
@@ -114,12 +127,28 @@ def make_job(recipe: Recipe, folder: Path, run: Run, reporter: Reporter = SILENT
     )
 
 
+def _as_given(recipe: Recipe, given: Given) -> Recipe:
+    """The recipe with the method by which this was trained: of an adapter it says whether on 4 bits, a whole model has one."""
+    full = recipe.training.method == "full"
+    if given.kind == "adapter" and full:
+        raise RecipeError(f"training.method: {given.path} is an adapter.", "trained on 4 bits: qlora; on 16: --set training.method=lora")
+    if given.kind == "adapter" or full:
+        return recipe
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"method": "full"})})
+
+
 def read_data(job: Job) -> Rows:
-    """Read the dataset. Raises DataError with every fault by file and line."""
+    """Read the dataset. Raises DataError with every fault by file and line.
+
+    Where nothing was trained here nothing is held out: without test or validation rows all are asked.
+    """
     settings, read = job.recipe.data, {}
     for purpose, data in job.data.items():
         paths = [path for file in data.files for path in ([file] if isinstance(file, Path) else fetch_dataset(file))]
         read[purpose] = read_rows(*paths, columns=settings.columns, labels=settings.labels or ())
+    if job.given:
+        rows = [read[purpose] for purpose in ("train", "validation", "test") if purpose in read] or [store_rows(())]
+        return Rows(rows[0], read.get("validation", rows[0][:0]), rows[-1][: job.recipe.ship.test_rows])
     train, validation = read["train"], read.get("validation")
     if validation is None:
         train, validation = split_validation(train, job.recipe.data.validation_share, job.recipe.training.seed)

@@ -12,6 +12,8 @@ from ftkit.data.lengths import TokenCounts
 from ftkit.engines import ollama
 from ftkit.errors import DoesNotFitError, NameTakenError, ProofError, RecipeError, RunError, ToolMissingError
 from ftkit.gguf.files import GgufFile
+from ftkit.line.adopt import ADOPT, Adopted, refuse, trained_by
+from ftkit.line.adopt import sizes as adopted_sizes
 from ftkit.line.ask import ASK, REASK, refuse_rule
 from ftkit.line.choose import WEIGH, Weighed, candidates, is_smallest, of_type
 from ftkit.line.close import CLOSE, Closed, shipping
@@ -28,13 +30,13 @@ from ftkit.line.train import TRAIN, Trained, refuse_dora
 from ftkit.machine.llama_cpp import need_converter
 from ftkit.model.open import bytes_to_fetch
 from ftkit.plan import measured
-from ftkit.plan.cost import Cost
+from ftkit.plan.cost import Cost, Sizes
 from ftkit.plan.plan import MARGIN, MemoryPlan
 from ftkit.proof.score import Score
 from ftkit.run import discard
 from ftkit.units import bytes_text
 
-LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ASK, MERGE, GGUF, REASK, IMATRIX, QUANTISE, CLOSE, PROVE, REGISTER)
+LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ADOPT, ASK, MERGE, GGUF, REASK, IMATRIX, QUANTISE, CLOSE, PROVE, REGISTER)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def plan(job: Job) -> Planned:
 
     Raises ModelError, DataError and RecipeError; a plan that does not fit is a result, not an error.
     """
+    _refuse_given(job)
     ensure(job, PLAN)
     made = recorded(job.run)
     assert made
@@ -74,13 +77,27 @@ def _largest(job: Job) -> Job:
 
 
 def is_trained(job: Job) -> bool:
-    """Whether the run holds the finished training of this recipe, data and model."""
-    return find(job, TRAIN) is not None
+    """Whether the run holds the finished training of this recipe, data and model, or it was trained elsewhere."""
+    return job.given is not None or find(job, TRAIN) is not None
+
+
+def _refuse_given(job: Job) -> None:
+    if job.given:
+        raise RecipeError(
+            f"`trained` names {job.given.path}, which is trained already.", "ship it: ftkit ship; see what that does: ftkit ship --dry-run"
+        )
+
+
+def adopt(job: Job) -> Made[Adopted]:
+    """Look through what was trained elsewhere, and take it into the run. Raises ModelError for what could not be shipped."""
+    refuse(job)
+    return ensure(job, ADOPT)
 
 
 def train(job: Job) -> Made[Trained]:
     """Train as planned. Raises DoesNotFitError before anything is loaded, InterruptedRunError on Ctrl-C."""
     refuse_dora(job)
+    _refuse_given(job)
     if is_trained(job):
         return ensure(job, TRAIN)  # up to date: nothing has to fit any more
     planned = plan(job)
@@ -134,7 +151,8 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
     refuse_rule(job, asked)
     job = choose_merge(job)
     merged, converted = ensure(job, MERGE), ensure(job, GGUF)
-    ensure(job, REASK)
+    if REASK.applies(job):
+        ensure(job, REASK)
     job, weighed = choose_type(job)
     later: list[Made[Any]] = [ensure(job, step) for step in (QUANTISE, CLOSE) if step.applies(job)]
     shipped = shipping(job, converted, *later)
@@ -154,7 +172,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
             raise
         because, register_with = error.message, error.hint
     finally:  # also where Ollama fails: the file has passed
-        record = hand_over(job, merged, shipped, proven, ensure(job, TRAIN), closed, replace(proof, checks=checks), weighed)
+        record = hand_over(job, merged, shipped, proven, ensure(job, trained_by(job)), closed, replace(proof, checks=checks), weighed)
     return Shipped(
         gguf=record.with_name(shipped.path.name),
         record=record,
@@ -181,6 +199,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
 def _refuse_what_cannot_ship(job: Job, use_ollama: bool | None, replace_model: bool) -> None:
     """All that can be known to be missing before the long work."""
     refuse_dora(job)
+    refuse(job)
     if not is_trained(job):
         other = "holds a training of another recipe, other data or another revision of the model"
         what = other if job.run.finished(TRAIN.name) else "holds no finished training"
@@ -191,14 +210,18 @@ def _refuse_what_cannot_ship(job: Job, use_ollama: bool | None, replace_model: b
     if use_ollama:
         with ollama.connect(job.reporter) as client:
             refuse_anothers_name(job, client, replace_model)
-    planned = recorded(job.run)
-    if planned and not job.run.finished(PROVE.name):
+    if job.run.finished(PROVE.name):
+        return
+    if job.given and (sizes := adopted_sizes(job)):
+        costs = [cost for step in LINE if step.applies(job) for cost in _costs(job, step, sizes)]
+        refuse_shortages(shortages(job, costs, bytes_to_fetch(job.source)))
+    elif planned := recorded(job.run):
         refuse_shortages(shortages(job, costs_of(job, planned.memory), 0, trained=True))
 
 
 def refuse_missing_tools(job: Job) -> None:
     """Raise ToolMissingError before long work whose result could not be converted."""
-    if not job.run.finished(GGUF.name):
+    if not job.run.finished(GGUF.name) and not (job.given and job.given.kind == "gguf"):
         need_converter(job.llama_cpp_dir)
     refuse_missing_imatrix(job)
 
@@ -214,7 +237,7 @@ def choose_merge(job: Job) -> Job:
     dequantised = replace(job, onto="dequantised")
     if find(dequantised, MERGE):
         return dequantised
-    if job.recipe.training.method != "qlora":
+    if job.recipe.training.method != "qlora" or (job.given and not job.data):
         return job
     lost = loses_gain(job, ensure(job, ASK), ensure(job, REASK))
     if lost is None:
@@ -270,7 +293,8 @@ def choose_type(job: Job) -> tuple[Job, tuple[Weighed, ...]]:
 def build(job: Job, *, use_ollama: bool | None = None, replace_model: bool = False) -> Shipped:
     """The whole line."""
     refuse_missing_tools(job)
-    train(job)
+    if not job.given:
+        train(job)
     return ship(job, use_ollama=use_ollama, replace_model=replace_model)
 
 
@@ -307,14 +331,23 @@ def states(job: Job) -> Iterator[State]:
     job = _as_made(job)
     planned = recorded(job.run)
     sizes = planned.memory.sizes(_largest(job).recipe.ship) if planned else None
+    sizes = adopted_sizes(job) if job.given else planned.memory.sizes(job.recipe.ship) if planned else None
     for step in LINE:
         if step.applies(job):
-            yield State(step, find(job, step) if step.make else None, step.costs(sizes) if sizes else ())
+            yield State(step, find(job, step) if step.make else None, _costs(job, step, sizes) if sizes else ())
+
+
+def _costs(job: Job, step: Step[Any], sizes: Sizes) -> tuple[Cost, ...]:
+    """What a step costs; a model that was given whole is linked, and not merged."""
+    return () if step is MERGE and job.given and job.given.kind == "checkpoint" else step.costs(sizes)
 
 
 def make_only(job: Job, name: str) -> Made[Any]:
     """Make one step alone. Raises RunError where one that it comes after is not finished, RecipeError where there is no such step."""
     step = named(name)
+    if step.make is None or not step.applies(job):
+        why = "keeps nothing in the run" if step.make is None else "is no step of this recipe"
+        raise RecipeError(f"`{name}` {why}.", "those that are: ftkit ship --dry-run; the whole line: ftkit ship")
     if step is PLAN or step is TRAIN:
         return train(job) if step is TRAIN else ensure(job, PLAN)
     if step.make is None or not step.applies(job):

@@ -5,16 +5,19 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ftkit.data.stops import seal
-from ftkit.line.job import Job, Onto, base_folder, computes_on, tokenizer_of
+from ftkit.line.adopt import ADAPTER, ADOPT, MODEL, TOKENIZER, lay_out, trained_tokenizer
+from ftkit.line.job import Job, Onto, base_folder, computes_on
 from ftkit.line.step import Made, Step
-from ftkit.line.train import TRAIN, Trained
+from ftkit.line.train import TRAIN
 from ftkit.merge.stream import merge
+from ftkit.model.given import tokenizer_files
 from ftkit.model.source import drop_code
 from ftkit.plan.cost import of_merging
 
-MODEL = "model"
+__all__ = ["MERGE", "MODEL", "Merged"]
 ONTO_WORDS: dict[Onto, str] = {"source": "the 16-bit source", "dequantised": "the dequantised 4-bit base"}
 
 
@@ -26,9 +29,14 @@ class Merged:
     stops: tuple[int, ...]
 
 
-def _make(job: Job, folder: Path, trained: Made[Trained]) -> Merged:
-    base, target = base_folder(job), folder / MODEL
-    tokenizer = tokenizer_of(job, base, base=True)
+def _make(job: Job, folder: Path, trained: Made[Any]) -> Merged:
+    target, tokenizer = folder / MODEL, trained_tokenizer(job, trained)
+    if job.given and job.given.kind != "adapter":
+        lay_out(trained.folder / MODEL, target, with_code=job.recipe.trust_remote_code)
+        if not job.recipe.trust_remote_code:
+            drop_code(target)
+        return Merged(f"nothing: it was {'a GGUF' if job.given.kind == 'gguf' else 'a whole model'}", tuple(seal(target, tokenizer)))
+    base = base_folder(job)
     if job.recipe.training.method == "full":
         shutil.copytree(trained.folder / MODEL, target)
         shutil.copy(base / "config.json", target)  # transformers writes some kinds of layers under names that the converter does not know
@@ -40,13 +48,18 @@ def _make(job: Job, folder: Path, trained: Made[Trained]) -> Merged:
     _, bfloat16 = computes_on()
     merge(
         base,
-        trained.folder / "adapter",
+        trained.folder / ADAPTER,
         target,
         onto=job.onto,
         bfloat16=bfloat16,
         with_code=job.recipe.trust_remote_code,
         reporter=job.reporter,
     )
+    if job.given:  # the tokenizer that was trained with, in place of the base's
+        for file in tokenizer_files(target):
+            file.unlink()
+        for file in tokenizer_files(trained.folder / TOKENIZER):
+            shutil.copyfile(file, target / file.name)
     return Merged(ONTO_WORDS[job.onto], tuple(seal(target, tokenizer)))
 
 
@@ -55,7 +68,7 @@ MERGE = Step(
     does="the trained model in 16 bits",
     command="ftkit ship",
     result=Merged,
-    after=(TRAIN,),
+    after=(TRAIN, ADOPT),
     follows_from=lambda job: [job.onto],
     costs=of_merging,
     make=_make,

@@ -263,4 +263,12 @@ def _check_config(config: Any, recipe: Recipe, length: int) -> None:
     hf.refuse_wrong_versions(config.model_type)
 
 
-PLAN = Step(name="plan", does="choose batch × accumulation", command="ftkit plan", result=Chosen, follows_from=_follows_from, make=_make)
+PLAN = Step(
+    name="plan",
+    does="choose batch × accumulation",
+    command="ftkit plan",
+    result=Chosen,
+    follows_from=_follows_from,
+    make=_make,
+    applies=lambda job: job.given is None,
+)

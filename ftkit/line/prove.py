@@ -232,12 +232,16 @@ def judged(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping
     scores = {name: score(first.expected, answers, rule) for name, answers in given.items()} if first.questions else {}
     alike = same(given["trained"], after, rule) if "trained" in given and scores else None
     answers_check = judge_answers(scores, quantization, alike or Score(0, len(after)), ship.max_loss_points)
+    checks = [answers_check, *(judging(forms, quantization, ship.keep) for judging in (judge_gain, judge_distance))]
+    if job.given and not job.data:
+        checks = [not_made(check.name, "behaviour was not looked at, since no rows were given: --data FILE") for check in checks]
+    elif not job.has_base:
+        checks = [answers_check, *(not_made(check.name, _without_a_base(forms.get(quantization))) for check in checks[1:])]
     before = given.get("before", [""] * len(after))
     examples = [
         {"question": q[-1]["content"], "expected": e, "before": b, "after": a}
         for q, e, b, a in zip(first.questions, first.expected, before, after, strict=True)
     ]
-    checks = [answers_check, *(judging(forms, quantization, ship.keep) for judging in (judge_gain, judge_distance))]
     return Proof([*proven.result.checks, *checks], words(rule), scores, _forms(forms, outside), alike, examples), forms
 
 
@@ -267,6 +271,13 @@ def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping)
             f"a finer type loses less: --set ship.quantization=Q8_0; or allow it: --set {allow}",
         )
     return proof
+
+
+def _without_a_base(form: Behaviour | None) -> str:
+    """How far the shipped file is from what was given, where nothing says how much that is."""
+    known = form and form.divergence_a_token is not None
+    figures = f"KL a token {form.divergence_a_token:.2g}, {form.agreed_percent:.1f} % the same token; " if form and known else ""
+    return f"{figures}there is no base to measure that by: --base REF"
 
 
 def _forms(forms: Mapping[str, Behaviour], outside: Mapping[str, Behaviour]) -> dict[str, Form]:

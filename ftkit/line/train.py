@@ -152,6 +152,7 @@ TRAIN = Step(
     follows_from=training_inputs,
     costs=of_training,
     make=_make,
+    applies=lambda job: job.given is None,
     resumable=True,
     keep=True,
 )

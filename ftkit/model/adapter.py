@@ -125,3 +125,17 @@ def _refuse_what_changes_more(config: dict[str, Any]) -> None:
         named = ", ".join(f"{key}={json.dumps(config[key])[:60]}" for key in more)
         ways = {WAYS_OUT.get(key) or WAYS_OUT.get(f"{key}={str(config[key]).partition('_niter')[0]}") for key in more} - {None}
         raise ModelError(f"The adapter uses {named}, which this merge does not do.", "; ".join(sorted(map(str, ways))) or WITH_PEFT)
+        named = ", ".join(f"{key}={json.dumps(config[key])[:60]}" for key in sorted(more))
+        raise ModelError(f"The adapter uses {named}, which this merge does not do.", f"{WITH_PEFT}; or train without it")
+
+
+def embedding_rows(adapter: Path) -> int:
+    """Rows of the embedding that an adapter brings whole: more than the base's where training added tokens. 0 without one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+            names = [name for name in file.keys() if re.search(r"emb|wte", name) and ".lora_" not in name]  # noqa: SIM118
+            return max((file.get_slice(name).get_shape()[0] for name in names), default=0)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"The adapter in {adapter} cannot be read: {error!r}.", AGAIN) from None

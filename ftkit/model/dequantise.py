@@ -6,7 +6,10 @@ import json
 import shutil
 import struct
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -61,17 +64,49 @@ def outdated() -> list[Path]:
 
 def _write_checkpoint(path: Path, folder: Path) -> None:
     import torch
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    where = {"gguf_file": path.name, **from_files()}
+    with _reading(path) as where:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **where
+        )
+    tokenizer = rebuilt_tokenizer(path)
+    tokenizer.model_max_length = model.config.get_text_config().max_position_embeddings
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def rebuilt_tokenizer(path: Path) -> Any:
+    """The tokenizer of a GGUF, as far as transformers makes it of the file's metadata: a guess until llama.cpp gives the same ids."""
+    from tokenizers import decoders
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence
+    from transformers import AutoTokenizer
+
+    with _reading(path) as where:
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **where)
+        fields = open_gguf(path).fields
+    pre_tokenizer = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else None
+    if pre_tokenizer in PRE_TOKENIZERS_WITH_SINGLE_DIGITS:
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
+    space = fields.get("tokenizer.ggml.add_space_prefix")
+    backend = tokenizer.backend_tokenizer
+    if space is not None and not space.contents() and isinstance(backend.pre_tokenizer, Metaspace):  # transformers puts one all the same
+        backend.pre_tokenizer = Metaspace(prepend_scheme="never", split=False)
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[dict[str, Any]]:
+    """What `from_pretrained` is called with to read a GGUF. Raises ModelError where transformers cannot."""
     try:
         with patches.applied("reading GGUF files"):
-            model = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **where
-            )
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **where)
-        fields = open_gguf(path).fields
+            yield {"gguf_file": path.name, **from_files()}
     except (
         ValueError,
         LookupError,
@@ -87,14 +122,3 @@ def _write_checkpoint(path: Path, folder: Path) -> None:
             f"transformers cannot read {path.name} back: {first_line(error)}.",
             "download it again, whole; or use the model's original safetensors instead: --model org/name",
         ) from None
-    pre_tokenizer = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else None
-    if pre_tokenizer in PRE_TOKENIZERS_WITH_SINGLE_DIGITS:
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
-        )
-    tokenizer.model_max_length = model.config.get_text_config().max_position_embeddings
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("_name_or_path", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -50,6 +50,8 @@ def judge_served(expected: Sequence[str], file: Sequence[str], served: Sequence[
     answers (McNemar's) are allowed beside the limit. Not made where the file gets nothing right, so that no loss shows.
     """
     name = SERVED
+    if not expected:
+        return not_made(name, "nothing was asked")
     before, after = score(expected, file, rule), score(expected, served, rule)
     figures = f"{_right(after)}, in llama.cpp {before.right}; {same(file, served, rule).right} answers are the same"
     if not before.right:

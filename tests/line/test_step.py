@@ -137,7 +137,7 @@ def test_a_dry_run_shows_every_step_and_makes_none(trained: Path, ftkit: Ftkit) 
     ("words", "said"),
     [
         (("--only", "prove"), "`prove` comes after `merge`, which is not finished"),
-        (("--only", "quantise"), "makes nothing of Q8_0"),
+        (("--only", "quantise"), "is no step of this recipe"),
         (("--only", "register"), "keeps nothing in the run"),
         (("--only", "mrege"), "There is no step `mrege`"),
         (("--from", "train"), "--from train"),
