@@ -72,13 +72,16 @@ def measure_model(job: Job, folder: Path, name: str, model: Any, rows: Sequence[
         raise
 
 
-def measure_file(job: Job, path: Path, asked: Path) -> Behaviour | None:
-    """Look at a GGUF in llama.cpp on the rows of a folder of `ask`. None, which is said, where it cannot be looked at."""
-    rows, label = read_rows(asked), f"reading answers with {path.name}"
+def measure_file(job: Job, path: Path, asked: Path, adapter: Path | None = None) -> Behaviour | None:
+    """Look at a GGUF in llama.cpp, with a GGUF LoRA or without, on the rows of a folder of `ask`.
+
+    None, which is said, where it cannot be looked at. Raises ModelError for an adapter that is not of this file.
+    """
+    rows, label = read_rows(asked), f"reading answers with {path.name}" + (f" and {adapter.name}" if adapter else "")
     if not rows or TRAINED not in read(asked):
         return None
     try:
-        return measure(with_bar(job, label, rows, logits.of_file(path, rows)), _said(rows), trained_logits(asked, rows))
+        return measure(with_bar(job, label, rows, logits.of_file(path, rows, adapter)), _said(rows), trained_logits(asked, rows))
     except ToolFailedError as error:
         job.reporter.warn(f"{label} was left out: {error.message}")
         return None

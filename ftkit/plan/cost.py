@@ -32,6 +32,7 @@ CONVERTER_VOCABULARY_BYTES = 160 << 20  # more while the vocabulary is read, bef
 QUANTIZE_BYTES = 16 << 20
 LLAMA_CPP_BYTES = 100 << 20  # compute buffers; 41 MiB for SmolLM2-135M, 86 MiB for a Llama of 1 B parameters
 LOGITS_BYTES = 256 << 20  # of the trained model on held-out answers, at most: line/behaviour.py
+LOOKED_AT_BYTES = 1 << 30  # of a base's F16 file that is made only to look at its adapter: line/adapter.py
 CHECKPOINTS_KEPT = 3  # the best, the last, and while it is written one more: save_total_limit=2 in train/trainer.py
 TRAIN = "train"
 Place = Literal["the run folder", "Ollama's models"]
@@ -156,6 +157,17 @@ def of_proving(sizes: Sizes) -> tuple[Cost, ...]:
     wanted = sizes.ship.quantization
     file = sizes.file_bytes(wanted)
     return (Cost(f"prove {wanted}", FTKIT_BYTES + LLAMA_CPP_BYTES + file + sizes.cache_bytes, 0, 0, RUN_FOLDER, file, needed=False),)
+
+
+def of_adapting(sizes: Sizes) -> tuple[Cost, ...]:
+    """The adapter, read, scaled and written in float32; and beside it the base in F16, where that is made to look at both."""
+    if not sizes.ship.adapter or sizes.counted.method == "full":
+        return ()
+    adapter, file = adapter_file_bytes(sizes.counted), sizes.file_bytes("F16")
+    looked_at = LLAMA_CPP_BYTES + file if file <= LOOKED_AT_BYTES else 0
+    ram = max(CONVERTER_BYTES + 3 * adapter, FTKIT_BYTES + looked_at)
+    disk = 2 * adapter + (file if looked_at else 0)
+    return (Cost("adapter as GGUF", ram, 0, disk, RUN_FOLDER, 2 * adapter + (2 * file if looked_at else 0), needed=False),)
 
 
 def of_registering(sizes: Sizes) -> tuple[Cost, ...]:
