@@ -25,7 +25,7 @@ HELD = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # key
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
 EMBEDDING = re.compile(r"(.+\.)?(embed_tokens|lm_head)")
 OTHER_BASE = "convert it with the base that it was trained on"
-MERGED = "the merged file holds it: ship.adapter=false"
+MERGED = "the merged file holds it; leave the adapter out: --set ship.adapter=false"
 
 
 @dataclass(frozen=True)

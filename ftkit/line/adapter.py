@@ -7,7 +7,6 @@ import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ftkit.check import Check, not_made
 from ftkit.data.stops import configured_stops, stops
@@ -113,16 +112,24 @@ class ServedAdapter:
     base: str | None  # what BASE.gguf stands for in the command; None: the file is named there
 
 
+def told_of(template: Path | None, corrections: Corrections) -> list[str]:
+    """What llama-server is told of a base file, which stays as it is. It takes the last `--override-kv` alone, with commas between."""
+    values = {
+        "eot_token_id=int": corrections.eot_token_id,
+        "add_bos_token=bool": None if corrections.add_bos_token is None else str(corrections.add_bos_token).lower(),
+    }
+    given = [f"tokenizer.ggml.{name}:{value}" for name, value in values.items() if value is not None]
+    return [
+        *(["--jinja", "--chat-template-file", str(template)] if template else []),
+        *(["--override-kv", ",".join(given)] if given else []),
+    ]
+
+
 def served(job: Job, made: Made[Adapted]) -> ServedAdapter:
     """How llama-server serves the adapter with the base."""
     adapted = made.result
-    told: list[Any] = ["llama-server", "-m", job.source.gguf or BASE, "--lora", made.folder / adapted.path]
-    if adapted.template:
-        told += ["--jinja", "--chat-template-file", made.folder / adapted.template]
-    if adapted.corrections.eot_token_id is not None:
-        told += ["--override-kv", f"tokenizer.ggml.eot_token_id=int:{adapted.corrections.eot_token_id}"]
-    if adapted.corrections.add_bos_token is not None:
-        told += ["--override-kv", f"tokenizer.ggml.add_bos_token=bool:{str(adapted.corrections.add_bos_token).lower()}"]
+    template = made.folder / adapted.template if adapted.template else None
+    told = ["llama-server", "-m", job.source.gguf or BASE, "--lora", made.folder / adapted.path, *told_of(template, adapted.corrections)]
     return ServedAdapter(
         made.folder / adapted.path, adapted.bytes, shlex.join(map(str, told)), None if job.source.gguf else job.source.reference
     )

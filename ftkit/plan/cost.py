@@ -160,14 +160,19 @@ def of_proving(sizes: Sizes) -> tuple[Cost, ...]:
 
 
 def of_adapting(sizes: Sizes) -> tuple[Cost, ...]:
-    """The adapter, read, scaled and written in float32; and beside it the base in F16, where that is made to look at both."""
+    """The adapter, scaled here and converted by the script, in float32 both times; and the base in F16, where that is made to look at.
+
+    A larger base's own file, which is looked at where the model is one, is not counted: proving needs as much.
+    """
     if not sizes.ship.adapter or sizes.counted.method == "full":
         return ()
     adapter, file = adapter_file_bytes(sizes.counted), sizes.file_bytes("F16")
-    looked_at = LLAMA_CPP_BYTES + file if file <= LOOKED_AT_BYTES else 0
-    ram = max(CONVERTER_BYTES + 3 * adapter, FTKIT_BYTES + looked_at)
-    disk = 2 * adapter + (file if looked_at else 0)
-    return (Cost("adapter as GGUF", ram, 0, disk, RUN_FOLDER, 2 * adapter + (2 * file if looked_at else 0), needed=False),)
+    looked_at = file if file <= LOOKED_AT_BYTES else 0
+    ram = CONVERTER_BYTES + 2 * adapter
+    if looked_at:
+        ram = max(ram, converter_bytes(sizes.gguf, "F16"), LLAMA_CPP_BYTES + file)
+    read = 2 * adapter + (sizes.model_bytes + file if looked_at else 0)
+    return (Cost("adapter as GGUF", FTKIT_BYTES + ram, 0, 2 * adapter + looked_at, RUN_FOLDER, read, needed=False),)
 
 
 def of_registering(sizes: Sizes) -> tuple[Cost, ...]:
