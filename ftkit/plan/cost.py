@@ -162,13 +162,14 @@ def of_proving(sizes: Sizes) -> tuple[Cost, ...]:
 def of_adapting(sizes: Sizes) -> tuple[Cost, ...]:
     """The adapter, scaled here and converted by the script, in float32 both times; and the base in F16, where that is made to look at.
 
-    A larger base's own file, which is looked at where the model is one, is not counted: proving needs as much.
+    Of the conversion 880 MiB were measured for SmolLM2-135M and an adapter of 19 MiB, 100 % of this. A larger base's own file,
+    which is looked at where the model is one, is not counted: proving needs as much.
     """
     if not sizes.ship.adapter or sizes.counted.method == "full":
         return ()
     adapter, file = adapter_file_bytes(sizes.counted), sizes.file_bytes("F16")
     looked_at = file if file <= LOOKED_AT_BYTES else 0
-    ram = CONVERTER_BYTES + 2 * adapter
+    ram = CONVERTER_BYTES + 3 * adapter
     if looked_at:
         ram = max(ram, converter_bytes(sizes.gguf, "F16"), LLAMA_CPP_BYTES + file)
     read = 2 * adapter + (sizes.model_bytes + file if looked_at else 0)
