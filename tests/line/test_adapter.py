@@ -32,7 +32,12 @@ def test_llama_server_is_told_what_the_base_file_does_not_say() -> None:
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("form", ["folder", "gguf"])
 def test_the_adapter_is_proved_beside_its_base(
-    form: str, made: Callable[..., Path], tmp_path: Path, write_rows: Callable[[Path, list[Any]], Path], rows: list[Any]
+    form: str,
+    made: Callable[..., Path],
+    tmp_path: Path,
+    write_rows: Callable[[Path, list[Any]], Path],
+    rows: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("train", "test"):
         write_rows(tmp_path / f"{name}.jsonl", rows)
@@ -82,6 +87,16 @@ def test_the_adapter_is_proved_beside_its_base(
     with pytest.raises(ProofError, match=r"tiny-1-lora\.gguf beside its base .* distance from the trained model: failed") as off:
         ship()
     assert "--set ship.adapter=false" in str(off.value.hint)
+    job = open_job(tmp_path)
+    monkeypatch.setattr("ftkit.line.adapter.LOOKED_AT_BYTES", 0)
+    with job.run:
+        line.start_from(job, "adapter")
+        again = {check.name: check for check in line.ship(job, use_ollama=False).checks}
+    if form == "gguf":
+        assert {name: again[name].outcome for name in CHECKS} == dict.fromkeys(CHECKS, "passed")
+    else:
+        assert again["adapter: gain kept"].outcome == "not made"
+        assert "no GGUF file of the base is here" in again["adapter: gain kept"].detail
     config = next(folder.parent.glob("train-*/adapter/adapter_config.json"))
     config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"use_dora": True}), encoding="utf-8")
     with pytest.raises(ModelError, match="use_dora=true, which a GGUF LoRA cannot hold"):
