@@ -224,6 +224,7 @@ class Ship(Group):
         default=0, description="train norms and biases of the shipped file for at most so many steps, towards the trained model"
     )
     imatrix: bool = Field(default=False, description="measure on training rows and general text where llama-quantize must round least")
+    adapter: bool = Field(default=False, description="also make the adapter a GGUF LoRA, to be served beside a GGUF of the base")
     test_rows: Annotated[int, Field(ge=1)] | None = Field(default=None, description="ask only so many held-out rows")
     record_rows: Annotated[int, Field(ge=0, le=64)] = Field(
         default=0, description="held-out rows that go into the record beside the shipped file, as token ids"

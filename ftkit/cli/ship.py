@@ -194,6 +194,10 @@ def show(job: Job, shipped: Shipped, as_json: bool) -> None:
             "Bring it: ftkit setup llama.cpp (then the same command again)"
         )
     say(f"Ask it:      ftkit chat {job.run.folder}")
+    if adapter := shipped.adapter:
+        say(f"             or the adapter alone ({bytes_text(adapter.bytes)}) with the base: {adapter.serve}")
+        if adapter.base:
+            say(f"             where BASE.gguf is a GGUF file of {adapter.base}")
     if shipped.registered_as:
         say(f"             ollama run {shipped.registered_as}")
     else:

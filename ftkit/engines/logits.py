@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit import patches
-from ftkit.errors import ToolFailedError, ToolMissingError
+from ftkit.errors import ModelError, ToolFailedError, ToolMissingError
 from ftkit.machine.device import computing_threads
 
 if TYPE_CHECKING:
@@ -71,6 +71,11 @@ def _library() -> Any:
         "llama_context_default_params": (_Params, ()),
         "llama_model_load_from_file": (ctypes.c_void_p, (ctypes.c_char_p, _Params)),
         "llama_init_from_model": (ctypes.c_void_p, (ctypes.c_void_p, _Params)),
+        "llama_adapter_lora_init": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_char_p)),
+        "llama_set_adapters_lora": (
+            ctypes.c_int32,
+            (ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.POINTER(ctypes.c_float)),
+        ),
         "llama_set_n_threads": (None, (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32)),
         "llama_get_memory": (ctypes.c_void_p, (ctypes.c_void_p,)),
         "llama_memory_clear": (None, (ctypes.c_void_p, ctypes.c_bool)),
@@ -99,10 +104,11 @@ def _other_version(what: str) -> ToolFailedError:
     )
 
 
-def of_file(path: Path, rows: Sequence[Forced]) -> Iterator[np.ndarray[Any, Any]]:
-    """Of each row in turn, (places, vocabulary) in float32, as llama.cpp computes it from a GGUF.
+def of_file(path: Path, rows: Sequence[Forced], adapter: Path | None = None) -> Iterator[np.ndarray[Any, Any]]:
+    """Of each row in turn, (places, vocabulary) in float32, as llama.cpp computes it from a GGUF, with a GGUF LoRA or without.
 
-    Raises ToolMissingError without xllamacpp, ToolFailedError where llama.cpp takes the file or a row not.
+    Raises ToolMissingError without xllamacpp, ToolFailedError where llama.cpp takes the file or a row not, ModelError where it does
+    not take the adapter with this file.
     """
     import numpy as np
 
@@ -111,6 +117,9 @@ def of_file(path: Path, rows: Sequence[Forced]) -> Iterator[np.ndarray[Any, Any]
     if not model:
         raise ToolFailedError(f"llama.cpp cannot load {path.name}.")
     try:
+        loaded = library.llama_adapter_lora_init(model, str(adapter).encode()) if adapter else None  # before a context; the model frees it
+        if adapter and not loaded:
+            raise ModelError(f"llama.cpp does not take {adapter.name} with {path.name}: it is of another model, or not whole.")
         settings = library.llama_context_default_params()
         size = -(-longest // 256) * 256
         settings.n_ctx = settings.n_batch = size
@@ -120,6 +129,8 @@ def of_file(path: Path, rows: Sequence[Forced]) -> Iterator[np.ndarray[Any, Any]
         try:
             if (library.llama_n_ctx(context), library.llama_n_batch(context)) != (size, size):
                 raise _other_version("takes other settings")
+            if loaded and library.llama_set_adapters_lora(context, (ctypes.c_void_p * 1)(loaded), 1, (ctypes.c_float * 1)(1)):
+                raise ToolFailedError(f"llama.cpp cannot compute with {adapter} on {path.name}.")
             library.llama_set_n_threads(context, computing_threads(), computing_threads())
             vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
             for row in rows:

@@ -41,12 +41,15 @@ def convert(model: Path, path: Path, quantization: str, converter: Found, report
     Raises ToolFailedError with its last lines.
     """
     reporter.step(f"converting to {path.name}")
-    libraries = [str(converter.path.parent)] + (
-        [str(converter.path.parent / "gguf-py")] if (converter.path.parent / "gguf-py").is_dir() else []
-    )
     more = ["--no-mtp"] if _lost_what_predicts_more(model) else []
+    run_script(converter, model, "--outfile", path, "--outtype", CONVERTER_TYPES[quantization], *more)
+
+
+def run_script(script: Found, *arguments: str | Path) -> None:
+    """One of llama.cpp's Python scripts, with the `gguf` package beside it, and without the hub."""
+    libraries = [str(script.path.parent)] + ([str(script.path.parent / "gguf-py")] if (script.path.parent / "gguf-py").is_dir() else [])
     call(
-        [sys.executable, converter.path, model, "--outfile", path, "--outtype", CONVERTER_TYPES[quantization], *more],
+        [sys.executable, script.path, *arguments],
         environment={"PYTHONPATH": os.pathsep.join(libraries), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
     )
 

@@ -91,14 +91,18 @@ def measure_model(
         raise
 
 
-def measure_file(job: Job, path: Path, asked: Path) -> Behaviour | None:
-    """Look at a GGUF in llama.cpp on the rows of a folder of `ask`. None, which is said, where it cannot be looked at."""
-    rows, label = read_rows(asked), f"reading {'text outside the task' if asked.name == OUTSIDE else 'answers'} with {path.name}"
+def measure_file(job: Job, path: Path, asked: Path, adapter: Path | None = None) -> Behaviour | None:
+    """Look at a GGUF in llama.cpp, with a GGUF LoRA or without, on the rows of a folder of `ask`.
+
+    None, which is said, where it cannot be looked at. Raises ModelError for an adapter that is not of this file.
+    """
+    what = "text outside the task" if asked.name == OUTSIDE else "answers"
+    rows, label = read_rows(asked), f"reading {what} with {path.name}" + (f" and {adapter.name}" if adapter else "")
     if not rows or TRAINED not in read(asked):
         return None
     trained = trained_logits(asked, rows) if (asked / LOGITS).exists() else ()
     try:
-        return measure(with_bar(job, label, rows, logits.of_file(path, rows)), _said(rows), trained)
+        return measure(with_bar(job, label, rows, logits.of_file(path, rows, adapter)), _said(rows), trained)
     except ToolFailedError as error:
         job.reporter.warn(f"{label} was left out: {error.message}")
         return None

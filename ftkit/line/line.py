@@ -12,6 +12,7 @@ from ftkit.data.lengths import TokenCounts
 from ftkit.engines import ollama
 from ftkit.errors import DoesNotFitError, NameTakenError, ProofError, RecipeError, RunError, ToolMissingError
 from ftkit.gguf.files import GgufFile
+from ftkit.line.adapter import ADAPTER, ServedAdapter, judge_adapter, refuse_adapter, served
 from ftkit.line.adopt import ADOPT, Adopted, refuse, trained_by
 from ftkit.line.adopt import sizes as adopted_sizes
 from ftkit.line.ask import ASK, REASK, refuse_rule
@@ -36,7 +37,7 @@ from ftkit.proof.score import Score
 from ftkit.run import discard
 from ftkit.units import bytes_text
 
-LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ADOPT, ASK, MERGE, GGUF, REASK, IMATRIX, QUANTISE, CLOSE, PROVE, REGISTER)
+LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ADOPT, ASK, MERGE, GGUF, REASK, IMATRIX, QUANTISE, CLOSE, PROVE, ADAPTER, REGISTER)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def train(job: Job) -> Made[Trained]:
     """Train as planned. Raises DoesNotFitError before anything is loaded, InterruptedRunError on Ctrl-C."""
     refuse_dora(job)
     _refuse_given(job)
+    refuse_adapter(job)
     if is_trained(job):
         return ensure(job, TRAIN)  # up to date: nothing has to fit any more
     planned = plan(job)
@@ -132,6 +134,7 @@ class Shipped:
     examples: list[dict[str, str]]
     missing_quantization: str | None  # the wanted type, where llama-quantize is not here
     closed: Closed | None  # None: not asked for
+    adapter: ServedAdapter | None  # None: not asked for
     weighed: tuple[Weighed, ...]  # types that were tried, from small to large, where the smallest was to be found
     registered_as: str | None
     not_registered_because: str | None
@@ -161,6 +164,9 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
     modelfile = write_modelfile(job, merged, shipped)
     closed = next((made.result for made in later if made.name == CLOSE.name), None)
     checks, registered, because, register_with = proof.checks, None, None, None
+    adapted = ensure(job, ADAPTER) if ADAPTER.applies(job) else None
+    if adapted:
+        checks = [*checks, *judge_adapter(job, asked, adapted)]
     try:
         if use_ollama is not False:
             with ollama.connect(job.reporter) as client:
@@ -189,6 +195,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
         missing_quantization=shipped.missing,
         weighed=weighed,
         closed=closed,
+        adapter=served(job, adapted) if adapted else None,
         registered_as=registered,
         not_registered_because=because,
         register_with=register_with,
@@ -206,6 +213,7 @@ def _refuse_what_cannot_ship(job: Job, use_ollama: bool | None, replace_model: b
         raise RunError(
             f"{job.run.folder} {what}.", "ftkit train, or ftkit build for the whole line; a hub model stays the same as org/name@COMMIT"
         )
+    refuse_adapter(job)
     refuse_missing_tools(job)
     if use_ollama:
         with ollama.connect(job.reporter) as client:

@@ -61,21 +61,23 @@ def find_program(name: str, llama_cpp_dir: Path | None = None) -> Found | None:
     return None
 
 
-def find_converter(llama_cpp_dir: Path | None = None) -> Found | None:
-    """`convert_hf_to_gguf.py`: in the user's llama.cpp checkout, beside a program on PATH, then the private folder."""
-    script = "convert_hf_to_gguf.py"
+CONVERTER, LORA_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
+
+
+def find_converter(llama_cpp_dir: Path | None = None, script: str = CONVERTER) -> Found | None:
+    """One of llama.cpp's scripts: in the user's llama.cpp checkout, beside a program on PATH, then the private folder."""
     for where, folder in _places(llama_cpp_dir):
         if (folder / script).is_file():
             return Found(folder / script, where)
     if program := shutil.which(script):
         return Found(Path(program), "PATH")
-    if found := installed("converter"):
+    if (brought := installed("converter")) and (found := brought.with_name(script)).is_file():
         return Found(found, "ftkit setup converter")
     return None
 
 
-def need_converter(llama_cpp_dir: Path | None = None) -> Found:
+def need_converter(llama_cpp_dir: Path | None = None, script: str = CONVERTER) -> Found:
     """`find_converter`, or ToolMissingError with the command that brings it."""
-    if found := find_converter(llama_cpp_dir):
+    if found := find_converter(llama_cpp_dir, script):
         return found
-    raise ToolMissingError("llama.cpp's converter (convert_hf_to_gguf.py) is not here.", "ftkit setup converter")
+    raise ToolMissingError(f"llama.cpp's converter ({script}) is not here.", "ftkit setup converter")

@@ -183,7 +183,7 @@ def test_pictures_and_sound_are_left_out_and_rope_factors_added() -> None:
 WEIGHTS = 5 << 20  # as training holds them, in 4 bits
 
 
-def steps(method: str = "qlora", quantization: str = "Q4_K_M", *, vram_bytes: int | None = None) -> dict[str, Cost]:
+def steps(method: str = "qlora", quantization: str = "Q4_K_M", *, vram_bytes: int | None = None, **ship: Any) -> dict[str, Cost]:
     counted: Any = SimpleNamespace(
         method=method,
         parameters=sum(map(math.prod, shapes().values())),
@@ -191,7 +191,8 @@ def steps(method: str = "qlora", quantization: str = "Q4_K_M", *, vram_bytes: in
         weights_bytes=WEIGHTS,
         adapter_bytes=4000,
     )
-    recipe = Recipe.model_validate({"model": "m", "ship": {"quantization": quantization, "num_ctx": 1024, "max_new_tokens": 100}})
+    settings = {"quantization": quantization, "num_ctx": 1024, "max_new_tokens": 100, **ship}
+    recipe = Recipe.model_validate({"model": "m", "ship": settings})
     return {cost.name: cost for cost in costs(Sizes(gguf_model(shapes(), config()), counted, recipe.ship, 900, 2, vram_bytes, 0))}
 
 
@@ -216,6 +217,18 @@ def test_the_later_steps_and_what_they_write() -> None:
     assert {step.disk_is for name, step in made.items() if name != "register in Ollama"} == {"the run folder"}
     assert list(steps(quantization="Q8_0")) == ["ask", "merge", *converted, "prove Q8_0", "register in Ollama"]
     assert steps("lora")["merge"].disk_bytes == steps("full")["copy the trained model"].disk_bytes == checkpoint
+
+
+def test_the_adapter_beside_its_base_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = steps(adapter=True)
+    assert list(made)[-2:] == ["adapter as GGUF", "register in Ollama"]
+    f16 = made["convert to F16"].disk_bytes
+    assert made["adapter as GGUF"].disk_bytes == 2 * 4 * 1000 + f16
+    assert made["adapter as GGUF"].peak_ram_bytes == FTKIT_BYTES + made["convert to F16"].peak_ram_bytes
+    assert "adapter as GGUF" not in steps("full", adapter=True)
+    monkeypatch.setattr("ftkit.plan.cost.LOOKED_AT_BYTES", f16 - 1)
+    alone = steps(adapter=True)["adapter as GGUF"]
+    assert (alone.disk_bytes, alone.peak_ram_bytes) == (2 * 4 * 1000, FTKIT_BYTES + CONVERTER_BYTES + 3 * 4 * 1000)
 
 
 def test_the_ram_of_the_later_steps() -> None:
