@@ -1,16 +1,17 @@
 """Train the numbers that a quantised file stores without loss, so that it answers as the trained model does.
 
 Merging into the source and quantising both move the weights; norms and biases, which a GGUF keeps in float32, can take much of it
-back. Each step goes towards the trained model's distribution at the tokens of answers, and towards the file's own, as it was, at
-those of prompts, so that nothing is unlearnt there.
+back. Each step goes towards the trained model's distribution at the tokens of answers; so that nothing is unlearnt elsewhere, also
+towards the file's own, as it was, at those of prompts, and towards the merge's in 16 bits on text that has nothing to do with the task.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ftkit.close.student import Lossless, running
@@ -26,6 +27,7 @@ ROWS_A_STEP = 8
 RATE = 7e-3  # of the mean size of a vector's numbers, by AdamW a step
 WARM_UP = 5
 PROMPT_WEIGHT = 0.2
+OUTSIDE_ROWS_A_STEP, OUTSIDE_WEIGHT = 2, 0.5
 CHECKED_EVERY = 10  # steps
 
 
@@ -81,6 +83,7 @@ def close(
     student: PreTrainedModel,
     vectors: Sequence[Lossless],
     lessons: Sequence[Lesson],
+    outside: Sequence[Lesson],
     steps: int,
     measured: Callable[[], float],
     first: float,
@@ -89,6 +92,8 @@ def close(
     told: Callable[[int, float], None] = lambda *_: None,
 ) -> tuple[int, float]:
     """Train `vectors`; (steps of the best, what `measured` said of it), whose values they then have.
+
+    `lessons`: of answers; `outside`: of text that has nothing to do with the task, or none.
 
     `measured`: how far the student is from where it should be, on rows that are not learnt; asked every few steps. `first`: what it
     said before. Closing ends early where two checks after one another are no better than the best.
@@ -102,12 +107,12 @@ def close(
         optimizer, lambda n: min(1.0, (n + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, n / steps)))
     )
     order, worse = random.Random(seed), 0
-    queue: list[Lesson] = []
+    answers, others = _shuffled(lessons, order), _shuffled(outside, order)
     for step in range(1, steps + 1):
-        for _ in range(ROWS_A_STEP):
-            if not queue:
-                queue = order.sample(list(lessons), len(lessons))
-            _loss(student, queue.pop()).div(ROWS_A_STEP).backward()  # type: ignore[no-untyped-call]
+        for lesson in islice(answers, ROWS_A_STEP):
+            _loss(student, lesson).div(ROWS_A_STEP).backward()  # type: ignore[no-untyped-call]
+        for lesson in islice(others, OUTSIDE_ROWS_A_STEP):
+            _loss(student, lesson).mul(OUTSIDE_WEIGHT / OUTSIDE_ROWS_A_STEP).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -123,6 +128,12 @@ def close(
         for vector, value in zip(vectors, best_values, strict=True):
             vector.parameter.copy_(value)
     return best_step, best
+
+
+def _shuffled(lessons: Sequence[Lesson], order: random.Random) -> Iterator[Lesson]:
+    """All of them again and again, each time in another order."""
+    while lessons:
+        yield from order.sample(list(lessons), len(lessons))
 
 
 def _loss(student: PreTrainedModel, lesson: Lesson) -> torch.Tensor:

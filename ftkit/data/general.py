@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 
-def general_text(characters: int) -> str:
-    """So much of it, from the same place each time."""
+def general_text(characters: int, *, after: int = 0) -> str:
+    """So much of it, the same each time, after so many characters that another asked for."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name] for name in sorted(topics))[:characters]
+    return "\n\n".join(topics[name] for name in sorted(topics))[after : after + characters]

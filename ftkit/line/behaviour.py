@@ -36,6 +36,7 @@ CHOICE, OUTSIDE = "choice", "outside"
 MOST_ROWS, MOST_TOKENS = 64, 128  # that are looked at: the first rows, and of each the first tokens that were learnt
 CHOICE_ROWS = 32
 OUTSIDE_ROWS, OUTSIDE_TOKENS = 8, 256
+OUTSIDE_CHARACTERS = 8 * OUTSIDE_ROWS * OUTSIDE_TOKENS  # the first of that text: what is learnt from comes after
 
 
 def choice_and_others(job: Job, rows: Rows) -> tuple[StoredRows, StoredRows]:
@@ -53,7 +54,7 @@ def choice_and_others(job: Job, rows: Rows) -> tuple[StoredRows, StoredRows]:
 
 def outside_rows(tokenizer: Any) -> list[Forced]:
     """Text of nobody's task, every token of it but the first of a row."""
-    ids = tokenizer(general_text(8 * OUTSIDE_ROWS * OUTSIDE_TOKENS))["input_ids"][: OUTSIDE_ROWS * OUTSIDE_TOKENS]
+    ids = tokenizer(general_text(OUTSIDE_CHARACTERS))["input_ids"][: OUTSIDE_ROWS * OUTSIDE_TOKENS]
     rows = [ids[begin : begin + OUTSIDE_TOKENS] for begin in range(0, len(ids), OUTSIDE_TOKENS)]
     return [Forced(row, list(range(1, len(row)))) for row in rows if len(row) > 1]
 

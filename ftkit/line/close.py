@@ -6,26 +6,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ftkit.close.closing import ROWS_A_STEP, Lesson, close, distribution, mean_divergence
 from ftkit.close.student import load_student, lossless, running, write_back
+from ftkit.data.general import general_text
 from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import DoesNotFitError, ModelError, ToolFailedError
 from ftkit.gguf.files import GgufFile
 from ftkit.line.adopt import ADAPTER, ADOPT
 from ftkit.line.ask import ASK
-from ftkit.line.behaviour import CHOICE, choice_and_others, given_rows, read_rows, trained_logits, with_bar
+from ftkit.line.behaviour import CHOICE, OUTSIDE_CHARACTERS, choice_and_others, given_rows, read_rows, trained_logits, with_bar
 from ftkit.line.gguf import GGUF, QUANTISE, Converted
 from ftkit.line.job import Job, base_folder, computes_on, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step
 from ftkit.line.train import TRAIN
-from ftkit.plan.cost import of_closing
+from ftkit.machine.device import processor
+from ftkit.plan.cost import FTKIT_BYTES, of_closing
 
 PROMPT_TOKENS = 32  # of each row that are looked at, evenly; of an answer as many as elsewhere
+OUTSIDE_ROWS, OUTSIDE_TOKENS = 96, 128
 MOST_APART = 0.1  # KL a token between the file in llama.cpp, which also rounds activations, and in transformers
 
 
@@ -46,13 +50,15 @@ def _close(
 ) -> Closed:
     shipped = shipping(job, converted, *later)
     try:
-        return _closed(job, folder, trained, asked, merged, shipped)
+        return _closed(job, folder, trained, asked, merged, converted, shipped)
     except (ModelError, DoesNotFitError, ToolFailedError) as error:
         job.reporter.warn(f"{shipped.path.name} is not closed: {error.message}")
         return Closed(None, 0, 0, None, None, error.message)
 
 
-def _closed(job: Job, folder: Path, trained: Made[Any], asked: Made[Any], merged: Made[Merged], shipped: Shipping) -> Closed:
+def _closed(
+    job: Job, folder: Path, trained: Made[Any], asked: Made[Any], merged: Made[Merged], converted: Made[Converted], shipped: Shipping
+) -> Closed:
     recipe, (cuda, bfloat16), path = job.recipe, computes_on(), shipped.path
     choice, tokenizer = asked.folder / CHOICE, tokenizer_of(job, merged.folder / MODEL)
     rows = read_rows(choice)
@@ -86,10 +92,12 @@ def _closed(job: Job, folder: Path, trained: Made[Any], asked: Made[Any], merged
                 lessons, prompts, with_bar(job, "reading prompts", prompts, logits.of_model(student, prompts)), strict=False
             )
         ]
+    outside = _outside(job, tokenizer, converted)
     numbers, steps = sum(vector.parameter.numel() for vector in vectors), recipe.ship.closing_steps
     job.reporter.step(f"closing {path.name}: {numbers:,} numbers of {len(vectors)} vectors, at most {steps} steps")
     with job.reporter.bar("closing", steps) as bar:
-        done, _ = close(student, vectors, lessons, steps, measured, first, seed=recipe.training.seed, told=lambda step, _: bar.update(step))
+        learn = partial(close, student, vectors, lessons, outside, steps, measured, first)
+        done, _ = learn(seed=recipe.training.seed, told=lambda step, _: bar.update(step))
     target = folder / path.name
     write_back(path, vectors, target)
     after = mean_divergence(logits.of_file(target, [lesson.answer for lesson in checks]), checks)
@@ -97,6 +105,21 @@ def _closed(job: Job, folder: Path, trained: Made[Any], asked: Made[Any], merged
         target.unlink()
         return Closed(None, len(vectors), done, before, after, f"{done} steps made it no better: KL a token {before:.3g}, then {after:.3g}")
     return Closed(replace(shipped.file, path=Path(target.name)), len(vectors), done, before, after, None)
+
+
+def _outside(job: Job, tokenizer: Any, converted: Made[Converted]) -> list[Lesson]:
+    """Text of nobody's task as the merge reads it, in 16 bits where this machine's memory holds them; none, which is said, where it
+    holds no file of the merge."""
+    file = next((file for file in converted.result.files if file.bytes < processor().total_bytes - FTKIT_BYTES), None)
+    if not file:
+        job.reporter.warn("the merged model is larger than this machine's memory: closing does not look at text outside the task")
+        return []
+    text = general_text(8 * OUTSIDE_ROWS * OUTSIDE_TOKENS, after=OUTSIDE_CHARACTERS)
+    ids = tokenizer(text)["input_ids"][: OUTSIDE_ROWS * OUTSIDE_TOKENS]
+    chunks = [ids[begin : begin + OUTSIDE_TOKENS] for begin in range(0, len(ids), OUTSIDE_TOKENS)]
+    rows = [Forced(chunk, list(range(1, len(chunk), 4))) for chunk in chunks if len(chunk) > 1]
+    told = with_bar(job, "reading text outside the task", rows, logits.of_file(converted.folder / file.path, rows))
+    return [Lesson(row, distribution(found)) for row, found in zip(rows, told, strict=True)]
 
 
 def _teacher(job: Job, trained: Made[Any]) -> Any:

@@ -278,8 +278,8 @@ def choose_type(job: Job) -> tuple[Job, tuple[Weighed, ...]]:
     """
     if not is_smallest(job):
         return job, ()
-    weighed = []
-    for tried in candidates(job):
+    weighed, every = [], list(candidates(job))
+    for tried in every:
         made = ensure(tried, WEIGH)
         weighed.append(made.result)
         kept = made.result.kept_percent
@@ -288,7 +288,7 @@ def choose_type(job: Job) -> tuple[Job, tuple[Weighed, ...]]:
                 "Which type is the smallest that keeps enough cannot be said: the trained model was not looked at token by token.",
                 "name one: --set ship.quantization=Q4_K_M; or look again: ftkit ship --from ask",
             )
-        if kept >= job.recipe.ship.keep:
+        if kept >= job.recipe.ship.keep or tried is every[-1]:
             break
         job.reporter.note(f"{made.result.quantization} keeps {kept:.1f} % of the training, wanted are {job.recipe.ship.keep:g} %")
         of_file: tuple[Step[Any], ...] = (QUANTISE, CLOSE)
