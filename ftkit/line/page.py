@@ -48,7 +48,7 @@ def page(job: Job, shipped: Shipped) -> ShipPage:
 
 def _answers(job: Job, asked: Made[Any], proven: Made[Any]) -> Iterator[Answer]:
     first, after = read_questions(asked), read_answers(proven)["shipped"]
-    given = {**{name: first.answers[name] for name in ("before", "trained") if name in first.answers}, "shipped": after}
+    given = {name: first.answers[name] for name in ("before", "trained") if name in first.answers} | {"shipped": after}
     for number, (question, expected) in enumerate(zip(first.questions, first.expected, strict=True)):
         said = {name: answers[number] for name, answers in given.items()}
         yield Answer(_words(question), expected, said, {name: is_right(expected, text, job.recipe.evaluate) for name, text in said.items()})

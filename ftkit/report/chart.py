@@ -85,9 +85,14 @@ def line_chart(series: Mapping[str, Points]) -> Chart:
     return Chart(x_ticks, [(up(tick), f"{tick:g}") for tick in ticks], WIDTH - RIGHT, logarithmic, _apart(found), [])
 
 
-def spot_chart(marks: Sequence[Mark], x_text: Callable[[float], str], y_text: Callable[[float], str], unit: float = 1) -> Chart:
-    """Points with names that do not cover each other, from zero on the x axis, whose ticks are multiples of `unit`."""
-    heights = [y for mark in marks for y in (mark.y, mark.low, mark.high) if y is not None]
+def spot_chart(
+    marks: Sequence[Mark], x_text: Callable[[float], str], y_text: Callable[[float], str], *, unit: float = 1, around: Sequence[float] = ()
+) -> Chart:
+    """Points with names that do not cover each other, from zero on the x axis, whose ticks are multiples of `unit`.
+
+    `around`: heights that are within the picture too, so that what hardly differs does not look far apart.
+    """
+    heights = [*around, *(y for mark in marks for y in (mark.y, mark.low, mark.high) if y is not None)]
     y_ticks, x_ticks = _ticks(min(heights), max(heights)), [unit * tick for tick in _ticks(0, max(mark.x for mark in marks) / unit)]
     right = WIDTH - 16
     across, up = _scale(0, x_ticks[-1], LEFT, right), _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)

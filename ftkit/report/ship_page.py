@@ -21,6 +21,7 @@ from ftkit.units import GIB, KIB, MIB, bytes_text, seconds_text
 MOST_ANSWERS = 200  # that are shown
 MOST_WORDS = 2000  # of an answer, that are compared word by word
 MOST_POINTS = 240  # of a curve, that are drawn
+AS_TRAINED = (99, 100)  # percent: what is nearer to each other is drawn as near
 KEPT_IN_TEXTS = "\n\t\u200c\u200d"  # of what is not printable: some scripts are not read without the last two
 
 
@@ -143,9 +144,10 @@ def headline(page: ShipPage) -> str:
         said += f", {trained['right']} as trained" if trained else ", and the trained model was not asked"
     gain = f" and keeps {kept['percent']:.1f} % of what training gained" if kept else "; what it keeps of the training was not measured"
     count = len(by["passed"])
-    proved = (
-        f"the other {count} checks passed" if parts and count else f"all {count} checks passed" if count else "nothing was checked of it"
-    )
+    checks = "check" if count == 1 else f"{count} checks"
+    proved = f"the other {checks} passed" if parts else f"{'its one' if count == 1 else 'all'} {checks} passed"
+    if not count:
+        proved = "nothing else was proved of it" if parts else "nothing was checked of it"
     sentence = "; ".join([*parts, f"{file.name} ({bytes_text(file.size_bytes)}) ships: it {said}{',' if kept else ''}{gain}", proved])
     return sentence[0].upper() + sentence[1:] + "." if parts else f"{sentence}."
 
@@ -173,7 +175,7 @@ def sizes_chart(sizes: Iterable[Sized]) -> Chart:
     marks = [Mark(one.name, one.bytes, one.percent, one.low, one.high, one.chosen_by) for one in sizes]
     largest = max(mark.x for mark in marks)
     unit, name = next(((unit, name) for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")) if largest >= 2 * unit), (1, "B"))
-    return spot_chart(marks, lambda size: f"{size / unit:g} {name}", lambda percent: f"{percent:g} %", unit)
+    return spot_chart(marks, lambda size: f"{size / unit:g} {name}", lambda percent: f"{percent:g} %", unit=unit, around=AS_TRAINED)
 
 
 def curve_chart(curve: Sequence[Point]) -> tuple[Chart | None, int]:
