@@ -121,7 +121,7 @@ def write_page(page: ShipPage, path: Path) -> None:
         asked_trained=any("trained" in one.said for one in page.answers),
         settings=[(key, shown(value)) for key, value in dotted(record.settings)],
         system=record.settings["ship"]["system"],
-        versions=[(step, name, version) for step, found in record.versions.items() for name, version in found.items() if version],
+        versions=versions(record.versions),
         files=page.files,
         origins=origins(record),
         width=WIDTH,
@@ -216,6 +216,16 @@ def differing(first: str, second: str) -> tuple[Pieces, Pieces]:
             if text:
                 pieces.append((text, what != "equal"))
     return found
+
+
+def versions(by_step: Mapping[str, Mapping[str, str | None]]) -> list[tuple[str, str, str]]:
+    """Name, version, and in which steps."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for step, made_with in by_step.items():
+        for name, version in made_with.items():
+            if version:
+                found.setdefault((name, version), []).append(step)
+    return [(name, version, ", ".join(steps)) for (name, version), steps in found.items()]
 
 
 def origins(record: Record) -> list[tuple[str, str, str]]:
