@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,7 +39,7 @@ def part_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command(
-    epilog="\b\nExamples:\n  ftkit ship\n  ftkit ship --set ship.quantization=Q5_K_M --ollama\n"
+    epilog="\b\nExamples:\n  ftkit ship\n  ftkit ship --set ship.quantization=Q5_K_M --ollama\n  ftkit ship --html ship.html\n"
     "  ftkit ship outputs/checkpoint-300 --data train.jsonl --test test.jsonl\n"
     "  ftkit ship my-adapter --base org/name --set ship.name=mine\n  ftkit ship model-F16.gguf --set ship.quantization=Q5_K_M"
 )
@@ -49,6 +50,9 @@ def part_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @ollama_option
 @yes_option
 @part_options
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write what was shipped and proved as one page."
+)
 def command(
     what: str,
     data: str | None,
@@ -59,6 +63,7 @@ def command(
     only: str | None,
     first: str | None,
     dry_run: bool,
+    html: Path | None,
     **options: Any,
 ) -> None:
     """Turn what was trained into a GGUF that answers as the trained model does, and register it in Ollama.
@@ -69,14 +74,24 @@ def command(
     need_training_stack()
     be_quiet()
     from ftkit.cli.console import ConsoleReporter
+    from ftkit.errors import RecipeError
     from ftkit.line import entry, line
+    from ftkit.line.page import page
+    from ftkit.report import ship_page, write
 
+    if html:
+        if only or dry_run:
+            raise RecipeError("--html is a page about what ships, and --only and --dry-run ship nothing.", "leave one of them out")
+        write.check(html, write.PAGE_SUFFIXES)
     run_dir = options.pop("run_dir")
     changed = [(key, absolute(path)) for key, path in (("data.train", data), ("data.test", test)) if path] + overrides(**options)
     job, new_recipe = entry.enter(what, changed, run_dir=run_dir, reporter=ConsoleReporter())
 
     def whole() -> None:
-        show(job, line.ship(job, use_ollama=use_ollama, replace_model=replace_model), as_json)
+        shipped = line.ship(job, use_ollama=use_ollama, replace_model=replace_model)
+        if html:
+            ship_page.write_page(page(job, shipped), html)
+        show(job, shipped, as_json)
 
     if new_recipe and not dry_run:
         with job.run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ftkit.check import Check, failed, not_made, passed
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SAMPLES = 2000  # of rows, drawn with replacement, for an interval
+POSITIONS = 32  # of an answer, of which the KL is kept for each: the first
 LEAST = 1e-2  # nats a token between base and trained model, in loss or in KL: less is lost and found by rounding
 
 
@@ -27,6 +28,7 @@ class Behaviour:
     loss: list[float]  # -log of the probability of what the answer says
     divergence: list[float]  # KL(trained ‖ this) over the whole vocabulary
     agreed: list[int]  # tokens at which the likeliest is the trained model's
+    divergence_at: list[float] = field(default_factory=list)  # sums over those rows, at each of the first POSITIONS tokens
 
     @property
     def loss_a_token(self) -> float:
@@ -39,6 +41,12 @@ class Behaviour:
     @property
     def agreed_percent(self) -> float | None:
         return 100 * sum(self.agreed) / sum(self.tokens[: len(self.agreed)]) if self.agreed else None
+
+    @property
+    def divergence_by_position(self) -> list[float]:
+        """KL a token at the first, second, … token of an answer, over the rows that are that long; empty of an earlier ftkit's run."""
+        looked_at = self.tokens[: len(self.divergence)]
+        return [total / sum(count > place for count in looked_at) for place, total in enumerate(self.divergence_at)]
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ def measure(
     """
     import numpy as np
 
-    tokens, losses, divergences, agreed, kept = [], [], [], [], iter(trained)
+    tokens, losses, divergences, agreed, at, kept = [], [], [], [], np.zeros(POSITIONS), iter(trained)
     for given, ids in zip(logits, said, strict=True):
         here = log_probabilities(given)
         tokens.append(len(ids))
@@ -68,9 +76,12 @@ def measure(
             theirs = log_probabilities(first)
             width = min(here.shape[1], theirs.shape[1])  # a file or a checkpoint may hold more rows than there are tokens
             p, q = theirs[:, :width], here[:, :width]
-            divergences.append(float((np.exp(p) * (p - q)).sum()))
+            apart = (np.exp(p) * (p - q)).sum(-1)
+            divergences.append(float(apart.sum()))
+            at[: len(apart)] += apart[:POSITIONS]
             agreed.append(int((p.argmax(-1) == q.argmax(-1)).sum()))
-    return Behaviour(tokens, losses, divergences, agreed)
+    longest = max(tokens[: len(divergences)], default=0)
+    return Behaviour(tokens, losses, divergences, agreed, at[:longest].tolist())
 
 
 def log_probabilities(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -92,12 +92,12 @@ def _values(record: Record) -> dict[str, Any]:
         "scores": [
             [plain(name), f"{score['right']} of {score['rows']}", f"{score['percent']:.1f} %"] for name, score in proof["scores"].items()
         ],
-        "forms": [[plain(name), *_figures(form)] for name, form in proof["forms"].items()],
+        "forms": [[plain(name), *figures(form)] for name, form in proof["forms"].items()],
         "weighed": [
             [plain(one["quantization"]), bytes_text(one["bytes"]), "–" if one["kept_percent"] is None else f"{one['kept_percent']:.1f} %"]
             for one in proof["weighed"]
         ],
-        "settings": [[plain(key), plain(_shown(value))] for key, value in _dotted(settings)],
+        "settings": [[plain(key), plain(shown(value))] for key, value in dotted(settings)],
         "stops": " ".join(plain(stop["token"]) for stop in record.stops),
         "context_length": next((value for key, value in record.says.items() if key.endswith(".context_length")), None),
         "num_ctx": settings["ship"]["num_ctx"],
@@ -124,13 +124,13 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: plain(value) if isinstance(value, str) else value for key, value in values.items()}
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _figures(form: Mapping[str, Any]) -> list[str]:
+def figures(form: Mapping[str, Any]) -> list[str]:
     kept, far, alike = form["kept"], form["divergence"], form["agreed_percent"]
     return [
         f"{form['loss']:.3f}",
@@ -141,12 +141,12 @@ def _figures(form: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _dotted(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """The recipe's keys that are set, dotted."""
     found: list[tuple[str, Any]] = []
     for key, value in settings.items():
         if isinstance(value, dict) and prefix == "":
-            found += _dotted(value, f"{key}.")
+            found += dotted(value, f"{key}.")
         elif value is not None and prefix + key != "ship.system":
             found.append((prefix + key, value))
     return found

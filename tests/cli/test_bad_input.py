@@ -195,6 +195,19 @@ def test_ship_before_training(project: Project) -> None:
     assert "ftkit train" in project.refused(errors.RunError, "ship", project.recipe)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--html", "ship.pdf"), "does not end in .html or .htm"),
+        (("--html", "nowhere/ship.html"), "There is no folder nowhere"),
+        (("--html", "ship.html", "--dry-run"), "leave one of them out"),
+        (("--html", "ship.html", "--only", "prove"), "leave one of them out"),
+    ],
+)
+def test_a_page_of_a_ship_that_could_not_be_written(project: Project, words: tuple[str, ...], said: str) -> None:
+    assert said in project.refused(errors.RecipeError, "ship", project.recipe, *words)
+
+
 def test_ship_to_ollama_that_does_not_run(project: Project, no_ollama: str) -> None:
     project.train()
     said = project.refused(errors.ToolMissingError, "ship", project.recipe, "--ollama", steps=("train",))

@@ -14,9 +14,11 @@ import pytest
 from ftkit.errors import ProofError, RecipeError
 from ftkit.line import line
 from ftkit.line.job import open_job
+from ftkit.line.page import page
 from ftkit.line.prove import FAILED_PROOF
 from ftkit.proof.record import CARD, PROBES, RECORD, read_record
 from ftkit.proof.verify import verify
+from ftkit.report.ship_page import write_page
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -74,6 +76,16 @@ def test_the_line_ships_it_and_does_nothing_twice(
     proof = json.loads(shipped.proof_file.read_text(encoding="utf-8"))
     assert [check["name"] for check in proof["checks"] if check["outcome"] == "not made"][:1] == ["answers"]
 
+    shown = page(open_job(tmp_path), shipped)
+    assert [(one.question, one.said.keys()) for one in shown.answers] == [
+        (example["question"], {"before", "trained", "shipped"}) for example in proof["examples"]
+    ]
+    assert (shown.divergence.keys(), len(shown.curve) > 2) == ({"before", "merged", "shipped"}, True)
+    assert {name for name, _, _ in shown.files} == {path.name for path in shipped.record.parent.iterdir()}
+    assert {one.name for one in shown.sizes} == {form.replace("merged", "merged (F16)") for form, it in shipped.forms.items() if it.kept}
+    write_page(shown, tmp_path / "ship.html")
+    assert shipped.examples[0]["question"] in (tmp_path / "ship.html").read_text(encoding="utf-8")
+
     def times(*suffixes: str) -> dict[Path, int]:
         steps = [path for path in run.rglob("*") if "shipped" not in (path.name, path.parent.name)]
         return {path: path.stat().st_mtime_ns for path in steps if path.suffix in suffixes}
@@ -86,7 +98,7 @@ def test_the_line_ships_it_and_does_nothing_twice(
     again = ship()
     changed = {path.name for path, when in times(".gguf", ".safetensors", ".json", "").items() if before.get(path) != when}
     assert changed <= {"proof.json", "manifest.json", ".lock", run.name} | {path.parent.name for path in run.rglob("proof.json")}
-    assert (again.fresh, handed_on_times()) == (False, untouched_since)
+    assert (again.fresh, handed_on_times(), page(open_job(tmp_path), again)) == (False, untouched_since, shown)
     files = times(".gguf", ".safetensors")
     job = open_job(tmp_path)
     with job.run:

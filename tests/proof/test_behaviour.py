@@ -16,7 +16,7 @@ from ftkit.engines.logits import Forced
 from ftkit.errors import ToolFailedError
 from ftkit.gguf import files as gguf
 from ftkit.machine.llama_cpp import need_converter
-from ftkit.proof.behaviour import Behaviour, gain_kept, judge_distance, judge_gain, least_kept, measure
+from ftkit.proof.behaviour import POSITIONS, Behaviour, gain_kept, judge_distance, judge_gain, least_kept, measure
 
 ROWS = [
     Forced([2, *((7 * n + 3 * m) % 250 + 6 for m in range(12 + n)), *((n + m) % 26 + 263 for m in range(8))], list(range(13 + n, 21 + n)))
@@ -129,6 +129,23 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ToolFailedError, match=r"cannot load x\.gguf"):
         list(logits.of_file(tmp_path / "x.gguf", ROWS))
+
+
+def test_kl_is_known_at_each_place_of_an_answer() -> None:
+    """Of rows of other lengths: as many as are that long count, and no more places than are kept."""
+    import numpy as np
+
+    random, lengths = np.random.default_rng(0), (3, 1, POSITIONS + 4)
+    trained, form = ([random.normal(size=(length, 5)) for length in lengths] for _ in range(2))
+    found = measure(form, [[0] * length for length in lengths], trained[:2])  # the third row's logits were not kept
+    assert len(found.divergence_at) == 3
+    assert sum(found.divergence_at) == pytest.approx(sum(found.divergence))
+    first, second, third = found.divergence_by_position
+    alone = measure(form[:1], [[0] * 3], trained[:1]).divergence_by_position
+    assert [second, third] == pytest.approx(alone[1:])
+    assert first == pytest.approx((alone[0] + found.divergence[1]) / 2)
+    assert len(measure(form, [[0] * length for length in lengths], trained).divergence_by_position) == POSITIONS
+    assert measure(form, [[0] * length for length in lengths]).divergence_by_position == []
 
 
 def test_what_cannot_be_judged_is_not_made() -> None:
