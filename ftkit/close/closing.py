@@ -44,7 +44,7 @@ def distribution(logits: np.ndarray[Any, Any]) -> Distribution:
     """Of logits (places, vocabulary)."""
     import torch
 
-    given = torch.from_numpy(logits)
+    given = torch.tensor(logits)  # a copy: kept logits come from a file that is not written to
     likeliest, ids = given.topk(min(LIKELIEST, given.shape[1]), sorted=False)
     likeliest = (likeliest - given.logsumexp(-1, keepdim=True)).double()
     rest = (1 - likeliest.exp().sum(-1)).clamp_min(1e-12).log()

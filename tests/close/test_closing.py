@@ -110,3 +110,12 @@ def test_a_file_that_transformers_does_not_read(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(ModelError, match=r"does not read m\.gguf"):
         load_student(tmp_path / "m.gguf", tmp_path, bfloat16=False, cuda=False)
+
+
+def test_logits_that_were_kept_in_a_file_are_taken(made: Made, tmp_path: Path) -> None:
+    import numpy as np
+
+    (found,) = logits.of_file(made.file, ROWS[:1])
+    np.save(tmp_path / "kept.npy", found)
+    kept = distribution(np.load(tmp_path / "kept.npy", mmap_mode="r"))
+    assert (kept.ids == distribution(found).ids).all()
