@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from ftkit.model.source import open_gguf, shapes_of
 from ftkit.progress import SILENT, Reporter
 
 CONVERTER_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}  # what the converter writes without llama-quantize
+
+
+QUANTIZE_BUFFER_BYTES = 1 << 30  # of a tensor's rows, that llama-quantize holds at a time
 
 
 # Models that predict several tokens at once, by layers that transformers leaves out when it saves a model. The converter wants them
@@ -63,6 +67,12 @@ def _lost_what_predicts_more(model: Path) -> bool:
     return not any("mtp." in name or ((found := numbers.search(name)) and int(found[1]) >= layers) for name in shapes_of(model))
 
 
+def _takes(program: Found, option: str) -> bool:
+    """Whether this build of a program knows an option, as it says itself."""
+    said = subprocess.run([program.path, "--help"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    return option.encode() in said.stdout + said.stderr
+
+
 def quantize(
     source: Path,
     path: Path,
@@ -75,11 +85,13 @@ def quantize(
 ) -> None:
     """llama-quantize from a 16-bit file, or `again` from one that is quantised, with an importance matrix or without.
 
-    Raises ToolFailedError with its last lines.
+    Some rows of a tensor at a time, so that the largest, a table of tokens, needs no more memory than others; earlier builds of
+    llama-quantize hold each whole. Raises ToolFailedError with its last lines.
     """
     reporter.step(f"quantising to {path.name}")
     how: list[str | Path] = ["--imatrix", imatrix.name] if imatrix else []  # its name alone: it ends up in the file
     how += ["--allow-requantize"] if again else []
+    how += ["--max-buffer-size", str(QUANTIZE_BUFFER_BYTES >> 20)] if _takes(program, "--max-buffer-size") else []
     call([program.path.resolve(), *how, source.resolve(), path.resolve(), quantization], cwd=imatrix.parent if imatrix else None)
 
 

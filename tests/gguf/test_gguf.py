@@ -12,7 +12,7 @@ from gguf import GGUFWriter
 from ftkit.engines import llamacpp
 from ftkit.errors import ModelError, RunError, ToolFailedError
 from ftkit.gguf import files as gguf
-from ftkit.machine.llama_cpp import Found
+from ftkit.machine.llama_cpp import Found, find_program
 from ftkit.model import dequantise
 from ftkit.model.locate import locate
 from ftkit.model.open import open_weights
@@ -96,3 +96,26 @@ def test_llama_cpps_own_reason_is_said_where_it_refuses_a_file(whole: Path) -> N
         llamacpp.load(whole, 64),
     ):
         pass
+
+
+@pytest.mark.e2e
+def test_some_rows_at_a_time_make_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = find_program("llama-quantize")
+    assert program
+    rows = np.random.default_rng(0).standard_normal((4096, 512), np.float32)
+    writer = GGUFWriter(tmp_path / "F16.gguf", "llama")
+    for name in ("context_length", "embedding_length", "block_count", "feed_forward_length", "head_count"):
+        getattr(writer, f"add_{name}")(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_token_list(["a", "b"])
+    writer.add_tensor("token_embd.weight", rows.astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert gguf._takes(program, "--max-buffer-size")
+    assert not gguf._takes(program, "--no-such-option")
+    for size in (1 << 30, 1 << 20):  # the whole of 8 MiB in float32, and an eighth of it
+        monkeypatch.setattr(gguf, "QUANTIZE_BUFFER_BYTES", size)
+        gguf.quantize(tmp_path / "F16.gguf", tmp_path / f"{size}.gguf", "Q4_K_M", program)
+    assert (tmp_path / f"{1 << 30}.gguf").read_bytes() == (tmp_path / f"{1 << 20}.gguf").read_bytes()

@@ -14,6 +14,7 @@ import tiny
 from conftest import REPOSITORY
 
 from ftkit.gguf import files as gguf_files
+from ftkit.gguf.files import QUANTIZE_BUFFER_BYTES
 from ftkit.gguf.types import CONVERTED, HEADER_BYTES_A_TOKEN, gguf_bytes, gguf_model, gguf_sizes, tensor_bytes, tensor_types
 from ftkit.line.line import LINE
 from ftkit.line.train import TRAIN
@@ -247,8 +248,10 @@ def test_the_ram_of_the_later_steps() -> None:
     rows = 2 * max(LEAST_ROWS, ROWS_ELEMENTS // 512) * 512
     assert steps("lora")["merge"].peak_ram_bytes == FTKIT_BYTES + 4 * 1000 + 12 * rows
     assert made["merge"].peak_ram_bytes == FTKIT_BYTES + 4 * 1000 + 12 * rows + 18 * 256 * 512  # onto the dequantised base
+    half = gguf_model(shapes(vocabulary=1 << 19), config(vocab_size=1 << 19))
+    assert quantize_bytes(half, "Q4_K_M") == QUANTIZE_BYTES + (4 + Q6_K) * (1 << 19) * 256  # the output, in Q6_K
+    assert quantize_bytes(large, "Q4_K_M") == QUANTIZE_BYTES + QUANTIZE_BUFFER_BYTES  # some rows of it at a time
     embedding = (1 << 20) * 256
-    assert quantize_bytes(large, "Q4_K_M") == QUANTIZE_BYTES + (4 + Q6_K) * embedding  # the output, in Q6_K
     vocabulary = CONVERTER_BYTES + CONVERTER_BYTES_A_TOKEN * (1 << 20)
     assert converter_bytes(large, "F16") == vocabulary + (4 + 2) * embedding
     assert converter_bytes(large, "Q8_0") == vocabulary + (4 + 2 * Q8_0) * embedding
