@@ -336,13 +336,14 @@ class State:
 
 def states(job: Job) -> Iterator[State]:
     """Of every step that this job has, in order. Nothing is made."""
-    job = _as_made(job)
+    asked, job = job, _as_made(job)
     planned = recorded(job.run)
     sizes = planned.memory.sizes(_largest(job).recipe.ship) if planned else None
     sizes = adopted_sizes(job) if job.given else planned.memory.sizes(job.recipe.ship) if planned else None
     for step in LINE:
         if step.applies(job):
-            yield State(step, find(job, step) if step.make else None, _costs(job, step, sizes) if sizes else ())
+            at = asked if step is PLAN else job  # it is made before a type is chosen
+            yield State(step, find(at, step) if step.make else None, _costs(job, step, sizes) if sizes else ())
 
 
 def _costs(job: Job, step: Step[Any], sizes: Sizes) -> tuple[Cost, ...]:

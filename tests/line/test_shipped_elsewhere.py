@@ -133,7 +133,8 @@ def test_a_merged_model_is_linked_converted_and_compared_with_its_base(here: Pat
 
 
 def test_a_gguf_is_quantised_and_compared_with_itself_and_its_base(here: Path) -> None:
-    (f16,) = ship("lora").gguf.parent.glob("*-F16.gguf")
+    ship("lora")
+    (f16,) = here.glob("runs/lora/gguf-*/*-F16.gguf")
     given = f16.rename(here / "given-F16.gguf") if not (here / "given-F16.gguf").exists() else here / "given-F16.gguf"
     shipped = ship(str(given), ship__quantization="Q4_K_M", ship__keep=50, model="base", data__test="rows.jsonl")
     found = outcomes(shipped)
