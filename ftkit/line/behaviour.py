@@ -35,7 +35,7 @@ TRAINED, MERGED, SHIPPED = "trained", "merged", "shipped"  # forms; before train
 CHOICE, OUTSIDE = "choice", "outside"
 MOST_ROWS, MOST_TOKENS = 64, 128  # that are looked at: the first rows, and of each the first tokens that were learnt
 CHOICE_ROWS = 32
-OUTSIDE_ROWS, OUTSIDE_TOKENS = 8, 256
+OUTSIDE_ROWS, OUTSIDE_TOKENS = 16, 128
 OUTSIDE_CHARACTERS = 8 * OUTSIDE_ROWS * OUTSIDE_TOKENS  # the first of that text: what is learnt from comes after
 
 
