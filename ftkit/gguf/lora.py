@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 HELD = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # keys whose effect a GGUF LoRA holds
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
+BESIDE = re.compile(r"base_model\.model\.(.+)\.base_layer\.weight")  # an embedding or a head, which PEFT writes beside its A and B
 EMBEDDING = re.compile(r"(.+\.)?(embed_tokens|lm_head)")
 OTHER_BASE = "convert it with the base that it was trained on"
 MERGED = "the merged file holds it; leave the adapter out: --set ship.adapter=false"
@@ -91,6 +92,10 @@ def _scaled(adapter: Path, base: Path, trust_remote_code: bool) -> dict[str, tor
     wanted = {(layer, matrix) for layer in layers for matrix in "AB"}
     scaled = {}
     for name, tensor in tensors.items():
+        if beside := BESIDE.fullmatch(name):
+            if beside[1] in layers and layers[beside[1]].get_base_layer().weight.shape == tensor.shape:
+                continue
+            raise ModelError(f"The adapter brings a {beside[1]} of other tokens, which a GGUF LoRA cannot hold.", MERGED)
         known = named.get(name)
         module = layers.get(known[1]) if known else None
         if not known or not module:
