@@ -9,12 +9,16 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ftkit.errors import ModelError
 from ftkit.machine.call import call
 from ftkit.machine.llama_cpp import Found
 from ftkit.model.source import open_gguf, shapes_of
 from ftkit.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 CONVERTER_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}  # what the converter writes without llama-quantize
 
@@ -97,7 +101,11 @@ def quantize(
 
 def template_in(path: Path) -> str | None:
     """The chat template that a file carries."""
-    field = open_gguf(path).get_field("tokenizer.chat_template")
+    return _template(open_gguf(path))
+
+
+def _template(reader: GGUFReader) -> str | None:
+    field = reader.get_field("tokenizer.chat_template")
     return None if field is None else str(field.contents())
 
 
@@ -107,7 +115,7 @@ def read_back(path: Path, quantization: str, chat_template: str | None) -> GgufF
     Raises ModelError where it does not.
     """
     reader = open_gguf(path)
-    if chat_template and template_in(path) != chat_template:
+    if chat_template and _template(reader) != chat_template:
         raise ModelError(f"{path.name} does not carry the model's chat template.", "report this with the model's name")
     elements = sum(int(tensor.n_elements) for tensor in reader.tensors)
     size = sum(int(tensor.n_bytes) for tensor in reader.tensors)

@@ -14,7 +14,7 @@ from ftkit.errors import ModelError, first_line
 from ftkit.gguf.files import run_script
 from ftkit.machine.llama_cpp import Found
 from ftkit.memory.model import adapted_layers, load_config, meta_model
-from ftkit.model.adapter import AGAIN, PLAIN_STARTS, WITHOUT_EFFECT, load_tensors
+from ftkit.model.adapter import AGAIN, load_settings, load_tensors, other_settings, settings_text
 from ftkit.model.source import open_gguf
 from ftkit.progress import SILENT, Reporter
 
@@ -64,19 +64,13 @@ def convert_adapter(
 
 def refuse_what_it_cannot_hold(adapter: Path) -> None:
     """Raise ModelError, by name, for each key of an adapter's config whose effect a GGUF LoRA does not hold."""
-    from peft import LoraConfig
-
     try:
         config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        keys = sorted(config.keys() - {*HELD, *WITHOUT_EFFECT})
+        more = other_settings(config, HELD)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"The adapter in {adapter} cannot be read: {error!r}.", AGAIN) from None
-    defaults = json.loads(json.dumps(LoraConfig().to_dict(), default=str))
-    plain = config.get("init_lora_weights", True) in PLAIN_STARTS
-    more = [key for key in keys if config[key] != defaults.get(key, key) and not (key == "init_lora_weights" and plain)]
     if more:
-        named = ", ".join(f"{key}={json.dumps(config[key])[:60]}" for key in more)
-        raise ModelError(f"The adapter uses {named}, which a GGUF LoRA cannot hold.", MERGED)
+        raise ModelError(f"The adapter uses {settings_text(config, more)}, which a GGUF LoRA cannot hold.", MERGED)
 
 
 def _scaled(adapter: Path, base: Path, trust_remote_code: bool) -> dict[str, torch.Tensor]:
@@ -113,10 +107,9 @@ def _scaled(adapter: Path, base: Path, trust_remote_code: bool) -> dict[str, tor
 
 def _layers(adapter: Path, config: Any, base: Path, trust_remote_code: bool) -> dict[str, Any]:
     """PEFT's layer of each name, as the adapter's config makes it on the base, without weights."""
-    from peft import PeftConfig, get_peft_model
+    from peft import get_peft_model
 
-    settings = PeftConfig.from_pretrained(adapter)
-    settings.base_model_name_or_path = None  # another folder may hold the same model
+    settings = load_settings(adapter)
     try:
         with warnings.catch_warnings():  # PEFT 0.21 tells of its own patterns for fused experts
             warnings.filterwarnings("ignore", message=r".*(rank|alpha)_pattern keys did not match.*", category=RuntimeWarning)

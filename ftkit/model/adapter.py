@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,24 +110,31 @@ def written_turned(adapter: Path, transposed: bool) -> bool:
     return next(turned[transposed] for since, turned in TURNED_EXPERTS if version >= Version(since))
 
 
+def other_settings(config: dict[str, Any], computed: Iterable[str]) -> list[str]:
+    """Keys of an adapter's config that are not at PEFT's default, but for those `computed` with and those without effect."""
+    from peft import LoraConfig
+
+    defaults = json.loads(json.dumps(LoraConfig().to_dict(), default=str))
+    harmless = {*computed, *WITHOUT_EFFECT}
+    if config.get("init_lora_weights", True) in PLAIN_STARTS:
+        harmless.add("init_lora_weights")
+    return sorted(key for key, value in config.items() if key not in harmless and (key not in defaults or value != defaults[key]))
+
+
+def settings_text(config: dict[str, Any], keys: Iterable[str]) -> str:
+    """Keys with their values, cut, for an error."""
+    return ", ".join(f"{key}={json.dumps(config[key])[:60]}" for key in keys)
+
+
 def _refuse_what_changes_more(config: dict[str, Any]) -> None:
     """Raise ModelError, by name, for each key that this merge neither computes with nor finds at PEFT's default.
 
     A key that the installed PEFT does not know is refused too: nobody can say what it does to the weights.
     """
-    from peft import LoraConfig
-
-    defaults = json.loads(json.dumps(LoraConfig().to_dict(), default=str))
-    harmless = {*COMPUTED, *WITHOUT_EFFECT}
-    if config.get("init_lora_weights", True) in PLAIN_STARTS:
-        harmless.add("init_lora_weights")
-    more = sorted(key for key, value in config.items() if key not in harmless and (key not in defaults or value != defaults[key]))
-    if more:
-        named = ", ".join(f"{key}={json.dumps(config[key])[:60]}" for key in more)
+    if more := other_settings(config, COMPUTED):
+        named = settings_text(config, more)
         ways = {WAYS_OUT.get(key) or WAYS_OUT.get(f"{key}={str(config[key]).partition('_niter')[0]}") for key in more} - {None}
         raise ModelError(f"The adapter uses {named}, which this merge does not do.", "; ".join(sorted(map(str, ways))) or WITH_PEFT)
-        named = ", ".join(f"{key}={json.dumps(config[key])[:60]}" for key in sorted(more))
-        raise ModelError(f"The adapter uses {named}, which this merge does not do.", f"{WITH_PEFT}; or train without it")
 
 
 def embedding_rows(adapter: Path) -> int:
