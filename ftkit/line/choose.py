@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,21 @@ WEIGH = Step(
     make=_weigh,
     keep=True,
 )
+
+
+def trials(job: Job, weighed: Callable[[Job], Weighed | None]) -> Iterator[tuple[Job, Weighed, bool]]:
+    """Types in their order, what each keeps, and whether it ships: the first that keeps enough, else the largest.
+
+    `weighed`: what is known of one; where it is nothing, no more is tried.
+    """
+    every = list(candidates(job))
+    for tried in every:
+        if (found := weighed(tried)) is None:
+            return
+        ships = (found.kept_percent or 0) >= job.recipe.ship.keep or tried is every[-1]
+        yield tried, found, ships
+        if ships:
+            return
 
 
 def is_smallest(job: Job) -> bool:

@@ -16,7 +16,7 @@ from ftkit.line.adapter import ADAPTER, ServedAdapter, judge_adapter, refuse_ada
 from ftkit.line.adopt import ADOPT, Adopted, refuse, trained_by
 from ftkit.line.adopt import sizes as adopted_sizes
 from ftkit.line.ask import ASK, REASK, refuse_rule
-from ftkit.line.choose import WEIGH, Weighed, candidates, is_smallest, of_type
+from ftkit.line.choose import WEIGH, Weighed, candidates, is_smallest, of_type, trials
 from ftkit.line.close import CLOSE, Closed, shipping
 from ftkit.line.gguf import GGUF, IMATRIX, QUANTISE, refuse_missing_imatrix
 from ftkit.line.job import Job, Onto
@@ -220,7 +220,7 @@ def _refuse_what_cannot_ship(job: Job, use_ollama: bool | None, replace_model: b
             refuse_anothers_name(job, client, replace_model)
     if job.run.finished(PROVE.name):
         return
-    if job.given and (sizes := adopted_sizes(job)):
+    if job.given and (sizes := _sizes(job)):
         costs = [cost for step in LINE if step.applies(job) for cost in _costs(job, step, sizes)]
         refuse_shortages(shortages(job, costs, bytes_to_fetch(job.source)))
     elif planned := recorded(job.run):
@@ -278,19 +278,17 @@ def choose_type(job: Job) -> tuple[Job, tuple[Weighed, ...]]:
     """
     if not is_smallest(job):
         return job, ()
-    weighed, every = [], list(candidates(job))
-    for tried in every:
-        made = ensure(tried, WEIGH)
-        weighed.append(made.result)
-        kept = made.result.kept_percent
-        if kept is None:
+    weighed = []
+    for tried, one, ships in trials(job, lambda tried: ensure(tried, WEIGH).result):
+        weighed.append(one)
+        if one.kept_percent is None:
             raise ProofError(
                 "Which type is the smallest that keeps enough cannot be said: the trained model was not looked at token by token.",
                 "name one: --set ship.quantization=Q4_K_M; or look again: ftkit ship --from ask",
             )
-        if kept >= job.recipe.ship.keep or tried is every[-1]:
+        if ships:
             break
-        job.reporter.note(f"{made.result.quantization} keeps {kept:.1f} % of the training, wanted are {job.recipe.ship.keep:g} %")
+        job.reporter.note(f"{one.quantization} keeps {one.kept_percent:.1f} % of the training, wanted are {job.recipe.ship.keep:g} %")
         of_file: tuple[Step[Any], ...] = (QUANTISE, CLOSE)
         for step in of_file:
             if step.applies(tried) and (stale := find(tried, step)):
@@ -318,11 +316,14 @@ def _as_made(job: Job) -> Job:
     """The job, with the merge that is there and the type that was chosen, where that is done."""
     dequantised = replace(job, onto="dequantised")
     job = dequantised if find(dequantised, MERGE) and not job.recipe.ship.closing_steps else job
-    for tried in candidates(job) if is_smallest(job) else ():
-        weighed = find(tried, WEIGH)
-        if weighed and (weighed.result.kept_percent or 0) >= job.recipe.ship.keep:
-            return tried
-    return job
+    if not is_smallest(job):
+        return job
+
+    def weighed(tried: Job) -> Weighed | None:
+        found = find(tried, WEIGH)
+        return found.result if found else None
+
+    return next((tried for tried, _, ships in trials(job, weighed) if ships), job)
 
 
 @dataclass(frozen=True)
@@ -337,13 +338,19 @@ class State:
 def states(job: Job) -> Iterator[State]:
     """Of every step that this job has, in order. Nothing is made."""
     asked, job = job, _as_made(job)
-    planned = recorded(job.run)
-    sizes = planned.memory.sizes(_largest(job).recipe.ship) if planned else None
-    sizes = adopted_sizes(job) if job.given else planned.memory.sizes(job.recipe.ship) if planned else None
+    sizes = _sizes(job)
     for step in LINE:
         if step.applies(job):
             at = asked if step is PLAN else job  # it is made before a type is chosen
             yield State(step, find(at, step) if step.make else None, _costs(job, step, sizes) if sizes else ())
+
+
+def _sizes(job: Job) -> Sizes | None:
+    """What the costs of the steps follow from; None where nothing is planned, or what was given cannot be counted."""
+    if job.given:
+        return adopted_sizes(_largest(job))
+    planned = recorded(job.run)
+    return planned.memory.sizes(_largest(job).recipe.ship) if planned else None
 
 
 def _costs(job: Job, step: Step[Any], sizes: Sizes) -> tuple[Cost, ...]:

@@ -51,6 +51,7 @@ def test_the_smallest_type_that_keeps_enough_ships(
         line.train(job)
         with pytest.raises(RecipeError, match="not chosen yet"):
             line.make_only(job, "quantise")
+        assert all(state.costs for state in line.states(job) if state.step.name in ("quantise", "prove"))  # of the largest that is tried
     chosen = ship(50)
     *smaller, last = chosen.weighed
     assert [tried.quantization for tried in chosen.weighed] == list(TRIED[: len(chosen.weighed)])
