@@ -25,8 +25,8 @@ from ftkit.report.parts import (
     tied,
 )
 from ftkit.report.plot import axis_bytes
-from ftkit.report.words import PHASES, answer, command_for, padding, peak_words, phase_of, plain, reach, runs, sixteen_bits, why
-from ftkit.report.write import PAGE_SUFFIXES, check, write
+from ftkit.report.words import PHASES, answer, command_for, padding, peak_words, phase_of, reach, runs, sixteen_bits, why
+from ftkit.report.write import PAGE_SUFFIXES, check, page_environment, write
 from ftkit.units import bytes_text, count_text, seconds_text
 
 
@@ -45,17 +45,8 @@ def write_page(
 
     The same plan gives the same bytes. Raises RecipeError for another suffix than .html or a folder that cannot be written.
     """
-    import jinja2
-
     check(path, PAGE_SUFFIXES)
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=lambda value: plain(value) if isinstance(value, str) else value,
-    )
+    environment = page_environment()
     environment.filters |= {"bytes": bytes_text, "count": count_text, "seconds": seconds_text, "command": command_for, "tied": tied}
     environment.globals |= {
         "share": share,

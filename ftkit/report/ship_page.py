@@ -13,8 +13,7 @@ from ftkit.proof.record import Record
 from ftkit.report.card import dotted, shown
 from ftkit.report.chart import HEIGHT, WIDTH, Chart, Mark, line_chart, spot_chart
 from ftkit.report.parts import tied
-from ftkit.report.words import plain
-from ftkit.report.write import PAGE_SUFFIXES, check, write
+from ftkit.report.write import PAGE_SUFFIXES, check, page_environment, write
 from ftkit.train.curve import Point
 from ftkit.units import GIB, KIB, MIB, bytes_text, seconds_text
 
@@ -80,17 +79,8 @@ def write_page(page: ShipPage, path: Path) -> None:
 
     The same page gives the same bytes. Raises RecipeError for another suffix than .html or a folder that cannot be written.
     """
-    import jinja2
-
     check(path, PAGE_SUFFIXES)
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=lambda value: plain(value, KEPT_IN_TEXTS) if isinstance(value, str) else value,
-    )
+    environment = page_environment(KEPT_IN_TEXTS)
     environment.filters |= {"bytes": bytes_text, "seconds": seconds_text}
     record, proof = page.record, page.record.proof
     shipped = record.file.quantization

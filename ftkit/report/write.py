@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ftkit.errors import RecipeError
 from ftkit.files import write_atomically
+from ftkit.report.words import plain
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 PLOT_SUFFIXES, PAGE_SUFFIXES = (".svg", ".png"), (".html", ".htm")
 
@@ -22,6 +27,20 @@ def check(path: Path, suffixes: tuple[str, ...]) -> None:
             pass
     except OSError as error:
         raise RecipeError(f"Cannot write into {path.parent}: {error.strerror or error}.", "choose another folder") from None
+
+
+def page_environment(keep: str = "") -> Environment:
+    """What renders a page: texts escaped, and without control characters but for those in `keep`."""
+    import jinja2
+
+    return jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: plain(value, keep) if isinstance(value, str) else value,
+    )
 
 
 def write(path: Path, content: bytes) -> None:
