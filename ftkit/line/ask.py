@@ -35,8 +35,7 @@ from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.plan import expected_answers
 from ftkit.line.step import Made, Step, fingerprint_of, write_json
 from ftkit.line.train import TRAIN
-from ftkit.machine.device import processor
-from ftkit.plan.cost import FTKIT_BYTES, of_asking, of_asking_merged
+from ftkit.plan.cost import of_asking, of_asking_merged
 from ftkit.proof.behaviour import Behaviour
 from ftkit.proof.score import refuse_unreadable
 
@@ -93,8 +92,8 @@ def _ask(job: Job, folder: Path, trained: Made[Any]) -> Asked:
     given = {
         folder: given_rows(tokenizer, data.test, length),
         folder / CHOICE: given_rows(tokenizer, choice_and_others(job, data)[0], length, CHOICE_ROWS),
+        folder / OUTSIDE: outside_rows(tokenizer),
     }
-    given[folder / OUTSIDE] = outside_rows(tokenizer)
     for inside in (CHOICE, OUTSIDE):
         (folder / inside).mkdir()
     refuse_unreadable(recipe.evaluate, expected_answers(tokenizer, rows))
@@ -181,8 +180,7 @@ class AskedMerged:
 
 def _ask_merged(job: Job, folder: Path, asked: Made[Asked], converted: Made[Converted], merged: Made[Merged]) -> AskedMerged:
     """Through its GGUF, a mapped file: F16, or Q8_0 where the machine's memory is too small for that."""
-    room = processor().total_bytes - FTKIT_BYTES
-    file = next((file for file in converted.result.files if file.bytes < room), None)
+    file = converted.result.in_memory()
     answers: dict[str, list[str]] = {}
     read = answer_reader(tokenizer_of(job, merged.folder / MODEL))
     if job.given and not job.data:

@@ -52,11 +52,11 @@ def choice_and_others(job: Job, rows: Rows) -> tuple[StoredRows, StoredRows]:
     return drawn[:few], drawn[few:]
 
 
-def outside_rows(tokenizer: Any) -> list[Forced]:
-    """Text of nobody's task, every token of it but the first of a row."""
-    ids = tokenizer(general_text(OUTSIDE_CHARACTERS))["input_ids"][: OUTSIDE_ROWS * OUTSIDE_TOKENS]
+def outside_rows(tokenizer: Any, count: int = OUTSIDE_ROWS, *, after: int = 0, every: int = 1) -> list[Forced]:
+    """Text of nobody's task, after so many characters of it; of each row `every` so many tokens, not the first."""
+    ids = tokenizer(general_text(8 * count * OUTSIDE_TOKENS, after=after))["input_ids"][: count * OUTSIDE_TOKENS]
     rows = [ids[begin : begin + OUTSIDE_TOKENS] for begin in range(0, len(ids), OUTSIDE_TOKENS)]
-    return [Forced(row, list(range(1, len(row)))) for row in rows if len(row) > 1]
+    return [Forced(row, list(range(1, len(row), every))) for row in rows if len(row) > 1]
 
 
 def given_rows(tokenizer: Any, rows: Iterable[Row], max_length: int, most: int = MOST_ROWS) -> list[Forced]:

@@ -12,24 +12,31 @@ from typing import Any
 
 from ftkit.close.closing import ROWS_A_STEP, Lesson, close, distribution, mean_divergence
 from ftkit.close.student import load_student, lossless, running, write_back
-from ftkit.data.general import general_text
 from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import DoesNotFitError, ModelError, ToolFailedError
 from ftkit.gguf.files import GgufFile
 from ftkit.line.adopt import ADAPTER, ADOPT
 from ftkit.line.ask import ASK
-from ftkit.line.behaviour import CHOICE, OUTSIDE_CHARACTERS, choice_and_others, given_rows, read_rows, trained_logits, with_bar
+from ftkit.line.behaviour import (
+    CHOICE,
+    OUTSIDE_CHARACTERS,
+    choice_and_others,
+    given_rows,
+    outside_rows,
+    read_rows,
+    trained_logits,
+    with_bar,
+)
 from ftkit.line.gguf import GGUF, QUANTISE, Converted
 from ftkit.line.job import Job, base_folder, computes_on, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step
 from ftkit.line.train import TRAIN
-from ftkit.machine.device import processor
-from ftkit.plan.cost import FTKIT_BYTES, of_closing
+from ftkit.plan.cost import of_closing
 
 PROMPT_TOKENS = 32  # of each row that are looked at, evenly; of an answer as many as elsewhere
-OUTSIDE_ROWS, OUTSIDE_TOKENS = 96, 128
+OUTSIDE_ROWS = 96
 MOST_APART = 0.1  # KL a token between the file in llama.cpp, which also rounds activations, and in transformers
 
 
@@ -110,14 +117,10 @@ def _closed(
 def _outside(job: Job, tokenizer: Any, converted: Made[Converted]) -> list[Lesson]:
     """Text of nobody's task as the merge reads it, in 16 bits where this machine's memory holds them; none, which is said, where it
     holds no file of the merge."""
-    file = next((file for file in converted.result.files if file.bytes < processor().total_bytes - FTKIT_BYTES), None)
-    if not file:
+    if not (file := converted.result.in_memory()):
         job.reporter.warn("the merged model is larger than this machine's memory: closing does not look at text outside the task")
         return []
-    text = general_text(8 * OUTSIDE_ROWS * OUTSIDE_TOKENS, after=OUTSIDE_CHARACTERS)
-    ids = tokenizer(text)["input_ids"][: OUTSIDE_ROWS * OUTSIDE_TOKENS]
-    chunks = [ids[begin : begin + OUTSIDE_TOKENS] for begin in range(0, len(ids), OUTSIDE_TOKENS)]
-    rows = [Forced(chunk, list(range(1, len(chunk), 4))) for chunk in chunks if len(chunk) > 1]
+    rows = outside_rows(tokenizer, OUTSIDE_ROWS, after=OUTSIDE_CHARACTERS, every=4)
     told = with_bar(job, "reading text outside the task", rows, logits.of_file(converted.folder / file.path, rows))
     return [Lesson(row, distribution(found)) for row, found in zip(rows, told, strict=True)]
 

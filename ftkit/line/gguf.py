@@ -19,8 +19,9 @@ from ftkit.line.adopt import trained_by
 from ftkit.line.job import Job, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step, fingerprint_of
+from ftkit.machine.device import processor
 from ftkit.machine.llama_cpp import find_program, need_converter
-from ftkit.plan.cost import of_converting, of_imatrix, of_quantising
+from ftkit.plan.cost import FTKIT_BYTES, of_converting, of_imatrix, of_quantising
 
 LLAMA_IMATRIX = "llama-imatrix"
 ALWAYS_MADE = ("F16", "Q8_0")  # by the converter, which needs no llama-quantize
@@ -40,6 +41,11 @@ class Converted:
 
     files: tuple[GgufFile, ...]
     corrections: Corrections = field(default_factory=Corrections)
+
+    def in_memory(self) -> GgufFile | None:
+        """The finest that this machine's memory holds beside ftkit."""
+        room = processor().total_bytes - FTKIT_BYTES
+        return next((file for file in self.files if file.bytes < room), None)
 
 
 def _convert(job: Job, folder: Path, merged: Made[Merged]) -> Converted:
