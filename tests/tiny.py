@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.recipe import Recipe
-from ftkit.train.trainer import Settings
+from ftkit.train.arguments import Settings
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

@@ -33,12 +33,18 @@ from ftkit.plan.by_measuring import Measure
 from ftkit.plan.choose import make_plan
 from ftkit.plan.plan import MemoryPlan
 from ftkit.proof.score import counted_text, refuse_unreadable
-from ftkit.recipe import Recipe
+from ftkit.recipe import Group, Recipe
 from ftkit.run import Run
+from ftkit.train.arguments import Settings
 from ftkit.train.probe import probe
-from ftkit.train.trainer import Settings
 
 PLAN_FILE = "plan.json"
+TRAINING_KEYS = {  # that every run names, as do LORA_KEYS; later ones are named where they are set
+    "method", "max_length", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_share", "weight_decay",
+    "max_grad_norm", "optim", "effective_batch_size", "per_device_train_batch_size", "gradient_checkpointing",
+    "evaluations_per_epoch", "early_stopping_patience", "seed",
+}  # fmt: skip
+LORA_KEYS = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
 HOLDS_FOR = ("accelerate", "bitsandbytes", "ftkit", "gguf", "peft", "torch", "transformers", "trl")  # in these versions
 
 
@@ -82,10 +88,15 @@ def training_inputs(job: Job) -> list[Any]:
             **recipe.data.model_dump(include={"columns", "labels", "thinking", "system_in_question"}, exclude_defaults=True),
         },
         *([job.chat_template] if job.chat_template else []),
-        recipe.training.model_dump(exclude={"save_minutes"}),
-        recipe.lora.model_dump(exclude={"use_dora"}),  # which is planned, and refused before training
+        _said(recipe.training, TRAINING_KEYS, {"save_minutes"}),
+        _said(recipe.lora, LORA_KEYS, {"use_dora"}),  # which is planned, and refused before training
         *(["trust_remote_code"] if recipe.trust_remote_code else []),
     ]
+
+
+def _said(group: Group, always: set[str], never: set[str]) -> dict[str, Any]:
+    """A group's settings. Keys that came later are left out where they are as they are by themselves: earlier runs stay."""
+    return {**group.model_dump(include=always), **group.model_dump(exclude=always | never, exclude_defaults=True)}
 
 
 def _follows_from(job: Job) -> list[Any]:

@@ -29,9 +29,9 @@ from ftkit.plan.plan import MemoryPlan
 from ftkit.proof.compare import compare_tokens, differing_prompt
 from ftkit.proof.probes import HARD_TEXTS, conversations
 from ftkit.train import probe as probing
-from ftkit.train import trainer
+from ftkit.train.arguments import Settings
 from ftkit.train.probe import Probe
-from ftkit.train.trainer import Settings, TrainResult
+from ftkit.train.training import TrainResult, train
 
 EXAMPLES = "examples"  # the folder of what is trained on, in tokens, as long as the training lasts
 ROWS_RENDERED = 200  # training rows whose prompts llama.cpp renders before they are trained on, the first
@@ -75,10 +75,10 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     settings = _settings(planned)
     reporter.step(f"training ({recipe.training.method}, {settings.per_device_train_batch_size} × {settings.gradient_accumulation_steps})")
     parts = {"train": rows.train, "validation": rows.validation}
-    train, validation = (
+    learnt, checked = (
         store_examples(cut(tokenise(tokenizer, part), max_length), folder / EXAMPLES / f"{name}.arrow") for name, part in parts.items()
     )
-    result = trainer.train(recipe, settings, opened.folder, tokenizer, train, validation, folder, reporter)
+    result = train(recipe, settings, opened.folder, tokenizer, learnt, checked, folder, reporter)
     shutil.rmtree(folder / EXAMPLES, ignore_errors=True)  # Windows keeps a mapped file
     if result.tokens_per_second:
         _remember_speed(job, planned, result.tokens_per_second)

@@ -34,7 +34,7 @@ QUANTIZE_BYTES = 16 << 20
 LLAMA_CPP_BYTES = 100 << 20  # compute buffers; 41 MiB for SmolLM2-135M, 86 MiB for a Llama of 1 B parameters
 LOGITS_BYTES = 256 << 20  # of the trained model on held-out answers, at most: line/behaviour.py
 LOOKED_AT_BYTES = 1 << 30  # of a base's F16 file that is made only to look at its adapter: line/adapter.py
-CHECKPOINTS_KEPT = 3  # the best, the last, and while it is written one more: save_total_limit=2 in train/trainer.py
+CHECKPOINTS_KEPT = 3  # the best, the last, and while it is written one more: save_total_limit=2 in train/arguments.py
 TRAIN = "train"
 Place = Literal["the run folder", "Ollama's models"]
 RUN_FOLDER: Place = "the run folder"

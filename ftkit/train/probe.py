@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ftkit.data.rows import Example
 from ftkit.memory.fake import quantization_tensors
 from ftkit.recipe import Recipe
-from ftkit.train.trainer import Settings, build_trainer
+from ftkit.train.arguments import Settings
+from ftkit.train.trainer import build_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

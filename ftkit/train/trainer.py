@@ -1,12 +1,8 @@
-"""Supervised fine-tuning with TRL: watched, stopped early, resumable, its best checkpoint kept."""
+"""TRL's trainer of a recipe."""
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,50 +10,14 @@ from ftkit import patches
 from ftkit.data.mask import refuse_nothing_to_learn
 from ftkit.data.store import token_counts
 from ftkit.engines import hf
-from ftkit.errors import RunError, TrainingDivergedError
 from ftkit.memory.model import lora_config
 from ftkit.model.four_bits import adaptable
-from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Recipe
 from ftkit.run import CHECKPOINTS
-from ftkit.train.checkpoints import TRAINER_STATE, drop_broken_checkpoints, last_checkpoint, mend_best, state_of, step_of
-from ftkit.train.curve import Point, point, read_curve
-from ftkit.train.watch import interrupted, make_watcher, read_watched, stop_after_a_checkpoint
+from ftkit.train.arguments import Settings, arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the plan decided and the machine gives, beside the recipe."""
-
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    gradient_checkpointing: bool
-    bfloat16: bool
-    cuda: bool
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What training recorded about itself."""
-
-    steps: int
-    best_step: int
-    best_validation_loss: float
-    first_validation_loss: float
-    trained_tokens: int
-    seconds: float  # of training and evaluating, all parts of an interrupted training together
-    tokens_per_second: float | None  # None: not known of a training that an earlier ftkit began
-    peak_bytes: int
-    peak_is: str  # "allocated on the GPU" or "resident in RAM"
-    resumed_from_step: int
-    verdict: str
-    curve: list[Point]
-
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def build_trainer(
@@ -81,46 +41,8 @@ def build_trainer(
     refuse_nothing_to_learn(len(training), len(validation))
     patches.require("training")  # before the model is loaded
     hf.refuse_lost_gradients()
-    method, t = recipe.training.method, recipe.training
-    per_epoch = math.ceil(len(training) / (settings.per_device_train_batch_size * settings.gradient_accumulation_steps))
-    steps = t.max_steps or math.ceil(per_epoch * t.num_train_epochs)
-    evaluate_every = max(1, min(steps, round(per_epoch / t.evaluations_per_epoch)))
-    config = SFTConfig(
-        output_dir=str(folder / CHECKPOINTS),
-        max_steps=steps,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        per_device_eval_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        activation_checkpointing=settings.gradient_checkpointing,  # transformers 5.23 renamed it
-        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
-        learning_rate=t.learning_rate,
-        lr_scheduler_type=t.lr_scheduler_type,
-        warmup_steps=round(steps * t.warmup_share),
-        weight_decay=t.weight_decay,
-        max_grad_norm=t.max_grad_norm,
-        optim="adamw_bnb_8bit" if t.optim == "adamw_8bit" else t.optim,
-        seed=t.seed,
-        data_seed=t.seed,
-        bf16=settings.bfloat16,
-        use_cpu=not settings.cuda,
-        dataloader_pin_memory=settings.cuda,
-        train_sampling_strategy="group_by_length",
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        eval_strategy="steps",
-        eval_steps=evaluate_every,
-        save_strategy="steps",
-        save_steps=evaluate_every,
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        prediction_loss_only=True,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=[],
-        disable_tqdm=True,
-    )
+    method = recipe.training.method
+    config = SFTConfig(**arguments(recipe.training, settings, len(training), folder / CHECKPOINTS))
     model = hf.load_model(base, method, bfloat16=settings.bfloat16, cuda=settings.cuda, trust_remote_code=recipe.trust_remote_code)
     text = model.config.get_text_config()
     if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
@@ -129,8 +51,8 @@ def build_trainer(
         trainer = _reproducible(SFTTrainer)(
             model=model,
             args=config,
-            train_dataset=_dataset(training),
-            eval_dataset=_dataset(validation),
+            train_dataset=dataset_of(training),
+            eval_dataset=dataset_of(validation),
             processing_class=tokenizer,
             peft_config=None if method == "full" else lora_config(recipe.lora, model),
             callbacks=list(callbacks),
@@ -140,87 +62,6 @@ def build_trainer(
         if parameter.requires_grad:  # TRL casts a 4-bit model's adapter to bfloat16, which loses small updates
             parameter.data = parameter.data.float()
     return trainer
-
-
-def train(
-    recipe: Recipe,
-    settings: Settings,
-    base: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    training: Any,
-    validation: Any,
-    folder: Path,
-    reporter: Reporter = SILENT,
-) -> TrainResult:
-    """Train into `folder`: `adapter/` (or `model/` for full fine-tuning) of the best validation loss, and `curve.json`.
-
-    Checkpoints of an earlier, killed call with the same folder are taken up, and stay in CHECKPOINTS for the caller to remove.
-    Raises InterruptedRunError on Ctrl-C and SIGTERM, after a checkpoint was saved.
-    """
-    import torch
-    from transformers import EarlyStoppingCallback
-
-    checkpoints = folder.absolute() / CHECKPOINTS  # the trainer keeps their paths
-    drop_broken_checkpoints(checkpoints)
-    resumed = last_checkpoint(checkpoints)
-    if resumed:
-        mend_best(resumed, reporter)
-    training, validation = _dataset(training), _dataset(validation)
-    tokens_per_row = sum(token_counts(training)) / max(1, len(training))
-    tokens_per_step = tokens_per_row * recipe.training.effective_batch_size
-    watcher = make_watcher(reporter, tokens_per_step, recipe.training.save_minutes * 60, read_watched(resumed), cuda=settings.cuda)
-    stopper = EarlyStoppingCallback(recipe.training.early_stopping_patience)
-    trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, checkpoints.parent, [watcher, stopper])
-    if settings.cuda:
-        torch.cuda.reset_peak_memory_stats()
-    if resumed and _is_over(resumed, trainer.args.max_steps):
-        reporter.note(f"all was trained before: taking up the checkpoint of step {step_of(resumed)}")
-        _take_up(trainer, resumed)
-    else:
-        if resumed:
-            reporter.note(f"resuming from step {step_of(resumed)}")
-        with reporter.bar("training", trainer.args.max_steps) as bar, stop_after_a_checkpoint(watcher, reporter):
-            watcher.bar = bar
-            try:
-                trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-            except KeyboardInterrupt:
-                raise interrupted(checkpoints) from None
-            finally:
-                drop_broken_checkpoints(checkpoints)  # a full disk leaves one
-        if watcher.stop:  # asked for after the last step
-            raise interrupted(checkpoints)
-    curve = [point(entry) for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-    losses = [point.validation_loss for point in curve if point.validation_loss is not None]
-    if trainer.state.best_global_step is None or not losses:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        raise TrainingDivergedError(
-            "Training diverged: no validation loss is a number. Nothing is kept.",
-            f"--set training.learning_rate={recipe.training.learning_rate / 10:g}",
-        )
-    full = recipe.training.method == "full"
-    target = folder / ("model" if full else "adapter")
-    shutil.rmtree(target, ignore_errors=True)
-    if full:
-        trainer.model.to(torch.bfloat16)
-        tokenizer.save_pretrained(target)
-    trainer.model.save_pretrained(target)
-    _refuse_other_weights(target, checkpoints / f"checkpoint-{trainer.state.best_global_step}")
-    (folder / "curve.json").write_text(json.dumps([asdict(point) for point in curve], indent=1) + "\n", encoding="utf-8")
-    watched = watcher.watched(trainer.state.global_step)
-    return TrainResult(
-        steps=trainer.state.global_step,
-        best_step=trainer.state.best_global_step,
-        best_validation_loss=float(trainer.state.best_metric),
-        first_validation_loss=losses[0],
-        trained_tokens=round(trainer.state.global_step * tokens_per_step),
-        seconds=watched.seconds,
-        tokens_per_second=watched.steps * tokens_per_step / watched.seconds if watched.seconds else None,
-        peak_bytes=watched.peak_bytes,
-        peak_is="allocated on the GPU" if settings.cuda else "resident in RAM",
-        resumed_from_step=step_of(resumed) if resumed else 0,
-        verdict=read_curve(curve),
-        curve=curve,
-    )
 
 
 def _reproducible(kind: Any) -> Any:
@@ -253,49 +94,9 @@ def _reproducible(kind: Any) -> Any:
     return Trainer
 
 
-def _dataset(examples: Any) -> Any:
+def dataset_of(examples: Any) -> Any:
     from datasets import Dataset
 
     if isinstance(examples, Dataset):
         return examples
     return Dataset.from_dict({name: [getattr(example, name) for example in examples] for name in ("input_ids", "labels")})
-
-
-def _is_over(checkpoint: Path, max_steps: int) -> bool:
-    """Whether nothing is left to train after this checkpoint: it was the last step, or training was stopped early."""
-    state = state_of(checkpoint)
-    control = state["stateful_callbacks"].get("TrainerControl", {}).get("args", {})
-    return state["global_step"] >= max_steps or bool(control.get("should_training_stop"))
-
-
-def _take_up(trainer: Any, checkpoint: Path) -> None:
-    """Bring the trainer to where `trainer.train` ended: its state, and the best weights."""
-    from transformers import TrainerState
-
-    trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
-    if trainer.state.best_model_checkpoint:
-        trainer._load_best_model()
-
-
-def _refuse_other_weights(saved: Path, checkpoint: Path) -> None:
-    """Raise RunError unless `saved` holds the weights of this checkpoint, rounded to its own format. A tensor at a time."""
-    import torch
-
-    wanted, found = _tensors(checkpoint), _tensors(saved)
-    if wanted.keys() != found.keys() or not wanted:
-        raise RunError(f"{saved} does not hold the same tensors as {checkpoint}.", "the checkpoints are kept; this is a fault of ftkit's")
-    for name, load in found.items():
-        tensor = load(name)
-        if not torch.equal(tensor, wanted[name](name).to(tensor.dtype)):
-            raise RunError(f"{saved} does not hold the weights of {checkpoint}: {name} differs.", "the checkpoints are kept: run it again")
-
-
-def _tensors(folder: Path) -> dict[str, Callable[[str], Any]]:
-    """What loads each tensor of a folder's safetensors files, by its name."""
-    from safetensors import safe_open
-
-    found: dict[str, Callable[[str], Any]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        file: Any = safe_open(path, "pt")
-        found |= dict.fromkeys(file.keys(), file.get_tensor)
-    return found

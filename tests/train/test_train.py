@@ -27,8 +27,10 @@ from ftkit.merge.stream import _through_nf4
 from ftkit.plan.cost import checkpoint_bytes
 from ftkit.progress import Bar, SilentReporter
 from ftkit.run import RECORD, Run
+from ftkit.train.arguments import Settings
 from ftkit.train.curve import Point, read_curve
-from ftkit.train.trainer import Settings, build_trainer, train
+from ftkit.train.trainer import build_trainer
+from ftkit.train.training import train
 
 pytestmark = [
     pytest.mark.torch,
@@ -405,7 +407,7 @@ def test_a_failure_after_the_last_step_loses_nothing(
         raise OSError("no luck")
 
     with monkeypatch.context() as patched:
-        patched.setattr(f"ftkit.train.trainer.{fails}", fail)
+        patched.setattr(f"ftkit.train.training.{fails}", fail)
         with pytest.raises(OSError, match="no luck"):
             train(*arguments, folder)
     folder.rename(moved)

@@ -1,0 +1,64 @@
+"""What TRL's trainers are told."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftkit.recipe import Training
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the plan decided and the machine gives, beside the recipe."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool
+    bfloat16: bool
+    cuda: bool
+
+
+def arguments(training: Training, settings: Settings, rows: int, checkpoints: Path) -> dict[str, Any]:
+    """The arguments of TRL's configs, for a training on so many rows that writes its checkpoints there."""
+    per_epoch = math.ceil(rows / (settings.per_device_train_batch_size * settings.gradient_accumulation_steps))
+    steps = training.max_steps or math.ceil(per_epoch * training.num_train_epochs)
+    evaluate_every = max(1, min(steps, round(per_epoch / training.evaluations_per_epoch)))
+    return {
+        "output_dir": str(checkpoints),
+        "max_steps": steps,
+        "per_device_train_batch_size": settings.per_device_train_batch_size,
+        "per_device_eval_batch_size": settings.per_device_train_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "activation_checkpointing": settings.gradient_checkpointing,  # transformers 5.23 renamed it
+        "activation_checkpointing_kwargs": {"use_reentrant": False} if settings.gradient_checkpointing else None,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.lr_scheduler_type,
+        "warmup_steps": round(steps * training.warmup_share),
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "optim": "adamw_bnb_8bit" if training.optim == "adamw_8bit" else training.optim,
+        "seed": training.seed,
+        "data_seed": training.seed,
+        "bf16": settings.bfloat16,
+        "use_cpu": not settings.cuda,
+        "dataloader_pin_memory": settings.cuda,
+        "train_sampling_strategy": "group_by_length",
+        "max_length": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "eval_strategy": "steps",
+        "eval_steps": evaluate_every,
+        "save_strategy": "steps",
+        "save_steps": evaluate_every,
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "prediction_loss_only": True,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
