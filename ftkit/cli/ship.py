@@ -41,7 +41,7 @@ def part_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.command(
     epilog="\b\nExamples:\n  ftkit ship\n  ftkit ship --set ship.quantization=Q5_K_M --ollama\n  ftkit ship --html ship.html\n"
     "  ftkit ship outputs/checkpoint-300 --data train.jsonl --test test.jsonl\n"
-    "  ftkit ship my-adapter --base org/name --set ship.name=mine\n  ftkit ship model-F16.gguf --set ship.quantization=Q5_K_M"
+    "  ftkit ship org/my-adapter --base org/name --set ship.name=mine\n  ftkit ship model-F16.gguf --set ship.quantization=Q5_K_M"
 )
 @click.argument("what", default="recipe.yaml")
 @job_options
@@ -68,8 +68,8 @@ def command(
 ) -> None:
     """Turn what was trained into a GGUF that answers as the trained model does, and register it in Ollama.
 
-    WHAT is a recipe that was trained, or its run; or what another tool trained: a PEFT adapter's folder, a whole model's folder
-    or a GGUF. Of those a recipe is written here, NAME.yaml, and the run is kept in runs/NAME.
+    WHAT is a recipe that was trained, or its run; or what another tool trained: a PEFT adapter's folder, a whole model's folder,
+    either of them on the hub (org/name), or a GGUF. Of those a recipe is written here, NAME.yaml, and the run is kept in runs/NAME.
     """
     need_training_stack()
     be_quiet()

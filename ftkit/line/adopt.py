@@ -67,7 +67,8 @@ def refuse(job: Job) -> None:
 def _make(job: Job, folder: Path) -> Adopted:
     given = job.given
     assert given
-    job.reporter.step(f"looking through {given.path.name}: {WORDS[given.kind]}")
+    named = given.hub.reference if given.hub else given.path.name
+    job.reporter.step(f"looking through {named}: {WORDS[given.kind]}")
     ENTER[given.kind](job, given, folder)
     tokenizer = _tokenizer(job, folder)
     render(tokenizer, [{"role": "user", "content": "x"}], ask=True)  # a model without a template is refused
@@ -146,7 +147,7 @@ def _refuse_tokens_without_rows(adapter: Path, base: Path, token: str, number: i
 
 def _checkpoint(job: Job, given: Given, folder: Path) -> None:
     """Its weights stay where they are, and are linked."""
-    source = open_weights(locate(str(given.path), given.path)).folder
+    source = open_weights(given.hub or locate(str(given.path), given.path), job.reporter).folder
     assert source
     lay_out(source, folder / MODEL, with_code=job.recipe.trust_remote_code)
     if not tokenizer_files(source):

@@ -63,7 +63,7 @@ def _enter_given(what: str, overrides: Sequence[tuple[str, Any]], run_dir: Path 
     file = here / f"{name.replace(':', '-')}.yaml"
     if MODEL_NAME.fullmatch(name) and file.is_file():
         recipe = load_recipe(file, overrides)
-        if not recipe.trained or look_at(recipe.trained, here).path != given.path:
+        if not recipe.trained or (recipe.trained != what and look_at(recipe.trained, here).path != given.path):
             raise RecipeError(f"{file.name} is the recipe of something else.", "take another name: --set ship.name=NAME")
         reporter.note(f"as {file.name} has it; what flags change, they change for this once")
         return open_job(file, overrides, run_dir=run_dir, reporter=reporter), None
@@ -92,6 +92,8 @@ def _name(what: str, given: Given) -> str:
     """For the files, in Ollama, of the recipe and of the run: the folder's or the file's, as far as such a name can hold it."""
     if what.startswith("ollama:"):
         text = what.removeprefix("ollama:")
+    elif given.hub:
+        text = what.partition("@")[0].rpartition("/")[2]
     else:
         text = TYPE.sub("", given.path.stem) if given.kind == "gguf" else given.path.name
     return re.sub(r"[^a-zA-Z0-9._-]+", "-", text).strip("-._")[:80] or "my-model"

@@ -78,7 +78,7 @@ class Job:
     @property
     def has_base(self) -> bool:
         """Whether there is a base to compare with: none of a whole model that was given alone."""
-        return not self.given or self.given.path not in (self.source.folder, self.source.gguf)
+        return not self.given or self.given.fingerprint != self.source.fingerprint
 
 
 def open_job(path: Path, overrides: Sequence[tuple[str, Any]] = (), *, run_dir: Path | None = None, reporter: Reporter = SILENT) -> Job:

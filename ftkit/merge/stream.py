@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from ftkit.errors import ModelError
 from ftkit.merge.deltas import Delta, changes_of
+from ftkit.model.given import tokenizer_files
 from ftkit.model.source import INDEX, drop_code, header, weight_files
 from ftkit.progress import SILENT, Reporter
 
@@ -95,13 +96,12 @@ def merge(
 
 def _tokenizer_files(adapter: Path) -> list[Path]:
     """Those beside an adapter that has other tokens than its base. Raises ModelError where there are none."""
-    if not any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not (found := tokenizer_files(adapter)):
         raise ModelError(
             f"The adapter in {adapter} has other tokens than the base, and no tokenizer beside it that says which.",
             "save it there too: tokenizer.save_pretrained(FOLDER)",
         )
-    names = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
-    return [file for name in names for file in adapter.glob(name)]
+    return found
 
 
 def _header(source: BinaryIO, deltas: Mapping[str, Delta], new: Sequence[Delta]) -> bytes:

@@ -51,6 +51,7 @@ def locate_dataset(reference: str, path: Path, purpose: str) -> HubData | None:
 def fetch_dataset(data: HubData) -> list[Path]:
     """The files of a part, fetched where they are not in the hub's cache. Raises DataError where the dataset has no such part."""
     import huggingface_hub
+    import yaml
     from huggingface_hub.repocard import metadata_load
 
     def fetch(names: Sequence[str]) -> Path:
@@ -63,7 +64,7 @@ def fetch_dataset(data: HubData) -> list[Path]:
             tree = huggingface_hub.get_cached_repo_tree(data.repository, repo_type="dataset", revision=data.commit)
             try:
                 card = metadata_load(folder / CARD) if (folder / CARD).is_file() else None
-            except ValueError:  # what is no YAML says nothing
+            except (ValueError, yaml.YAMLError):  # what is no YAML says nothing
                 card = None
             names = choose_files([file.path for file in tree], card or {}, data)
             folder = fetch(names)

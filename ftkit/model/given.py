@@ -5,23 +5,21 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ftkit.errors import ModelError
 from ftkit.files import file_fingerprint, fingerprint, user_path
+from ftkit.model.hub import CONFIG_FILES, fetch, locate_hub, names_of
 from ftkit.model.locate import HUB_ID, locate
-from ftkit.model.source import open_gguf
+from ftkit.model.source import QUANTISED, Source, open_gguf
 
 Kind = Literal["adapter", "checkpoint", "gguf"]
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # By what other libraries name a tokenizer's files, in an adapter's folder as in a model's.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt", "*.model")
-FOUR_BITS = re.compile(
-    r"(-unsloth)?[-_.](bnb[-_.]?)?(4[-_.]?bit|nf4|int4)\b.*$|[-_.](gptq|awq)\b.*$", re.IGNORECASE
-)  # in a repository's name
 UNQUANTISED = ("F32", "F16", "BF16")
 
 
@@ -34,13 +32,15 @@ class Given:
     fingerprint: str
     base: str | None = None  # of an adapter: what it says that it was trained on
     quantization: str | None = None  # of a GGUF
+    hub: Source | None = None  # where it comes from the hub; of a whole model the weights are fetched once they are needed
 
     @property
     def on_four_bits(self) -> bool:
         """Whether the base that an adapter names is a 4-bit one, by its name or by its config."""
-        return bool(self.base) and (
-            bool(FOUR_BITS.search(str(self.base))) or quantised_by(_read(Path(str(self.base)) / "config.json")) is not None
-        )
+        if not self.base:
+            return False
+        named = QUANTISED.search(self.base.partition("@")[0])
+        return bool(named and named["four"]) or quantised_by(_read(Path(self.base) / "config.json")) is not None
 
 
 def look_at(reference: str, relative_to: Path) -> Given:
@@ -58,17 +58,39 @@ def look_at(reference: str, relative_to: Path) -> Given:
     if path.is_file():
         raise ModelError(f"{path} is no adapter, checkpoint or GGUF.", f"give the folder that it lies in: ftkit ship {path.parent}")
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1)
-    hint = f"did you mean {path.parent / near[0]}?" if near else "give a folder or a .gguf file that is there"
-    if not near and HUB_ID.fullmatch(reference):
-        repository, _, revision = reference.partition("@")
-        fetch = f"hf download {repository}{f' --revision {revision}' if revision else ''} --local-dir {repository.partition('/')[2]}"
-        hint = f"of the hub fetch it first: {fetch}; then: ftkit ship {repository.partition('/')[2]}"
-    raise ModelError(f"There is nothing at {path}.", hint)
+    meant = f"did you mean {path.parent / near[0]}?" if near else None
+    if HUB_ID.fullmatch(reference) and not reference.endswith(".gguf"):
+        try:
+            return _hub(locate_hub(reference))
+        except ModelError as error:
+            if not meant:
+                raise
+            raise ModelError(f"There is nothing at {path}. {error.message}", f"{meant} Otherwise: {error.hint}") from None
+    raise ModelError(f"There is nothing at {path}.", meant or "give a folder or a .gguf file that is there, or a hub id (org/name)")
+
+
+def _hub(source: Source) -> Given:
+    """Of a repository: its adapter, which is fetched at once, or its whole model, of which so far the config is."""
+    folder, names = fetch(source, (*CONFIG_FILES, ADAPTER_WEIGHTS), ("*/*",)), names_of(source)
+    if (folder / ADAPTER_CONFIG).is_file() and (ADAPTER_WEIGHTS in names or "adapter_model.bin" in names):
+        return replace(_adapter(folder, _read(folder / ADAPTER_CONFIG), source.reference, names), hub=source)
+    if (folder / "config.json").is_file():
+        _refuse_quantised(config_of(folder), source.reference)
+        return Given("checkpoint", folder, source.fingerprint, hub=source)
+    repository = source.reference.partition("@")[0]
+    files = sorted(name for name in names if name.endswith(".gguf"))
+    fetch_one = f"hf download {repository} {files[0]} --local-dir ." if files else ""
+    raise ModelError(
+        f"{source.reference} holds no adapter and no model" + (f", and {len(files)} GGUF files." if files else "."),
+        f"fetch one, and ship it: {fetch_one}; ftkit ship {files[0]}"
+        if files
+        else "an adapter has adapter_config.json, a model config.json",
+    )
 
 
 def four_bits(adapter: str, base: str, what: str) -> ModelError:
     """The error to raise for an adapter that would be merged into a quantised base."""
-    repository = FOUR_BITS.sub("", base.partition("@")[0])
+    repository = QUANTISED.sub("", base.partition("@")[0])
     known = repository if repository != base and "/" in repository and not Path(base).exists() else "org/name"
     return ModelError(
         f"{adapter} was trained on {base}, which {what}: merged into that, it would be rounded to a few bits once more.",
@@ -110,14 +132,10 @@ def _folder(path: Path) -> Given:
             raise ModelError(
                 f"{path} holds an adapter and a whole model ({weights[0].name}).", "put one of them into a folder of its own, and ship that"
             )
-        return _adapter(path, config)
+        return _adapter(path, config, str(path), {file.name for file in path.iterdir()})
     if (path / "config.json").exists():
         source = locate(str(path), path)
-        if (method := quantised_by(config_of(path))) is not None:
-            raise ModelError(
-                f"The weights in {path} are quantised ({method}), and what is made of them is rounded twice.",
-                "save the trained model in 16 bits, or its adapter, and ship that",
-            )
+        _refuse_quantised(config_of(path), str(path))
         return Given("checkpoint", path, source.fingerprint)
     inside = [file.parent for file in (*path.glob(f"*/{ADAPTER_CONFIG}"), *path.glob("*/config.json"))]
     files = sorted(path.glob("*.gguf"))
@@ -131,24 +149,35 @@ def _folder(path: Path) -> Given:
     raise ModelError(f"{path} holds no recipe, no adapter and no model.", hint)
 
 
-def _adapter(path: Path, config: Mapping[str, Any]) -> Given:
+def _refuse_quantised(config: Mapping[str, Any], what: str) -> None:
+    if (method := quantised_by(config)) is not None:
+        raise ModelError(
+            f"The weights in {what} are quantised ({method}), and what is made of them is rounded twice.",
+            "save the trained model in 16 bits, or its adapter, and ship that",
+        )
+
+
+def _adapter(path: Path, config: Mapping[str, Any], named_as: str, names: Collection[str]) -> Given:
+    """Of a folder with these files in it, or of those of them that were fetched."""
     kind = config.get("peft_type")
     if kind != "LORA":
         what = f"is an adapter of the kind {kind}, and LoRA alone is merged" if kind else f"has no {ADAPTER_CONFIG} that can be read"
-        raise ModelError(f"{path} {what}.", "merge it with PEFT, merge_and_unload() and save_pretrained(FOLDER), then: ftkit ship FOLDER")
-    if not (path / ADAPTER_WEIGHTS).is_file():
-        if (path / "adapter_model.bin").exists():
+        raise ModelError(
+            f"{named_as} {what}.", "merge it with PEFT, merge_and_unload() and save_pretrained(FOLDER), then: ftkit ship FOLDER"
+        )
+    if ADAPTER_WEIGHTS not in names:
+        if "adapter_model.bin" in names:
             raise ModelError(
-                f"{path} holds only pickle weights (adapter_model.bin), which can run code when they are loaded.",
+                f"{named_as} holds only pickle weights (adapter_model.bin), which can run code when they are loaded.",
                 "save it again where it was trained: model.save_pretrained(FOLDER, safe_serialization=True)",
             )
-        raise ModelError(f"{path} has no {ADAPTER_WEIGHTS}.", "copy the adapter again, whole")
+        raise ModelError(f"{named_as} has no {ADAPTER_WEIGHTS}.", "copy the adapter again, whole")
     named, revision = config.get("base_model_name_or_path"), config.get("revision")
     base = str(named) if named else None
     if base and revision and HUB_ID.fullmatch(base) and "@" not in base and not Path(base).exists():
         base = f"{base}@{revision}"
-    names = [path / ADAPTER_CONFIG, path / ADAPTER_WEIGHTS, *tokenizer_files(path)]
-    return Given("adapter", path, fingerprint([[file.name, file_fingerprint(file)] for file in names]), base)
+    files = [path / ADAPTER_CONFIG, path / ADAPTER_WEIGHTS, *tokenizer_files(path)]
+    return Given("adapter", path, fingerprint([[file.name, file_fingerprint(file)] for file in files]), base)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

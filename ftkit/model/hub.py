@@ -35,20 +35,29 @@ def hub_cache() -> Path:
 
 def missing_weights(opened: Source) -> dict[str, int]:
     """Name and bytes of each weight file that is not in the cache. Raises ModelError where the hub has no such file."""
-    from huggingface_hub import get_cached_repo_tree
-
     assert opened.folder
     names = indexed_files(opened.folder) or ["model.safetensors"]
     missing = [name for name in names if not (opened.folder / name).is_file()]
     if not missing:
         return {}
-    with hub_errors(opened.reference):
-        sizes = {file.path: file.size for file in get_cached_repo_tree(opened.reference.partition("@")[0], revision=opened.fingerprint)}
+    sizes = _files(opened)
     if absent := [name for name in missing if name not in sizes]:
         if any(name.endswith(".bin") for name in sizes):
             raise only_pickles(opened.reference)
         raise ModelError(f"{opened.reference} has no {absent[0]}.", "give a model with its weights in safetensors files")
     return {name: sizes[name] for name in missing}
+
+
+def names_of(source: Source) -> set[str]:
+    """What a hub's repository holds at this commit; of one that `fetch` was asked for, since it keeps the list."""
+    return set(_files(source))
+
+
+def _files(source: Source) -> dict[str, int]:
+    from huggingface_hub import get_cached_repo_tree
+
+    with hub_errors(source.reference):
+        return {file.path: file.size for file in get_cached_repo_tree(source.reference.partition("@")[0], revision=source.fingerprint)}
 
 
 def fetch(source: Source, patterns: Sequence[str], without: Sequence[str] = ()) -> Path:

@@ -96,7 +96,10 @@ def indexed_files(folder: Path) -> list[str] | None:
     return sorted(names)
 
 
-QUANTISED = re.compile(r"[-_.](unsloth-)?(bnb-)?([48]bit|int[48]|fp8|nf4|gptq|awq|hqq|aqlm|mxfp4|nvfp4)([-_.].*)?$", re.IGNORECASE)
+QUANTISED = re.compile(  # at the end of a repository's name
+    r"[-_.](unsloth[-_.])?(bnb[-_.]?)?((?P<four>4[-_.]?bit|int4|nf4|gptq|awq)|8[-_.]?bit|int8|fp8|hqq|aqlm|mxfp4|nvfp4)([-_.].*)?$",
+    re.IGNORECASE,
+)
 
 
 def sixteen_bits_of(folder: Path) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
+from hub import Hub, read_folder
 
 from ftkit.errors import DoesNotFitError, FtkitError, ModelError
 from ftkit.line import line
@@ -92,6 +93,23 @@ def test_the_weights_of_a_checkpoint_are_linked(here: Path) -> None:
     assert weights.samefile(here / "base" / "model.safetensors")
     assert not (done.folder / "model" / "config.json").samefile(here / "base" / "config.json")
     assert tokenizer.chat_template == tiny.CHATML
+
+
+def test_from_the_hub_each_enters_as_from_its_folder(here: Path, hub: Hub) -> None:
+    hub.add("org/base", read_folder(here / "base"))
+    config = here / "lora" / "adapter_config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace(str(here / "base"), "org/base"), encoding="utf-8")
+    hub.add("org/lora", read_folder(here / "lora"))
+    job, done, tokenizer = adopted("org/lora@main")
+    assert (job.run.folder, job.has_base) == (here / "runs" / "lora", True)
+    weights = Path("adapter_model.safetensors")
+    assert (done.folder / "adapter" / weights).read_bytes() == (here / "lora" / weights).read_bytes()
+    assert tokenizer.chat_template == tiny.CHATML
+    job, done, _ = adopted("org/base")
+    assert (job.run.folder, job.has_base) == (here / "runs" / "base", False)
+    assert (done.folder / "model" / "model.safetensors").read_bytes() == (here / "base" / "model.safetensors").read_bytes()
+    again, _ = enter("org/lora@main", [], run_dir=None, reporter=SILENT)
+    assert again.run.folder == here / "runs" / "lora"
 
 
 def test_a_checkpoint_without_a_tokenizer_has_its_bases(here: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from given import BNB, LORA, adapter, folder, gguf
+from hub import Hub, read_folder
 
 from ftkit.errors import ModelError
 from ftkit.model.given import look_at
@@ -94,7 +97,7 @@ def bad(tmp_path: Path, kind: str) -> str:
         gguf(path, None)
     elif kind == "cut.gguf":
         path.write_bytes(b"GGUF\x03")
-    return "org/name@v1" if kind == "hub" else str(path)
+    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,6 @@ def bad(tmp_path: Path, kind: str) -> str:
         ("typeless.gguf", "of which type", "llama-quantize"),
         ("cut.gguf", "not a whole GGUF", "again"),
         ("missing", "There is nothing at", "that is there"),
-        ("hub", "There is nothing at", "hf download org/name --revision v1 --local-dir name; then: ftkit ship name"),
     ],
 )
 def test_what_cannot_be_shipped_says_what_to_do(tmp_path: Path, kind: str, says: str, hint: str) -> None:
@@ -125,3 +127,52 @@ def test_what_cannot_be_shipped_says_what_to_do(tmp_path: Path, kind: str, says:
         look_at(bad(tmp_path, kind), tmp_path)
     assert says in refused.value.message
     assert hint in str(refused.value.hint)
+
+
+def test_an_adapter_of_the_hub_is_fetched_and_nothing_else_of_it(tmp_path: Path, hub: Hub) -> None:
+    path = adapter(tmp_path / "lora", "tokenizer.json", "optimizer.pt", "training_args.bin")
+    commit = hub.add("org/lora", read_folder(path))
+    found = look_at("org/lora", tmp_path)
+    assert (found.kind, found.base, found.hub and found.hub.fingerprint) == ("adapter", "org/base", commit)
+    assert found.fingerprint == look_at(str(path), tmp_path).fingerprint
+    assert {file.name for file in found.path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert look_at(f"org/lora@{commit}", tmp_path).path == found.path
+
+
+def test_of_a_whole_model_of_the_hub_the_weights_wait_until_they_are_needed(tmp_path: Path, hub: Hub) -> None:
+    commit = hub.add("org/whole", read_folder(folder(tmp_path / "whole", "model.safetensors", "tokenizer.json", config={})))
+    found = look_at("org/whole", tmp_path)
+    assert (found.kind, found.fingerprint) == ("checkpoint", commit)
+    assert not (found.path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "configs", "says", "hint"),
+    [
+        (["adapter_model.bin"], {"adapter_config": LORA}, "org/name holds only pickle weights", "safe_serialization=True"),
+        ([], {"adapter_config": {"peft_type": "IA3"}}, "org/name holds no adapter and no model", "adapter_config.json"),
+        (
+            ["adapter_model.safetensors"],
+            {"adapter_config": {"peft_type": "IA3"}},
+            "org/name is an adapter of the kind IA3",
+            "merge_and_unload",
+        ),
+        ([], {"config": BNB}, "weights in org/name are quantised", "in 16 bits"),
+        (["b-Q8_0.gguf", "a-F16.gguf"], {}, "and 2 GGUF files", "hf download org/name a-F16.gguf --local-dir .; ftkit ship a-F16.gguf"),
+    ],
+)
+def test_what_of_the_hub_cannot_be_shipped_is_said_by_its_name(
+    tmp_path: Path, hub: Hub, names: list[str], configs: dict[str, Any], says: str, hint: str
+) -> None:
+    hub.add("org/name", read_folder(folder(tmp_path / "made", *names, **configs)))
+    with pytest.raises(ModelError, match=re.escape(says)) as refused:
+        look_at("org/name", tmp_path)
+    assert hint in str(refused.value.hint)
+    assert "snapshots" not in refused.value.message
+
+
+def test_a_misspelt_folder_is_offered_before_the_hubs_answer(tmp_path: Path, hub: Hub) -> None:
+    adapter(tmp_path / "outputs" / "lora")
+    with pytest.raises(ModelError, match="There is nothing at") as refused:
+        look_at("outputs/lorra", tmp_path)
+    assert "did you mean" in str(refused.value.hint)

@@ -116,6 +116,11 @@ def test_files_are_chosen_by_their_names(part: str, files: list[str], expected: 
         assert chosen(part, files) == expected
 
 
+def test_a_card_that_is_no_yaml_says_nothing(hub: Hub) -> None:
+    hub.add(f"datasets/{NAME}", {**FILES, "README.md": b"---\nconfigs: [\n---\n# Rows"})
+    assert names(NAME) == ["train-00000.jsonl", "train-00001.jsonl"]
+
+
 def test_files_are_chosen_by_the_card_where_it_says() -> None:
     names = ["a/x-0.parquet", "a/x-1.parquet", "b/y.parquet", "c/z.parquet", "train.parquet"]
     splits = [{"split": "train", "path": "a/x-*"}, {"split": "test", "path": ["b/y.parquet"]}]
