@@ -38,6 +38,11 @@ def part_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+html_option = click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write what was shipped and proved as one page."
+)
+
+
 @click.command(
     epilog="\b\nExamples:\n  ftkit ship\n  ftkit ship --set ship.quantization=Q5_K_M --ollama\n  ftkit ship --html ship.html\n"
     "  ftkit ship outputs/checkpoint-300 --data train.jsonl --test test.jsonl\n"
@@ -50,9 +55,7 @@ def part_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @ollama_option
 @yes_option
 @part_options
-@click.option(
-    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write what was shipped and proved as one page."
-)
+@html_option
 def command(
     what: str,
     data: str | None,
@@ -74,30 +77,32 @@ def command(
     need_training_stack()
     be_quiet()
     from ftkit.cli.console import ConsoleReporter
-    from ftkit.errors import RecipeError
     from ftkit.line import entry, line
-    from ftkit.line.page import page
-    from ftkit.report import ship_page, write
 
-    if html:
-        if only or dry_run:
-            raise RecipeError("--html is a page about what ships, and --only and --dry-run ship nothing.", "leave one of them out")
-        write.check(html, write.PAGE_SUFFIXES)
+    check_page(html, only=only, dry_run=dry_run)
     run_dir = options.pop("run_dir")
     changed = [(key, absolute(path)) for key, path in (("data.train", data), ("data.test", test)) if path] + overrides(**options)
     job, new_recipe = entry.enter(what, changed, run_dir=run_dir, reporter=ConsoleReporter())
 
     def whole() -> None:
-        shipped = line.ship(job, use_ollama=use_ollama, replace_model=replace_model)
-        if html:
-            ship_page.write_page(page(job, shipped), html)
-        show(job, shipped, as_json)
+        show(job, line.ship(job, use_ollama=use_ollama, replace_model=replace_model), as_json, html)
 
     if new_recipe and not dry_run:
         with job.run:
             line.adopt(job)  # what could not be shipped leaves no recipe
             new_recipe.write()
     walk(job, whole, only=only, first=first, dry_run=dry_run, as_json=as_json)
+
+
+def check_page(html: Path | None, *, only: str | None, dry_run: bool) -> None:
+    """Raises RecipeError where no page can be written there, or of nothing: before the work."""
+    from ftkit.errors import RecipeError
+    from ftkit.report import write
+
+    if html:
+        if only or dry_run:
+            raise RecipeError("--html is a page about what ships, and --only and --dry-run ship nothing.", "leave one of them out")
+        write.check(html, write.PAGE_SUFFIXES)
 
 
 def walk(job: Job, whole: Callable[[], None], *, only: str | None, first: str | None, dry_run: bool, as_json: bool) -> None:
@@ -148,11 +153,15 @@ def show_states(states: list[State], as_json: bool) -> None:
         say("\nWhat it costs is known once it is planned: ftkit plan")
 
 
-def show(job: Job, shipped: Shipped, as_json: bool) -> None:
-    """Scores, a few answers before and after, the files, and how to go on."""
+def show(job: Job, shipped: Shipped, as_json: bool, html: Path | None = None) -> None:
+    """Scores, a few answers before and after, the files, and how to go on; as a page too."""
     from ftkit.cli.console import print_json, print_table, say
+    from ftkit.line.page import page
+    from ftkit.report import ship_page
     from ftkit.units import bytes_text
 
+    if html:
+        ship_page.write_page(page(job, shipped), html)
     if as_json:
         print_json(asdict(shipped))
         return

@@ -127,14 +127,17 @@ def told_of(template: Path | None, corrections: Corrections) -> list[str]:
     ]
 
 
-def served(job: Job, made: Made[Adapted]) -> ServedAdapter:
-    """How llama-server serves the adapter with the base."""
+def adapter_files(made: Made[Adapted]) -> list[Path]:
+    """What is handed on of it."""
+    return [made.folder / path for path in (made.result.path, made.result.template) if path]
+
+
+def served(job: Job, made: Made[Adapted], folder: Path) -> ServedAdapter:
+    """How llama-server serves the adapter with the base, from the folder that is handed on."""
     adapted = made.result
-    template = made.folder / adapted.template if adapted.template else None
-    told = ["llama-server", "-m", job.source.gguf or BASE, "--lora", made.folder / adapted.path, *told_of(template, adapted.corrections)]
-    return ServedAdapter(
-        made.folder / adapted.path, adapted.bytes, shlex.join(map(str, told)), None if job.source.gguf else job.source.reference
-    )
+    path, template = folder / adapted.path, folder / adapted.template if adapted.template else None
+    told = ["llama-server", "-m", job.source.gguf or BASE, "--lora", path, *told_of(template, adapted.corrections)]
+    return ServedAdapter(path, adapted.bytes, shlex.join(map(str, told)), None if job.source.gguf else job.source.reference)
 
 
 def judge_adapter(job: Job, asked: Made[Asked], made: Made[Adapted]) -> list[Check]:

@@ -12,7 +12,7 @@ from ftkit.data.lengths import TokenCounts
 from ftkit.engines import ollama
 from ftkit.errors import DoesNotFitError, NameTakenError, ProofError, RecipeError, RunError, ToolMissingError
 from ftkit.gguf.files import GgufFile
-from ftkit.line.adapter import ADAPTER, ServedAdapter, judge_adapter, refuse_adapter, served
+from ftkit.line.adapter import ADAPTER, ServedAdapter, adapter_files, judge_adapter, refuse_adapter, served
 from ftkit.line.adopt import ADOPT, Adopted, refuse, trained_by
 from ftkit.line.adopt import sizes as adopted_sizes
 from ftkit.line.ask import ASK, REASK, refuse_rule
@@ -178,7 +178,8 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
             raise
         because, register_with = error.message, error.hint
     finally:  # also where Ollama fails: the file has passed
-        record = hand_over(job, merged, shipped, proven, ensure(job, trained_by(job)), closed, replace(proof, checks=checks), weighed)
+        told, others = replace(proof, checks=checks), adapter_files(adapted) if adapted else ()
+        record = hand_over(job, merged, shipped, proven, ensure(job, trained_by(job)), closed, told, weighed, others)
     return Shipped(
         gguf=record.with_name(shipped.path.name),
         record=record,
@@ -195,7 +196,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
         missing_quantization=shipped.missing,
         weighed=weighed,
         closed=closed,
-        adapter=served(job, adapted) if adapted else None,
+        adapter=served(job, adapted, record.parent) if adapted else None,
         registered_as=registered,
         not_registered_because=because,
         register_with=register_with,

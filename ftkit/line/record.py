@@ -59,9 +59,11 @@ def shipped_folder(job: Job) -> Path:
 
 def hand_over(
     job: Job, merged: Made[Merged], shipped: Shipping, proven: Made[Proven], trained: Made[Any], closed: Closed | None, proof: Proof,
-    weighed: Sequence[Weighed] = (),
+    weighed: Sequence[Weighed] = (), beside: Sequence[Path] = (),
 ) -> Path:  # fmt: skip
     """The folder, with all that is new in it; the record. Raises RunError where the disk refuses.
+
+    `beside`: other files that are handed on, as those of the adapter alone.
 
     The file is linked, so that it takes its place on the disk once; where a disk knows no links, it is copied.
     """
@@ -70,33 +72,38 @@ def hand_over(
         folder.mkdir(exist_ok=True)
         for left in folder.glob(".*.partial"):
             left.unlink()
-        hashes = _hashes(job, {shipped.path.name: shipped.path, **_adapter(job, trained), **_base(job), **_data(job)})
+        others = {path.name: path for path in beside}
+        hashes = _hashes(job, {shipped.path.name: shipped.path, **others, **_adapter(job, trained), **_base(job), **_data(job)})
         old, untouched = _last(folder)
         same = old if old and untouched and old.file.sha256 == hashes[shipped.path.name] else None
         record = _record(job, merged, shipped, proven, trained, closed, proof, weighed, hashes, same)
-        _write(job, record, _probes(folder, proven, shipped, same), shipped.path, old, untouched=untouched)
+        record = replace(record, beside={name: hashes[name] for name in others})
+        _write(job, record, _probes(folder, proven, shipped, same), (shipped.path, *beside), old, untouched=untouched)
     except OSError as error:
         fault = disk_fault(error) or error.strerror
         raise RunError(f"Cannot write to {folder}: {fault}.", "free some space, or put the run elsewhere with --run-dir") from None
     return folder / RECORD
 
 
-def _write(job: Job, record: Record, probes: Probes | None, gguf: Path, old: Record | None, *, untouched: bool) -> None:
+def _write(job: Job, record: Record, probes: Probes | None, files: Sequence[Path], old: Record | None, *, untouched: bool) -> None:
     """What was handed over before goes first, and the record comes last: it never stands beside another file than its own.
 
     A card that somebody changed stays.
     """
     folder = shipped_folder(job)
     texts = {**({PROBES: probes_text(probes)} if probes else {}), CARD: card(record).encode()}
-    record, card_file = replace(record, beside={name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}), folder / CARD
-    if old == record and untouched and _is_there(folder, record, gguf):
+    written = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
+    record, card_file = replace(record, beside={**record.beside, **written}), folder / CARD
+    if old == record and untouched and _is_there(folder, record, files):
         return
     by_hand = old and card_file.is_file() and file_fingerprint(card_file) != old.beside.get(CARD)
     if not old or old.file != record.file:
         (folder / RECORD).unlink(missing_ok=True)
-    if old and old.file.name != record.file.name and Path(old.file.name).name == old.file.name:
-        (folder / old.file.name).unlink(missing_ok=True)
-    _link(gguf, folder / gguf.name)
+    for name in {old.file.name, *old.beside} - {record.file.name, *record.beside, CARD, PROBES} if old else ():
+        if Path(name).name == name:
+            (folder / name).unlink(missing_ok=True)
+    for path in files:
+        _link(path, folder / path.name)
     if probes:
         write_atomically(folder / PROBES, texts[PROBES])
     else:
@@ -108,11 +115,11 @@ def _write(job: Job, record: Record, probes: Probes | None, gguf: Path, old: Rec
     write_record(folder / RECORD, record)
 
 
-def _is_there(folder: Path, record: Record, gguf: Path) -> bool:
+def _is_there(folder: Path, record: Record, files: Sequence[Path]) -> bool:
     """Whether all that belongs to this record lies in the folder."""
     probes, recorded = folder / PROBES, record.beside.get(PROBES)
     same_probes = file_fingerprint(probes) == recorded if probes.is_file() else recorded is None
-    return same_probes and (folder / CARD).is_file() and _is_linked(gguf, folder / gguf.name)
+    return same_probes and (folder / CARD).is_file() and all(_is_linked(path, folder / path.name) for path in files)
 
 
 def _is_linked(source: Path, target: Path) -> bool:

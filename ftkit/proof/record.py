@@ -50,7 +50,8 @@ class Record:
     merged_onto: str
     closed: dict[str, Any] | None
     proof: dict[str, Any]  # limits, checks, scores, forms
-    beside: dict[str, str]  # SHA-256 of PROBES, unless an earlier ftkit proved it, which made none; and of CARD as it was written
+    # SHA-256 of PROBES, unless an earlier ftkit proved it, which made none; of CARD as it was written; and of an adapter's files
+    beside: dict[str, str]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ftkit.model.source import open_gguf
 from ftkit.progress import SILENT, Reporter
 from ftkit.proof.behaviour import log_probabilities
 from ftkit.proof.compare import same_ids
-from ftkit.proof.record import GivenIds, Probes, Prompt, Record, probes_beside, read_record
+from ftkit.proof.record import CARD, PROBES, GivenIds, Probes, Prompt, Record, probes_beside, read_record
 from ftkit.units import bytes_text
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def verify(path: Path, record_path: Path, reporter: Reporter = SILENT) -> list[C
     checks += compare_says(record.says, says(reader))
     checks.append(compare_types(record.tensor_types, types_of(reader)))
     checks.append(compare_tensors(probes.tensors, tensors(reader)) if probes else not_made("tensors", why_none or ""))
+    checks += [_beside(path.with_name(name), sha256) for name, sha256 in record.beside.items() if name not in (CARD, PROBES)]
     del reader
     if not probes:
         return [*checks, *(not_made(name, why_none or "") for name in (IDS, PROMPTS, STOPS, TEXTS))]
@@ -64,6 +65,15 @@ def _same_bytes(path: Path, record: Record) -> Check:
             name, f"{path.name} has the recorded size, and another SHA-256: {found[:16]}…, recorded is {record.file.sha256[:16]}…"
         )
     return passed(name, f"{bytes_text(size)}, SHA-256 {found[:16]}…")
+
+
+def _beside(path: Path, sha256: str) -> Check:
+    """Another file that was handed on with it, as the adapter alone."""
+    if not path.is_file():
+        return not_made(path.name, "it is not beside the file")
+    if file_fingerprint(path) != sha256:
+        return failed(path.name, "it has another SHA-256 than was recorded")
+    return passed(path.name, f"{bytes_text(path.stat().st_size)}, SHA-256 {sha256[:16]}…")
 
 
 def _in_llama_cpp(path: Path, probes: Probes, *, same_file: bool, reporter: Reporter) -> list[Check]:

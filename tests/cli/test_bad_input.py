@@ -204,8 +204,9 @@ def test_ship_before_training(project: Project) -> None:
         (("--html", "ship.html", "--only", "prove"), "leave one of them out"),
     ],
 )
-def test_a_page_of_a_ship_that_could_not_be_written(project: Project, words: tuple[str, ...], said: str) -> None:
-    assert said in project.refused(errors.RecipeError, "ship", project.recipe, *words)
+@pytest.mark.parametrize("command", ["ship", "build"])
+def test_a_page_of_a_ship_that_could_not_be_written(project: Project, command: str, words: tuple[str, ...], said: str) -> None:
+    assert said in project.refused(errors.RecipeError, command, project.recipe, *words)
 
 
 def test_ship_to_ollama_that_does_not_run(project: Project, no_ollama: str) -> None:

@@ -18,6 +18,7 @@ from ftkit.line import line
 from ftkit.line.adapter import told_of
 from ftkit.line.job import open_job
 from ftkit.machine.llama_cpp import need_converter
+from ftkit.proof.verify import verify
 
 CHECKS = {"adapter: gain kept", "adapter: distance from the trained model"}
 
@@ -75,10 +76,23 @@ def test_the_adapter_is_proved_beside_its_base(
                          str(shipped.adapter.path)]  # fmt: skip
     assert ("tokenizer.ggml.add_bos_token=bool:false" in words) == (form == "folder")
     assert shipped.adapter.base == (None if form == "gguf" else str(base))
-    folder = shipped.adapter.path.parent
+    handed, (folder,) = shipped.adapter.path.parent, (tmp_path / "runs" / "recipe").glob("adapter-*")
+    assert handed == shipped.record.parent
+    assert (handed / "tiny-1-lora.gguf").samefile(folder / "tiny-1-lora.gguf")
+
+    def kept() -> str:
+        return next(check.outcome for check in verify(shipped.gguf, shipped.record) if check.name == "tiny-1-lora.gguf")
+
+    assert kept() == "passed"
+    (handed / "tiny-1-lora.gguf").unlink()
+    assert kept() == "not made"
+    (handed / "tiny-1-lora.gguf").write_bytes((folder / "tiny-1-lora.gguf").read_bytes()[::-1])
+    assert kept() == "failed"
     assert {path.name for path in folder.iterdir()} - {"tiny-1-lora.jinja"} == {"tiny-1-lora.gguf", "behaviour.json", "step.json"}
     assert not ship().fresh
+    assert kept() == "passed"
     assert ship(adapter=False).adapter is None
+    assert not list(handed.glob("*lora*"))
     assert json.loads((folder / "step.json").read_text(encoding="utf-8"))["result"]["layers"] == shipped_layers(folder.parent)
 
     record = json.loads((folder / "behaviour.json").read_text(encoding="utf-8"))  # had it been off, it would not have shipped

@@ -135,11 +135,12 @@ def test_a_wheel_in_an_empty_folder(demo_run: Path, tmp_path: Path) -> None:
     )
     assert Path(where.stdout.strip()).is_relative_to(installed)
     run_ftkit("init", cwd=folder, environment=environment)
-    done = run_ftkit("build", *SHORT, "--set", "data.validation_share=0.01", cwd=folder, environment=environment)
+    done = run_ftkit("build", *SHORT, "--set", "data.validation_share=0.01", "--html", "shipped.html", cwd=folder, environment=environment)
     files = {path.name for path in (folder / "runs" / "recipe").glob("gguf-*/*")}
     assert files == {"c-reviewer-F16.gguf", "c-reviewer-Q8_0.gguf", RECORD}
     shipped = {path.name for path in (folder / "runs" / "recipe" / "shipped").iterdir()}
     assert shipped == {"c-reviewer-Q8_0.gguf", "Modelfile", "ship.json", "probes.json", "README.md"}
+    assert "c-reviewer" in (folder / "shipped.html").read_text(encoding="utf-8")
     run_ftkit("verify", "runs/recipe/shipped", cwd=folder, environment=environment)
     assert "Q6_K was not made" in done.stdout
     assert "ftkit setup llama.cpp" in done.stdout
