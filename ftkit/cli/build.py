@@ -37,7 +37,7 @@ def command(
     def whole() -> None:
         line.refuse_missing_tools(job)
         if not as_json and not line.is_trained(job):  # what is trained has fitted
-            plan_command.show(line.plan(job), job.recipe.training.save_minutes)
+            plan_command.show(line.plan(job), job.recipe.training)
         shipped = line.build(job, use_ollama=use_ollama, replace_model=replace_model)
         ship_command.show(job, shipped, as_json, html)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ftkit.line.job import Job
     from ftkit.line.line import Planned
     from ftkit.plan.plan import Candidate, MemoryPlan
+    from ftkit.recipe import Training
 
 BAR_WIDTH = 60  # columns, where the terminal has room
 
@@ -86,9 +87,9 @@ def command(
         probed = train.probe(job, planned.memory) if probe else None
     chosen = planned.memory.chosen
     if as_json:
-        print_json(as_record(planned, probed))
+        print_json(as_record(planned, probed) | {"learning_rate": job.recipe.training.peak_learning_rate})
     else:
-        show(planned, job.recipe.training.save_minutes)
+        show(planned, job.recipe.training)
         for entry in planned.shortages:
             click.echo(f"Not on this machine: {entry.words}.")
         if probed:
@@ -173,7 +174,7 @@ def as_record(planned: Planned, probed: Any) -> dict[str, Any]:
     }
 
 
-def show(planned: Planned, save_minutes: float) -> None:
+def show(planned: Planned, training: Training) -> None:
     """The plan on one screen."""
     from ftkit.cli.console import print_table, say
     from ftkit.plan.cost import CHECKPOINTS_KEPT, checkpoint_bytes, disk_by_place
@@ -195,6 +196,10 @@ def show(planned: Planned, save_minutes: float) -> None:
         f"Batch {chosen.per_device_train_batch_size} × accumulation {chosen.gradient_accumulation_steps}, gradient checkpointing "
         f"{'on' if chosen.gradient_checkpointing else 'off'}: "
         f"{'the fastest that fits' if chosen.fits else 'the least that the recipe allows'}."
+    )
+    say(
+        f"Learning rate: {training.peak_learning_rate:g} at most, {training.lr_scheduler_type}"
+        + (f"; training.learning_rate is not set, and this is for {training.method}." if training.learning_rate is None else ".")
     )
     if tokens:
         say(
@@ -268,7 +273,7 @@ def show(planned: Planned, save_minutes: float) -> None:
     print_table("The steps to come", ["", "RAM", "VRAM", "disk", "read"], later)
     say(
         f"Training waits while a checkpoint of {bytes_text(checkpoint_bytes(counted))} is written: at each evaluation, and every "
-        f"{save_minutes:g} minutes (training.save_minutes); {CHECKPOINTS_KEPT} take room at most."
+        f"{training.save_minutes:g} minutes (training.save_minutes); {CHECKPOINTS_KEPT} take room at most."
     )
     places = ", ".join(f"{bytes_text(size)} in {place}" for place, size in disk_by_place(planned.costs).items() if size)
     say(f"Disk, at most: {places}{f', {bytes_text(planned.fetch_bytes)} in the hub’s cache' if planned.fetch_bytes else ''}.")

@@ -73,7 +73,8 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
         refuse_what_cannot_be_merged(opened.folder, recipe.lora, trust_remote_code=recipe.trust_remote_code)
     _check_prompts(job, tokenizer, rows, opened.folder)
     settings = _settings(planned)
-    reporter.step(f"training ({recipe.training.method}, {settings.per_device_train_batch_size} × {settings.gradient_accumulation_steps})")
+    batches = f"{settings.per_device_train_batch_size} × {settings.gradient_accumulation_steps}"
+    reporter.step(f"training ({recipe.training.method}, {batches}, learning rate {recipe.training.peak_learning_rate:g})")
     parts = {"train": rows.train, "validation": rows.validation}
     learnt, checked = (
         store_examples(cut(tokenise(tokenizer, part), max_length), folder / EXAMPLES / f"{name}.arrow") for name, part in parts.items()

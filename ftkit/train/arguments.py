@@ -34,7 +34,7 @@ def arguments(training: Training, settings: Settings, rows: int, checkpoints: Pa
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "activation_checkpointing": settings.gradient_checkpointing,  # transformers 5.23 renamed it
         "activation_checkpointing_kwargs": {"use_reentrant": False} if settings.gradient_checkpointing else None,
-        "learning_rate": training.learning_rate,
+        "learning_rate": training.peak_learning_rate,
         "lr_scheduler_type": training.lr_scheduler_type,
         "warmup_steps": round(steps * training.warmup_share),
         "weight_decay": training.weight_decay,

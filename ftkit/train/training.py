@@ -98,7 +98,7 @@ def train(
         shutil.rmtree(checkpoints, ignore_errors=True)
         raise TrainingDivergedError(
             "Training diverged: no validation loss is a number. Nothing is kept.",
-            f"--set training.learning_rate={recipe.training.learning_rate / 10:g}",
+            f"--set training.learning_rate={recipe.training.peak_learning_rate / 10:g}",
         )
     full = recipe.training.method == "full"
     target = folder / ("model" if full else "adapter")

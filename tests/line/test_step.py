@@ -114,6 +114,18 @@ def trained(tmp_path: Path, rows: list[Any], write_rows: Callable[[Path, list[An
     return recipe
 
 
+def test_a_training_without_a_rate_is_the_one_that_was_made_with_the_methods(trained: Path) -> None:
+    """Runs from before the rate followed the method name the one that stood there by itself."""
+    from ftkit.line.job import open_job
+
+    def inputs(**training: Any) -> list[Any]:
+        return training_inputs(open_job(trained, [(f"training.{key}", value) for key, value in training.items()]))
+
+    for method, rate in (("qlora", 2e-4), ("lora", 2e-4), ("full", 2e-5)):
+        assert inputs(method=method) == inputs(method=method, learning_rate=rate) != inputs(method=method, learning_rate=1e-3)
+        assert inputs(method=method)[-2]["learning_rate"] == rate
+
+
 def line_job(recipe: Path) -> Job:
     from ftkit.line.job import open_job
 
