@@ -74,14 +74,27 @@ class Lora(Group):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | list[str] = "all-linear"
     use_rslora: bool = False
-    use_dora: bool = Field(default=False, description="for the plan alone as yet")
+    use_dora: bool = False
+    modules_to_save: Files | None = Field(default=None, description="modules that are trained whole, beside the adapters")
+    target_parameters: Files | None = Field(default=None, description="parameters that get an adapter and are no layers: fused experts")
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(default={}, description="other ranks, by name or pattern")
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default={}, description="other lora_alpha, by name or pattern")
 
     @field_validator("target_modules", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
-        if not isinstance(value, str) and not (isinstance(value, list) and value and all(isinstance(name, str) for name in value)):
+        if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
             raise ValueError(f"a name, a pattern or a list of names is wanted (got {SHORT.repr(value)})")
         return value
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Lora:
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError("target_modules names nothing, and target_parameters nothing else")
+        if self.target_parameters and (self.lora_dropout or self.use_dora):
+            with_it = "use_dora" if self.use_dora else "lora_dropout"
+            raise ValueError(f"target_parameters does not go with {with_it}: PEFT adds to the parameter itself, and sees no input of it")
+        return self
 
 
 # Of an adapter, as QLoRA's authors took for 7 and 13 billion parameters; of all weights TRL's own default for supervised fine-tuning: they
@@ -296,6 +309,8 @@ class Recipe(Group):
     tools: Tools = Tools()
 
 
+# Of `lora`, what says what is trained: with all weights trained it contradicts, where a rank is only not used.
+ADAPTERS_ALONE = ("use_dora", "modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern")
 MOVED = {"ship.match": "evaluate.by"}  # keys of earlier recipes
 GROUPS = [name for name, field in Recipe.model_fields.items() if isinstance(field.default, Group)]  # each may stand there without keys
 
@@ -331,10 +346,14 @@ def make_recipe(overrides: Sequence[tuple[str, Any]], loaded: dict[str, Any] | N
     for key, value in overrides:
         _set(loaded, key, value)
     try:
-        return Recipe.model_validate(loaded)
+        recipe = Recipe.model_validate(loaded)
     except ValidationError as error:
         faults = "\n".join("  " + _fault(entry) for entry in error.errors())
         raise RecipeError(f"{name} has faults:\n{faults}", "see docs/recipe.md for every key") from None
+    lora = recipe.lora
+    if recipe.training.method == "full" and (unused := [key for key in ADAPTERS_ALONE if getattr(lora, key) != getattr(Lora(), key)]):
+        raise RecipeError(f"lora.{unused[0]}: is of adapters, and training.method is full.", "--set training.method=lora, or leave it out")
+    return recipe
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -36,7 +36,9 @@ def keys(part: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str
 
 def dotted(loaded: dict[str, Any], prefix: str = "") -> set[str]:
     """The keys of a recipe as read from YAML."""
-    return set().union(*(dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key} for key, value in loaded.items()))
+    return set().union(
+        *(dotted(value, f"{prefix}{key}.") if value and isinstance(value, dict) else {prefix + key} for key, value in loaded.items())
+    )
 
 
 def exit_codes(kind: type[FtkitError] = FtkitError) -> set[int]:

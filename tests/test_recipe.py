@@ -115,6 +115,11 @@ def test_a_later_set_wins(minimal: Path) -> None:
         ("ship.name=a/b c", "ship.name: use letters, digits"),
         ("budget.vram=lots", "budget.vram: `lots` is no amount of memory."),
         ("training=5", "training: "),
+        ("training.learning_rate=10", "training.learning_rate: Input should be less than 1 (got 10)"),
+        ("lora.modules_to_save=lm_head", "lora.modules_to_save: Input should be a valid list (got 'lm_head')"),
+        ("lora.rank_pattern={q_proj: 0}", "lora.rank_pattern.q_proj: Input should be greater than or equal to 1 (got 0)"),
+        ("lora.target_modules=[]", "lora: target_modules names nothing"),
+        ("lora={target_parameters: [experts.down_proj], use_dora: true}", "lora: target_parameters does not go with use_dora"),
     ],
 )
 def test_a_fault_is_named_by_its_key(minimal: Path, setting: str, fault: str) -> None:
@@ -122,6 +127,13 @@ def test_a_fault_is_named_by_its_key(minimal: Path, setting: str, fault: str) ->
     assert str(minimal) in first
     assert len(rest) == 1
     assert rest[0].startswith("  " + fault)
+
+
+@pytest.mark.parametrize("key", ["use_dora: true", "modules_to_save: [lm_head]", "rank_pattern: {q_proj: 2}"])
+def test_what_is_of_adapters_alone_contradicts_full(minimal: Path, key: str) -> None:
+    with pytest.raises(RecipeError, match=f"lora.{key.partition(':')[0]}: is of adapters, and training.method is full") as refused:
+        load_recipe(minimal, [parse_override(f"lora={{{key}}}"), parse_override("training.method=full")])
+    assert "training.method=lora" in (refused.value.hint or "")
 
 
 @pytest.mark.parametrize(

@@ -63,10 +63,10 @@ def make_adapter(base: Path, folder: Path, **settings: Any) -> Any:
     return adapted
 
 
-def recipe(model: Path, **training: Any) -> Recipe:
+def recipe(model: Path, lora: dict[str, Any] | None = None, **training: Any) -> Recipe:
     """A recipe of a few steps."""
     settings = {"max_steps": 4, "learning_rate": 1e-3, "effective_batch_size": 2, "max_length": 128, "evaluations_per_epoch": 3, **training}
-    return Recipe.model_validate({"model": str(model), "training": settings, "lora": {"r": 4, "lora_alpha": 8}})
+    return Recipe.model_validate({"model": str(model), "training": settings, "lora": {"r": 4, "lora_alpha": 8, **(lora or {})}})
 
 
 # What a training records of itself.

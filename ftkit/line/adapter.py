@@ -98,6 +98,8 @@ def refuse_adapter(job: Job) -> None:
         return
     if job.recipe.training.method == "full":
         raise RecipeError("ship.adapter: training.method is full, which makes no adapter.", "leave it out: --set ship.adapter=false")
+    if kind := next((key for key in ("use_dora", "modules_to_save", "target_parameters") if getattr(job.recipe.lora, key)), None):
+        raise RecipeError(f"ship.adapter: a GGUF LoRA cannot hold lora.{kind}.", "leave one out: --set ship.adapter=false")
     if not find(job, ADAPTER):
         need_converter(job.llama_cpp_dir, LORA_CONVERTER)
     if trained := find(job, trained_by(job)):

@@ -27,7 +27,7 @@ from ftkit.line.record import hand_over
 from ftkit.line.register import REGISTER, refuse_anothers_name, register_shipped, write_modelfile
 from ftkit.line.shortage import Shortage, refuse_shortages, shortages
 from ftkit.line.step import Made, Step, ensure, find
-from ftkit.line.train import TRAIN, Trained, refuse_dora
+from ftkit.line.train import TRAIN, Trained
 from ftkit.machine.llama_cpp import need_converter
 from ftkit.model.open import bytes_to_fetch
 from ftkit.plan import measured
@@ -97,7 +97,6 @@ def adopt(job: Job) -> Made[Adopted]:
 
 def train(job: Job) -> Made[Trained]:
     """Train as planned. Raises DoesNotFitError before anything is loaded, InterruptedRunError on Ctrl-C."""
-    refuse_dora(job)
     _refuse_given(job)
     refuse_adapter(job)
     if is_trained(job):
@@ -206,7 +205,6 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
 
 def _refuse_what_cannot_ship(job: Job, use_ollama: bool | None, replace_model: bool) -> None:
     """All that can be known to be missing before the long work."""
-    refuse_dora(job)
     refuse(job)
     if not is_trained(job):
         other = "holds a training of another recipe, other data or another revision of the model"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -89,12 +89,12 @@ def training_inputs(job: Job) -> list[Any]:
         },
         *([job.chat_template] if job.chat_template else []),
         {**_said(recipe.training, TRAINING_KEYS, {"save_minutes"}), "learning_rate": recipe.training.peak_learning_rate},
-        _said(recipe.lora, LORA_KEYS, {"use_dora"}),  # which is planned, and refused before training
+        _said(recipe.lora, LORA_KEYS),
         *(["trust_remote_code"] if recipe.trust_remote_code else []),
     ]
 
 
-def _said(group: Group, always: set[str], never: set[str]) -> dict[str, Any]:
+def _said(group: Group, always: set[str], never: Set[str] = frozenset()) -> dict[str, Any]:
     """A group's settings. Keys that came later are left out where they are as they are by themselves: earlier runs stay."""
     return {**group.model_dump(include=always), **group.model_dump(exclude=always | never, exclude_defaults=True)}
 
@@ -107,7 +107,7 @@ def _follows_from(job: Job) -> list[Any]:
         free_bytes = last.memory.device.free_bytes
     wanted = [device.name, device.total_bytes >> 20, free_bytes, recipe.budget.vram, _extra_bytes(job)]
     versions = {name: version(name) for name in HOLDS_FOR}
-    return [*training_inputs(job), recipe.lora.use_dora, recipe.evaluate.model_dump(), recipe.ship.model_dump(), wanted, versions]
+    return [*training_inputs(job), recipe.evaluate.model_dump(), recipe.ship.model_dump(), wanted, versions]
 
 
 def _extra_bytes(job: Job) -> int:

@@ -47,12 +47,6 @@ class Trained(TrainResult):
     planned_for: str | None = None
 
 
-def refuse_dora(job: Job) -> None:
-    """Raise RecipeError for what can be planned alone."""
-    if job.recipe.lora.use_dora and job.recipe.training.method != "full":
-        raise RecipeError("lora.use_dora: DoRA can be planned, and neither trained nor merged yet.", "for LoRA: --set lora.use_dora=false")
-
-
 def _settings(planned: MemoryPlan) -> Settings:
     fit, (cuda, bfloat16) = planned.chosen, computes_on()
     return Settings(fit.per_device_train_batch_size, fit.gradient_accumulation_steps, fit.gradient_checkpointing, bfloat16, cuda)
@@ -161,7 +155,6 @@ TRAIN = Step(
 
 def refuse_probe(job: Job) -> None:
     """Raise RecipeError where two real steps cannot be run: without rows, or for another device than this machine's."""
-    refuse_dora(job)
     real, wanted = device.choose(), job.device
     if wanted.kind != real.kind or (real.kind == "cuda" and wanted.name != real.name):
         raise RecipeError(f"--probe runs on this machine's {real.name}; the plan is for {wanted.name}.", "leave --gpu and --vram out")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +69,7 @@ class Inventory:
     parameters_by_role: dict[str, int]
     quantized_parameters: int  # in the layers that 4-bit loading replaces, and in fused experts; 0 without it
     trainable_parameters: int
+    written_parameters: int  # of those in a file: an embedding that is the head too stands there twice
     trainable_by_target: dict[str, int]  # adapter parameters by the layer they sit on; empty for full fine-tuning
     layer_parameters: int  # of the matrices in the text model's layers, which adapters are for
     without_adapter: dict[str, int]  # those of them that no adapter reaches, by their names in a layer; empty for full fine-tuning
@@ -206,17 +208,21 @@ class Skeleton:
         right = f"name the layers of the text model alone: --set lora.target_modules='{self.text_pattern()}'" if towers else None
         injected = inject(copy.deepcopy(self.model), lora, right)
         trained = [
-            (re.sub(r"^base_model\.model\.|\.default\.weight$", "", name), parameter.numel())
+            (re.sub(r"^base_model\.model\.|\.modules_to_save\.default|\.default\.weight$", "", name), parameter.numel())
             for name, parameter in injected.named_parameters()
             if parameter.requires_grad
         ]
         reached = next((name for name, _ in trained if role_of(name) == TOWERS), None)
         if reached:
+            layer, of_lora, _ = reached.rpartition(".lora_")
             raise RecipeError(
-                f"lora.target_modules: {lora.target_modules!r} reaches into the vision or audio tower ({reached.rpartition('.lora_')[0]}).",
-                right,
+                f"lora.target_modules: {lora.target_modules!r} reaches into the vision or audio tower ({layer})."
+                if of_lora
+                else f"lora.modules_to_save: {lora.modules_to_save!r} reaches into the vision or audio tower ({reached}).",
+                right if of_lora else "name the text model's own by their path",
             )
         adapted = [(parameter, 0) for parameter, _ in adapted_layers(injected)]
+        adapted += [(name, 0) for name, _ in trained if ".lora_" not in name]
         return Adapters(tuple(self._in_all_layers(trained)), frozenset(name for name, _ in self._in_all_layers(adapted)))
 
     def _in_all_layers(self, found: list[tuple[str, int]]) -> list[tuple[str, int]]:
@@ -255,9 +261,15 @@ class Skeleton:
         for tensor in self.tensors:
             by_role[tensor.role] = by_role.get(tensor.role, 0) + tensor.elements
         adapters = Adapters() if method == "full" else self.adapters(lora)
+        if method == "qlora" and (packed := {t.name for t in self.tensors if t.quantized} & {name for name, _ in adapters.trained}):
+            raise RecipeError(
+                f"lora.modules_to_save: {min(packed)} is kept in 4 bits by QLoRA, and cannot be trained whole.",
+                "leave it out, or train on 16-bit weights: --set training.method=lora",
+            )
         by_target: dict[str, int] = {}
         for name, size in adapters.trained:
-            target = name.partition(".lora_")[0].rpartition(".")[2]
+            layer, of_lora, _ = name.partition(".lora_")
+            target = (layer if of_lora else layer.rpartition(".")[0]).rpartition(".")[2]
             by_target[target] = by_target.get(target, 0) + size
         in_layers = {t.name: t.elements for t in self.tensors if t.name.startswith(self.layers_name) and len(t.shape) > 1}
         without: dict[str, int] = {}
@@ -267,12 +279,14 @@ class Skeleton:
                 without[leaf] = without.get(leaf, 0) + size
         trained = self.trained(method, adapters)
         trainable = sum(size for size, _ in trained)
+        twice = sum(size for name, size in adapters.trained if name == self.embedding_name and is_tied(self.model))  # PEFT writes both
         return Inventory(
             method=method,
             parameters=parameters,
             parameters_by_role=by_role,
             quantized_parameters=sum(t.elements for t in self.tensors if t.quantized) if method == "qlora" else 0,
             trainable_parameters=trainable,
+            written_parameters=trainable + twice,
             trainable_by_target=by_target,
             layer_parameters=sum(in_layers.values()),
             without_adapter=without,
@@ -299,7 +313,7 @@ class Skeleton:
         """(elements, keeps 32-bit optimizer states) of each trained tensor: bitsandbytes spares input embeddings."""
         if method == "full":
             return [(t.elements, t.name == self.embedding_name) for t in self.tensors]
-        return [(size, False) for _, size in adapters.trained]
+        return [(size, name == self.embedding_name) for name, size in adapters.trained]
 
 
 def role_of(name: str) -> str:
@@ -322,13 +336,15 @@ def inject(model: PreTrainedModel, lora: Lora, hint: str | None = None) -> Any:
     from peft import get_peft_model
 
     names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if type(m).__name__ in ("Linear", "Linear4bit")})
+    _refuse_names(model, lora)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     try:
         with warnings.catch_warnings():  # PEFT 0.21 tells of its own patterns for fused experts that all-linear does not reach
             warnings.filterwarnings("ignore", message=r".*(rank|alpha)_pattern keys did not match.*", category=RuntimeWarning)
             warnings.filterwarnings("ignore", message=r".*a tied layer is part of the adapter.*")  # which the merge unties
-            return get_peft_model(model, lora_config(lora, model), autocast_adapter_dtype=False)
+            warnings.filterwarnings("ignore", message=r".*rank_pattern. or .alpha_pattern. at the same time as .use_rslora.*")
+            injected = get_peft_model(model, lora_config(lora, model), autocast_adapter_dtype=False)
     except (ValueError, re.error) as error:
         wanted = lora.target_modules
         if hint is None and wanted in names:
@@ -337,6 +353,44 @@ def inject(model: PreTrainedModel, lora: Lora, hint: str | None = None) -> Any:
             f"lora.target_modules: PEFT cannot use {wanted!r}: {first_line(error)}",
             hint or f"give {'all-linear, or ' if wanted != 'all-linear' else ''}a list of some of: {', '.join(names)}",
         ) from None
+    layers = [path for path, _ in adapted_layers(injected)]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(lora, key):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for path in layers for name in (path, path.removesuffix(".weight"))):
+                raise RecipeError(
+                    f"lora.{key}: no adapted layer is called {pattern!r}.", nearest(pattern, {path.split(".")[-2] for path in layers})
+                )
+    return injected
+
+
+def _refuse_names(model: PreTrainedModel, lora: Lora) -> None:
+    """Raise RecipeError for names of modules and parameters that the model does not have, and for what PEFT would take beside them."""
+    modules = [name for name, _ in model.named_modules()]
+    for wanted in lora.modules_to_save or ():
+        reached = [name for name in modules if name.endswith(wanted)]  # as PEFT looks for it
+        named = [name for name in reached if f".{name}".endswith(f".{wanted}")]
+        if not named:
+            known = {name.rpartition(".")[2] for name in modules if not name.rpartition(".")[2].isdecimal()}
+            raise RecipeError(f"lora.modules_to_save: the model has no module {wanted!r}.", nearest(wanted, known))
+        if other := next((name for name in reached if name not in named), None):
+            raise RecipeError(
+                f"lora.modules_to_save: {wanted!r} is the end of {other} too, which PEFT would train with it.", f"its path: {named[0]}"
+            )
+    parameters = [name for name, _ in model.named_parameters()]
+    for wanted in lora.target_parameters or ():
+        if not any(f".{name}".endswith(f".{wanted}") for name in parameters):
+            raise RecipeError(f"lora.target_parameters: the model has no parameter {wanted!r}.", nearest(wanted, _ends(parameters)))
+
+
+def _ends(parameters: Iterable[str]) -> set[str]:
+    """The last two parts of each parameter's name."""
+    return {".".join(name.split(".")[-2:]) for name in parameters}
+
+
+def nearest(wanted: str, known: Collection[str]) -> str:
+    """The hint for a name that is none."""
+    near = difflib.get_close_matches(wanted, known, 1)
+    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(known)[:20])}"
 
 
 def adapted_layers(injected: Any) -> Iterator[tuple[str, Any]]:
@@ -371,7 +425,18 @@ def lora_config(lora: Lora, model: PreTrainedModel) -> Any:
     by_name = lora.target_modules == "all-linear" or not isinstance(lora.target_modules, str)
     if by_name and any(role_of(name) == TOWERS for name, _ in model.named_modules()):
         left_out.append(rf".*({dict(ROLES)[TOWERS]}).*")
-    return LoraConfig(task_type="CAUSAL_LM", exclude_modules="|".join(left_out) or None, **lora.model_dump())
+    settings = lora.model_dump()
+    if saved := lora.modules_to_save:
+        ends = {name for name, module in model.named_modules() if module in (model.get_input_embeddings(), model.get_output_embeddings())}
+        if is_tied(model) and any(f".{end}".endswith(f".{name}") for end in ends for name in saved):
+            settings["ensure_weight_tying"] = True  # one weight stays one
+    return LoraConfig(task_type="CAUSAL_LM", exclude_modules="|".join(left_out) or None, **settings)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head is the embedding's weight."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def decoder_layers(model: PreTrainedModel) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ftkit.data.lengths import batching, grouped_batch_tokens
-from ftkit.errors import ModelError, UntracedError
+from ftkit.errors import ModelError, RecipeError, UntracedError
 from ftkit.gguf.types import gguf_model
 from ftkit.machine.device import Device
 from ftkit.memory.model import Inventory, Skeleton
@@ -275,7 +275,7 @@ def make_plan(
         try:
             other = method != recipe.training.method
             methods.append(planner.candidate(apply(recipe, (f"training.method={method}",)), batch, checkpointing) if other else chosen)
-        except ModelError as error:
+        except (ModelError, RecipeError) as error:  # as of a module that is trained whole, and that QLoRA keeps in 4 bits
             untraced[method] = error.message
     settings = planner.settings(recipe, checkpointing)
     return MemoryPlan(

@@ -205,12 +205,12 @@ def checkpoint_bytes(counted: Inventory) -> int:
 
     Left out: the tokenizer, names and shapes, a few kilobytes a hundred tensors.
     """
-    return 4 * counted.trainable_parameters + counted.optimizer_bytes
+    return 4 * counted.written_parameters + counted.optimizer_bytes
 
 
 def adapter_file_bytes(counted: Inventory) -> int:
     """The adapter as PEFT writes it: what is trained, in float32. Its header, about 150 bytes a tensor, is left out."""
-    return 0 if counted.method == "full" else 4 * counted.trainable_parameters
+    return 0 if counted.method == "full" else 4 * counted.written_parameters
 
 
 def asking_bytes(model: GgufModel, weights_bytes: int, length: int, compute_bytes: int, room_bytes: int | None = None) -> int:

@@ -105,6 +105,25 @@ def test_targets_that_match_nothing_are_refused_with_names() -> None:
     assert refused.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("lora", "fault", "hint"),
+    [
+        ({"modules_to_save": ["lm_hed"]}, "lora.modules_to_save: the model has no module 'lm_hed'", "did you mean lm_head?"),
+        ({"modules_to_save": ["norm"]}, "'norm' is the end of model.layers.0.input_layernorm too", "its path: model.norm"),
+        ({"modules_to_save": ["k_proj"]}, "k_proj.weight is kept in 4 bits by QLoRA", "training.method=lora"),
+        ({"modules_to_save": ["layers.1.mlp"]}, "down_proj.weight is kept in 4 bits by QLoRA", "training.method=lora"),
+        ({"target_parameters": ["q_pro.weight"]}, "lora.target_parameters: the model has no parameter", "did you mean q_proj.weight?"),
+        ({"rank_pattern": {"q_pro": 2}}, "lora.rank_pattern: no adapted layer is called 'q_pro'", "did you mean q_proj?"),
+        ({"target_modules": ["v_proj"], "alpha_pattern": {"q_proj": 2}}, "lora.alpha_pattern: no adapted layer", "did you mean v_proj?"),
+    ],
+)
+def test_names_that_the_model_does_not_have_are_refused_with_the_nearest(lora: dict[str, Any], fault: str, hint: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        count(tiny.config(), "qlora", Lora.model_validate(lora), "adamw_torch", "bfloat16")
+    assert fault in refused.value.message
+    assert hint in (refused.value.hint or "")
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("elements", [64 * 256, 4096 * 33, 100_000])
 def test_nf4_storages_are_those_of_bitsandbytes(double_quant: bool, elements: int) -> None:

@@ -43,6 +43,7 @@ LOOPS: dict[str, tuple[dict[str, Any], int, int, int]] = {  # settings, batch, l
     "lora, checkpointing": ({"gradient_checkpointing": True}, 2, 256, 1),
     "DoRA": ({"lora": Lora(r=8, use_dora=True)}, 2, 128, 1),
     "DoRA, checkpointing": ({"lora": Lora(r=8, use_dora=True), "gradient_checkpointing": True}, 2, 256, 1),
+    "dropout, head trained whole": ({"lora": Lora(r=8, lora_dropout=0.1, modules_to_save=["lm_head"])}, 2, 128, 1),
     "full": ({"method": "full"}, 2, 128, 1),
     "full, checkpointing, one length": ({"method": "full", "gradient_checkpointing": True, "padded": False}, 3, 128, 1),
     "full, accumulated": ({"method": "full"}, 2, 128, 2),

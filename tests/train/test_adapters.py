@@ -1,0 +1,100 @@
+"""What can be asked of an adapter: each is trained, planned to the byte, resumed to the same bits, and merged as PEFT merges it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from conftest import conversations
+from test_train import StopAt
+
+from ftkit.data.mask import tokenise
+from ftkit.data.rows import Row
+from ftkit.engines import hf
+from ftkit.errors import InterruptedRunError
+from ftkit.memory.model import Skeleton, load_config
+from ftkit.merge.stream import merge
+from ftkit.plan.cost import checkpoint_bytes
+from ftkit.train.training import train
+
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:peft", "ignore:Merging .*tied:UserWarning"),
+]
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # method, lora, sizes of the model; all but the first two slow
+    "all together, a tied head": ("qlora", {"use_dora": True, "lora_dropout": 0.1, "modules_to_save": ["lm_head"]}, TIED),
+    "experts": ("qlora", EXPERTS, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, **UNTIED}),
+    "dropout": ("lora", {"lora_dropout": 0.2}, TIED),
+    "DoRA": ("lora", {"use_dora": True, "use_rslora": True}, TIED),
+    "both ends": ("lora", {"modules_to_save": ["embed_tokens", "lm_head"]}, UNTIED),
+    "an embedding": ("qlora", {"modules_to_save": ["embed_tokens"]}, UNTIED),
+    "a norm": ("qlora", {"modules_to_save": ["model.norm"]}, UNTIED),
+    "patterns": ("lora", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}, TIED),
+}
+
+
+def model_of(folder: Path, sizes: dict[str, Any]) -> Path:
+    """A tiny Llama, or a Qwen3-MoE where it has experts."""
+    tiny.make_model(folder, tie_word_embeddings=sizes["tie_word_embeddings"])
+    if "num_experts" in sizes:
+        import torch
+        from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+        torch.manual_seed(0)
+        same = (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "eos_token_id",
+            "pad_token_id",
+        )
+        config = Qwen3MoeConfig(**{name: getattr(tiny.config(), name) for name in same}, head_dim=32, bos_token_id=None, **sizes)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if n > 1 else []) for n, name in enumerate(KINDS)])
+def test_it_is_planned_trained_resumed_and_merged(name: str, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    method, lora, sizes = KINDS[name]
+    model = model_of(tmp_path / "model", sizes)
+    tokenizer = hf.load_tokenizer(model)
+    rows = list(tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(conversations(), 1)]))
+    recipe = tiny.recipe(model, lora, method=method, learning_rate=1e-2)
+    arguments = (recipe, tiny.SETTINGS, model, tokenizer, rows[2:], rows[:2])
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(*arguments, whole)
+    with pytest.raises(InterruptedRunError):
+        train(*arguments, stopped, StopAt(4))
+    counted = Skeleton(load_config(model)).count(recipe.training.method, recipe.lora, "adamw_torch", "float32")
+    kept = [stopped / "checkpoints" / "checkpoint-2" / file for file in ("optimizer.pt", "adapter_model.safetensors")]
+    planned = checkpoint_bytes(counted)
+    assert planned < sum(file.stat().st_size for file in kept) < planned + 60_000  # names and shapes
+    assert train(*arguments, stopped).resumed_from_step == 2
+    first, second = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, stopped))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+    (tmp_path / "merged").mkdir()
+    merge(model, whole / "adapter", tmp_path / "merged")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+    theirs = PeftModel.from_pretrained(base, whole / "adapter").merge_and_unload().state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key].to(torch.bfloat16).float()) for key, tensor in ours.items())
+    changed = {key for key, tensor in ours.items() if not torch.equal(tensor, before[key])}
+    assert {end for end in lora.get("modules_to_save", ()) if not any(f"{end}.weight" in key for key in changed)} == set()
+    assert len(changed) >= 2
