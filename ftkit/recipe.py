@@ -120,6 +120,7 @@ class Training(Group):
     gradient_checkpointing: bool | None = Field(default=None, description="left out: the plan chooses")
     evaluations_per_epoch: Annotated[float, Field(gt=0)] = 1.0
     early_stopping_patience: Annotated[int, Field(ge=1)] = 3
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
     save_minutes: Annotated[float, Field(gt=0)] = 10.0
     seed: Annotated[int, Field(ge=0)] = 42
 

@@ -33,8 +33,10 @@ def command(recipe: Path, as_json: bool, **options: Any) -> None:
     took = f"{'Trained' if made.fresh else 'Up to date: trained'} in {seconds_text(result.seconds or made.seconds)}"
     say(f"{took}, {result.steps} steps{speed}.")
     losses = f"{result.first_validation_loss:.4f} → {result.best_validation_loss:.4f}"
-    say(f"Validation loss {losses} (best, step {result.best_step}): {result.verdict}.")
+    say(f"Validation loss {losses} (best, step {result.best_step}).")
+    say(f"{result.verdict[:1].upper()}{result.verdict[1:]}.")
     planned = result.planned_device_bytes if "RAM" in result.peak_is else result.planned_allocated_bytes
     beside = f", planned {bytes_text(planned)}" if planned else ""  # runs of ftkit before 0.2 recorded no plan
     say(f"Peak memory {bytes_text(result.peak_bytes)} {result.peak_is}{beside}. Kept in {made.folder}")
-    say("Next: ftkit ship")
+    following = result.reading and result.reading.next_command
+    say(f"Next: ftkit ship{f', or try: {following}' if following and following != 'ftkit ship' else ''}")

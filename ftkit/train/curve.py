@@ -1,4 +1,4 @@
-"""The loss curves, and what they say."""
+"""The loss curves: their points, and the trend beneath the zigzag of the batches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+SMOOTHED_OVER = 12  # a training loss is smoothed over about this part of the curve's steps
 
 
 @dataclass(frozen=True)
@@ -25,25 +27,6 @@ class Point:
         return self.learning_rate is None
 
 
-def read_curve(curve: Sequence[Point]) -> str:
-    """What the validation losses say, in words."""
-    evaluated = [point for point in curve if point.evaluated]
-    losses = [point.validation_loss for point in evaluated if point.validation_loss is not None]
-    if len(losses) < len(evaluated):
-        first = next(point for point in evaluated if point.validation_loss is None)
-        return f"training diverged: at step {first.step} the validation loss is no number any more; try a lower learning rate"
-    if len(losses) < 2:
-        return "one evaluation only: too few to read a curve"
-    best = losses.index(min(losses))
-    if losses[-1] > losses[best] * 1.02:
-        return f"validation loss rose after evaluation {best + 1} of {len(losses)}: overfitting; the best checkpoint is kept"
-    if losses[best] > losses[0] * 0.98:
-        return "validation loss hardly moved: check the data, or try a higher learning rate"
-    if losses[-1] < losses[-2] * 0.98:
-        return "validation loss was still falling: more epochs may help"
-    return "validation loss has levelled off: trained enough"
-
-
 def point(entry: dict[str, Any]) -> Point:
     point = Point(step=entry["step"], epoch=round(entry["epoch"], 4))
     if "eval_loss" in entry:
@@ -53,6 +36,34 @@ def point(entry: dict[str, Any]) -> Point:
     )
 
 
+def points(log: Sequence[dict[str, Any]]) -> list[Point]:
+    """The curves in a trainer's log."""
+    return [point(entry) for entry in log if "loss" in entry or "eval_loss" in entry]
+
+
 def finite(value: Any) -> float | None:
     """JSON has no NaN."""
     return float(value) if math.isfinite(float(value)) else None
+
+
+def smoothed(values: Sequence[float], over: float | None = None) -> list[float]:
+    """The trend of a curve: at each value the straight line that fits those around it best, near ones counted most.
+
+    `over`: how many values to each side count, about; without it a part of them all. A straight line, because a mean would bend
+    the beginning, where a loss falls fastest, and the end, which is read.
+    """
+    import numpy as np
+
+    found = np.asarray(values, dtype=float)
+    over = over or max(2.0, len(found) / SMOOTHED_OVER)
+    if len(found) < 3:
+        return [float(value) for value in found]
+    reach = math.ceil(2 * over)
+    away = np.arange(-reach, reach + 1)
+    weights = np.exp(-0.5 * (away / over) ** 2)
+    here = np.ones(len(found))
+    s0, s1, s2, t0, t1 = (
+        np.convolve(of, weights * away**power)[reach : reach + len(found)]
+        for of, power in ((here, 0), (here, 1), (here, 2), (found, 0), (found, 1))
+    )  # convolution turns `away` round: both first powers change their sign, and the product stays
+    return [float(value) for value in (s2 * t0 - s1 * t1) / (s0 * s2 - s1**2)]

@@ -16,8 +16,9 @@ from ftkit.recipe import Recipe
 from ftkit.run import CHECKPOINTS
 from ftkit.train.arguments import Settings
 from ftkit.train.checkpoints import TRAINER_STATE, drop_broken_checkpoints, last_checkpoint, mend_best, state_of, step_of
-from ftkit.train.curve import Point, point, read_curve
+from ftkit.train.curve import Point, points
 from ftkit.train.trainer import build_trainer, dataset_of
+from ftkit.train.verdict import Verdict, read_curve
 from ftkit.train.watch import interrupted, make_watcher, read_watched, stop_after_a_checkpoint
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class TrainResult:
     resumed_from_step: int
     verdict: str
     curve: list[Point]
+    reading: Verdict | None = None  # the verdict as a value; None: read by ftkit before 0.3
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,8 +73,8 @@ def train(
     training, validation = dataset_of(training), dataset_of(validation)
     tokens_per_row = sum(token_counts(training)) / max(1, len(training))
     tokens_per_step = tokens_per_row * recipe.training.effective_batch_size
-    watcher = make_watcher(reporter, tokens_per_step, recipe.training.save_minutes * 60, read_watched(resumed), cuda=settings.cuda)
-    stopper = EarlyStoppingCallback(recipe.training.early_stopping_patience)
+    watcher = make_watcher(reporter, tokens_per_step, recipe.training, read_watched(resumed), cuda=settings.cuda)
+    stopper = EarlyStoppingCallback(recipe.training.early_stopping_patience, recipe.training.early_stopping_threshold)
     trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, checkpoints.parent, [watcher, stopper])
     if settings.cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -92,7 +94,7 @@ def train(
                 drop_broken_checkpoints(checkpoints)  # a full disk leaves one
         if watcher.stop:  # asked for after the last step
             raise interrupted(checkpoints)
-    curve = [point(entry) for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    curve = points(trainer.state.log_history)
     losses = [point.validation_loss for point in curve if point.validation_loss is not None]
     if trainer.state.best_global_step is None or not losses:
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -109,7 +111,7 @@ def train(
     trainer.model.save_pretrained(target)
     _refuse_other_weights(target, checkpoints / f"checkpoint-{trainer.state.best_global_step}")
     (folder / "curve.json").write_text(json.dumps([asdict(point) for point in curve], indent=1) + "\n", encoding="utf-8")
-    watched = watcher.watched(trainer.state.global_step)
+    watched, reading = watcher.watched(trainer.state.global_step), read_curve(curve, recipe.training)
     return TrainResult(
         steps=trainer.state.global_step,
         best_step=trainer.state.best_global_step,
@@ -121,8 +123,9 @@ def train(
         peak_bytes=watched.peak_bytes,
         peak_is="allocated on the GPU" if settings.cuda else "resident in RAM",
         resumed_from_step=step_of(resumed) if resumed else 0,
-        verdict=read_curve(curve),
+        verdict=str(reading),
         curve=curve,
+        reading=reading,
     )
 
 

@@ -17,7 +17,10 @@ import psutil
 from ftkit.errors import InterruptedRunError
 from ftkit.files import sync_files
 from ftkit.progress import Bar, Reporter
+from ftkit.recipe import Training
 from ftkit.train.checkpoints import drop_broken_checkpoints, last_checkpoint, step_of
+from ftkit.train.curve import points
+from ftkit.train.verdict import read_curve
 from ftkit.units import bytes_text, seconds_text
 
 WATCHED = "watched.json"  # beside it, and ftkit's own
@@ -42,8 +45,11 @@ def read_watched(checkpoint: Path | None) -> Watched:
     return Watched()
 
 
-def make_watcher(reporter: Reporter, tokens_per_step: float, save_seconds: float, before: Watched, *, cuda: bool) -> Any:
-    """A callback that moves the bar, watches memory, and asks for a checkpoint in time: every `save_seconds`, and once it is to stop."""
+def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training, before: Watched, *, cuda: bool) -> Any:
+    """A callback that moves the bar, reads the curves at each evaluation, watches memory, and asks for a checkpoint in time.
+
+    That is every `save_minutes`, and once it is to stop.
+    """
     import torch
     from transformers import TrainerCallback
 
@@ -71,7 +77,9 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, save_seconds: float
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
             if logs and "eval_loss" in logs:
-                reporter.note(f"step {state.global_step}: validation loss {float(logs['eval_loss']):.4f}")
+                reading = read_curve(points(state.log_history), training, ended=False)
+                hint = f" (try: {reading.next_command})" if reading.next_command else ""
+                reporter.note(f"step {state.global_step}: validation loss {float(logs['eval_loss']):.4f} – {reading}{hint}")
             elif logs and "loss" in logs:
                 self.loss = f"{float(logs['loss']):.3f}"
 
@@ -88,7 +96,7 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, save_seconds: float
                     left=seconds_text((state.max_steps - state.global_step) * since / max(1, done)),
                     memory=bytes_text(rss_bytes),
                 )
-            if self.stop or time.monotonic() - self.saved_at >= save_seconds:
+            if self.stop or time.monotonic() - self.saved_at >= 60 * training.save_minutes:
                 control.should_save = True
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -28,7 +28,6 @@ from ftkit.plan.cost import checkpoint_bytes
 from ftkit.progress import Bar, SilentReporter
 from ftkit.run import RECORD, Run
 from ftkit.train.arguments import Settings
-from ftkit.train.curve import Point, read_curve
 from ftkit.train.trainer import build_trainer
 from ftkit.train.training import train
 
@@ -390,7 +389,7 @@ def test_other_weights_than_the_best_are_refused(
     assert (tmp_path / "checkpoints" / "checkpoint-2").is_dir()
 
 
-@pytest.mark.parametrize("fails", ["point", "_refuse_other_weights", "read_curve"])
+@pytest.mark.parametrize("fails", ["points", "_refuse_other_weights", "read_curve"])
 def test_a_failure_after_the_last_step_loses_nothing(
     fails: str, model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -483,21 +482,6 @@ def test_loss_falls_and_the_best_checkpoint_is_kept(
     assert result.trained_tokens > 0
     assert (tmp_path / "curve.json").exists()
     assert capsys.readouterr().out == ""  # stdout is for results
-
-
-@pytest.mark.parametrize(
-    ("losses", "words"),
-    [
-        ([2.0, 1.0, 1.5], "overfitting"),
-        ([2.0, 1.99, 1.99], "hardly moved"),
-        ([2.0, 1.5, 1.0], "still falling"),
-        ([2.0, 1.0, 0.995], "levelled"),
-        ([2.0, 1.0, None], "diverged: at step 2"),
-        ([None, None], "diverged: at step 0"),
-    ],
-)
-def test_curves_are_read_in_words(losses: list[float | None], words: str) -> None:
-    assert words in read_curve([Point(step=n, epoch=n, validation_loss=loss) for n, loss in enumerate(losses)])
 
 
 def test_a_training_that_diverges_is_an_error(tokenizer: Any, examples: list[Example], tmp_path: Path) -> None:
