@@ -79,7 +79,7 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
         _remember_speed(job, planned, result.tokens_per_second)
     peak = planned.chosen.peak
     return Trained(
-        **{**asdict(result), "curve": result.curve},
+        **{**asdict(result), "curve": result.curve, "reading": result.reading},
         planned_allocated_bytes=peak.allocated_bytes,
         planned_reserved_bytes=peak.reserved_bytes,
         planned_device_bytes=peak.device_bytes,

@@ -57,7 +57,7 @@ def train(
     folder: Path,
     reporter: Reporter = SILENT,
 ) -> TrainResult:
-    """Train into `folder`: `adapter/` (or `model/` for full fine-tuning) of the best validation loss, and `curve.json`.
+    """Train into `folder`: `adapter/` (or `model/` for full fine-tuning) of the best validation loss, `curve.json` and METRICS.
 
     Checkpoints of an earlier, killed call with the same folder are taken up, and stay in CHECKPOINTS for the caller to remove.
     Raises InterruptedRunError on Ctrl-C and SIGTERM, after a checkpoint was saved.
@@ -73,7 +73,7 @@ def train(
     training, validation = dataset_of(training), dataset_of(validation)
     tokens_per_row = sum(token_counts(training)) / max(1, len(training))
     tokens_per_step = tokens_per_row * recipe.training.effective_batch_size
-    watcher = make_watcher(reporter, tokens_per_step, recipe.training, read_watched(resumed), cuda=settings.cuda)
+    watcher = make_watcher(reporter, tokens_per_step, recipe.training, read_watched(resumed), folder, cuda=settings.cuda)
     stopper = EarlyStoppingCallback(recipe.training.early_stopping_patience, recipe.training.early_stopping_threshold)
     trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, checkpoints.parent, [watcher, stopper])
     if settings.cuda:

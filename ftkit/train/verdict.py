@@ -85,7 +85,7 @@ def read_curve(curve: Sequence[Point], training: Training, *, ended: bool = True
     best = int(np.argmin(validation))
     if _over_fits(validation, best, noise, losses, np.array([point.step for point in steps]) <= evaluated[best].step):
         rise = validation[-1] / validation[best] - 1
-        words = f"since step {evaluated[best].step} the validation loss rose by {rise:.0%}, and the training loss did not"
+        words = f"since step {evaluated[best].step} the validation loss rose by {rise:.0%} while the training loss went on falling"
         command = _oftener(training) if best == 0 else _set("num_train_epochs", round(evaluated[best].epoch, 2))
         if training.max_steps and best:
             command = _set("max_steps", evaluated[best].step)
@@ -122,13 +122,17 @@ def read_curve(curve: Sequence[Point], training: Training, *, ended: bool = True
 
 
 def _diverged(what: str, step: int, training: Training) -> Verdict:
-    return Verdict("diverged", f"at step {step} {what}", step, _set("learning_rate", training.learning_rate / 10))
+    return Verdict("diverged", f"at step {step} {what}", step, _set("learning_rate", _round(training.learning_rate / 10)))
 
 
 def _too_fast(what: str, growth: float | None, training: Training) -> Verdict:
     grown = f", and the gradients grew {growth:.1f}-fold" if growth and growth >= GROWS else ""
     words = f"{what}{grown}: the learning rate is too high for {training.effective_batch_size} rows a step, most likely"
-    return Verdict("oscillating", words, next_command=_set("learning_rate", training.learning_rate / 3))
+    return Verdict("oscillating", words, next_command=_set("learning_rate", _round(training.learning_rate / 3)))
+
+
+def _round(rate: float) -> float:
+    return float(f"{rate:.1g}")
 
 
 def _set(key: str, value: float) -> str:

@@ -20,6 +20,7 @@ from ftkit.progress import Bar, Reporter
 from ftkit.recipe import Training
 from ftkit.train.checkpoints import drop_broken_checkpoints, last_checkpoint, step_of
 from ftkit.train.curve import points
+from ftkit.train.metrics import Metrics, MetricsFile
 from ftkit.train.verdict import read_curve
 from ftkit.units import bytes_text, seconds_text
 
@@ -45,8 +46,8 @@ def read_watched(checkpoint: Path | None) -> Watched:
     return Watched()
 
 
-def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training, before: Watched, *, cuda: bool) -> Any:
-    """A callback that moves the bar, reads the curves at each evaluation, watches memory, and asks for a checkpoint in time.
+def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training, before: Watched, folder: Path, *, cuda: bool) -> Any:
+    """A callback that moves the bar, reads the curves at each evaluation, writes METRICS, and asks for a checkpoint in time.
 
     That is every `save_minutes`, and once it is to stop.
     """
@@ -60,6 +61,7 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
         peak_bytes = before.peak_bytes
         first: tuple[float, int] | None = None
         saved_at = began_at = time.monotonic()
+        metrics = MetricsFile(folder, reporter)
         began_with: int | None = None
 
         def watched(self, step: int) -> Watched:
@@ -71,11 +73,16 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.began_at = self.saved_at = time.monotonic()
             self.began_with = state.global_step
+            self.metrics.go_on_after(state.global_step)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.first = self.first or (time.monotonic(), state.global_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            if found := points(state.log_history[-1:]) if logs else []:
+                watched = self.watched(state.global_step)
+                tokens, seconds = round(state.global_step * tokens_per_step), round(watched.seconds, 3)
+                self.metrics.add(Metrics(**asdict(found[0]), tokens=tokens, seconds=seconds, peak_bytes=watched.peak_bytes))
             if logs and "eval_loss" in logs:
                 reading = read_curve(points(state.log_history), training, ended=False)
                 hint = f" (try: {reading.next_command})" if reading.next_command else ""

@@ -28,6 +28,7 @@ from ftkit.plan.cost import checkpoint_bytes
 from ftkit.progress import Bar, SilentReporter
 from ftkit.run import RECORD, Run
 from ftkit.train.arguments import Settings
+from ftkit.train.metrics import METRICS, read_metrics
 from ftkit.train.trainer import build_trainer
 from ftkit.train.training import train
 
@@ -300,6 +301,10 @@ def test_a_training_resumed_in_a_later_epoch_sees_the_same_rows(
     resumed = train(*arguments, tmp_path / "stopped")
     assert resumed.resumed_from_step == step
     assert resumed.curve == whole.curve
+    told = read_metrics(tmp_path / "stopped")
+    assert [line.point for line in told] == whole.curve  # none twice, none missing
+    assert all(line.tokens and line.seconds for line in told)
+    assert [line.seconds for line in told] == sorted(line.seconds for line in told)
     assert adapter_hash(tmp_path / "stopped") == adapter_hash(tmp_path / "whole")
 
 
@@ -467,7 +472,7 @@ def test_what_cannot_be_kept_of_a_training_does_not_fail_it(
     assert "the speed of this training is not kept" in done.stderr
     assert "FTKIT_CACHE_DIR" not in done.stdout
     folder = Path(json.loads(done.stdout)["folder"])
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "curve.json", RECORD]
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "curve.json", METRICS, RECORD]
     again = ftkit("train", tmp_path, "--set", "training.save_minutes=1")
     assert "Up to date" in again.stdout
 
