@@ -89,6 +89,16 @@ class Run:
     def close(self) -> None:
         self.lock.release()
 
+    def is_busy(self) -> bool:
+        """Whether an ftkit works in it, be it this one."""
+        if self.lock.is_locked or not self.folder.is_dir():
+            return self.lock.is_locked
+        try:
+            with self.lock:
+                return False
+        except (Timeout, OSError):
+            return True
+
     def __enter__(self) -> Run:
         return self.open()
 

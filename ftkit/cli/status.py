@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from ftkit.run import Held, Run
 
 
-@click.command(epilog="\b\nExamples:\n  ftkit status runs/recipe\n  ftkit status runs/recipe --json")
+@click.command(
+    epilog="\b\nExamples:\n  ftkit status runs/recipe\n  ftkit status runs/recipe --json\n  ftkit status runs/recipe --html run.html"
+)
 @click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write how its training went, or goes, as one page."
+)
 @json_option
-def command(run: Path, as_json: bool) -> None:
+def command(run: Path, as_json: bool, html: Path | None) -> None:
     """Show the steps of RUN: finished, begun or still to do, the command that does the next one, and what lies on the disk."""
     from ftkit.cli.console import print_json, print_table, say
     from ftkit.line.line import LINE
@@ -26,6 +31,8 @@ def command(run: Path, as_json: bool) -> None:
     from ftkit.units import bytes_text, seconds_text
 
     opened = open_run(run)
+    if html:
+        write_page(run, html)
     steps = {name: opened.finished(name) for name in step_names()}
     begun = {name: any(run.glob(f".{name}-*.partial")) for name in steps}
     manifest = opened.manifest()
@@ -73,6 +80,21 @@ def command(run: Path, as_json: bool) -> None:
     if doubts:
         say(f"\nNot all is proven: {'; '.join(doubts)}. Why: {ship}")
     say(f"\nNext: {following or f'ollama run {registered}'}")
+
+
+def write_page(run: Path, html: Path) -> None:
+    """The page of a run's training: finished, running or stopped. Its recipe lies beside it."""
+    from ftkit.cli.common import be_quiet, need_training_stack
+    from ftkit.cli.console import ConsoleReporter
+    from ftkit.line.entry import enter
+    from ftkit.line.run_page import run_page as gather
+    from ftkit.report import run_page, write
+
+    need_training_stack()
+    be_quiet()
+    write.check(html, write.PAGE_SUFFIXES)
+    job, _ = enter(str(run), (), run_dir=None, reporter=ConsoleReporter())
+    run_page.write_page(gather(job), html)
 
 
 def step_names() -> list[str]:

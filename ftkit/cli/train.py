@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,44 @@ import click
 from ftkit.cli.common import open_job, recipe_options
 
 
-@click.command(epilog="\b\nExamples:\n  ftkit train\n  ftkit train --set training.method=lora --set training.learning_rate=1e-4")
+@click.command(
+    epilog="\b\nExamples:\n  ftkit train\n  ftkit train --set training.method=lora --set training.learning_rate=1e-4\n"
+    "  ftkit train --html run.html"
+)
 @recipe_options
-def command(recipe: Path, as_json: bool, **options: Any) -> None:
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write how the training went, or goes, as one page."
+)
+def command(recipe: Path, as_json: bool, html: Path | None, **options: Any) -> None:
     """Train RECIPE as planned. The best checkpoint by validation loss is kept; a killed run is taken up again.
 
     Ctrl-C saves a checkpoint at the end of the step and stops; a second one stops at once. The same command goes on.
+    While it runs, the same command with --html elsewhere writes the page of what is there, and leaves the training alone.
     """
     job = open_job(recipe, **options)
     from ftkit.cli.console import print_json, say
+    from ftkit.errors import FtkitError, RunError
     from ftkit.line import line
+    from ftkit.line.run_page import run_page as gather
+    from ftkit.report import run_page, write
     from ftkit.units import bytes_text, seconds_text
 
-    with job.run:
-        made = line.train(job)
+    if html:
+        write.check(html, write.PAGE_SUFFIXES)
+        if job.run.is_busy():
+            run_page.write_page(gather(job), html)
+            say(f"Another ftkit works in {job.run.folder}: {html} shows what it has trained so far.")
+            return
+    try:
+        with job.run:
+            made = line.train(job)
+            if html:
+                run_page.write_page(gather(job), html)
+    except FtkitError:
+        if html:
+            with suppress(RunError):  # nothing was trained
+                run_page.write_page(gather(job), html)
+        raise
     result = made.result
     if as_json:
         print_json({**asdict(result), "folder": str(made.folder), "seconds": made.seconds})

@@ -51,10 +51,12 @@ def _answers(job: Job, asked: Made[Any], proven: Made[Any]) -> Iterator[Answer]:
     given = {name: first.answers[name] for name in ("before", "trained") if name in first.answers} | {"shipped": after}
     for number, (question, expected) in enumerate(zip(first.questions, first.expected, strict=True)):
         said = {name: answers[number] for name, answers in given.items()}
-        yield Answer(_words(question), expected, said, {name: is_right(expected, text, job.recipe.evaluate) for name, text in said.items()})
+        yield Answer(
+            words_of(question), expected, said, {name: is_right(expected, text, job.recipe.evaluate) for name, text in said.items()}
+        )
 
 
-def _words(messages: Sequence[Message]) -> str:
+def words_of(messages: Sequence[Message]) -> str:
     """A question; where more than one message is said before the answer, with who says it."""
     if len(messages) == 1:
         return str(messages[0]["content"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 WIDTH, HEIGHT = 480, 280  # of the whole picture; the page makes it as wide as the screen allows
 LEFT, RIGHT, TOP, BOTTOM = 58, 96, 12, 42  # around the box; on the right are the lines' names
@@ -24,6 +24,8 @@ class Line:
     path: str
     marks: list[tuple[float, float]]
     at: tuple[float, float]  # of its name
+    number: int = 0  # of its colour
+    faint: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Chart:
     logarithmic: bool
     lines: list[Line]
     spots: list[Spot]
+    notes: list[tuple[float, float, str]] = field(default_factory=list)  # upright lines: where, the height of their words, the words
 
 
 @dataclass(frozen=True)
@@ -63,26 +66,32 @@ class Mark:
     hollow: bool = False
 
 
-def line_chart(series: Mapping[str, Points]) -> Chart:
-    """Lines over one axis, by name; logarithmic where the largest value is more than ten times the smallest.
+def line_chart(
+    series: Mapping[str, Points], *, faint: Collection[str] = (), notes: Mapping[float, str] | None = None, linear: bool = False
+) -> Chart:
+    """Lines over one axis, by name; logarithmic where the largest value is more than ten times the smallest, unless `linear`.
 
-    A logarithm is only of what is above zero: other values are left out there.
+    A logarithm is only of what is above zero: other values are left out there. A faint line is plain and has the next one's colour.
+    `notes`: words at an upright line, by where it stands.
     """
     values = [y for points in series.values() for _, y in points]
     above = [y for y in values if y > 0]
-    logarithmic = len(above) > 0.9 * len(values) and max(above) > 10 * min(above)
+    logarithmic = not linear and len(above) > 0.9 * len(values) and max(above) > 10 * min(above)
     ticks = _log_ticks(min(above), max(above)) if logarithmic else _ticks(min(values), max(values))
     steps = [x for points in series.values() for x, _ in points]
     across, up = _scale(min(steps), max(steps), LEFT, WIDTH - RIGHT), _scale(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP, logarithmic)
-    found = []
-    for number, (name, points) in enumerate(series.items()):
+    found: list[Line] = []
+    for name, points in series.items():
+        number = sum(not line.faint for line in found)
         placed = [(across(x), up(y)) for x, y in points if y > 0 or not logarithmic]
         if placed:
-            marks = placed if len(placed) <= MOST_MARKS else []
+            marks = placed if len(placed) <= MOST_MARKS and name not in faint else []
             path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
-            found.append(Line(name, DASHES[number % len(DASHES)], path, marks, (placed[-1][0] + 8, placed[-1][1] + 4)))
+            dash = "" if name in faint else DASHES[number % len(DASHES)]
+            found.append(Line(name, dash, path, marks, (placed[-1][0] + 8, placed[-1][1] + 4), number, name in faint))
+    upright = [(across(x), TOP + LINE * (n + 1) - 3.0, words) for n, (x, words) in enumerate(sorted((notes or {}).items()))]
     x_ticks = [(across(step), f"{step:,.0f}") for step in _ticks(min(steps), max(steps), inside=True) if step == int(step)]
-    return Chart(x_ticks, [(up(tick), f"{tick:g}") for tick in ticks], WIDTH - RIGHT, logarithmic, _apart(found), [])
+    return Chart(x_ticks, [(up(tick), f"{tick:g}") for tick in ticks], WIDTH - RIGHT, logarithmic, _apart(found), [], upright)
 
 
 def spot_chart(
@@ -135,7 +144,7 @@ def _apart(found: Sequence[Line]) -> list[Line]:
     for line in sorted(found, key=lambda line: line.at[1]):
         least = names[line.name] = max(line.at[1], least + LINE)
     over = max(0.0, least - (HEIGHT - BOTTOM)) if names else 0.0
-    return [Line(line.name, line.dash, line.path, line.marks, (line.at[0], names[line.name] - over)) for line in found]
+    return [replace(line, at=(line.at[0], names[line.name] - over)) for line in found]
 
 
 def _scale(low: float, high: float, begin: float, end: float, logarithmic: bool = False) -> Callable[[float], float]:

@@ -87,8 +87,7 @@ def write_page(page: ShipPage, path: Path) -> None:
     table = proof["scores"].get(shipped, {}).get("confusion")
     curve, taken = curve_chart(page.curve)
     apart = {name: list(enumerate(values, 1)) for name, values in page.divergence.items() if values}
-    source = Path(__file__).with_name("ship_page.html.j2").read_text(encoding="utf-8")
-    text = environment.from_string(source).render(
+    text = environment.get_template("ship_page.html.j2").render(
         title=f"{record.name}: what was shipped and proved",
         answer=tied(headline(page)),
         proved=all(one["outcome"] == "passed" for one in proof["checks"]),

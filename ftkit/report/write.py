@@ -34,6 +34,7 @@ def page_environment(keep: str = "") -> Environment:
     import jinja2
 
     return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
