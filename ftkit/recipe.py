@@ -142,7 +142,7 @@ class Budget(Group):
 
     gpu: str | None = Field(default=None, description="a card to plan for, by name")
 
-    @field_validator("vram", mode="before")
+    @field_validator("vram", mode="before", json_schema_input_type=str | float | None)
     @classmethod
     def _amount(cls, value: Any) -> Any:
         if value is not None:
@@ -210,7 +210,7 @@ class Evaluate(Group):
             raise ValueError(f"captures nothing: put what is compared in ( ) (got {SHORT.repr(value)})")
         return value
 
-    @field_validator("keys", "labels", mode="before")
+    @field_validator("keys", "labels", mode="before", json_schema_input_type=list[str | int] | None)
     @classmethod
     def _texts(cls, value: Any) -> Any:
         if isinstance(value, list) and any(isinstance(name, bool) for name in value):
@@ -239,7 +239,7 @@ class Evaluate(Group):
 
 class Ship(Group):
     name: str = "my-model"
-    quantization: str = "Q4_K_M"
+    quantization: str = Field(default="Q4_K_M", json_schema_extra={"enum": [SMALLEST, *QUANTIZATIONS]})
     max_loss_points: Annotated[float, Field(ge=0, le=100)] = 3.0
     keep: Annotated[float, Field(ge=0, le=100)] = Field(
         default=95.0, description="percent of what training gained on held-out answers, in loss a token, that the shipped file must keep"

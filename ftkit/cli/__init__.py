@@ -18,6 +18,7 @@ from ftkit.errors import InterruptedRunError, RunError
 # Name → what `ftkit --help` says of it; the command is `command` in ftkit/cli/NAME.py.
 COMMANDS = {
     "init": "Write a recipe and a dataset to start from.",
+    "schema": "Print the recipe's JSON schema, for editors.",
     "data": "Look at the dataset: what is read, what is odd, what is learnt.",
     "plan": "Say whether it fits, and with which batch × accumulation.",
     "train": "Fine-tune: QLoRA, LoRA or full; resumable.",
