@@ -20,14 +20,15 @@ import click
 import pytest
 from click.testing import Result
 
-from ftkit import __version__
+from ftkit import __version__, templates
 from ftkit import cli as cli_package
 from ftkit.cli import COMMANDS
+from ftkit.cli.schema import schema
 from ftkit.errors import InterruptedRunError, RunError
 from ftkit.machine import packages
 from ftkit.model import dequantise
 from ftkit.model.locate import locate
-from ftkit.recipe import load_recipe
+from ftkit.recipe import Recipe, load_recipe
 from ftkit.run import Run
 
 Ftkit = Callable[..., Result]
@@ -155,7 +156,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
-STARTER = ["recipe.yaml", "test.jsonl", "train.jsonl"]
+STARTER = ["recipe.schema.json", "recipe.yaml", "test.jsonl", "train.jsonl"]
 
 
 def test_init_writes_a_recipe_that_loads(ftkit: Ftkit, tmp_path: Path) -> None:
@@ -184,6 +185,26 @@ def test_init_asks_before_it_replaces(ftkit: Ftkit, tmp_path: Path) -> None:
     assert ftkit("init", tmp_path, "--model", "org/name", "--yes").exit_code == 0
     assert files(tmp_path) == STARTER
     assert (tmp_path / "train.jsonl").read_text(encoding="utf-8") != "mine\n"
+
+
+@pytest.mark.parametrize("task", templates.tasks())
+def test_init_offers_every_starter(ftkit: Ftkit, tmp_path: Path, task: str) -> None:
+    """With a model of one's own the learning rate is the default's: the starters' suits small ones."""
+    assert re.search(rf"(?m)^  {task} +{re.escape(templates.tasks()[task])}$", ftkit("init", "--help").stdout)
+    assert ftkit("init", tmp_path, "--task", task, "--model", "org/name").exit_code == 0
+    starter, mine = load_recipe(templates.folder() / task / "recipe.yaml"), load_recipe(tmp_path / "recipe.yaml")
+    assert starter.training.learning_rate > mine.training.learning_rate == Recipe(model="x").training.learning_rate
+    assert mine.evaluate == starter.evaluate
+    first = (tmp_path / "recipe.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    named = tmp_path / first.removeprefix("# yaml-language-server: $schema=")  # beside it, where an editor looks
+    assert json.loads(named.read_text(encoding="utf-8")) == schema()
+    assert (tmp_path / "train.jsonl").read_bytes() == (templates.folder() / task / "train.jsonl").read_bytes()
+
+
+def test_a_task_that_is_not_there(ftkit: Ftkit, tmp_path: Path) -> None:
+    refused = ftkit("init", tmp_path, "--task", "clasify")
+    assert refused.exit_code == 2
+    assert "classify" in refused.stderr
 
 
 def test_init_with_a_model_that_lies_here(ftkit: Ftkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
