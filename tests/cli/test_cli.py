@@ -28,7 +28,7 @@ from ftkit.errors import InterruptedRunError, RunError
 from ftkit.machine import packages
 from ftkit.model import dequantise
 from ftkit.model.locate import locate
-from ftkit.recipe import Recipe, load_recipe
+from ftkit.recipe import load_recipe
 from ftkit.run import Run
 
 Ftkit = Callable[..., Result]
@@ -193,7 +193,7 @@ def test_init_offers_every_starter(ftkit: Ftkit, tmp_path: Path, task: str) -> N
     assert re.search(rf"(?m)^  {task} +{re.escape(templates.tasks()[task])}$", ftkit("init", "--help").stdout)
     assert ftkit("init", tmp_path, "--task", task, "--model", "org/name").exit_code == 0
     starter, mine = load_recipe(templates.folder() / task / "recipe.yaml"), load_recipe(tmp_path / "recipe.yaml")
-    assert starter.training.learning_rate > mine.training.learning_rate == Recipe(model="x").training.learning_rate
+    assert "learning_rate" in starter.training.model_fields_set - mine.training.model_fields_set
     assert mine.evaluate == starter.evaluate
     first = (tmp_path / "recipe.yaml").read_text(encoding="utf-8").partition("\n")[0]
     named = tmp_path / first.removeprefix("# yaml-language-server: $schema=")  # beside it, where an editor looks
