@@ -98,7 +98,7 @@ def read_curve(curve: Sequence[Point], training: Training, *, ended: bool = True
         return Verdict("learning", f"the validation loss still fell, by {falls / level:.0%} of late", next_command=more if ended else None)
     moved = max(validation[0] - validation.min(), _learnt(losses))
     if moved < least:
-        if (learnt := training.learning_rate) < MOST_RATE:
+        if (learnt := training.peak_learning_rate) < MOST_RATE:
             why, command = "the learning rate is too low, or the rows teach nothing new", _set("learning_rate", min(10 * learnt, MOST_RATE))
         else:
             why, command = "the rows teach nothing that can be learnt from them", "ftkit data"
@@ -122,13 +122,13 @@ def read_curve(curve: Sequence[Point], training: Training, *, ended: bool = True
 
 
 def _diverged(what: str, step: int, training: Training) -> Verdict:
-    return Verdict("diverged", f"at step {step} {what}", step, _set("learning_rate", _round(training.learning_rate / 10)))
+    return Verdict("diverged", f"at step {step} {what}", step, _set("learning_rate", _round(training.peak_learning_rate / 10)))
 
 
 def _too_fast(what: str, growth: float | None, training: Training) -> Verdict:
     grown = f", and the gradients grew {growth:.1f}-fold" if growth and growth >= GROWS else ""
     words = f"{what}{grown}: the learning rate is too high for {training.effective_batch_size} rows a step, most likely"
-    return Verdict("oscillating", words, next_command=_set("learning_rate", _round(training.learning_rate / 3)))
+    return Verdict("oscillating", words, next_command=_set("learning_rate", _round(training.peak_learning_rate / 3)))
 
 
 def _round(rate: float) -> float:
