@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ftkit.data.store import token_counts
@@ -15,7 +17,18 @@ from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Recipe
 from ftkit.run import CHECKPOINTS
 from ftkit.train.arguments import Settings
-from ftkit.train.checkpoints import TRAINER_STATE, drop_broken_checkpoints, last_checkpoint, mend_best, state_of, step_of
+from ftkit.train.checkpoints import (
+    CONTROL,
+    STOPPER,
+    TRAINER_STATE,
+    drop_broken_checkpoints,
+    last_checkpoint,
+    mend,
+    refuse_world_size,
+    state_of,
+    step_of,
+    validation_losses,
+)
 from ftkit.train.curve import Point, points
 from ftkit.train.trainer import build_trainer, dataset_of
 from ftkit.train.verdict import Verdict, read_curve
@@ -66,19 +79,20 @@ def train(
     from transformers import EarlyStoppingCallback
 
     checkpoints = folder.absolute() / CHECKPOINTS  # the trainer keeps their paths
-    drop_broken_checkpoints(checkpoints)
+    drop_broken_checkpoints(checkpoints, reporter, read=True)
     resumed = last_checkpoint(checkpoints)
     if resumed:
-        mend_best(resumed, reporter)
+        refuse_world_size(resumed)
     training, validation = dataset_of(training), dataset_of(validation)
     tokens_per_row = sum(token_counts(training)) / max(1, len(training))
     tokens_per_step = tokens_per_row * recipe.training.effective_batch_size
     watcher = make_watcher(reporter, tokens_per_step, recipe.training, read_watched(resumed), folder, cuda=settings.cuda)
     stopper = EarlyStoppingCallback(recipe.training.early_stopping_patience, recipe.training.early_stopping_threshold)
     trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, checkpoints.parent, [watcher, stopper])
+    over = _go_on_from(resumed, trainer, stopper, reporter) if resumed else False
     if settings.cuda:
         torch.cuda.reset_peak_memory_stats()
-    if resumed and _is_over(resumed, trainer.args.max_steps):
+    if resumed and over:
         reporter.note(f"all was trained before: taking up the checkpoint of step {step_of(resumed)}")
         _take_up(trainer, resumed)
     else:
@@ -129,11 +143,26 @@ def train(
     )
 
 
-def _is_over(checkpoint: Path, max_steps: int) -> bool:
-    """Whether nothing is left to train after this checkpoint: it was the last step, or training was stopped early."""
+def _go_on_from(checkpoint: Path, trainer: Any, stopper: Any, reporter: Reporter) -> bool:
+    """Make the checkpoint one of this trainer's; whether nothing is left to train after it: it was the last step, or training stops early.
+
+    How long nothing was gained is told from the losses, not taken from the checkpoint: patience may be another than then.
+    """
+    from transformers.trainer_callback import ExportableState
+
     state = state_of(checkpoint)
-    control = state["stateful_callbacks"].get("TrainerControl", {}).get("args", {})
-    return state["global_step"] >= max_steps or bool(control.get("should_training_stop"))
+    best: float | None = None
+    for loss in validation_losses(state).values():
+        stopper.check_metric_value(trainer.args, SimpleNamespace(best_metric=best), trainer.control, loss)
+        best = math.inf if best is None else best
+        best = loss if loss < best else best
+    exhausted = stopper.early_stopping_patience_counter >= stopper.early_stopping_patience
+    before = state["stateful_callbacks"]
+    stopped = before.get(CONTROL, {}).get("args", {}).get("should_training_stop", False)
+    same = before.get(STOPPER, {}).get("args") == stopper.state()["args"]
+    kept = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ExportableState))
+    mend(checkpoint, {type(callback).__name__: callback.state() for callback in kept}, reporter)
+    return bool(state["global_step"] >= trainer.args.max_steps or exhausted or (stopped and same))
 
 
 def _take_up(trainer: Any, checkpoint: Path) -> None:

@@ -8,23 +8,20 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from ftkit.errors import InterruptedRunError
-from ftkit.files import sync_files
 from ftkit.progress import Bar, Reporter
 from ftkit.recipe import Training
-from ftkit.train.checkpoints import drop_broken_checkpoints, last_checkpoint, step_of
+from ftkit.train.checkpoints import WATCHED, drop_broken_checkpoints, last_checkpoint, seal, step_of
 from ftkit.train.curve import points
 from ftkit.train.metrics import Metrics, MetricsFile
 from ftkit.train.verdict import read_curve
 from ftkit.units import bytes_text, seconds_text
-
-WATCHED = "watched.json"  # beside it, and ftkit's own
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,11 @@ class Watched:
 
 
 def read_watched(checkpoint: Path | None) -> Watched:
-    """What a checkpoint's part of the training told; nothing where it was killed before it was written."""
-    if checkpoint:
-        try:
-            return Watched(**json.loads((checkpoint / WATCHED).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            pass
-    return Watched()
+    """What a checkpoint's part of the training told."""
+    if not checkpoint:
+        return Watched()
+    told = json.loads((checkpoint / WATCHED).read_text(encoding="utf-8"))
+    return Watched(**{field.name: told[field.name] for field in fields(Watched) if field.name in told})
 
 
 def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training, before: Watched, folder: Path, *, cuda: bool) -> Any:
@@ -108,8 +103,7 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (checkpoint / WATCHED).write_text(json.dumps(asdict(self.watched(state.global_step))) + "\n", encoding="utf-8")
-            sync_files(checkpoint)
+            seal(checkpoint, asdict(self.watched(state.global_step)))
             self.saved_at = time.monotonic()
             if self.stop:
                 raise interrupted(checkpoint.parent)
