@@ -223,6 +223,7 @@ INSIDES: tuple[Inside, ...] = (
     Inside("training", "transformers.trainer_pt_utils", "LengthGroupedSampler", "rows of like length go together", *_TRANSFORMERS),
     Inside("training", "transformers.trainer", "Trainer._get_train_sampler", "else no seed fixes the order of rows", *_TRANSFORMERS),
     Inside("training", "transformers.trainer", "Trainer._load_best_model", "a finished training is taken up with it", *_TRANSFORMERS),
+    Inside("training", "transformers.trainer", "Trainer._save_checkpoint", "where memory runs out, the last step is kept", *_TRANSFORMERS),
     Inside("running adapters", _LORA, "_LoraFactorsProxy", "it adds A B to experts as PEFT does", *_PEFT),
     Inside("reading 4-bit weights", "bitsandbytes.nn", "Params4bit.quant_state", "scales and code books are in it", *_BITSANDBYTES),
     Inside("loading in 4 bits", "bitsandbytes.nn.parametrize", "Bnb4bitParametrization", "experts are dequantised by it", *_BITSANDBYTES),

@@ -201,6 +201,10 @@ class Run:
                     discard(other)
         return step
 
+    def partial(self, name: str, mark: str) -> Path:
+        """The folder in which a step is made, be it there or not."""
+        return self.folder / f".{name}-{mark}.partial"
+
     def holds(self, names: Sequence[str]) -> list[Held]:
         """What lies here of the steps of these names, and beside them. What has no name of ftkit's own is left out.
 
@@ -255,7 +259,7 @@ class Run:
     def _make(
         self, name: str, mark: str, final: Path, make: Callable[[Path], dict[str, Any]], after: Mapping[str, str], *, resumable: bool
     ) -> Finished:
-        partial = self.folder / f".{name}-{mark}.partial"
+        partial = self.partial(name, mark)
         if partial.exists() and not resumable:
             shutil.rmtree(partial)
         if final.exists():  # without a record: never trusted

@@ -57,6 +57,8 @@ def command(recipe: Path, as_json: bool, html: Path | None, **options: Any) -> N
     speed = f", {result.tokens_per_second:.0f} tokens/s" if result.tokens_per_second else ""
     took = f"{'Trained' if made.fresh else 'Up to date: trained'} in {seconds_text(result.seconds or made.seconds)}"
     say(f"{took}, {result.steps} steps{speed}.")
+    for retry in result.retries:
+        say(f"{retry.said[0].upper()}{retry.said[1:]}.")
     losses = f"{result.first_validation_loss:.4f} → {result.best_validation_loss:.4f}"
     say(f"Validation loss {losses} (best, step {result.best_step}).")
     say(f"{result.verdict[:1].upper()}{result.verdict[1:]}.")

@@ -27,7 +27,7 @@ from ftkit.line.record import hand_over
 from ftkit.line.register import REGISTER, refuse_anothers_name, register_shipped, write_modelfile
 from ftkit.line.shortage import Shortage, refuse_shortages, shortages
 from ftkit.line.step import Made, Step, ensure, find
-from ftkit.line.train import TRAIN, Trained
+from ftkit.line.train import TRAIN, Trained, goes_on_smaller
 from ftkit.machine.llama_cpp import need_converter
 from ftkit.model.open import bytes_to_fetch
 from ftkit.plan import measured
@@ -103,7 +103,7 @@ def train(job: Job) -> Made[Trained]:
         return ensure(job, TRAIN)  # up to date: nothing has to fit any more
     planned = plan(job)
     memory, fit = planned.memory, planned.memory.chosen
-    if not fit.fits:
+    if not fit.fits and not goes_on_smaller(job):
         raise DoesNotFitError(
             f"{job.recipe.training.method} at {memory.max_length} tokens needs {bytes_text(fit.peak.device_bytes)}; "
             f"{memory.device.name} has {bytes_text(fit.budget_bytes)}, of which {MARGIN:.0%} is kept free.",

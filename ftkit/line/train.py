@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,20 @@ from ftkit.engines import llamacpp
 from ftkit.errors import FtkitError, ModelError, RecipeError, ToolMissingError, first_line
 from ftkit.line.job import Job, Rows, base_folder, computes_on, open_base, read_data, tokenizer_of
 from ftkit.line.plan import PLAN, recorded, training_inputs
-from ftkit.line.step import Made, Step
+from ftkit.line.step import Made, Step, fingerprint_of
 from ftkit.machine import device
 from ftkit.merge.deltas import refuse_what_cannot_be_merged
 from ftkit.plan import measured
-from ftkit.plan.cost import of_training
+from ftkit.plan.cost import FTKIT_BYTES, of_training
 from ftkit.plan.plan import MemoryPlan
 from ftkit.proof.compare import compare_tokens, differing_prompt
 from ftkit.proof.probes import HARD_TEXTS, conversations
 from ftkit.train import probe as probing
 from ftkit.train.arguments import Settings
 from ftkit.train.probe import Probe
+from ftkit.train.retry import OutOfMemory, read_retries
 from ftkit.train.training import TrainResult, train
+from ftkit.units import bytes_text
 
 EXAMPLES = "examples"  # the folder of what is trained on, in tokens, as long as the training lasts
 ROWS_RENDERED = 200  # training rows whose prompts llama.cpp renders before they are trained on, the first
@@ -73,13 +76,14 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     learnt, checked = (
         store_examples(cut(tokenise(tokenizer, part), max_length), folder / EXAMPLES / f"{name}.arrow") for name, part in parts.items()
     )
-    result = train(recipe, settings, opened.folder, tokenizer, learnt, checked, folder, reporter)
+    missed = partial(_remember_miss, job, planned)
+    result = train(recipe, settings, opened.folder, tokenizer, learnt, checked, folder, reporter, missed=missed)
     shutil.rmtree(folder / EXAMPLES, ignore_errors=True)  # Windows keeps a mapped file
     if result.tokens_per_second:
         _remember_speed(job, planned, result.tokens_per_second)
     peak = planned.chosen.peak
     return Trained(
-        **{**asdict(result), "curve": result.curve, "reading": result.reading},
+        **{**asdict(result), "curve": result.curve, "reading": result.reading, "retries": result.retries},
         planned_allocated_bytes=peak.allocated_bytes,
         planned_reserved_bytes=peak.reserved_bytes,
         planned_device_bytes=peak.device_bytes,
@@ -99,6 +103,27 @@ def _remember_speed(job: Job, planned: MemoryPlan, tokens_per_second: float) -> 
             measured.remember_speed(real, job.recipe.training.method, job.recipe.model, tokens_per_second)
     except (OSError, FtkitError) as error:
         job.reporter.warn(f"the speed of this training is not kept for the next plan: {first_line(error)}")
+
+
+def _remember_miss(job: Job, planned: MemoryPlan, settings: Settings, short: OutOfMemory) -> None:
+    """Keep for the next plan that memory was not enough, if this is what was planned, for this device. Training does not end by this."""
+    real, peak = device.choose(), planned.chosen.peak
+    if planned.device.name != real.name or settings != _settings(planned):
+        return
+    expected = peak.reserved_bytes if settings.cuda else peak.allocated_bytes + FTKIT_BYTES
+    beyond_bytes = short.held_bytes + short.requested_bytes - expected
+    if beyond_bytes <= 0:
+        job.reporter.warn("less was held than planned when memory ran out: other programs have the rest of it, and the plan stays")
+        return
+    try:
+        measured.remember_miss(real, measured.subject(job.recipe, job.source.fingerprint), beyond_bytes)
+    except (OSError, FtkitError) as error:
+        job.reporter.warn(f"that the plan was too small by {bytes_text(beyond_bytes)} is not kept for the next: {first_line(error)}")
+
+
+def goes_on_smaller(job: Job) -> bool:
+    """Whether this training was begun and memory ran out in it: then what it went on with counts, and no plan."""
+    return any(retry.why == "out of memory" for retry in read_retries(job.run.partial(TRAIN.name, fingerprint_of(job, TRAIN))))
 
 
 def _check_recovered_tokenizer(job: Job, gguf: Path, tokenizer: Any, rows: list[str]) -> None:

@@ -26,7 +26,7 @@ def _all() -> dict[str, Any]:
 
 
 def known(device: Device) -> dict[str, Any]:
-    """`probes`: by how many bytes each subject's last probe was above its plan (below: negative). Empty where nothing was measured."""
+    """`probes`: by how many bytes each subject was above its plan at its last probe or miss (below: negative). Empty: nothing is known."""
     found = _all().get(device.name)
     return found if isinstance(found, dict) else {}
 
@@ -44,7 +44,7 @@ def _probes(device: Device) -> dict[str, Any]:
 
 
 def extra_bytes(device: Device, subject: str) -> int:
-    """What a plan of this subject for this device has to add, by its last probe there; 0 where it was never probed."""
+    """What a plan of this subject for this device has to add, by its last probe or miss there; 0 where there was none."""
     found = _probes(device).get(subject)
     return found if isinstance(found, int) else 0
 
@@ -54,6 +54,11 @@ def remember(device: Device, subject: str, planned: Peak, allocated_bytes: int, 
     measured = reserved_bytes if reserved_bytes is not None else allocated_bytes
     expected = planned.reserved_bytes if reserved_bytes is not None else planned.allocated_bytes
     _update(device, {"probes": {**_probes(device), subject: measured - expected}})
+
+
+def remember_miss(device: Device, subject: str, beyond_bytes: int) -> None:
+    """Keep that a training of this subject needed at least so much more than its plan, other extras left out."""
+    _update(device, {"probes": {**_probes(device), subject: max(beyond_bytes, extra_bytes(device, subject))}})
 
 
 def _update(device: Device, entry: dict[str, Any]) -> None:

@@ -78,6 +78,13 @@ def drop_broken_checkpoints(folder: Path, reporter: Reporter = SILENT, *, read: 
             shutil.rmtree(checkpoint)
 
 
+def drop_checkpoints_from(folder: Path, step: int) -> None:
+    """Remove those of this step and later."""
+    for checkpoint in checkpoints(folder):
+        if step_of(checkpoint) >= step:
+            shutil.rmtree(checkpoint)
+
+
 def state_of(checkpoint: Path) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
     return state

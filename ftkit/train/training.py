@@ -6,22 +6,25 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ftkit.data.store import token_counts
+from ftkit.engines.hf import release_memory
 from ftkit.errors import RunError, TrainingDivergedError
+from ftkit.machine.device import choose as choose_device
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Recipe
 from ftkit.run import CHECKPOINTS
-from ftkit.train.arguments import Settings
+from ftkit.train.arguments import Settings, arguments
 from ftkit.train.checkpoints import (
     CONTROL,
     STOPPER,
     TRAINER_STATE,
     drop_broken_checkpoints,
+    drop_checkpoints_from,
     last_checkpoint,
     mend,
     refuse_world_size,
@@ -30,12 +33,27 @@ from ftkit.train.checkpoints import (
     validation_losses,
 )
 from ftkit.train.curve import Point, points
+from ftkit.train.divergence import Diverged
+from ftkit.train.retry import (
+    OutOfMemory,
+    Retry,
+    after_divergence,
+    after_shortage,
+    make_guard,
+    ran_out,
+    rate_factor,
+    read_retries,
+    settings_of,
+    write_retries,
+)
 from ftkit.train.trainer import build_trainer, dataset_of
 from ftkit.train.verdict import Verdict, read_curve
 from ftkit.train.watch import interrupted, make_watcher, read_watched, stop_after_a_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Missed = Callable[[Settings, OutOfMemory], None]
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,7 @@ class TrainResult:
     verdict: str
     curve: list[Point]
     reading: Verdict | None = None  # the verdict as a value; None: read by ftkit before 0.3
+    retries: list[Retry] = field(default_factory=list)  # where memory ran out or it diverged, and how it went on
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,26 +88,72 @@ def train(
     validation: Any,
     folder: Path,
     reporter: Reporter = SILENT,
+    *,
+    missed: Missed = lambda settings, short: None,
 ) -> TrainResult:
     """Train into `folder`: `adapter/` (or `model/` for full fine-tuning) of the best validation loss, `curve.json` and METRICS.
 
     Checkpoints of an earlier, killed call with the same folder are taken up, and stay in CHECKPOINTS for the caller to remove.
-    Raises InterruptedRunError on Ctrl-C and SIGTERM, after a checkpoint was saved.
+    Where memory runs out it goes on with fewer rows at once, at the same effective batch; where it diverges, from before that at
+    half the rate, once. `missed` is told each time that memory was not enough for the settings.
+    Raises InterruptedRunError on Ctrl-C and SIGTERM, after a checkpoint was saved; DoesNotFitError; TrainingDivergedError.
     """
+    training, validation = dataset_of(training), dataset_of(validation)
+    lengths = token_counts(training)
+    checkpoints = folder.absolute() / CHECKPOINTS  # the trainer keeps their paths
+    rate = float(arguments(recipe.training, settings, len(training), checkpoints)["learning_rate"])
+    device, retries = choose_device().name, read_retries(folder)
+    drop_broken_checkpoints(checkpoints, reporter, read=True)
+    began = _last_step(checkpoints)
+    while True:
+        now = settings_of(settings, retries, device)
+        try:
+            result = _attempt(recipe, now, base, tokenizer, training, validation, checkpoints, rate_factor(retries), reporter)
+        except OutOfMemory as short:
+            missed(now, short)
+            tokens_per_row = sum(lengths) / max(1, len(lengths))
+            retry = after_shortage(short, now, recipe, tokens_per_row, max(lengths), _last_step(checkpoints), device, rate)
+        except Diverged as found:
+            drop_checkpoints_from(checkpoints, found.bad_from)
+            retry = after_divergence(found, retries, now, rate, _last_step(checkpoints), device)
+        else:
+            return replace(result, resumed_from_step=began, retries=retries)
+        retries.append(retry)
+        write_retries(folder, retries)
+        reporter.warn(retry.said)
+        release_memory()
+
+
+def _last_step(checkpoints: Path) -> int:
+    last = last_checkpoint(checkpoints)
+    return step_of(last) if last else 0
+
+
+def _attempt(
+    recipe: Recipe,
+    settings: Settings,
+    base: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Any,
+    validation: Any,
+    checkpoints: Path,
+    factor: float,
+    reporter: Reporter,
+) -> TrainResult:
+    """Train with these settings, at so much of the recipe's rate, from the last checkpoint on. Raises OutOfMemory and Diverged."""
     import torch
     from transformers import EarlyStoppingCallback
 
-    checkpoints = folder.absolute() / CHECKPOINTS  # the trainer keeps their paths
-    drop_broken_checkpoints(checkpoints, reporter, read=True)
+    folder = checkpoints.parent
     resumed = last_checkpoint(checkpoints)
     if resumed:
         refuse_world_size(resumed)
-    training, validation = dataset_of(training), dataset_of(validation)
     tokens_per_row = sum(token_counts(training)) / max(1, len(training))
     tokens_per_step = tokens_per_row * recipe.training.effective_batch_size
     watcher = make_watcher(reporter, tokens_per_step, recipe.training, read_watched(resumed), folder, cuda=settings.cuda)
     stopper = EarlyStoppingCallback(recipe.training.early_stopping_patience, recipe.training.early_stopping_threshold)
-    trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, checkpoints.parent, [watcher, stopper])
+    guard = make_guard(factor)
+    trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, folder, [watcher, stopper, guard])
     over = _go_on_from(resumed, trainer, stopper, reporter) if resumed else False
     if settings.cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -100,12 +165,21 @@ def train(
             reporter.note(f"resuming from step {step_of(resumed)}")
         with reporter.bar("training", trainer.args.max_steps) as bar, stop_after_a_checkpoint(watcher, reporter):
             watcher.bar = bar
+            short = None
             try:
                 trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
             except KeyboardInterrupt:
                 raise interrupted(checkpoints) from None
+            except (RuntimeError, MemoryError) as error:
+                short = ran_out(error, guard.phase, trainer.state.global_step, cuda=settings.cuda)
+                if not short:
+                    raise
             finally:
                 drop_broken_checkpoints(checkpoints)  # a full disk leaves one
+            if short:  # outside of what holds the step's activations
+                if short.phase == "step" and short.step > _last_step(checkpoints):
+                    _save(trainer)
+                raise short
         if watcher.stop:  # asked for after the last step
             raise interrupted(checkpoints)
     curve = points(trainer.state.log_history)
@@ -141,6 +215,14 @@ def train(
         curve=curve,
         reading=reading,
     )
+
+
+def _save(trainer: Any) -> None:
+    """Write a checkpoint of the last whole step, in the middle of the next one: weights and optimizer are still as they were."""
+    trainer.model.zero_grad(set_to_none=True)
+    release_memory()
+    trainer._save_checkpoint(trainer.model, trial=None)
+    trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
 
 
 def _go_on_from(checkpoint: Path, trainer: Any, stopper: Any, reporter: Reporter) -> bool:
