@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from ftkit.errors import FtkitError, RunError
 from ftkit.files import disk_fault, fingerprint, size_bytes, sync_files, sync_folder, write_atomically
 from ftkit.progress import SILENT, Reporter
+from ftkit.units import bytes_text
 
 MANIFEST = "manifest.json"
 RECORD = "step.json"  # what a finished step says of itself, in its own folder
@@ -291,14 +292,21 @@ class Run:
                 partial.rmdir()  # nothing was made
             fault = None if isinstance(error, FtkitError) else disk_fault(error)
             if fault:
-                raise RunError(
-                    f"`{name}` cannot write to {self.folder}: {fault}.", "free some space, or put the run elsewhere with --run-dir"
-                ) from error
+                raise RunError(f"`{name}` cannot write to {self.folder}: {fault}.", self._how_to_free_space(resumable)) from error
             raise
         self._made.add(mark)
         partial.rename(final)
         sync_folder(self.folder)
         return step
+
+    def _how_to_free_space(self, resumable: bool) -> str:
+        names = [name for pattern in (FINISHED, BEGUN) for _, name, _ in self._folders(pattern)]
+        can_go = sum(held.size_bytes for held in self.holds(names) if not held.needed)
+        here = f" (ftkit clean: {bytes_text(can_go)} of this run are not needed)" if can_go else ""
+        elsewhere = (
+            "move the run's folder to a larger disk and name it with --run-dir" if resumable else "put the run elsewhere with --run-dir"
+        )
+        return f"free some space{here}, or {elsewhere}" + ("; the same command goes on from the last checkpoint" if resumable else "")
 
     def _entry(self, name: str, mark: str | None) -> Entry | None:
         """What is recorded of a step: of the last, or of the one with this fingerprint."""

@@ -26,7 +26,7 @@ from ftkit.line.prove import PROOF, PROVE, Form, Proof, judge, judged, loses_gai
 from ftkit.line.record import hand_over
 from ftkit.line.register import REGISTER, refuse_anothers_name, register_shipped, write_modelfile
 from ftkit.line.shortage import Shortage, refuse_shortages, shortages
-from ftkit.line.step import Made, Step, ensure, find
+from ftkit.line.step import Made, Step, ensure, find, fingerprint_of
 from ftkit.line.train import TRAIN, Trained, goes_on_smaller
 from ftkit.machine.llama_cpp import need_converter
 from ftkit.model.open import bytes_to_fetch
@@ -63,7 +63,8 @@ def plan(job: Job) -> Planned:
     speed = measured.tokens_per_second(job.device, job.recipe.training.method, job.recipe.model)
     memory, fetch_bytes = made.memory.today(job.device.free_bytes, speed), bytes_to_fetch(job.source)
     costs = costs_of(job, memory)
-    return Planned(memory, made.tokens, costs, fetch_bytes, tuple(shortages(job, costs, fetch_bytes)))
+    begun = job.run.partial(TRAIN.name, fingerprint_of(job, TRAIN))
+    return Planned(memory, made.tokens, costs, fetch_bytes, tuple(shortages(job, costs, fetch_bytes, begun=begun)))
 
 
 def costs_of(job: Job, memory: MemoryPlan) -> tuple[Cost, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ftkit.engines.ollama import models_folder
 from ftkit.errors import DoesNotFitError
+from ftkit.files import size_bytes
 from ftkit.line.job import Job
 from ftkit.machine.device import processor
 from ftkit.model.hub import hub_cache
@@ -33,14 +34,18 @@ class Shortage:
         return f"the steps to come write {needed} to {self.what}, where {available} are free"
 
 
-def shortages(job: Job, costs: Sequence[Cost], fetch_bytes: int, *, trained: bool = False) -> list[Shortage]:
-    """Of the steps after the plan; `trained`: of those after training alone. `fetch_bytes` go into the hub's cache before."""
+def shortages(job: Job, costs: Sequence[Cost], fetch_bytes: int, *, begun: Path | None = None, trained: bool = False) -> list[Shortage]:
+    """Of the steps after the plan; `trained`: of those after training alone. `fetch_bytes` go into the hub's cache before.
+
+    What a training that was `begun` in this folder has written already is not needed once more.
+    """
     found = []
+    held = size_bytes(begun) if begun and begun.is_dir() else 0
     by_disk: dict[int, list[tuple[Path, Path, int]]] = {}  # a folder, what is there already of its path, bytes
     sizes = disk_by_place(costs, trained=trained)
     for folder, size in (
         (hub_cache(), 0 if trained else fetch_bytes),
-        (job.run.folder, sizes[RUN_FOLDER]),
+        (job.run.folder, max(0, sizes[RUN_FOLDER] - held)),
         (models_folder(), sizes[OLLAMAS_MODELS]),
     ):
         if folder and size:  # None: another machine's

@@ -56,6 +56,7 @@ class Cost:
     disk_bytes: int  # written, and the most that it takes while it works
     disk_is: Place
     read_bytes: int
+    kept_bytes: int = 0  # of training's disk: what stays of it for the steps after, whose own stays whole
     needed: bool = True  # False: with less RAM it is slower, or left out and said; no reason to refuse
 
 
@@ -90,7 +91,8 @@ def of_training(sizes: Sizes) -> tuple[Cost, ...]:
     on_cuda = sizes.vram_bytes is not None
     ram, vram = (0, sizes.training_bytes) if on_cuda else (sizes.training_bytes, 0)
     disk = CHECKPOINTS_KEPT * checkpoint_bytes(sizes.counted)
-    return (Cost(TRAIN, ram, vram, disk, RUN_FOLDER, sizes.model_bytes),)
+    kept = sizes.model_bytes if sizes.counted.method == "full" else adapter_file_bytes(sizes.counted)
+    return (Cost(TRAIN, ram, vram, disk, RUN_FOLDER, sizes.model_bytes, kept),)
 
 
 def of_asking(sizes: Sizes) -> tuple[Cost, ...]:
@@ -193,6 +195,7 @@ def disk_by_place(costs: Sequence[Cost], *, trained: bool = False) -> dict[Place
     for cost in costs:
         if cost.name == TRAIN:
             checkpoints = cost.disk_bytes
+            sizes[RUN_FOLDER] += 0 if trained else cost.kept_bytes
         else:
             sizes[cost.disk_is] += cost.disk_bytes
     if not trained:

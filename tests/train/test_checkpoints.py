@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,14 +14,16 @@ from typing import Any
 
 import pytest
 import tiny
+from click.testing import Result
 from conftest import REPOSITORY, conversations
 
 from ftkit.data.mask import tokenise
 from ftkit.data.rows import Example, Row
 from ftkit.engines import hf
 from ftkit.errors import InterruptedRunError, RunError
-from ftkit.files import file_fingerprint
+from ftkit.files import file_fingerprint, size_bytes
 from ftkit.progress import SilentReporter
+from ftkit.run import Run
 from ftkit.train.checkpoints import STOPPER, TRAINER_STATE, WATCHED, damage, drop_broken_checkpoints, refuse_world_size, seal, state_of
 from ftkit.train.training import train
 
@@ -204,3 +207,43 @@ def test_twenty_kills_change_no_bit(tmp_path: Path, report_figures: Callable[[st
     report_figures(
         f"20 kills ({', '.join(found['ends'])}), {len(found['killed'])} trainings ended: each with the undisturbed one's adapter"
     )
+
+
+@pytest.mark.slow
+def test_room_is_looked_for_before_the_start_and_what_was_begun_is_not_counted_twice(
+    tmp_path: Path, write_rows: Any, ftkit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, private_cache: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    tiny.make_model(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", conversations())
+    (tmp_path / "recipe.yaml").write_text(
+        "model: model\nlora: {r: 512}\ntraining: {method: lora, max_steps: 2, effective_batch_size: 2, max_length: 128}\n", encoding="utf-8"
+    )
+    usage, free = shutil.disk_usage(tmp_path), 1000
+    monkeypatch.setattr("ftkit.line.shortage.shutil.disk_usage", lambda folder: usage._replace(free=free))
+    needed = json.loads(ftkit("plan", tmp_path, "--json").stdout)["shortages"][0]["needed_bytes"]
+    free = needed - 1
+    refused = ftkit("train", tmp_path)
+    assert refused.exit_code == 3
+    assert f"runs{os.sep}recipe" in refused.stderr
+    free = needed
+    with monkeypatch.context() as patched:
+        patched.setattr("ftkit.train.training._tensors", lambda folder: 1 / 0)  # fails after the last step
+        with pytest.raises(ZeroDivisionError):
+            ftkit("train", tmp_path)
+    [begun] = (tmp_path / "runs" / "recipe").glob(".train-*.partial")
+    free = needed - size_bytes(begun)  # as it is on a disk of that size
+    assert ftkit("train", tmp_path).exit_code == 0
+
+
+def test_a_full_disk_names_what_can_go(tmp_path: Path) -> None:
+    def fill(folder: Path) -> dict[str, Any]:
+        (folder / "kept").write_bytes(bytes(3000))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Run(tmp_path) as run:
+        for inputs in (1, 2):
+            with pytest.raises(RunError) as refused:
+                run.ensure("train", inputs, fill, resumable=True, keep=True)
+    assert "free some space (ftkit clean: 2.9 KiB of this run are not needed), or move the run's folder" in str(refused.value.hint)
+    assert "goes on from the last checkpoint" in str(refused.value.hint)
