@@ -33,6 +33,7 @@ from ftkit.train import probe as probing
 from ftkit.train.arguments import Settings
 from ftkit.train.probe import Probe
 from ftkit.train.retry import OutOfMemory, read_retries
+from ftkit.train.staging import is_remote, stage_of
 from ftkit.train.training import TrainResult, train
 from ftkit.units import bytes_text
 
@@ -72,12 +73,16 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     settings = _settings(planned)
     batches = f"{settings.per_device_train_batch_size} × {settings.gradient_accumulation_steps}"
     reporter.step(f"training ({recipe.training.method}, {batches}, learning rate {recipe.training.peak_learning_rate:g})")
+    stage = stage_of(folder) if is_remote(folder) else None
+    if stage:
+        reporter.note(f"{job.run.folder} lies on a mounted drive: checkpoints are written to {stage} first, then copied and verified")
     parts = {"train": rows.train, "validation": rows.validation}
     learnt, checked = (
-        store_examples(cut(tokenise(tokenizer, part), max_length), folder / EXAMPLES / f"{name}.arrow") for name, part in parts.items()
+        store_examples(cut(tokenise(tokenizer, part), max_length), (stage or folder) / EXAMPLES / f"{name}.arrow")
+        for name, part in parts.items()
     )
     missed = partial(_remember_miss, job, planned)
-    result = train(recipe, settings, opened.folder, tokenizer, learnt, checked, folder, reporter, missed=missed)
+    result = train(recipe, settings, opened.folder, tokenizer, learnt, checked, folder, reporter, missed=missed, stage=stage)
     shutil.rmtree(folder / EXAMPLES, ignore_errors=True)  # Windows keeps a mapped file
     if result.tokens_per_second:
         _remember_speed(job, planned, result.tokens_per_second)

@@ -46,6 +46,7 @@ from ftkit.train.retry import (
     settings_of,
     write_retries,
 )
+from ftkit.train.staging import Drive, make_copier
 from ftkit.train.trainer import build_trainer, dataset_of
 from ftkit.train.verdict import Verdict, read_curve
 from ftkit.train.watch import interrupted, make_watcher, read_watched, stop_after_a_checkpoint
@@ -90,25 +91,32 @@ def train(
     reporter: Reporter = SILENT,
     *,
     missed: Missed = lambda settings, short: None,
+    stage: Path | None = None,
 ) -> TrainResult:
     """Train into `folder`: `adapter/` (or `model/` for full fine-tuning) of the best validation loss, `curve.json` and METRICS.
 
     Checkpoints of an earlier, killed call with the same folder are taken up, and stay in CHECKPOINTS for the caller to remove.
     Where memory runs out it goes on with fewer rows at once, at the same effective batch; where it diverges, from before that at
-    half the rate, once. `missed` is told each time that memory was not enough for the settings.
+    half the rate, once. `missed` is told each time that memory was not enough for the settings. With a `stage`, a folder on this
+    machine, checkpoints are written there and copied to `folder`, which may lie on a drive that comes and goes.
     Raises InterruptedRunError on Ctrl-C and SIGTERM, after a checkpoint was saved; DoesNotFitError; TrainingDivergedError.
     """
     training, validation = dataset_of(training), dataset_of(validation)
     lengths = token_counts(training)
-    checkpoints = folder.absolute() / CHECKPOINTS  # the trainer keeps their paths
+    checkpoints = (stage or folder).absolute() / CHECKPOINTS  # the trainer keeps their paths
+    drive = Drive(checkpoints, folder.absolute() / CHECKPOINTS, reporter) if stage else None
     rate = float(arguments(recipe.training, settings, len(training), checkpoints)["learning_rate"])
     device, retries = choose_device().name, read_retries(folder)
     drop_broken_checkpoints(checkpoints, reporter, read=True)
+    if drive:
+        drive.fetch()
     began = _last_step(checkpoints)
     while True:
         now = settings_of(settings, retries, device)
         try:
-            result = _attempt(recipe, now, base, tokenizer, training, validation, checkpoints, rate_factor(retries), reporter)
+            result = _attempt(
+                recipe, now, base, tokenizer, training, validation, folder.absolute(), checkpoints, rate_factor(retries), reporter, drive
+            )
         except OutOfMemory as short:
             missed(now, short)
             tokens_per_row = sum(lengths) / max(1, len(lengths))
@@ -117,6 +125,8 @@ def train(
             drop_checkpoints_from(checkpoints, found.bad_from)
             retry = after_divergence(found, retries, now, rate, _last_step(checkpoints), device)
         else:
+            if stage:
+                shutil.rmtree(stage)
             return replace(result, resumed_from_step=began, retries=retries)
         retries.append(retry)
         write_retries(folder, retries)
@@ -136,15 +146,16 @@ def _attempt(
     tokenizer: PreTrainedTokenizerBase,
     training: Any,
     validation: Any,
+    folder: Path,
     checkpoints: Path,
     factor: float,
     reporter: Reporter,
+    drive: Drive | None,
 ) -> TrainResult:
     """Train with these settings, at so much of the recipe's rate, from the last checkpoint on. Raises OutOfMemory and Diverged."""
     import torch
     from transformers import EarlyStoppingCallback
 
-    folder = checkpoints.parent
     resumed = last_checkpoint(checkpoints)
     if resumed:
         refuse_world_size(resumed)
@@ -153,7 +164,8 @@ def _attempt(
     watcher = make_watcher(reporter, tokens_per_step, recipe.training, read_watched(resumed), folder, cuda=settings.cuda)
     stopper = EarlyStoppingCallback(recipe.training.early_stopping_patience, recipe.training.early_stopping_threshold)
     guard = make_guard(factor)
-    trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, folder, [watcher, stopper, guard])
+    callbacks = [watcher, *([make_copier(drive)] if drive else []), stopper, guard]
+    trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, checkpoints.parent, callbacks)
     over = _go_on_from(resumed, trainer, stopper, reporter) if resumed else False
     if settings.cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -176,6 +188,8 @@ def _attempt(
                     raise
             finally:
                 drop_broken_checkpoints(checkpoints)  # a full disk leaves one
+                if drive:
+                    drive.push()
             if short:  # outside of what holds the step's activations
                 if short.phase == "step" and short.step > _last_step(checkpoints):
                     _save(trainer)
@@ -190,6 +204,8 @@ def _attempt(
             "Training diverged: no validation loss is a number. Nothing is kept.",
             f"--set training.learning_rate={recipe.training.peak_learning_rate / 10:g}",
         )
+    if drive:
+        drive.settle()
     full = recipe.training.method == "full"
     target = folder / ("model" if full else "adapter")
     shutil.rmtree(target, ignore_errors=True)
