@@ -113,6 +113,13 @@ def train(job: Job) -> Made[Trained]:
     refuse_shortages(planned.shortages)
     if earlier := job.run.finished(TRAIN.name):
         job.reporter.note(f"an earlier training with other inputs stays in {earlier.folder}")
+    ours = job.run.partial(TRAIN.name, fingerprint_of(job, TRAIN))
+    for held in job.run.holds([TRAIN.name]):
+        if held.last_step and held.path.suffix == ".partial" and held.path != ours:
+            job.reporter.note(
+                f"a training with other inputs was begun, and stays at step {held.last_step} in {held.path}: its recipe goes on with it, "
+                "ftkit clean removes it"
+            )
     return ensure(job, TRAIN)
 
 

@@ -247,3 +247,25 @@ def test_a_full_disk_names_what_can_go(tmp_path: Path) -> None:
                 run.ensure("train", inputs, fill, resumable=True, keep=True)
     assert "free some space (ftkit clean: 2.9 KiB of this run are not needed), or move the run's folder" in str(refused.value.hint)
     assert "goes on from the last checkpoint" in str(refused.value.hint)
+
+
+@pytest.mark.slow
+def test_a_changed_recipe_says_that_it_begins_anew(
+    tmp_path: Path, write_rows: Any, ftkit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, private_cache: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    tiny.make_model(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", conversations())
+    (tmp_path / "recipe.yaml").write_text(
+        "model: model\nlora: {r: 4}\ntraining: {method: lora, max_steps: 2, effective_batch_size: 2, max_length: 128}\n", encoding="utf-8"
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr("ftkit.train.training._tensors", lambda folder: 1 / 0)  # fails after the last step
+        with pytest.raises(ZeroDivisionError):
+            ftkit("train", tmp_path)
+    [begun] = (tmp_path / "runs" / "recipe").glob(".train-*.partial")
+    other = ftkit("train", tmp_path, "--set", "training.seed=1")
+    assert other.exit_code == 0
+    assert f"stays at step 2 in {begun}" in other.stderr.replace("\n", "")
+    again = ftkit("train", tmp_path)
+    assert "all was trained before: taking up the checkpoint of step 2" in again.stderr
