@@ -123,6 +123,8 @@ def train(
             retry = after_shortage(short, now, recipe, tokens_per_row, max(lengths), _last_step(checkpoints), device, rate)
         except Diverged as found:
             drop_checkpoints_from(checkpoints, found.bad_from)
+            if drive:
+                drive.push()  # what is dropped here must not come back from there
             retry = after_divergence(found, retries, now, rate, _last_step(checkpoints), device)
         else:
             if stage:
