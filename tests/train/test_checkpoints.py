@@ -167,7 +167,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
     assert (result.steps, result.curve, adapter_hash(folder)) == undisturbed(3)
 
 
-@pytest.mark.parametrize("patience", [2, 9])
+@pytest.mark.parametrize("patience", [2, pytest.param(9, marks=pytest.mark.slow)])
 def test_early_stopping_and_callbacks_may_change_in_between(
     patience: int, checkpoint: Path, model: Path, tokenizer: Any, examples: list[Example], worse: list[Example], undisturbed: Any
 ) -> None:

@@ -140,6 +140,7 @@ def adapter(folder: Path) -> dict[str, Any]:
     return dict(load_file(folder / "adapter" / "adapter_model.safetensors"))
 
 
+@pytest.mark.slow
 def test_out_of_memory_at_a_random_step_ends_right_with_the_effective_batch_kept(trains: Trains, tmp_path: Path) -> None:
     """Ten rows, so that an epoch ends with a step of two."""
     import torch
@@ -296,7 +297,8 @@ def blows_up(above: float, step: int) -> Iterator[None]:
 DIVERGES = {"max_steps": 8, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_share": 0, "save_minutes": 1e-6}
 
 
-@pytest.mark.parametrize(("every", "bad_step", "what"), [pytest.param(3, 4, "validation", marks=pytest.mark.slow), (1.67, 5, "training")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("every", "bad_step", "what"), [(3, 4, "validation"), (1.67, 5, "training")])
 def test_a_training_that_diverges_goes_on_from_before_it_at_half_the_rate_and_so_does_a_resumed_one(
     every: float, bad_step: int, what: str, trains: Trains, tmp_path: Path
 ) -> None:
