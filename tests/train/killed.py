@@ -94,8 +94,9 @@ def main(folder: Path, seed: int) -> None:
         checkpoints = (folder / "killed" / "checkpoints").glob("checkpoint-*")
         reached.append(max((int(path.name[11:]) for path in checkpoints), default=0))
         if reached[-1] == 8:  # from the beginning again, so that each part of a training is hit
-            (folder / "killed").rename(folder / f"done-{len(ends)}")
-            assert forked(lambda: trained(model, folder / f"done-{len(ends)}")) == 0
+            done = folder / f"done-{len(reached)}"
+            (folder / "killed").rename(done)
+            assert forked(lambda done=done: trained(model, done)) == 0  # type: ignore[misc]
             (folder / "killed").mkdir()
     assert forked(lambda: trained(model, folder / "killed")) == 0
     adapters = [path / "adapter" / "adapter_model.safetensors" for path in (*folder.glob("done-*"), folder / "killed")]
