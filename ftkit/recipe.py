@@ -121,6 +121,7 @@ class Training(Group):
     evaluations_per_epoch: Annotated[float, Field(gt=0)] = 1.0
     early_stopping_patience: Annotated[int, Field(ge=1)] = 3
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    metric_for_best_model: Literal["eval_loss", "right"] = "eval_loss"
     save_minutes: Annotated[float, Field(gt=0)] = 10.0
     seed: Annotated[int, Field(ge=0)] = 42
 
@@ -169,6 +170,7 @@ def modelfile_value(text: str) -> str:
 
 By = Literal["whole", "first_line", "last_line", "regex", "json", "labels"]
 KEY_OF: dict[str, By] = {"pattern": "regex", "keys": "json", "labels": "labels"}  # the keys that are of one kind alone
+ASKED_MEANWHILE = {"every", "rows"}  # keys that say when answers are scored in training, and nothing of how
 MOST_REPEATED = 1_000_000  # the product of a pattern's {n}: repetitions inside each other are written out, in memory
 
 
@@ -181,6 +183,10 @@ class Evaluate(Group):
     )
     keys: list[str] | None = Field(default=None, validate_default=True, description="by: json; only these keys are compared")
     labels: list[str] | None = Field(default=None, validate_default=True, description="by: labels; one of them is said in each answer")
+    every: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="while training, ask validation rows at each, or each so many-th evaluation; 0: not at all"
+    )
+    rows: Annotated[int, Field(ge=1)] = Field(default=32, description="so many of them, the first")
 
     @field_validator("pattern", "keys", "labels")
     @classmethod
@@ -309,6 +315,12 @@ class Recipe(Group):
     ship: Ship = Ship()
     tools: Tools = Tools()
 
+    @model_validator(mode="after")
+    def _counts_right_answers(self) -> Recipe:
+        if self.training.metric_for_best_model == "right" and self.evaluate.every != 1:
+            raise ValueError("training.metric_for_best_model: right needs the answers of each evaluation: set evaluate.every to 1")
+        return self
+
 
 # Of `lora`, what says what is trained: with all weights trained it contradicts, where a rank is only not used.
 ADAPTERS_ALONE = ("use_dora", "modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern")
@@ -392,4 +404,6 @@ def _fault(entry: Any) -> str:
     if entry["type"] == "missing":
         return f"{dotted}: missing"
     message = entry["msg"].removeprefix("Value error, ")
+    if not keys and entry["type"] == "value_error":  # of keys in several groups, which it names itself
+        return str(message)
     return f"{dotted}: {message}" + ("" if entry["type"] == "value_error" else f" (got {SHORT.repr(entry['input'])})")

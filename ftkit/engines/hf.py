@@ -182,7 +182,8 @@ def answer(
     model.eval()
     ends, read = stops(tokenizer, model.generation_config.eos_token_id), answer_reader(tokenizer)
     done = 0
-    with patches.applied("running adapters"), torch.inference_mode(), reporter.bar(label, len(prompts)) as bar:
+    # Not in inference mode: a model that is trained on may keep none of its tensors.
+    with patches.applied("running adapters"), torch.no_grad(), reporter.bar(label, len(prompts)) as bar:
         while done < len(order):
             chosen = order[done : done + batch]
             inputs = tokenizer(

@@ -33,7 +33,7 @@ from ftkit.plan.by_measuring import Measure
 from ftkit.plan.choose import make_plan
 from ftkit.plan.plan import MemoryPlan
 from ftkit.proof.score import counted_text, refuse_unreadable
-from ftkit.recipe import Group, Recipe
+from ftkit.recipe import ASKED_MEANWHILE, Group, Recipe
 from ftkit.run import Run
 from ftkit.train.arguments import Settings
 from ftkit.train.probe import probe
@@ -91,6 +91,7 @@ def training_inputs(job: Job) -> list[Any]:
         {**_said(recipe.training, TRAINING_KEYS, {"save_minutes"}), "learning_rate": recipe.training.peak_learning_rate},
         _said(recipe.lora, LORA_KEYS),
         *(["trust_remote_code"] if recipe.trust_remote_code else []),
+        *([recipe.evaluate.model_dump(), recipe.ship.max_new_tokens] if recipe.training.metric_for_best_model == "right" else []),
     ]
 
 
@@ -107,7 +108,8 @@ def _follows_from(job: Job) -> list[Any]:
         free_bytes = last.memory.device.free_bytes
     wanted = [device.name, device.total_bytes >> 20, free_bytes, recipe.budget.vram, _extra_bytes(job)]
     versions = {name: version(name) for name in HOLDS_FOR}
-    return [*training_inputs(job), recipe.evaluate.model_dump(), recipe.ship.model_dump(), wanted, versions]
+    rule = recipe.evaluate.model_dump(exclude=ASKED_MEANWHILE)
+    return [*training_inputs(job), rule, recipe.ship.model_dump(), wanted, versions]
 
 
 def _extra_bytes(job: Job) -> int:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from ftkit.data.rows import CALLS, Message, Row
 from ftkit.data.stops import configured_stops, stops
 from ftkit.data.store import store_examples
 from ftkit.data.template import is_dated, render, renders, token_ids
-from ftkit.data.turns import question, turns_of
+from ftkit.data.turns import expected, question, turns_of
 from ftkit.engines import llamacpp
 from ftkit.errors import FtkitError, ModelError, RecipeError, ToolMissingError, first_line
 from ftkit.line.job import Job, Rows, base_folder, computes_on, open_base, read_data, tokenizer_of
-from ftkit.line.plan import PLAN, recorded, training_inputs
+from ftkit.line.plan import PLAN, expected_answers, recorded, training_inputs
 from ftkit.line.step import Made, Step
 from ftkit.machine import device
 from ftkit.merge.deltas import refuse_what_cannot_be_merged
@@ -28,7 +29,9 @@ from ftkit.plan.cost import of_training
 from ftkit.plan.plan import MemoryPlan
 from ftkit.proof.compare import compare_tokens, differing_prompt
 from ftkit.proof.probes import HARD_TEXTS, conversations
+from ftkit.proof.score import refuse_unreadable
 from ftkit.train import probe as probing
+from ftkit.train.answers import Asked
 from ftkit.train.arguments import Settings
 from ftkit.train.probe import Probe
 from ftkit.train.training import TrainResult, train
@@ -66,6 +69,7 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     if recipe.training.method != "full":
         refuse_what_cannot_be_merged(opened.folder, recipe.lora, trust_remote_code=recipe.trust_remote_code)
     _check_prompts(job, tokenizer, rows, opened.folder)
+    asked = _asked(job, tokenizer, rows)
     settings = _settings(planned)
     batches = f"{settings.per_device_train_batch_size} × {settings.gradient_accumulation_steps}"
     reporter.step(f"training ({recipe.training.method}, {batches}, learning rate {recipe.training.peak_learning_rate:g})")
@@ -73,7 +77,7 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     learnt, checked = (
         store_examples(cut(tokenise(tokenizer, part), max_length), folder / EXAMPLES / f"{name}.arrow") for name, part in parts.items()
     )
-    result = train(recipe, settings, opened.folder, tokenizer, learnt, checked, folder, reporter)
+    result = train(recipe, settings, opened.folder, tokenizer, learnt, checked, folder, reporter, asked)
     shutil.rmtree(folder / EXAMPLES, ignore_errors=True)  # Windows keeps a mapped file
     if result.tokens_per_second:
         _remember_speed(job, planned, result.tokens_per_second)
@@ -85,6 +89,24 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
         planned_device_bytes=peak.device_bytes,
         planned_for=planned.device.name,
     )
+
+
+def _asked(job: Job, tokenizer: Any, rows: Rows) -> Asked | None:
+    """The validation rows whose answers are scored while training. Raises RecipeError where none can be, and they are needed."""
+    recipe = job.recipe
+    if not recipe.evaluate.every:
+        return None
+    chosen = list(islice((row for row in rows.validation if not row.is_text), recipe.evaluate.rows))
+    if not chosen:
+        if recipe.training.metric_for_best_model == "right":
+            raise RecipeError(
+                "training.metric_for_best_model: no validation row asks anything.", "--set training.metric_for_best_model=eval_loss"
+            )
+        job.reporter.warn("no validation row asks anything: no answers are scored while training")
+        return None
+    refuse_unreadable(recipe.evaluate, expected_answers(tokenizer, chosen))
+    expects = [expected(tokenizer, row) for row in chosen]
+    return Asked([question(tokenizer, row) for row in chosen], expects, recipe.evaluate, recipe.ship.max_new_tokens)
 
 
 def _written(tokenizer: Any, row: Row) -> str:

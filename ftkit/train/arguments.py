@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.recipe import Training
+from ftkit.train.answers import RIGHT
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def arguments(training: Training, settings: Settings, rows: int, checkpoints: Pa
         "save_steps": evaluate_every,
         "save_total_limit": 2,
         "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
+        "metric_for_best_model": RIGHT if training.metric_for_best_model == "right" else "eval_loss",
+        "greater_is_better": training.metric_for_best_model == "right",
         "prediction_loss_only": True,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,

@@ -40,20 +40,21 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def mend_best(checkpoint: Path, reporter: Reporter) -> None:
-    """Write into a checkpoint where the best of those that are here lies.
+def mend_best(checkpoint: Path, reporter: Reporter, metric: str = "eval_loss") -> None:
+    """Write into a checkpoint where the best of those that are here lies: by the least loss, or the most of another metric.
 
     The trainer notes its path, which is another one once the run was moved; it would then forget the best weights and end
     with the last.
     """
     state = state_of(checkpoint)
     here = [step_of(other) for other in checkpoints(checkpoint.parent)]
-    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
-    best = min((step for step in here if math.isfinite(losses.get(step, math.nan))), key=lambda step: losses[step], default=None)
+    values = {entry["step"]: entry[metric] for entry in state["log_history"] if metric in entry}
+    sign = 1 if metric == "eval_loss" else -1
+    best = min((step for step in here if math.isfinite(values.get(step, math.nan))), key=lambda step: sign * values[step], default=None)
     if best != state["best_global_step"]:
         reporter.warn(f"the best checkpoint so far, of step {state['best_global_step']}, is gone; kept is the best of the others")
     path = None if best is None else str(checkpoint.with_name(f"checkpoint-{best}"))
-    mended = {"best_global_step": best, "best_metric": losses.get(best), "best_model_checkpoint": path}
+    mended = {"best_global_step": best, "best_metric": values.get(best), "best_model_checkpoint": path}
     if mended.items() <= state.items():
         return
     write_atomically(checkpoint / TRAINER_STATE, (json.dumps({**state, **mended}, indent=2, sort_keys=True) + "\n").encode())

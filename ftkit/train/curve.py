@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ftkit.train.answers import ASKED, RIGHT
+
 SMOOTHED_OVER = 12  # a training loss is smoothed over about this part of the curve's steps
 
 
@@ -20,6 +22,7 @@ class Point:
     validation_loss: float | None = None
     learning_rate: float | None = None
     gradient_norm: float | None = None
+    right_percent: float | None = None  # of the validation answers that were asked for at this evaluation
 
     @property
     def evaluated(self) -> bool:
@@ -30,7 +33,8 @@ class Point:
 def point(entry: dict[str, Any]) -> Point:
     point = Point(step=entry["step"], epoch=round(entry["epoch"], 4))
     if "eval_loss" in entry:
-        return replace(point, validation_loss=finite(entry["eval_loss"]))
+        right = 100 * entry[RIGHT] / entry[ASKED] if RIGHT in entry else None
+        return replace(point, validation_loss=finite(entry["eval_loss"]), right_percent=right)
     return replace(
         point, loss=finite(entry["loss"]), learning_rate=finite(entry["learning_rate"]), gradient_norm=finite(entry["grad_norm"])
     )

@@ -14,6 +14,7 @@ from ftkit.errors import RunError, TrainingDivergedError
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Recipe
 from ftkit.run import CHECKPOINTS
+from ftkit.train.answers import RIGHT, Asked, make_scorer
 from ftkit.train.arguments import Settings
 from ftkit.train.checkpoints import TRAINER_STATE, drop_broken_checkpoints, last_checkpoint, mend_best, state_of, step_of
 from ftkit.train.curve import Point, points
@@ -42,6 +43,7 @@ class TrainResult:
     verdict: str
     curve: list[Point]
     reading: Verdict | None = None  # the verdict as a value; None: read by ftkit before 0.3
+    best_right_percent: float | None = None  # of the answers at the best step; None: they were not asked for there
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,8 +58,9 @@ def train(
     validation: Any,
     folder: Path,
     reporter: Reporter = SILENT,
+    asked: Asked | None = None,
 ) -> TrainResult:
-    """Train into `folder`: `adapter/` (or `model/` for full fine-tuning) of the best validation loss, `curve.json` and METRICS.
+    """Train into `folder`: `adapter/` (or `model/` for full fine-tuning) of the best evaluation, `curve.json` and METRICS.
 
     Checkpoints of an earlier, killed call with the same folder are taken up, and stay in CHECKPOINTS for the caller to remove.
     Raises InterruptedRunError on Ctrl-C and SIGTERM, after a checkpoint was saved.
@@ -66,16 +69,18 @@ def train(
     from transformers import EarlyStoppingCallback
 
     checkpoints = folder.absolute() / CHECKPOINTS  # the trainer keeps their paths
+    needed = recipe.training.metric_for_best_model == "right"
     drop_broken_checkpoints(checkpoints)
     resumed = last_checkpoint(checkpoints)
     if resumed:
-        mend_best(resumed, reporter)
+        mend_best(resumed, reporter, RIGHT if needed else "eval_loss")
     training, validation = dataset_of(training), dataset_of(validation)
     tokens_per_row = sum(token_counts(training)) / max(1, len(training))
     tokens_per_step = tokens_per_row * recipe.training.effective_batch_size
     watcher = make_watcher(reporter, tokens_per_step, recipe.training, read_watched(resumed), folder, cuda=settings.cuda)
     stopper = EarlyStoppingCallback(recipe.training.early_stopping_patience, recipe.training.early_stopping_threshold)
-    trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, checkpoints.parent, [watcher, stopper])
+    scorer = make_scorer(asked, tokenizer, reporter, needed=needed) if asked else None
+    trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, checkpoints.parent, [watcher, stopper], scorer)
     if settings.cuda:
         torch.cuda.reset_peak_memory_stats()
     if resumed and _is_over(resumed, trainer.args.max_steps):
@@ -96,7 +101,8 @@ def train(
             raise interrupted(checkpoints)
     curve = points(trainer.state.log_history)
     losses = [point.validation_loss for point in curve if point.validation_loss is not None]
-    if trainer.state.best_global_step is None or not losses:
+    best = next((point for point in curve if point.evaluated and point.step == trainer.state.best_global_step), None)
+    if best is None or best.validation_loss is None:
         shutil.rmtree(checkpoints, ignore_errors=True)
         raise TrainingDivergedError(
             "Training diverged: no validation loss is a number. Nothing is kept.",
@@ -115,7 +121,7 @@ def train(
     return TrainResult(
         steps=trainer.state.global_step,
         best_step=trainer.state.best_global_step,
-        best_validation_loss=float(trainer.state.best_metric),
+        best_validation_loss=best.validation_loss,
         first_validation_loss=losses[0],
         trained_tokens=round(trainer.state.global_step * tokens_per_step),
         seconds=watched.seconds,
@@ -126,6 +132,7 @@ def train(
         verdict=str(reading),
         curve=curve,
         reading=reading,
+        best_right_percent=best.right_percent,
     )
 
 

@@ -18,6 +18,7 @@ from ftkit.errors import InterruptedRunError
 from ftkit.files import sync_files
 from ftkit.progress import Bar, Reporter
 from ftkit.recipe import Training
+from ftkit.train.answers import right_text
 from ftkit.train.checkpoints import drop_broken_checkpoints, last_checkpoint, step_of
 from ftkit.train.curve import points
 from ftkit.train.metrics import Metrics, MetricsFile
@@ -86,7 +87,8 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
             if logs and "eval_loss" in logs:
                 reading = read_curve(points(state.log_history), training, ended=False)
                 hint = f" (try: {reading.next_command})" if reading.next_command else ""
-                reporter.note(f"step {state.global_step}: validation loss {float(logs['eval_loss']):.4f} – {reading}{hint}")
+                loss = f"validation loss {float(logs['eval_loss']):.4f}{right_text(logs)}"
+                reporter.note(f"step {state.global_step}: {loss} – {reading}{hint}")
             elif logs and "loss" in logs:
                 self.loss = f"{float(logs['loss']):.3f}"
 
