@@ -50,6 +50,11 @@ def _data_files(names: str | list[str], folder: Path, purpose: str) -> DataFiles
     return DataFiles(tuple(files), known[0] if len(known) == 1 else fingerprint(*known))
 
 
+def data_paths(data: DataFiles) -> list[Path]:
+    """Where they lie; those of the hub are fetched where they are not here."""
+    return [path for file in data.files for path in ([file] if isinstance(file, Path) else fetch_dataset(file))]
+
+
 @dataclass(frozen=True)
 class Rows:
     """The dataset, by purpose. `test` falls back to the validation rows where the recipe names no test file."""
@@ -144,8 +149,7 @@ def read_data(job: Job) -> Rows:
     """
     settings, read = job.recipe.data, {}
     for purpose, data in job.data.items():
-        paths = [path for file in data.files for path in ([file] if isinstance(file, Path) else fetch_dataset(file))]
-        read[purpose] = read_rows(*paths, columns=settings.columns, labels=settings.labels or ())
+        read[purpose] = read_rows(*data_paths(data), columns=settings.columns, labels=settings.labels or ())
     if job.given:
         rows = [read[purpose] for purpose in ("train", "validation", "test") if purpose in read] or [store_rows(())]
         return Rows(rows[0], read.get("validation", rows[0][:0]), rows[-1][: job.recipe.ship.test_rows])

@@ -28,6 +28,7 @@ from ftkit.plan.cost import checkpoint_bytes
 from ftkit.progress import Bar, SilentReporter
 from ftkit.run import RECORD, Run
 from ftkit.train.arguments import Settings
+from ftkit.train.dynamics import SEEN
 from ftkit.train.metrics import METRICS, read_metrics
 from ftkit.train.trainer import build_trainer
 from ftkit.train.training import train
@@ -472,7 +473,7 @@ def test_what_cannot_be_kept_of_a_training_does_not_fail_it(
     assert "the speed of this training is not kept" in done.stderr
     assert "FTKIT_CACHE_DIR" not in done.stdout
     folder = Path(json.loads(done.stdout)["folder"])
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "curve.json", METRICS, RECORD]
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "curve.json", METRICS, SEEN, RECORD]
     again = ftkit("train", tmp_path, "--set", "training.save_minutes=1")
     assert "Up to date" in again.stdout
 
