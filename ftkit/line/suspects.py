@@ -29,7 +29,7 @@ from ftkit.train.dynamics import SEEN, read_seen, row_key, seen_once
 from ftkit.train.suspects import Signs, Suspect, signs
 
 FILE = "suspects.json"
-SHARE, FEWEST, MOST = 0.15, 10, 100  # of the rows, that are listed and asked
+SHARE, FEWEST, MOST = 0.15, 10, 200  # of the rows, that are listed and asked
 LIKELY = 2.0  # spreads: a row that stands out so far, and that the trained model answers otherwise, is called likely mislabelled
 ANSWERED_OTHERWISE = 1.0  # spreads, for a row that the trained model answers otherwise, although it learnt it
 CONTRADICTED = 3.0  # spreads, for a row whose question always comes with another answer elsewhere
