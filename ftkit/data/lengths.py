@@ -111,6 +111,8 @@ def grouped_batch_tokens(lengths: Sequence[int], batch: int, effective_batch: in
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
+    if not lengths:  # every row is longer than max_length
+        return []
     order = get_length_grouped_indices(lengths, effective_batch, generator=torch.Generator().manual_seed(seed))
     return padded_tokens([lengths[index] for index in order], batch)
 
