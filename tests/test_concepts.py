@@ -8,10 +8,13 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from click.testing import Result
 from test_docs import ROOT
+
+from ftkit.train.verdict import Kind
 
 CONCEPTS = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
 LLAMA = {  # as the hub has it
@@ -56,6 +59,11 @@ def test_the_document_shows_what_is_printed(ftkit: Callable[..., Result], tmp_pa
         done = ftkit(*shlex.split(command)[1:])
         assert done.exit_code in (0, 3), done.stderr
         assert missing(shown, done.output) == [], command
+
+
+def test_every_verdict_on_a_curve_stands_in_the_table() -> None:
+    told = set(re.findall(r"(?m)^\| .+ \| .+ \| ([a-z -]+) \| .+ \|$", CONCEPTS)) - {"verdict"}
+    assert told == set(get_args(Kind)) - {"too few to tell"}
 
 
 def test_what_the_document_derives() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shlex
@@ -10,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import convertible
 import pytest
 from click.testing import Result
 
 from ftkit import templates
+from ftkit.cli import main
 
 NOTEBOOK = json.loads((templates.folder() / "colab.ipynb").read_text(encoding="utf-8"))
 CELLS: dict[str, str] = {cell["id"]: "".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"}
@@ -59,9 +60,12 @@ def test_it_takes_starters_and_commands_that_there_are() -> None:
     filled = {"FOLDER": "here", "TASK": "chat", "MODEL": "org/name", "CHANGES": "--set lora.r=2", "QUANTIZATION": "Q8_0", "REPOSITORY": "x"}
     lines = [shlex.split(command.format(**filled)) for source in CELLS.values() for _, command in SHELL.findall(source)]
     assert [words[:2] for words in lines if words[0] != "ftkit"] == [["pip", "install"]]
-    for program, name, *words in lines:
-        if program == "ftkit":
-            importlib.import_module(f"ftkit.cli.{name}").command.make_context(name, words)  # parses; runs nothing
+    with click.Context(main, **main.context_settings) as context:
+        for program, name, *words in lines:
+            if program == "ftkit":
+                command = main.get_command(context, name)
+                assert command
+                command.make_context(name, words, parent=context)  # parses; runs nothing
 
 
 class Cells:
