@@ -52,7 +52,10 @@ class Trained(TrainResult):
 
 def _settings(planned: MemoryPlan) -> Settings:
     fit, (cuda, bfloat16) = planned.chosen, computes_on()
-    return Settings(fit.per_device_train_batch_size, fit.gradient_accumulation_steps, fit.gradient_checkpointing, bfloat16, cuda)
+    peak_bytes = fit.peak.allocated_bytes if cuda else fit.peak.device_bytes
+    return Settings(
+        fit.per_device_train_batch_size, fit.gradient_accumulation_steps, fit.gradient_checkpointing, bfloat16, cuda, peak_bytes
+    )
 
 
 def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:

@@ -20,6 +20,7 @@ class Settings:
     gradient_checkpointing: bool
     bfloat16: bool
     cuda: bool
+    planned_bytes: int | None = None  # the peak: allocated on a GPU, or of the process; to hold the real one against
 
 
 def arguments(training: Training, settings: Settings, rows: int, checkpoints: Path) -> dict[str, Any]:

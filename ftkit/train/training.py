@@ -78,7 +78,7 @@ def train(
     training, validation = dataset_of(training), dataset_of(validation)
     tokens_per_row = sum(token_counts(training)) / max(1, len(training))
     tokens_per_step = tokens_per_row * recipe.training.effective_batch_size
-    watcher = make_watcher(reporter, tokens_per_step, recipe.training, read_watched(resumed), folder, cuda=settings.cuda)
+    watcher = make_watcher(reporter, tokens_per_step, recipe.training, read_watched(resumed), folder, settings)
     stopper = EarlyStoppingCallback(recipe.training.early_stopping_patience, recipe.training.early_stopping_threshold)
     scorer = make_scorer(asked, tokenizer, reporter, needed=needed) if asked else None
     trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, checkpoints.parent, [watcher, stopper], scorer)
