@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from ftkit.errors import RecipeError
 from ftkit.units import parse_vram
 
+ReportTo = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "clearml", "dvclive", "swanlab"]  # transformers' names
 Method = Literal["qlora", "lora", "full"]
 # llama-quantize's names, without those that need an importance matrix or are no quantisation of a whole model.
 QUANTIZATIONS = (
@@ -123,12 +124,18 @@ class Training(Group):
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
     metric_for_best_model: Literal["eval_loss", "right"] = "eval_loss"
     save_minutes: Annotated[float, Field(gt=0)] = 10.0
+    report_to: list[ReportTo] = []
     seed: Annotated[int, Field(ge=0)] = 42
 
     @property
     def peak_learning_rate(self) -> float:
         """The highest learning rate: the recipe's, else the method's."""
         return self.learning_rate or PEAK_LEARNING_RATES[self.method]
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _divides(self) -> Training:

@@ -88,7 +88,7 @@ def training_inputs(job: Job) -> list[Any]:
             **recipe.data.model_dump(include={"columns", "labels", "thinking", "system_in_question"}, exclude_defaults=True),
         },
         *([job.chat_template] if job.chat_template else []),
-        {**_said(recipe.training, TRAINING_KEYS, {"save_minutes"}), "learning_rate": recipe.training.peak_learning_rate},
+        {**_said(recipe.training, TRAINING_KEYS, {"save_minutes", "report_to"}), "learning_rate": recipe.training.peak_learning_rate},
         _said(recipe.lora, LORA_KEYS),
         *(["trust_remote_code"] if recipe.trust_remote_code else []),
         *([recipe.evaluate.model_dump(), recipe.ship.max_new_tokens] if recipe.training.metric_for_best_model == "right" else []),

@@ -61,6 +61,7 @@ def arguments(training: Training, settings: Settings, rows: int, checkpoints: Pa
         "prediction_loss_only": True,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
-        "report_to": [],
+        "report_to": list(training.report_to),
+        "project": "ftkit",  # that trackio files it under; a Space of the hub is named by its own environment alone
         "disable_tqdm": True,
     }

@@ -19,6 +19,7 @@ from ftkit.train.arguments import Settings
 from ftkit.train.checkpoints import TRAINER_STATE, drop_broken_checkpoints, last_checkpoint, mend_best, state_of, step_of
 from ftkit.train.curve import Point, points
 from ftkit.train.dynamics import SEEN, kept
+from ftkit.train.reporting import reporting
 from ftkit.train.trainer import build_trainer, dataset_of
 from ftkit.train.verdict import Verdict, read_curve
 from ftkit.train.watch import interrupted, make_watcher, read_watched, stop_after_a_checkpoint
@@ -94,7 +95,8 @@ def train(
         with seen, reporter.bar("training", trainer.args.max_steps) as bar, stop_after_a_checkpoint(watcher, reporter):
             watcher.bar = bar
             try:
-                trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+                with reporting(trainer, folder.absolute()):
+                    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
             except KeyboardInterrupt:
                 raise interrupted(checkpoints) from None
             finally:

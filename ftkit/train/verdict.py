@@ -92,7 +92,8 @@ def read_curve(curve: Sequence[Point], training: Training, *, ended: bool = True
         return Verdict("over-fitting", f"{words}; the best checkpoint is kept", evaluated[best].step, command)
     late = validation[-max(2, -(-len(validation) // 4) + 1) :]
     falls = _fall(late)
-    if falls > max(LEAST * level / 2, 2 * noise * (12 / len(late)) ** 0.5 if len(validation) >= FEWEST_TO_ZIGZAG else least):
+    steadily = len(late) > 2 and bool((np.diff(late) < -LEAST * level).all())  # a bend is no noise
+    if steadily or falls > max(LEAST * level / 2, 2 * noise * (12 / len(late)) ** 0.5 if len(validation) >= FEWEST_TO_ZIGZAG else least):
         times = "max_steps" if training.max_steps else "num_train_epochs"
         more = _set(times, 2 * getattr(training, times))
         return Verdict("learning", f"the validation loss still fell, by {falls / level:.0%} of late", next_command=more if ended else None)

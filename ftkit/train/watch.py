@@ -81,6 +81,7 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
         seen: list[Point]
         curves: Curves | None = None
         drawn_at = -math.inf
+        kind = ""  # of the last verdict, which is not explained twice
         peak_bytes = before.peak_bytes
         first: tuple[float, int] | None = None
         saved_at = began_at = time.monotonic()
@@ -112,7 +113,9 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
                 reading = read_curve(self.seen, training, ended=False)
                 hint = f" (try: {reading.next_command})" if reading.next_command else ""
                 loss = f"validation loss {float(logs['eval_loss']):.4f}{right_text(logs)}"
-                reporter.note(f"step {state.global_step}: {loss} – {reading}{hint}")
+                said = reading.kind if reading.kind == self.kind else f"{reading}{hint}"
+                self.kind = reading.kind
+                reporter.note(f"step {state.global_step}: {loss} – {said}")
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             rss_bytes = psutil.Process().memory_info().rss
