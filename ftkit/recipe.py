@@ -20,6 +20,7 @@ from ftkit.units import parse_vram
 
 ReportTo = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "clearml", "dvclive", "swanlab"]  # transformers' names
 Method = Literal["qlora", "lora", "full"]
+Dtype = Literal["bfloat16", "float16", "float32"]
 # llama-quantize's names, without those that need an importance matrix or are no quantisation of a whole model.
 QUANTIZATIONS = (
     "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1",
@@ -126,6 +127,7 @@ class Training(Group):
     save_minutes: Annotated[float, Field(gt=0)] = 10.0
     report_to: list[ReportTo] = []
     seed: Annotated[int, Field(ge=0)] = 42
+    compute_dtype: Dtype | None = Field(default=None, description="what is computed in; left out: by the device and the model")
 
     @property
     def peak_learning_rate(self) -> float:

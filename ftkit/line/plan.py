@@ -20,10 +20,10 @@ from ftkit.data.template import render, renders, token_ids
 from ftkit.data.turns import expected, has_reasoning, question, turns_of
 from ftkit.engines import hf
 from ftkit.errors import DoesNotFitError, ModelError, RecipeError
-from ftkit.line.job import Job, Rows, base_folder, computes_on, read_data, tokenizer_of
+from ftkit.line.job import Job, Rows, base_folder, computes_on, dtype_on, read_data, tokenizer_of
 from ftkit.line.step import Step, write_json
+from ftkit.machine.device import best_dtype
 from ftkit.machine.device import choose as choose_device
-from ftkit.machine.device import computes_bfloat16
 from ftkit.memory.model import load_config
 from ftkit.model.open import open_config
 from ftkit.model.source import Source
@@ -127,19 +127,37 @@ def _make(job: Job, folder: Path) -> Chosen:
     labelled = max((counted.most_learnt for counted in tallies), default=length)
     _check_config(config, recipe, length)
     job.reporter.step(f"tracing a training step of {config.model_type} at {length} tokens")
+    dtype = dtype_on(device, recipe, config.model_type)
+    _say_what_is_computed_in(job, config.model_type)
     memory = make_plan(
         config,
         recipe,
         device,
         length,
         list(tallies[0].kept) if tallies else [],
-        bfloat16=computes_bfloat16(device),
+        dtype=dtype,
         extra_bytes=_extra_bytes(job),
         labelled_share=labelled / length,
         measure=_measuring(job, length, labelled),
     )
     write_json(folder / PLAN_FILE, {"memory": memory.record(), "tokens": asdict(count_tokens(tallies)) if tallies else None})
     return Chosen(memory.chosen.fits, memory.chosen.peak.device_bytes)
+
+
+def _say_what_is_computed_in(job: Job, model_type: str) -> None:
+    """Of a card before Ampere, which computes no bfloat16, and of a model that float16 is too narrow for."""
+    told, wanted = hf.beyond_float16(model_type), job.recipe.training.compute_dtype
+    if told and wanted == "float16":
+        job.reporter.warn(f"{model_type} is known to overflow in float16 ({told}): leave training.compute_dtype out")
+    elif wanted or best_dtype(job.device) != "float16":
+        return
+    elif told:
+        job.reporter.warn(f"{job.device.name} has no bfloat16, and {model_type} overflows in float16 ({told}): training is in float32")
+    else:
+        job.reporter.note(
+            f"{job.device.name} has no bfloat16: training is in float16 with loss scaling; "
+            "where it diverges: --set training.compute_dtype=float32"
+        )
 
 
 def _measuring(job: Job, length: int, labelled: int) -> Measure | None:
@@ -155,8 +173,9 @@ def _measuring(job: Job, length: int, labelled: int) -> Measure | None:
     def measure(batch: int, checkpointing: bool) -> tuple[int, int | None] | None:
         rows = f"{batch} × {length} tokens, {'with' if checkpointing else 'without'} checkpointing"
         job.reporter.step(f"its step cannot be traced: measuring two real steps, {rows}")
-        base, (cuda, bfloat16) = base_folder(job), computes_on()
-        settings = Settings(batch, -(-job.recipe.training.effective_batch_size // batch), checkpointing, bfloat16, cuda)
+        base = base_folder(job)
+        cuda, dtype = computes_on(job, hf.model_type(base))
+        settings = Settings(batch, -(-job.recipe.training.effective_batch_size // batch), checkpointing, dtype, cuda)
         with tempfile.TemporaryDirectory(dir=job.run.folder, prefix=".probe-") as folder:
             try:
                 found = probe(job.recipe, settings, base, tokenizer_of(job, base, base=True), examples, Path(folder))

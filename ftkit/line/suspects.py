@@ -147,11 +147,13 @@ def _suspect(job: Job, tokenizer: Any, judged: _Judged, answer: str | None) -> S
 
 def _load(job: Job, trained: Made[Any]) -> Any:
     """The trained model as training had it, so that no more memory is needed."""
-    (cuda, bfloat16), recipe = computes_on(), job.recipe
-    how: dict[str, Any] = {"bfloat16": bfloat16, "cuda": cuda, "trust_remote_code": recipe.trust_remote_code}
-    if recipe.training.method == "full":
-        return hf.load_model(trained.folder / MODEL, None, **how)
-    return hf.load_adapted(base_folder(job), trained.folder / ADAPTER, recipe.training.method, **how)
+    recipe, full = job.recipe, job.recipe.training.method == "full"
+    folder = trained.folder / MODEL if full else base_folder(job)
+    cuda, dtype = computes_on(job, hf.model_type(folder))
+    how: dict[str, Any] = {"dtype": dtype, "cuda": cuda, "trust_remote_code": recipe.trust_remote_code}
+    if full:
+        return hf.load_model(folder, None, **how)
+    return hf.load_adapted(folder, trained.folder / ADAPTER, recipe.training.method, **how)
 
 
 def to_correct(job: Job, suspects: Sequence[Suspect]) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from ftkit.data.stops import configured_stops, stops
 from ftkit.data.store import store_examples
 from ftkit.data.template import is_dated, render, renders, token_ids
 from ftkit.data.turns import expected, question, turns_of
-from ftkit.engines import llamacpp
+from ftkit.engines import hf, llamacpp
 from ftkit.errors import FtkitError, ModelError, RecipeError, ToolMissingError, first_line
 from ftkit.line.job import Job, Rows, base_folder, computes_on, open_base, read_data, tokenizer_of
 from ftkit.line.plan import PLAN, expected_answers, recorded, training_inputs
@@ -50,12 +50,10 @@ class Trained(TrainResult):
     planned_for: str | None = None
 
 
-def _settings(planned: MemoryPlan) -> Settings:
-    fit, (cuda, bfloat16) = planned.chosen, computes_on()
+def _settings(job: Job, planned: MemoryPlan, base: Path) -> Settings:
+    fit, (cuda, dtype) = planned.chosen, computes_on(job, hf.model_type(base))
     peak_bytes = fit.peak.allocated_bytes if cuda else fit.peak.device_bytes
-    return Settings(
-        fit.per_device_train_batch_size, fit.gradient_accumulation_steps, fit.gradient_checkpointing, bfloat16, cuda, peak_bytes
-    )
+    return Settings(fit.per_device_train_batch_size, fit.gradient_accumulation_steps, fit.gradient_checkpointing, dtype, cuda, peak_bytes)
 
 
 def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
@@ -73,7 +71,7 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
         refuse_what_cannot_be_merged(opened.folder, recipe.lora, trust_remote_code=recipe.trust_remote_code)
     _check_prompts(job, tokenizer, rows, opened.folder)
     asked = _asked(job, tokenizer, rows)
-    settings = _settings(planned)
+    settings = _settings(job, planned, opened.folder)
     batches = f"{settings.per_device_train_batch_size} × {settings.gradient_accumulation_steps}"
     reporter.step(f"training ({recipe.training.method}, {batches}, learning rate {recipe.training.peak_learning_rate:g})")
     parts = {"train": rows.train, "validation": rows.validation}
@@ -195,7 +193,7 @@ def probe(job: Job, planned: MemoryPlan) -> Probe:
     examples = list(cut(tokenise(tokenizer, read_data(job).train), recipe.training.max_length))
     job.reporter.step("probing: two real steps")
     with tempfile.TemporaryDirectory(dir=job.run.folder, prefix=".probe-") as folder:
-        probed = probing.probe(recipe, _settings(planned), base, tokenizer, examples, Path(folder))
+        probed = probing.probe(recipe, _settings(job, planned, base), base, tokenizer, examples, Path(folder))
     subject = measured.subject(recipe, job.source.fingerprint)
     measured.remember(device.choose(), subject, planned.chosen.peak, probed.allocated_bytes, probed.reserved_bytes)
     return probed

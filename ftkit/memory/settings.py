@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ftkit.recipe import Lora, Method
+from ftkit.recipe import Dtype, Lora, Method
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 HEAD_TILE_TOKENS = 4096  # TRL 1.16 scores at most so many tokens at a time
 
 

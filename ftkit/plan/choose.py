@@ -14,12 +14,12 @@ from ftkit.machine.device import Device
 from ftkit.memory.model import Inventory, Skeleton
 from ftkit.memory.polynomial import StepMemory
 from ftkit.memory.replay import Peak
-from ftkit.memory.settings import Dtype, StepSettings
+from ftkit.memory.settings import StepSettings
 from ftkit.plan import measured
 from ftkit.plan.by_measuring import Measure, choose_by_measuring, timeline_of
 from ftkit.plan.cost import FTKIT_BYTES
 from ftkit.plan.plan import METHODS, Candidate, MemoryPlan, Remedy, Workload, without_margin
-from ftkit.recipe import Recipe
+from ftkit.recipe import Dtype, Recipe
 
 # Below so many tokens a step waits for the weights to be read, whatever the batch: a card's operations a second divided by
 # its bytes a second, at 2 operations and 2 bytes a weight; 164 for an RTX 4090, 200 for an A100, 295 for an H100.
@@ -44,7 +44,7 @@ class Planner:
         length: int,
         lengths: Sequence[int],
         *,
-        bfloat16: bool,
+        dtype: Dtype,
         extra_bytes: int = 0,
         labelled_share: float = 1.0,
     ) -> None:
@@ -52,7 +52,7 @@ class Planner:
         self.process_bytes = 0 if device.kind == "cuda" else FTKIT_BYTES
         self.extra_bytes = self.process_bytes + extra_bytes
         self.recipe, self.device, self.length, self.lengths = recipe, device, length, lengths
-        self.dtype: Dtype = "bfloat16" if bfloat16 else "float32"
+        self.dtype = dtype
         self.skeleton = Skeleton(config, self.dtype, trust_remote_code=recipe.trust_remote_code)
         self.skeleton.shorten()
         self._memories: dict[str, StepMemory] = {}  # by the settings in words: a list of target modules has no hash
@@ -243,7 +243,7 @@ def make_plan(
     length: int,
     lengths: Sequence[int] = (),
     *,
-    bfloat16: bool,
+    dtype: Dtype,
     extra_bytes: int = 0,
     labelled_share: float = 1.0,
     measure: Measure | None = None,
@@ -256,7 +256,7 @@ def make_plan(
     `measure`, and nothing is said of other methods and lengths. Raises UntracedError where there is none, ModelError and
     RecipeError where the adapter's targets are wrong.
     """
-    planner = Planner(config, recipe, device, length, lengths, bfloat16=bfloat16, extra_bytes=extra_bytes, labelled_share=labelled_share)
+    planner = Planner(config, recipe, device, length, lengths, dtype=dtype, extra_bytes=extra_bytes, labelled_share=labelled_share)
     training = recipe.training
     try:
         chosen, seen = planner.choose(recipe)

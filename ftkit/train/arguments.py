@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftkit.recipe import Training
+from ftkit.recipe import Dtype, Training
 from ftkit.train.answers import RIGHT
 
 
@@ -18,7 +18,7 @@ class Settings:
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     gradient_checkpointing: bool
-    bfloat16: bool
+    dtype: Dtype  # what is computed in
     cuda: bool
     planned_bytes: int | None = None  # the peak: allocated on a GPU, or of the process; to hold the real one against
 
@@ -44,7 +44,8 @@ def arguments(training: Training, settings: Settings, rows: int, checkpoints: Pa
         "optim": "adamw_bnb_8bit" if training.optim == "adamw_8bit" else training.optim,
         "seed": training.seed,
         "data_seed": training.seed,
-        "bf16": settings.bfloat16,
+        "bf16": settings.dtype == "bfloat16",
+        "fp16": settings.dtype == "float16",  # with loss scaling
         "use_cpu": not settings.cuda,
         "dataloader_pin_memory": settings.cuda,
         "train_sampling_strategy": "group_by_length",

@@ -45,7 +45,7 @@ def build_trainer(
     hf.refuse_lost_gradients()
     method = recipe.training.method
     config = SFTConfig(**arguments(recipe.training, settings, len(training), folder / CHECKPOINTS))
-    model = hf.load_model(base, method, bfloat16=settings.bfloat16, cuda=settings.cuda, trust_remote_code=recipe.trust_remote_code)
+    model = hf.load_model(base, method, dtype=settings.dtype, cuda=settings.cuda, trust_remote_code=recipe.trust_remote_code)
     text = model.config.get_text_config()
     if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
         text.num_experts = text.num_local_experts  # which TRL 1.16 asks Granite's for too, and it has the other name alone

@@ -50,7 +50,7 @@ def test_counts_are_the_models_own() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_nf4_weights_to_the_byte(tied: bool, tmp_path: Path) -> None:
     folder = tiny.make_model(tmp_path, tie_word_embeddings=tied)
-    loaded = hf.load_model(folder, "qlora", bfloat16=True, cuda=False)
+    loaded = hf.load_model(folder, "qlora", dtype="bfloat16", cuda=False)
     tensors = [*loaded.parameters(), *loaded.buffers()]
     for parameter in loaded.parameters():
         if state := getattr(parameter, "quant_state", None):

@@ -33,7 +33,7 @@ def card(budget_bytes: int) -> Device:
 
 @functools.cache
 def plan(budget_bytes: int, length: int = 1024, lengths: tuple[int, ...] = (), **training: Any) -> MemoryPlan:
-    return make_plan(small(), recipe(**training), card(budget_bytes), length, lengths, bfloat16=True)
+    return make_plan(small(), recipe(**training), card(budget_bytes), length, lengths, dtype="bfloat16")
 
 
 def test_batch_times_accumulation_is_the_effective_batch() -> None:
@@ -68,12 +68,14 @@ def test_what_does_not_fit_comes_with_what_would() -> None:
         assert change.peak_bytes < made.chosen.peak.device_bytes
     qlora = next(change for change in made.changes if "training.method=qlora" in change.settings)
     changed = apply(recipe(method="full"), qlora.settings)
-    assert make_plan(small(), changed, card(budget_bytes), 1024, bfloat16=True).chosen.fits
+    assert make_plan(small(), changed, card(budget_bytes), 1024, dtype="bfloat16").chosen.fits
 
 
 def test_a_shorter_length_that_fits_is_found_and_the_next_does_not() -> None:
     budget = int(plan(8 * GIB, per_device_train_batch_size=1, gradient_checkpointing=False).chosen.peak.device_bytes * 0.9)
-    planner = Planner(small(), recipe(per_device_train_batch_size=1, gradient_checkpointing=False), card(budget), 1024, (), bfloat16=True)
+    planner = Planner(
+        small(), recipe(per_device_train_batch_size=1, gradient_checkpointing=False), card(budget), 1024, (), dtype="bfloat16"
+    )
     found = planner._shorter((), "shorter rows")
     assert found
     length = int(found.settings[-1].partition("=")[2])
@@ -83,18 +85,18 @@ def test_a_shorter_length_that_fits_is_found_and_the_next_does_not() -> None:
 
 def test_a_list_of_targets_is_planned() -> None:
     asked = Recipe.model_validate({**recipe().model_dump(), "lora": {"r": 8, "target_modules": ["q_proj", "v_proj"]}})
-    made = make_plan(small(), asked, card(8 * GIB), 64, bfloat16=True)
+    made = make_plan(small(), asked, card(8 * GIB), 64, dtype="bfloat16")
     assert set(made.chosen.inventory.trainable_by_target) == {"q_proj", "v_proj"}
 
 
 def test_rows_of_one_length_build_no_mask() -> None:
-    alike, other = (make_plan(small(), recipe(), card(8 * GIB), 64, lengths, bfloat16=True) for lengths in ([64] * 4, [64, 60, 64, 64]))
+    alike, other = (make_plan(small(), recipe(), card(8 * GIB), 64, lengths, dtype="bfloat16") for lengths in ([64] * 4, [64, 60, 64, 64]))
     assert alike.chosen.peak.allocated_bytes < other.chosen.peak.allocated_bytes
 
 
 def test_dora_is_planned_and_needs_more() -> None:
     lora, dora = (
-        make_plan(small(), apply(recipe(), (f"lora.use_dora={on}",)), card(8 * GIB), 64, bfloat16=True) for on in ("false", "true")
+        make_plan(small(), apply(recipe(), (f"lora.use_dora={on}",)), card(8 * GIB), 64, dtype="bfloat16") for on in ("false", "true")
     )
     magnitudes = 2 * (256 + 128 + 128 + 256 + 768 + 768 + 256)  # one for each output of seven layers, in each of two blocks
     assert dora.chosen.inventory.trainable_parameters - lora.chosen.inventory.trainable_parameters == magnitudes
@@ -127,7 +129,7 @@ def test_the_three_methods_stand_side_by_side() -> None:
 def test_an_earlier_probe_is_added() -> None:
     more = 64 * MIB
     a = plan(8 * GIB)
-    b = make_plan(small(), recipe(), card(8 * GIB), 1024, bfloat16=True, extra_bytes=more)
+    b = make_plan(small(), recipe(), card(8 * GIB), 1024, dtype="bfloat16", extra_bytes=more)
     assert b.chosen.peak.device_bytes - a.chosen.peak.device_bytes == more
     for before, after in zip(a.methods, b.methods, strict=True):
         probed = after.inventory.method == b.chosen.inventory.method
@@ -137,7 +139,7 @@ def test_an_earlier_probe_is_added() -> None:
 
 def test_work_and_padding_follow_from_the_rows() -> None:
     lengths = [64] * 90 + [128] * 10
-    made = make_plan(small(), recipe(num_train_epochs=2), card(8 * GIB), 128, lengths, bfloat16=True).today(8 * GIB, 1000.0)
+    made = make_plan(small(), recipe(num_train_epochs=2), card(8 * GIB), 128, lengths, dtype="bfloat16").today(8 * GIB, 1000.0)
     assert made.work
     assert made.work.steps == 2 * 13  # 100 rows by 8
     assert made.work.tokens == 2 * sum(lengths)

@@ -72,7 +72,7 @@ def test_answers_are_scored_and_the_weights_stay_the_same_bits(
     settings, reporter = replace(tiny.SETTINGS, gradient_checkpointing=checkpointing), Notes()
     arguments = (recipe, settings, model, tokenizer, examples[2:], examples[:2])
     without = train(*arguments, tmp_path / "without")
-    trained = hf.load_adapted(model, tmp_path / "without" / "adapter", recipe.training.method, bfloat16=False, cuda=False)
+    trained = hf.load_adapted(model, tmp_path / "without" / "adapter", recipe.training.method, dtype="float32", cuda=False)
     expected = ["no such answer", *hf.answer(trained, tokenizer, QUESTIONS[1:], 8)]
     asked = Asked(QUESTIONS, expected, Evaluate(every=2), 8)
     scored = train(*arguments, tmp_path / "scored", reporter, asked)
@@ -93,7 +93,7 @@ def test_the_best_checkpoint_follows_right_answers(model: Path, tokenizer: Any, 
     settings: dict[str, Any] = {"method": "lora", "learning_rate": 3e-2, "lr_scheduler_type": "constant", "warmup_share": 0}
     four_steps = tiny.recipe(model, **settings, max_steps=4, evaluations_per_epoch=1)
     train(four_steps, tiny.SETTINGS, model, tokenizer, examples[2:], examples[:2], tmp_path / "four")
-    after_four = hf.load_adapted(model, tmp_path / "four" / "adapter", "lora", bfloat16=False, cuda=False)
+    after_four = hf.load_adapted(model, tmp_path / "four" / "adapter", "lora", dtype="float32", cuda=False)
     asked = Asked(QUESTIONS, hf.answer(after_four, tokenizer, QUESTIONS, 12), Evaluate(every=1), 12)
     recipe = tiny.recipe(model, **settings, max_steps=6, save_minutes=1e-6)
     follows = recipe.training.model_copy(update={"metric_for_best_model": "right"})

@@ -76,7 +76,7 @@ def test_what_is_kept_is_what_the_model_found_and_nothing_is_learnt_otherwise(
     seen = read_seen(tmp_path / "kept" / SEEN)
     assert seen["learnt"].tolist() == [True] * 4 + [False] * 2 + [True] * 4 + [False] * 2  # two rows a step, evaluated at 2 and 4
     assert seen["step"].tolist() == [0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 4, 4]
-    base = hf.load_model(model, None, bfloat16=False, cuda=False)
+    base = hf.load_model(model, None, dtype="float32", cuda=False)
     by_key = {row_key(example.input_ids): example for example in examples}
     assert set(seen["row"].tolist()) <= by_key.keys()
     for record in seen[:2]:  # nothing is learnt yet

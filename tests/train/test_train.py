@@ -509,7 +509,7 @@ def test_padding_is_what_the_trainer_pads(model: Path, tokenizer: Any, tmp_path:
     examples = [Example([1] * length, [1] * length) for length in lengths]
     seen = {}
     for batch, accumulation in ((1, 8), (2, 4), (8, 1)):
-        settings = Settings(batch, accumulation, gradient_checkpointing=False, bfloat16=False, cuda=False)
+        settings = Settings(batch, accumulation, gradient_checkpointing=False, dtype="float32", cuda=False)
         recipe = tiny.recipe(model, method="lora", effective_batch_size=8, seed=7)
         trainer = build_trainer(recipe, settings, model, tokenizer, examples, examples[:1], tmp_path)
         real = [part["input_ids"].numel() for part in trainer.get_train_dataloader()]
