@@ -112,11 +112,14 @@ class Training(Group):
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
     max_steps: Annotated[int, Field(ge=1)] | None = None
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="left out: by the method")
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    lr_scheduler_type: Literal[
+        "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "inverse_sqrt", "warmup_stable_decay"
+    ] = "cosine"
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
+    optim: Literal["adamw_torch", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"] = "adamw_torch"
+    neftune_noise_alpha: Annotated[float, Field(gt=0, le=100)] | None = Field(default=None, description="noise on embeddings in training")
     effective_batch_size: Annotated[int, Field(ge=1)] = 8
     per_device_train_batch_size: Annotated[int, Field(ge=1)] | None = Field(default=None, description="left out: the plan chooses")
     gradient_checkpointing: bool | None = Field(default=None, description="left out: the plan chooses")

@@ -25,6 +25,7 @@ class StepSettings:
     method: Method = "qlora"
     lora: Lora = field(default_factory=Lora)
     optim: str = "adamw_torch"
+    neftune_noise_alpha: float | None = None
     gradient_checkpointing: bool = False
     base_dtype: Dtype = "bfloat16"  # of weights that are not quantised
     compute_dtype: Dtype = "bfloat16"  # of 4-bit layers, and of autocast

@@ -64,6 +64,7 @@ class Planner:
             method=recipe.training.method,
             lora=recipe.lora,
             optim=recipe.training.optim,
+            neftune_noise_alpha=recipe.training.neftune_noise_alpha,
             gradient_checkpointing=checkpointing,
             base_dtype=self.dtype,
             compute_dtype=self.dtype,

@@ -10,6 +10,9 @@ from typing import Any
 from ftkit.recipe import Dtype, Training
 from ftkit.train.answers import RIGHT
 
+MIN_LR_RATE = 0.1  # of the highest rate: where cosine_with_min_lr ends
+DECAY_SHARE = 0.1  # of all steps: the last, in which warmup_stable_decay falls
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -27,6 +30,10 @@ def arguments(training: Training, settings: Settings, rows: int, checkpoints: Pa
     """The arguments of TRL's configs, for a training on so many rows that writes its checkpoints there."""
     per_epoch = math.ceil(rows / (settings.per_device_train_batch_size * settings.gradient_accumulation_steps))
     steps = training.max_steps or math.ceil(per_epoch * training.num_train_epochs)
+    course: dict[str, dict[str, float]] = {
+        "cosine_with_min_lr": {"min_lr_rate": MIN_LR_RATE},
+        "warmup_stable_decay": {"num_decay_steps": max(1, round(steps * DECAY_SHARE))},
+    }
     evaluate_every = max(1, min(steps, round(per_epoch / training.evaluations_per_epoch)))
     return {
         "output_dir": str(checkpoints),
@@ -38,10 +45,12 @@ def arguments(training: Training, settings: Settings, rows: int, checkpoints: Pa
         "activation_checkpointing_kwargs": {"use_reentrant": False} if settings.gradient_checkpointing else None,
         "learning_rate": training.peak_learning_rate,
         "lr_scheduler_type": training.lr_scheduler_type,
+        "lr_scheduler_kwargs": course.get(training.lr_scheduler_type, {}),
         "warmup_steps": round(steps * training.warmup_share),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "optim": "adamw_bnb_8bit" if training.optim == "adamw_8bit" else training.optim,
+        "neftune_noise_alpha": training.neftune_noise_alpha,
         "seed": training.seed,
         "data_seed": training.seed,
         "bf16": settings.dtype == "bfloat16",

@@ -60,8 +60,17 @@ def test_nf4_weights_to_the_byte(tied: bool, tmp_path: Path) -> None:
     assert count(tiny.config(tie_word_embeddings=tied), "qlora", Lora(r=4), "adamw_torch", "bfloat16").weights_bytes == real
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize(
-    ("method", "optim"), [("lora", "adamw_torch"), ("qlora", "adamw_torch"), ("full", "adamw_torch"), ("full", "adamw_8bit")]
+    ("method", "optim"),
+    [
+        ("lora", "adamw_torch"),
+        ("qlora", "adamw_torch"),
+        ("full", "adamw_torch"),
+        ("full", "adamw_8bit"),
+        ("full", "lion_8bit"),
+        ("lora", "paged_adamw_32bit"),
+    ],
 )
 def test_gradients_and_optimizer_to_the_byte(method: str, optim: str, model: Path, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     import torch
@@ -82,7 +91,7 @@ def test_gradients_and_optimizer_to_the_byte(method: str, optim: str, model: Pat
     gradient_bytes = storage_bytes([p.grad for p in trained])
     trainer.optimizer.step()
     states = [t for state in trainer.optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.numel() > 1]
-    code_books = [t for t in states if t.numel() == 256 and t.dtype == torch.float32 and optim == "adamw_8bit"]
+    code_books = [t for t in states if t.numel() == 256 and t.dtype == torch.float32 and optim.endswith("8bit")]
     found = count(tiny.config(), recipe.training.method, recipe.lora, optim, "float32")
     assert found.trainable_parameters == sum(p.numel() for p in trained)
     assert found.gradient_bytes == gradient_bytes
