@@ -133,6 +133,15 @@ def test_names_that_the_model_does_not_have_are_refused_with_the_nearest(lora: d
     assert hint in (refused.value.hint or "")
 
 
+@pytest.mark.parametrize("key", ["use_dora", "lora_dropout"])
+def test_what_fused_experts_do_not_go_with_is_refused_by_its_key(key: str) -> None:
+    from shapes import config
+
+    with pytest.raises(RecipeError, match=rf"lora\.{key}: 'all-linear' reaches experts") as refused:
+        count(config("qwen3_moe"), "lora", Lora.model_validate({key: 0.1 if key == "lora_dropout" else True}), "adamw_torch", "bfloat16")
+    assert "[k_proj, o_proj, q_proj, v_proj]" in (refused.value.hint or "")
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("elements", [64 * 256, 4096 * 33, 100_000])
 def test_nf4_storages_are_those_of_bitsandbytes(double_quant: bool, elements: int) -> None:
