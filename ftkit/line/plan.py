@@ -22,7 +22,7 @@ from ftkit.engines import hf
 from ftkit.errors import DoesNotFitError, ModelError, RecipeError
 from ftkit.line.job import Job, Rows, base_folder, computes_on, dtype_on, read_data, tokenizer_of
 from ftkit.line.step import Step, write_json
-from ftkit.machine.device import best_dtype
+from ftkit.machine.device import Device, best_dtype
 from ftkit.machine.device import choose as choose_device
 from ftkit.memory.model import load_config
 from ftkit.model.open import open_config
@@ -31,9 +31,10 @@ from ftkit.ollama.modelfile import refuse_system
 from ftkit.plan import measured
 from ftkit.plan.by_measuring import Measure
 from ftkit.plan.choose import make_plan
+from ftkit.plan.gpus import CardFit, every_card
 from ftkit.plan.plan import MemoryPlan
 from ftkit.proof.score import counted_text, refuse_unreadable
-from ftkit.recipe import ASKED_MEANWHILE, Group, Recipe
+from ftkit.recipe import ASKED_MEANWHILE, Dtype, Group, Recipe
 from ftkit.run import Run
 from ftkit.train.arguments import Settings
 from ftkit.train.probe import probe
@@ -116,8 +117,22 @@ def _extra_bytes(job: Job) -> int:
     return measured.extra_bytes(job.device, measured.subject(job.recipe, job.source.fingerprint))
 
 
-def _make(job: Job, folder: Path) -> Chosen:
-    recipe, device = job.recipe, job.device
+@dataclass(frozen=True)
+class _Looked:
+    """What a plan follows from beside recipe and device."""
+
+    config: Any
+    tallies: tuple[Tally, ...]  # of training and validation rows; none without a dataset
+    length: int  # tokens of the longest row
+    labelled: int  # of a row, those that are learnt, at most
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(self.tallies[0].kept) if self.tallies else []
+
+
+def _look(job: Job) -> _Looked:
+    recipe = job.recipe
     rows = read_data(job) if job.data else None  # a fault in the data is found first
     opened = open_config(job.source, job.reporter)
     assert opened.folder
@@ -126,15 +141,41 @@ def _make(job: Job, folder: Path) -> Chosen:
     length = max((length for counted in tallies for length in counted.kept), default=recipe.training.max_length)
     labelled = max((counted.most_learnt for counted in tallies), default=length)
     _check_config(config, recipe, length)
-    job.reporter.step(f"tracing a training step of {config.model_type} at {length} tokens")
-    dtype = dtype_on(device, recipe, config.model_type)
-    _say_what_is_computed_in(job, config.model_type)
+    return _Looked(config, tallies, length, labelled)
+
+
+def every_gpu(job: Job) -> list[CardFit]:
+    """The choice for every known card. The run must be open; nothing is kept in it."""
+    looked = _look(job)
+    job.reporter.step(f"tracing training steps of {looked.config.model_type} at {looked.length} tokens, for every card")
+    unable: list[str] = []
+
+    def dtype_of(card: Device) -> Dtype | None:
+        try:
+            return dtype_on(card, job.recipe, looked.config.model_type)
+        except RecipeError:
+            unable.append(card.name)
+            return None
+
+    share = looked.labelled / looked.length
+    found = every_card(looked.config, job.recipe, looked.length, looked.lengths, dtype_of=dtype_of, labelled_share=share)
+    if unable:
+        job.reporter.note(f"left out are {len(unable)} cards that compute no {job.recipe.training.compute_dtype}, as the {unable[0]}")
+    return found
+
+
+def _make(job: Job, folder: Path) -> Chosen:
+    recipe, device, looked = job.recipe, job.device, _look(job)
+    length, labelled, tallies = looked.length, looked.labelled, looked.tallies
+    job.reporter.step(f"tracing a training step of {looked.config.model_type} at {length} tokens")
+    dtype = dtype_on(device, recipe, looked.config.model_type)
+    _say_what_is_computed_in(job, looked.config.model_type)
     memory = make_plan(
-        config,
+        looked.config,
         recipe,
         device,
         length,
-        list(tallies[0].kept) if tallies else [],
+        looked.lengths,
         dtype=dtype,
         extra_bytes=_extra_bytes(job),
         labelled_share=labelled / length,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ftkit.errors import UntracedError
+from ftkit.memory.events import WORK
 from ftkit.memory.kernels import MASK_ALIGNMENT
 from ftkit.memory.model import Adapters, Skeleton
 from ftkit.memory.optimizer import optimizer_events
@@ -16,6 +17,7 @@ from ftkit.memory.settings import HEAD_TILE_TOKENS, StepSettings, labelled_token
 from ftkit.memory.sizes import DTYPE_BYTES
 from ftkit.memory.trace import StepTracer
 from ftkit.memory.unroll import Ints, Layout, NotRepeating, unroll
+from ftkit.memory.work import COUNTED, Work
 
 
 class Sizes:
@@ -90,6 +92,15 @@ class StepMemory:
             on_cuda=self.settings.device == "cuda",
             capability=self.settings.capability,
         )
+
+    def work(self, batch: int, length: int) -> Work:
+        """What a micro-batch of `batch` rows of `length` tokens computes. Raises ModelError where it cannot be traced."""
+        fitted = self._fitted(batch, length)
+        layout, counts = fitted.layout, dict.fromkeys(COUNTED, 0)
+        sizes = fitted.sizes.at(batch, length)[layout.source]
+        for index in np.flatnonzero(layout.kinds == WORK).tolist():
+            counts[layout.labels[index]] += int(sizes[index])
+        return Work(*counts.values())
 
     def _order(self, fitted: Fitted, accumulates: bool) -> Order:
         if accumulates not in fitted.orders:

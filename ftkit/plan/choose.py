@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,7 +11,9 @@ from typing import Any
 from ftkit.data.lengths import batching, grouped_batch_tokens
 from ftkit.errors import ModelError, RecipeError, UntracedError
 from ftkit.gguf.types import gguf_model
+from ftkit.machine.cards import speed_of
 from ftkit.machine.device import Device
+from ftkit.memory.kernels import CONTEXT_BYTES
 from ftkit.memory.model import Inventory, Skeleton
 from ftkit.memory.polynomial import StepMemory
 from ftkit.memory.replay import Peak
@@ -19,6 +22,7 @@ from ftkit.plan import measured
 from ftkit.plan.by_measuring import Measure, choose_by_measuring, timeline_of
 from ftkit.plan.cost import FTKIT_BYTES
 from ftkit.plan.plan import METHODS, Candidate, MemoryPlan, Remedy, Workload, without_margin
+from ftkit.plan.speed import UNTOLD_TOKENS, Estimate, of_training
 from ftkit.recipe import Dtype, Recipe
 
 # Below so many tokens a step waits for the weights to be read, whatever the batch: a card's operations a second divided by
@@ -56,7 +60,15 @@ class Planner:
         self.skeleton = Skeleton(config, self.dtype, trust_remote_code=recipe.trust_remote_code)
         self.skeleton.shorten()
         self._memories: dict[str, StepMemory] = {}  # by the settings in words: a list of target modules has no hash
-        self._peaks: dict[tuple[str, int, int, bool], Peak] = {}
+        self._peaks: dict[tuple[object, ...], Peak] = {}
+        self._counted: dict[str, Inventory] = {}
+        self._passes: dict[int, list[int]] = {}
+
+    def on(self, device: Device) -> Planner:
+        """The same for another card that steps are traced alike for (kernels.traced_alike): what was traced and replayed is shared."""
+        planner = copy.copy(self)
+        planner.device = replace(device, capability=self.device.capability)
+        return planner
 
     def settings(self, recipe: Recipe, checkpointing: bool) -> StepSettings:
         """The step that `ftkit train` runs for this recipe; a dataset whose rows have one length is never padded."""
@@ -78,12 +90,17 @@ class Planner:
     def peak(self, recipe: Recipe, batch: int, checkpointing: bool, length: int | None = None) -> Peak:
         settings = self.settings(recipe, checkpointing)
         accumulates = recipe.training.effective_batch_size > batch
-        key = (repr(settings), batch, length or self.length, accumulates)
+        extra = self.extra_of(recipe)
+        peak = self._peak(settings, batch, length or self.length, accumulates, None)
+        room = self.limit_bytes - extra
+        if peak.device_bytes > room >= sum(part.bytes for part in peak.parts) + CONTEXT_BYTES:  # the allocator may yet make it fit
+            peak = self._peak(settings, batch, length or self.length, accumulates, room)
+        return replace(peak, device_bytes=peak.device_bytes + extra)
+
+    def _peak(self, settings: StepSettings, batch: int, length: int, accumulates: bool, room: int | None) -> Peak:
+        key = (repr(settings), batch, length, accumulates, room)
         if key not in self._peaks:
-            step = self.memory(settings).step(batch, length or self.length, accumulates=accumulates)
-            extra = self.extra_of(recipe)
-            peak = step.peak(self.limit_bytes - extra)
-            self._peaks[key] = replace(peak, device_bytes=peak.device_bytes + extra)
+            self._peaks[key] = self.memory(settings).step(batch, length, accumulates=accumulates).peak(room)
         return self._peaks[key]
 
     def extra_of(self, recipe: Recipe) -> int:
@@ -114,9 +131,11 @@ class Planner:
 
     def count(self, recipe: Recipe) -> Inventory:
         settings = self.settings(recipe, False)
-        return self.skeleton.count(
-            settings.method, settings.lora, settings.optim, settings.base_dtype, settings.trained_dtype, settings.double_quant
-        )
+        if (key := repr(settings)) not in self._counted:
+            self._counted[key] = self.skeleton.count(
+                settings.method, settings.lora, settings.optim, settings.base_dtype, settings.trained_dtype, settings.double_quant
+            )
+        return self._counted[key]
 
     def choices(self, recipe: Recipe) -> list[tuple[int, bool]]:
         """(batch, checkpointing) that the recipe allows, the fastest first; among equals the one without checkpointing."""
@@ -131,15 +150,37 @@ class Planner:
 
     def work(self, batch: int, checkpointing: bool) -> float:
         """Relative time of an epoch: tokens computed, padding included, and at least RIDGE_TOKENS a pass."""
-        training = self.recipe.training
-        passes = (
-            grouped_batch_tokens(self.lengths, batch, training.effective_batch_size, training.seed)
-            if self.lengths
-            else [batch * self.length]
-        )
+        passes = self._micro_batches(batch)
         rows = len(self.lengths) if self.lengths else batch
         tokens = sum(max(tokens, RIDGE_TOKENS) for tokens in passes) / rows
         return tokens * (CHECKPOINTING_COST if checkpointing else 1.0)
+
+    def _micro_batches(self, batch: int) -> list[int]:
+        """Tokens of each micro-batch of an epoch, padding included; without a dataset, of one with full rows."""
+        if batch not in self._passes:
+            training = self.recipe.training
+            self._passes[batch] = (
+                grouped_batch_tokens(self.lengths, batch, training.effective_batch_size, training.seed)
+                if self.lengths
+                else [batch * self.length]
+            )
+        return self._passes[batch]
+
+    def estimate(self, recipe: Recipe, fit: Candidate) -> Estimate | None:
+        """How long the training takes by this choice; None where the device's speed is not known. The step is traced."""
+        speed = speed_of(self.device.name) if self.device.kind == "cuda" else None
+        if not speed:
+            return None
+        batch = fit.per_device_train_batch_size
+        counted = self.memory(self.settings(recipe, fit.gradient_checkpointing)).work(batch, self.length)
+        micro_batches = self._micro_batches(batch)
+        if self.lengths:
+            todo = work(recipe, self.lengths)
+            tokens, repeats, steps = todo.tokens, todo.epochs, float(todo.steps)
+        else:
+            tokens, repeats = UNTOLD_TOKENS, UNTOLD_TOKENS / sum(micro_batches)
+            steps = repeats / fit.gradient_accumulation_steps
+        return of_training(speed, counted, batch * self.length, micro_batches, repeats, steps, fit.inventory, tokens)
 
     def choose(self, recipe: Recipe) -> tuple[Candidate, list[tuple[int, bool, int, bool]]]:
         """The fastest choice that fits, and all that were looked at; where none fits, the smallest."""
@@ -264,12 +305,13 @@ def make_plan(
         step = planner.memory(planner.settings(recipe, chosen.gradient_checkpointing)).step(
             chosen.per_device_train_batch_size, length, accumulates=chosen.gradient_accumulation_steps > 1
         )
-        timeline = step.timeline()
+        timeline, estimate = step.timeline(), planner.estimate(recipe, chosen) if chosen.fits else None
+        unknown = None if estimate else not_known(device) if chosen.fits else "it does not fit"
     except UntracedError:
         if not measure:
             raise
         chosen, seen = choose_by_measuring(planner, measure)
-        timeline = timeline_of(chosen)
+        timeline, estimate, unknown = timeline_of(chosen), None, "its step cannot be traced"
     batch, checkpointing = chosen.per_device_train_batch_size, chosen.gradient_checkpointing
     methods, untraced = [], {}
     for method in METHODS:
@@ -295,7 +337,16 @@ def make_plan(
         extra_bytes=planner.extra_bytes,
         timeline=timeline,
         gguf=gguf_model({tensor.name: tensor.shape for tensor in planner.skeleton.tensors}, config),
+        estimate=estimate,
+        not_estimated_because=unknown,
     )
+
+
+def not_known(device: Device) -> str:
+    """Why no time can be told before a training has run here."""
+    if device.kind == "cpu":
+        return "a processor's speed is not estimated"
+    return f"the speed of {device.name} is not known"
 
 
 def work(recipe: Recipe, lengths: Sequence[int]) -> Workload:
