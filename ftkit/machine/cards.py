@@ -54,16 +54,18 @@ def cards() -> dict[str, Card]:
 def find_card(name: str) -> Card:
     """A row of the table by any spelling of its name. RecipeError names the sizes of a card that comes in several, or near names."""
     exact = {re.sub(r"\W", "", card.name.lower()): card for card in cards().values()}  # `H100 PCIe` is another card than `H100`
-    if card := exact.get(re.sub(r"\W|nvidia|geforce|tesla", "", name.lower())):
-        return card
+    if found := exact.get(re.sub(r"\W|nvidia|geforce|tesla", "", name.lower())):
+        return found
     wanted = _plain(name)
-    known = {_plain(card.name): card for card in cards().values()}
+    known: dict[str, Card] = {}
+    for card in cards().values():
+        known.setdefault(_plain(card.name), card)
     if wanted in known:
         return known[wanted]
     if memory := re.search(r"\b(\d+) ?GB\b", name, re.IGNORECASE):  # as in `H100 80GB HBM3`: the same card if it is of that size
-        card = known.get(_plain(name.replace(memory[0], "")))
-        if card and MOST_LACKING * int(memory[1]) <= card.memory_gib <= int(memory[1]):
-            return card
+        found = known.get(_plain(name.replace(memory[0], "")))
+        if found and MOST_LACKING * int(memory[1]) <= found.memory_gib <= int(memory[1]):
+            return found
     if sizes := [card.name for card in known.values() if _plain(re.sub(r" \d+GB$", "", card.name)) == wanted]:
         raise RecipeError(f"`{name}` comes with more than one amount of memory.", f"say which: {', '.join(sizes)}")
     near = ", ".join(known[key].name for key in difflib.get_close_matches(wanted, known, NEAR_NAMES, cutoff=0.5))

@@ -64,8 +64,10 @@ def time_words(plan: MemoryPlan) -> str:
     work, estimate = plan.work, plan.estimate
     if work and work.seconds and work.tokens_per_second:
         return f"{seconds_text(work.seconds)}, at the {work.tokens_per_second:.0f} tokens/s of the last training here"
+    if not plan.chosen.fits:
+        return ""
     if not estimate:
-        return f"time not known before a training here: {plan.not_estimated_because}" if plan.not_estimated_because else ""
+        return f"not known before a training here: {plan.not_estimated_because}" if plan.not_estimated_because else ""
     span = spanned_text(estimate.seconds_low, estimate.seconds_high)
     of = f"for {work.epochs:g} epoch{'s' if work.epochs != 1 else ''}" if work else f"for {count_text(estimate.tokens)} tokens in full rows"
     return f"about {span} {of} (estimate, by the speed of {plan.device.name})"
