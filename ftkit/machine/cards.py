@@ -16,7 +16,7 @@ NEAR_NAMES = 5  # that an unknown name is told at most
 
 
 class Speed(NamedTuple):
-    """What a card can at most, by its maker's data sheet or white paper: a card's boost clock, where cooling and power allow it.
+    """What a card can at most, by its cores and boost clock, where cooling and power allow it.
 
     `tensor_tflops`: 16-bit matrix products without sparsity, summed in float32, which GeForce cards do at half speed; None without
     tensor cores. `float32_tflops`: without them.
