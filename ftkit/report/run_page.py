@@ -64,7 +64,7 @@ def write_page(page: RunPage, path: Path) -> None:
         title=f"{page.name}: how the training {HOW[page.state]}",
         page=page,
         answer=tied(headline(page)),
-        well=page.verdict.kind in ("learning", "levelled off"),
+        look={"learning": "", "levelled off": "", "too few to tell": " open"}.get(page.verdict.kind, " no"),
         validation=validation,
         best=min((p.validation_loss for p in validation if p.validation_loss is not None), default=None),
         speed=page.trained_tokens / page.seconds if page.trained_tokens and page.seconds else None,
