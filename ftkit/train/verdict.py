@@ -128,7 +128,8 @@ def _diverged(what: str, step: int, training: Training) -> Verdict:
 
 def _too_fast(what: str, growth: float | None, training: Training) -> Verdict:
     grown = f", and the gradients grew {growth:.1f}-fold" if growth and growth >= GROWS else ""
-    words = f"{what}{grown}: the learning rate is too high for {training.effective_batch_size} rows a step, most likely"
+    rows = training.effective_batch_size
+    words = f"{what}{grown}: the learning rate is too high for {rows} {'row' if rows == 1 else 'rows'} a step, most likely"
     return Verdict("oscillating", words, next_command=_set("learning_rate", _round(training.peak_learning_rate / 3)))
 
 

@@ -145,7 +145,7 @@ def trained(model: Path, folder: Path, learnt: list[Row], checked: list[Row], **
         ({"not learning"}, 120, "right", {"learning_rate": 1e-7, "max_steps": 60}),
         ({"spike", "rate"}, 120, "right", {"learning_rate": 0.3, "max_steps": 60}),
         ({"over-fitting"}, 16, "any", {"learning_rate": 1e-3, "max_steps": 80}),
-        ({"noise"}, 400, "contradicting", {"learning_rate": 1e-3, "max_steps": 120}),
+        ({"noise", "levelled off"}, 400, "contradicting", {"learning_rate": 5e-4, "max_steps": 280, "effective_batch_size": 2}),
     ],
     ids=["right", "too-low", "too-high", "few-rows", "contradicting-labels"],
 )
