@@ -200,7 +200,7 @@ def show(planned: Planned, training: Training) -> None:
     from ftkit.cli.console import print_table, say
     from ftkit.plan.cost import CHECKPOINTS_KEPT, checkpoint_bytes, disk_by_place
     from ftkit.plan.plan import MARGIN
-    from ftkit.report.words import reach, sixteen_bits, time_words
+    from ftkit.report.words import reach, sixteen_bits, time_words, together
     from ftkit.units import bytes_text, count_text
 
     memory, tokens = planned.memory, planned.tokens
@@ -217,6 +217,7 @@ def show(planned: Planned, training: Training) -> None:
         f"Batch {chosen.per_device_train_batch_size} × accumulation {chosen.gradient_accumulation_steps}, gradient checkpointing "
         f"{'on' if chosen.gradient_checkpointing else 'off'}: "
         f"{'the fastest that fits' if chosen.fits else 'the least that the recipe allows'}."
+        + (f" {together(chosen)}." if together(chosen) else "")
     )
     say(
         f"Learning rate: {training.peak_learning_rate:g} at most, {training.lr_scheduler_type}"

@@ -89,7 +89,10 @@ def training_inputs(job: Job) -> list[Any]:
             **recipe.data.model_dump(include={"columns", "labels", "thinking", "system_in_question"}, exclude_defaults=True),
         },
         *([job.chat_template] if job.chat_template else []),
-        {**_said(recipe.training, TRAINING_KEYS, {"save_minutes", "report_to"}), "learning_rate": recipe.training.peak_learning_rate},
+        {
+            **_said(recipe.training, TRAINING_KEYS, {"save_minutes", "report_to", "packing"}),
+            "learning_rate": recipe.training.peak_learning_rate,
+        },
         _said(recipe.lora, LORA_KEYS),
         *(["trust_remote_code"] if recipe.trust_remote_code else []),
         *([recipe.evaluate.model_dump(), recipe.ship.max_new_tokens] if recipe.training.metric_for_best_model == "right" else []),
@@ -109,8 +112,9 @@ def _follows_from(job: Job) -> list[Any]:
         free_bytes = last.memory.device.free_bytes
     wanted = [device.name, device.total_bytes >> 20, free_bytes, recipe.budget.vram, _extra_bytes(job)]
     versions = {name: version(name) for name in HOLDS_FOR}
+    packed = ["packing"] if recipe.training.packing else []  # it changes nothing in what is learnt
     rule = recipe.evaluate.model_dump(exclude=ASKED_MEANWHILE)
-    return [*training_inputs(job), rule, recipe.ship.model_dump(), wanted, versions]
+    return [*training_inputs(job), *packed, rule, recipe.ship.model_dump(), wanted, versions]
 
 
 def _extra_bytes(job: Job) -> int:
@@ -181,6 +185,8 @@ def _make(job: Job, folder: Path) -> Chosen:
         labelled_share=labelled / length,
         measure=_measuring(job, length, labelled),
     )
+    if recipe.training.packing and not memory.chosen.packing:
+        job.reporter.warn("rows are not packed: the step of this model was measured, not traced, and with padded rows alone")
     write_json(folder / PLAN_FILE, {"memory": memory.record(), "tokens": asdict(count_tokens(tallies)) if tallies else None})
     return Chosen(memory.chosen.fits, memory.chosen.peak.device_bytes)
 

@@ -53,7 +53,17 @@ class Trained(TrainResult):
 def _settings(job: Job, planned: MemoryPlan, base: Path) -> Settings:
     fit, (cuda, dtype) = planned.chosen, computes_on(job, hf.model_type(base))
     peak_bytes = fit.peak.allocated_bytes if cuda else fit.peak.device_bytes
-    return Settings(fit.per_device_train_batch_size, fit.gradient_accumulation_steps, fit.gradient_checkpointing, dtype, cuda, peak_bytes)
+    return Settings(
+        fit.per_device_train_batch_size,
+        fit.gradient_accumulation_steps,
+        fit.gradient_checkpointing,
+        dtype,
+        cuda,
+        peak_bytes,
+        longest_tokens=planned.max_length if fit.max_tokens else None,
+        most_learnt_tokens=round(planned.labelled_share * planned.max_length),
+        packing=fit.packing,
+    )
 
 
 def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:

@@ -35,6 +35,7 @@ class StepSettings:
     loss: Literal["fused", "logits", "float32_logits", "float32_chunks"] = "fused"
     attention: Literal["sdpa", "eager"] | None = None  # None: what transformers chooses for the model
     padded: bool = True  # rows of one batch differ in length, so that a mask is built; a batch of one never has one
+    packed: bool = False  # rows are end to end in one; its mask keeps them apart, and positions are given in place of a padding mask
     use_cache: bool = False
     keep_outputs: bool = False
     fused_qkv: bool = False

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ftkit.data.lengths import batching, grouped_batch_tokens
+from ftkit.data.lengths import PASS_TOKENS, RIDGE_TOKENS, batching, grouped_batch_tokens
 from ftkit.errors import ModelError, RecipeError, UntracedError
 from ftkit.gguf.types import gguf_model
 from ftkit.machine.cards import speed_of
@@ -16,7 +16,7 @@ from ftkit.machine.device import Device
 from ftkit.memory.kernels import CONTEXT_BYTES
 from ftkit.memory.model import Inventory, Skeleton
 from ftkit.memory.polynomial import StepMemory
-from ftkit.memory.replay import Peak
+from ftkit.memory.replay import Peak, Timeline
 from ftkit.memory.settings import StepSettings
 from ftkit.plan import measured
 from ftkit.plan.by_measuring import Measure, choose_by_measuring, timeline_of
@@ -25,11 +25,9 @@ from ftkit.plan.plan import METHODS, Candidate, MemoryPlan, Remedy, Workload, wi
 from ftkit.plan.speed import UNTOLD_TOKENS, Estimate, of_training
 from ftkit.recipe import Dtype, Recipe
 
-# Below so many tokens a step waits for the weights to be read, whatever the batch: a card's operations a second divided by
-# its bytes a second, at 2 operations and 2 bytes a weight; 164 for an RTX 4090, 200 for an A100, 295 for an H100.
-RIDGE_TOKENS = 256
 CHECKPOINTING_COST = 4 / 3  # one more forward pass beside one forward and a backward pass of twice its work
 SHORTER_BY = 64  # tokens: the step in which a shorter length is looked for
+Shape = tuple[int, int, bool]  # of a micro-batch: rows, tokens of each with padding, and whether it is rows end to end in one
 
 
 def batch_sizes(effective: int) -> list[int]:
@@ -63,6 +61,7 @@ class Planner:
         self._peaks: dict[tuple[object, ...], Peak] = {}
         self._counted: dict[str, Inventory] = {}
         self._passes: dict[int, list[int]] = {}
+        self.rows_alone = False  # whether the memory of micro-batches other than of the longest rows is not known
 
     def on(self, device: Device) -> Planner:
         """The same for another card that steps are traced alike for (kernels.traced_alike): what was traced and replayed is shared."""
@@ -88,20 +87,55 @@ class Planner:
         )
 
     def peak(self, recipe: Recipe, batch: int, checkpointing: bool, length: int | None = None) -> Peak:
-        settings = self.settings(recipe, checkpointing)
+        """The highest of all micro-batches'; where one does not fit, its own."""
+        return self._highest(recipe, batch, checkpointing, length or self.length)[0]
+
+    def _highest(self, recipe: Recipe, batch: int, checkpointing: bool, length: int) -> tuple[Peak, Shape]:
+        looked_at = []
+        for shape in self.shapes(recipe, batch, length):
+            looked_at.append((self._peak(recipe, batch, checkpointing, shape), shape))
+            if looked_at[-1][0].device_bytes > self.limit_bytes:
+                break
+        return max(looked_at, key=lambda found: found[0].device_bytes)
+
+    def _peak(self, recipe: Recipe, batch: int, checkpointing: bool, shape: Shape) -> Peak:
+        rows, length, packed = shape
+        settings = replace(self.settings(recipe, checkpointing), packed=packed)
         accumulates = recipe.training.effective_batch_size > batch
         extra = self.extra_of(recipe)
-        peak = self._peak(settings, batch, length or self.length, accumulates, None)
+        peak = self._replayed(settings, rows, length, accumulates, None)
         room = self.limit_bytes - extra
         if peak.device_bytes > room >= sum(part.bytes for part in peak.parts) + CONTEXT_BYTES:  # the allocator may yet make it fit
-            peak = self._peak(settings, batch, length or self.length, accumulates, room)
+            peak = self._replayed(settings, rows, length, accumulates, room)
         return replace(peak, device_bytes=peak.device_bytes + extra)
 
-    def _peak(self, settings: StepSettings, batch: int, length: int, accumulates: bool, room: int | None) -> Peak:
+    def _replayed(self, settings: StepSettings, batch: int, length: int, accumulates: bool, room: int | None) -> Peak:
         key = (repr(settings), batch, length, accumulates, room)
         if key not in self._peaks:
             self._peaks[key] = self.memory(settings).step(batch, length, accumulates=accumulates).peak(room)
         return self._peaks[key]
+
+    def max_tokens(self, recipe: Recipe, batch: int, length: int | None = None) -> int | None:
+        """Tokens that a micro-batch may hold, padding included, as `batch` of the longest rows do; None: it is `batch` rows always."""
+        fixed = recipe.training.per_device_train_batch_size or not self.lengths
+        return None if self.rows_alone or (fixed and not recipe.training.packing) else batch * (length or self.length)
+
+    def shapes(self, recipe: Recipe, batch: int, length: int) -> list[Shape]:
+        """Those of the micro-batches that bound the memory of all others, the likely highest first.
+
+        With as many tokens in all, what a step holds is convex in the length – a + b rows + c length + d length² – and a row alone
+        has no mask: the highest is the longest, the shortest, or the longest two. More learnt tokens than in the longest rows go
+        together in none.
+        """
+        tokens = self.max_tokens(recipe, batch, length)
+        found = [(batch, length, False)]
+        if tokens is None:
+            return found
+        if recipe.training.packing:
+            found.insert(0, (1, tokens, True))
+        most = min(recipe.training.effective_batch_size, tokens // min(self.lengths, default=length))
+        more = {rows for rows in ((2 if batch == 1 else batch), most) if batch < rows <= most}
+        return found + [(rows, tokens // rows, False) for rows in sorted(more)]
 
     def extra_of(self, recipe: Recipe) -> int:
         """What is added to a step's peak: a probe's difference only where that very step is planned, not for another method."""
@@ -127,6 +161,8 @@ class Planner:
             gradient_checkpointing=checkpointing,
             peak=measured or self.peak(recipe, batch, checkpointing),
             budget_bytes=self.device.free_bytes,
+            max_tokens=self.max_tokens(recipe, batch),
+            packing=recipe.training.packing and not self.rows_alone,
         )
 
     def count(self, recipe: Recipe) -> Inventory:
@@ -136,6 +172,13 @@ class Planner:
                 settings.method, settings.lora, settings.optim, settings.base_dtype, settings.trained_dtype, settings.double_quant
             )
         return self._counted[key]
+
+    def timeline(self, recipe: Recipe, fit: Candidate) -> Timeline:
+        """Of the micro-batch with the highest peak."""
+        on, batch = fit.gradient_checkpointing, fit.per_device_train_batch_size
+        rows, length, packed = self._highest(recipe, batch, on, self.length)[1]
+        memory = self.memory(replace(self.settings(recipe, on), packed=packed))
+        return memory.step(rows, length, accumulates=recipe.training.effective_batch_size > batch).timeline()
 
     def choices(self, recipe: Recipe) -> list[tuple[int, bool]]:
         """(batch, checkpointing) that the recipe allows, the fastest first; among equals the one without checkpointing."""
@@ -149,10 +192,11 @@ class Planner:
         )
 
     def work(self, batch: int, checkpointing: bool) -> float:
-        """Relative time of an epoch: tokens computed, padding included, and at least RIDGE_TOKENS a pass."""
-        passes = self._micro_batches(batch)
+        """Relative time of an epoch, of rows whose lengths are not known that of a row: tokens computed, padding included, at least
+        RIDGE_TOKENS a pass. On a CPU what a pass costs beside them counts too; on a GPU that is not measured."""
+        beside = PASS_TOKENS if self.device.kind == "cpu" else 0
         rows = len(self.lengths) if self.lengths else batch
-        tokens = sum(max(tokens, RIDGE_TOKENS) for tokens in passes) / rows
+        tokens = sum(max(tokens, RIDGE_TOKENS) + beside for tokens in self._micro_batches(batch)) / rows
         return tokens * (CHECKPOINTING_COST if checkpointing else 1.0)
 
     def _micro_batches(self, batch: int) -> list[int]:
@@ -160,7 +204,7 @@ class Planner:
         if batch not in self._passes:
             training = self.recipe.training
             self._passes[batch] = (
-                grouped_batch_tokens(self.lengths, batch, training.effective_batch_size, training.seed)
+                grouped_batch_tokens(self.lengths, batch, training.effective_batch_size, training.seed, self.max_tokens(self.recipe, batch))
                 if self.lengths
                 else [batch * self.length]
             )
@@ -302,14 +346,13 @@ def make_plan(
     training = recipe.training
     try:
         chosen, seen = planner.choose(recipe)
-        step = planner.memory(planner.settings(recipe, chosen.gradient_checkpointing)).step(
-            chosen.per_device_train_batch_size, length, accumulates=chosen.gradient_accumulation_steps > 1
-        )
-        timeline, estimate = step.timeline(), planner.estimate(recipe, chosen) if chosen.fits else None
+        timeline = planner.timeline(recipe, chosen)
+        estimate = planner.estimate(recipe, chosen) if chosen.fits else None
         unknown = None if estimate else not_known(device) if chosen.fits else "it does not fit"
     except UntracedError:
         if not measure:
             raise
+        planner.rows_alone, planner._passes = True, {}
         chosen, seen = choose_by_measuring(planner, measure)
         timeline, estimate, unknown = timeline_of(chosen), None, "its step cannot be traced"
     batch, checkpointing = chosen.per_device_train_batch_size, chosen.gradient_checkpointing
@@ -332,7 +375,9 @@ def make_plan(
         untraced=untraced,
         batches=tuple(seen),
         changes=() if chosen.fits else planner.changes(chosen),
-        batching=batching(lengths, batch, training.effective_batch_size, training.max_length, training.seed) if lengths else None,
+        batching=batching(lengths, batch, training.effective_batch_size, training.max_length, training.seed, chosen.max_tokens)
+        if lengths
+        else None,
         work=work(recipe, lengths) if lengths else None,
         extra_bytes=planner.extra_bytes,
         timeline=timeline,

@@ -31,6 +31,8 @@ class Candidate:
     gradient_checkpointing: bool
     peak: Peak
     budget_bytes: int
+    max_tokens: int | None = None  # that a micro-batch holds, padding included: more rows where they are short; None: so many rows always
+    packing: bool = False  # rows end to end in one, without padding
 
     @property
     def limit_bytes(self) -> int:

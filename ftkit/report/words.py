@@ -48,7 +48,16 @@ def why(plan: MemoryPlan) -> str:
         reason = f"the fastest choice that fits; {f'the {faster} faster ones do' if faster > 1 else 'the only faster one does'} not"
     else:
         reason = "no allowed choice is faster"
-    return f"{choice(plan)}: {reason}."
+    return f"{choice(plan)}: {reason}." + (f" {together(fit)}." if together(fit) else "")
+
+
+def together(fit: Candidate) -> str | None:
+    """Which rows share a micro-batch, where it is not as many as the batch says whatever their length."""
+    if fit.packing:
+        return f"Rows are packed end to end, up to {fit.max_tokens:,} tokens, if this model is found to keep them apart"
+    if fit.max_tokens and fit.gradient_accumulation_steps > 1:
+        return f"Shorter rows go together, up to {fit.max_tokens:,} tokens at once"
+    return None
 
 
 def choice(plan: MemoryPlan) -> str:

@@ -24,6 +24,18 @@ class Settings:
     dtype: Dtype  # what is computed in
     cuda: bool
     planned_bytes: int | None = None  # the peak: allocated on a GPU, or of the process; to hold the real one against
+    longest_tokens: int | None = None  # of the longest row; shorter ones go together in its room. None: as many rows always
+    most_learnt_tokens: int = 0  # of a row
+    packing: bool = False
+
+    @property
+    def max_tokens(self) -> int | None:
+        """That a micro-batch holds, padding included."""
+        return None if self.longest_tokens is None else self.per_device_train_batch_size * self.longest_tokens
+
+    @property
+    def max_learnt_tokens(self) -> int:
+        return self.per_device_train_batch_size * self.most_learnt_tokens
 
 
 def arguments(training: Training, settings: Settings, rows: int, checkpoints: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ftkit.recipe import Recipe
 from ftkit.run import CHECKPOINTS
 from ftkit.train.answers import Scorer
 from ftkit.train.arguments import Settings, arguments
+from ftkit.train.micro_batches import in_micro_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,13 +45,15 @@ def build_trainer(
     patches.require("training")  # before the model is loaded
     hf.refuse_lost_gradients()
     method = recipe.training.method
-    config = SFTConfig(**arguments(recipe.training, settings, len(training), folder / CHECKPOINTS))
+    rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    whole_steps = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
+    config = SFTConfig(**{**arguments(recipe.training, settings, len(training), folder / CHECKPOINTS), **whole_steps})
     model = hf.load_model(base, method, dtype=settings.dtype, cuda=settings.cuda, trust_remote_code=recipe.trust_remote_code)
     text = model.config.get_text_config()
     if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
         text.num_experts = text.num_local_experts  # which TRL 1.16 asks Granite's for too, and it has the other name alone
     with adaptable(model):
-        trainer = _reproducible(SFTTrainer, scorer)(
+        trainer = in_micro_batches(_reproducible(SFTTrainer, scorer), settings)(
             model=model,
             args=config,
             train_dataset=dataset_of(training),

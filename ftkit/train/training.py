@@ -19,6 +19,7 @@ from ftkit.train.arguments import Settings
 from ftkit.train.checkpoints import TRAINER_STATE, drop_broken_checkpoints, last_checkpoint, mend_best, state_of, step_of
 from ftkit.train.curve import Point, points
 from ftkit.train.dynamics import SEEN, kept
+from ftkit.train.packing import what_packing_changes
 from ftkit.train.reporting import reporting
 from ftkit.train.trainer import build_trainer, dataset_of
 from ftkit.train.verdict import Verdict, read_curve
@@ -83,6 +84,9 @@ def train(
     stopper = EarlyStoppingCallback(recipe.training.early_stopping_patience, recipe.training.early_stopping_threshold)
     scorer = make_scorer(asked, tokenizer, reporter, needed=needed) if asked else None
     trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, checkpoints.parent, [watcher, stopper], scorer)
+    if settings.packing and (change := what_packing_changes(trainer, training)):
+        reporter.warn(f"rows are not packed: {change}; rows of like length go together instead, padded")
+        trainer.packing = False
     if settings.cuda:
         torch.cuda.reset_peak_memory_stats()
     if resumed and _is_over(resumed, trainer.args.max_steps):

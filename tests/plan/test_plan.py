@@ -13,6 +13,7 @@ from ftkit.machine.device import Device
 from ftkit.plan.choose import RIDGE_TOKENS, SHORTER_BY, Planner, apply, batch_sizes, make_plan
 from ftkit.plan.plan import MARGIN, PROBED, MemoryPlan
 from ftkit.recipe import Recipe
+from ftkit.report.words import together
 from ftkit.units import GIB, MIB
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
@@ -47,6 +48,37 @@ def test_short_rows_go_together_and_long_ones_need_not() -> None:
     """A row of 1024 tokens keeps the card busy by itself; of 64 tokens, four are put together."""
     assert plan(8 * GIB).chosen.per_device_train_batch_size == 1
     assert plan(8 * GIB, 64).chosen.per_device_train_batch_size == RIDGE_TOKENS // 64
+
+
+def test_short_rows_share_the_room_of_one_long_row_and_the_plan_holds_for_every_micro_batch() -> None:
+    """Where one row of 1024 tokens fits and two do not: eight of 128 go together, and none of a step's splits needs more."""
+    lengths = (1024, *(128,) * 60, *(40,) * 20)
+    alone = plan(8 * GIB, per_device_train_batch_size=1, lengths=lengths).chosen
+    assert alone.max_tokens is None
+    budget_bytes = int(alone.peak.device_bytes / (1 - MARGIN)) + 40 * MIB
+    made = plan(budget_bytes, lengths=lengths, gradient_checkpointing=False)
+    fit = made.chosen
+    assert (fit.fits, fit.per_device_train_batch_size, fit.max_tokens) == (True, 1, 1024)
+    planner = Planner(small(), recipe(), card(budget_bytes), 1024, lengths, bfloat16=True)
+    planned = planner.peak(recipe(), 1, False).device_bytes
+    assert planned == fit.peak.device_bytes
+    for rows in (1, 2, 3, 8):
+        assert planner.memory(planner.settings(recipe(), False)).step(rows, 1024 // rows, accumulates=True).peak().device_bytes <= planned
+    assert together(fit) == "Shorter rows go together, up to 1,024 tokens at once"
+    assert made.batching
+    assert max(made.batching.grouped_batch_tokens) <= 1024
+    assert len(made.batching.grouped_batch_tokens) < 25  # passes for 81 rows
+
+
+def test_packed_rows_are_planned_with_their_mask() -> None:
+    """A row of 4 × 1024 tokens has a mask of its length squared, and what padding needs is planned beside it: it may come to that."""
+    lengths = (1024, 512, 100)
+    given = {"lengths": lengths, "per_device_train_batch_size": 4}
+    padded, packed = plan(8 * GIB, **given), plan(8 * GIB, packing=True, **given)
+    assert not padded.chosen.packing
+    assert (packed.chosen.packing, packed.chosen.max_tokens) == (True, 4096)
+    assert packed.chosen.peak.device_bytes > padded.chosen.peak.device_bytes
+    assert "up to 4,096 tokens, if this model is found to keep them apart" in str(together(packed.chosen))
 
 
 def test_checkpointing_comes_only_where_nothing_fits_without() -> None:
