@@ -112,7 +112,8 @@ def batching(
 def grouped_batch_tokens(lengths: Sequence[int], batch: int, effective_batch: int, seed: int, max_tokens: int | None = None) -> list[int]:
     """Tokens of each micro-batch of an epoch, padding included, as the trainer puts rows of like length together.
 
-    `batch` rows at once or, with `max_tokens`, as `micro_batches` has them. The order is that of the first epoch; training shuffles anew each epoch.
+    `batch` rows at once or, with `max_tokens`, as `micro_batches` has them. The order is that of the first epoch; training shuffles
+    anew each epoch.
     """
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices
