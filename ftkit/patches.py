@@ -26,6 +26,7 @@ class Traced:
 
     attention: Callable[..., Any] | None  # in place of scaled_dot_product_attention; None on a CPU
     padded: bool  # whether a batch's rows differ in length, so that a mask is built
+    packed: bool = False  # whether rows are end to end in one, so that a mask is built
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,13 @@ class Inside:
 
 def _nothing(*_: Any, **__: Any) -> None:
     """In place of a kernel that has no memory of its own."""
+
+
+def _row_of_each(position_ids: Any) -> Any:
+    """`find_packed_sequence_indices` of rows end to end."""
+    import torch
+
+    return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
 
 
 def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
@@ -188,7 +196,8 @@ PATCHES: tuple[Patch, ...] = (
     Patch("tracing", "transformers.masking_utils", "fast_all", lambda traced: lambda mask: not traced.padded, _NO_VALUES, *_TRANSFORMERS),
     Patch("tracing", "transformers.masking_utils", "torch", lambda traced: _TorchOfMasks(traced.padded),
           "of layers with a state, `create_recurrent_attention_mask` asks for values that fake tensors do not have", *_TRANSFORMERS),
-    Patch("tracing", "transformers.masking_utils", "find_packed_sequence_indices", lambda _: _nothing, _NO_VALUES, *_TRANSFORMERS),
+    Patch("tracing", "transformers.masking_utils", "find_packed_sequence_indices",
+          lambda traced: _row_of_each if traced.packed else _nothing, _NO_VALUES, *_TRANSFORMERS),
     Patch("tracing", "bitsandbytes.nn.modules", "Linear4bit.forward", lambda _: _forward_4bit,
           "looks for Params4bit, which cannot wrap a fake tensor", *_BITSANDBYTES),
     Patch("tracing DoRA", "peft.tuners.lora.dora", "dequantize_module_weight", lambda _: _dequantised,
@@ -224,6 +233,7 @@ INSIDES: tuple[Inside, ...] = (
     Inside("training", "transformers.trainer", "Trainer._get_train_sampler", "else no seed fixes the order of rows", *_TRANSFORMERS),
     Inside("training", "transformers.trainer", "Trainer._load_best_model", "a finished training is taken up with it", *_TRANSFORMERS),
     Inside("training", "transformers.trainer", "Trainer._save_checkpoint", "where memory runs out, the last step is kept", *_TRANSFORMERS),
+    Inside("training", "trl.trainer.sft_trainer", "add_fused_lm_head", "packing is checked on the log-probabilities that it gives", *_TRL),
     Inside("running adapters", _LORA, "_LoraFactorsProxy", "it adds A B to experts as PEFT does", *_PEFT),
     Inside("reading 4-bit weights", "bitsandbytes.nn", "Params4bit.quant_state", "scales and code books are in it", *_BITSANDBYTES),
     Inside("loading in 4 bits", "bitsandbytes.nn.parametrize", "Bnb4bitParametrization", "experts are dequantised by it", *_BITSANDBYTES),

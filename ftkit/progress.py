@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
+
+Curves = Mapping[str, Sequence[tuple[float, float]]]  # (done, value) by name: the first a line, a second as marks
 
 
 class Bar(Protocol):
     """One running piece of work."""
 
-    def update(self, done: float, **fields: str) -> None:
-        """Set what is done so far, and words to show beside it (loss, speed, memory)."""
+    def update(self, done: float, *, curves: Curves | None = None, **fields: str) -> None:
+        """Set what is done so far, words to show beside it (loss, speed, memory), and curves to draw where there is room."""
 
 
 class Reporter(Protocol):
@@ -31,7 +33,7 @@ class Reporter(Protocol):
 
 
 class _SilentBar:
-    def update(self, done: float, **fields: str) -> None:
+    def update(self, done: float, *, curves: Curves | None = None, **fields: str) -> None:
         pass
 
 

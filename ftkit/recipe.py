@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from ftkit.errors import RecipeError
 from ftkit.units import parse_vram
 
+ReportTo = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "clearml", "dvclive", "swanlab"]  # transformers' names
 Method = Literal["qlora", "lora", "full"]
+Dtype = Literal["bfloat16", "float16", "float32"]
 # llama-quantize's names, without those that need an importance matrix or are no quantisation of a whole model.
 QUANTIZATIONS = (
     "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1",
@@ -110,24 +112,36 @@ class Training(Group):
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
     max_steps: Annotated[int, Field(ge=1)] | None = None
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="left out: by the method")
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    lr_scheduler_type: Literal[
+        "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "inverse_sqrt", "warmup_stable_decay"
+    ] = "cosine"
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
+    optim: Literal["adamw_torch", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"] = "adamw_torch"
+    neftune_noise_alpha: Annotated[float, Field(gt=0, le=100)] | None = Field(default=None, description="noise on embeddings in training")
     effective_batch_size: Annotated[int, Field(ge=1)] = 8
     per_device_train_batch_size: Annotated[int, Field(ge=1)] | None = Field(default=None, description="left out: the plan chooses")
     gradient_checkpointing: bool | None = Field(default=None, description="left out: the plan chooses")
+    packing: bool = Field(default=False, description="rows end to end in one, without padding, where that is proved to change nothing")
     evaluations_per_epoch: Annotated[float, Field(gt=0)] = 1.0
     early_stopping_patience: Annotated[int, Field(ge=1)] = 3
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    metric_for_best_model: Literal["eval_loss", "right"] = "eval_loss"
     save_minutes: Annotated[float, Field(gt=0)] = 10.0
+    report_to: list[ReportTo] = []
     seed: Annotated[int, Field(ge=0)] = 42
+    compute_dtype: Dtype | None = Field(default=None, description="what is computed in; left out: by the device and the model")
 
     @property
     def peak_learning_rate(self) -> float:
         """The highest learning rate: the recipe's, else the method's."""
         return self.learning_rate or PEAK_LEARNING_RATES[self.method]
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _divides(self) -> Training:
@@ -169,6 +183,7 @@ def modelfile_value(text: str) -> str:
 
 By = Literal["whole", "first_line", "last_line", "regex", "json", "labels"]
 KEY_OF: dict[str, By] = {"pattern": "regex", "keys": "json", "labels": "labels"}  # the keys that are of one kind alone
+ASKED_MEANWHILE = {"every", "rows"}  # keys that say when answers are scored in training, and nothing of how
 MOST_REPEATED = 1_000_000  # the product of a pattern's {n}: repetitions inside each other are written out, in memory
 
 
@@ -181,6 +196,10 @@ class Evaluate(Group):
     )
     keys: list[str] | None = Field(default=None, validate_default=True, description="by: json; only these keys are compared")
     labels: list[str] | None = Field(default=None, validate_default=True, description="by: labels; one of them is said in each answer")
+    every: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="while training, ask validation rows at each, or each so many-th evaluation; 0: not at all"
+    )
+    rows: Annotated[int, Field(ge=1)] = Field(default=32, description="so many of them, the first")
 
     @field_validator("pattern", "keys", "labels")
     @classmethod
@@ -309,6 +328,12 @@ class Recipe(Group):
     ship: Ship = Ship()
     tools: Tools = Tools()
 
+    @model_validator(mode="after")
+    def _counts_right_answers(self) -> Recipe:
+        if self.training.metric_for_best_model == "right" and self.evaluate.every != 1:
+            raise ValueError("training.metric_for_best_model: right needs the answers of each evaluation: set evaluate.every to 1")
+        return self
+
 
 # Of `lora`, what says what is trained: with all weights trained it contradicts, where a rank is only not used.
 ADAPTERS_ALONE = ("use_dora", "modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern")
@@ -392,4 +417,6 @@ def _fault(entry: Any) -> str:
     if entry["type"] == "missing":
         return f"{dotted}: missing"
     message = entry["msg"].removeprefix("Value error, ")
+    if not keys and entry["type"] == "value_error":  # of keys in several groups, which it names itself
+        return str(message)
     return f"{dotted}: {message}" + ("" if entry["type"] == "value_error" else f" (got {SHORT.repr(entry['input'])})")

@@ -36,6 +36,21 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def spanned_text(low: float, high: float) -> str:
+    """A range of seconds: `4320, 9000` → `1.2 to 2.5 hours`, two digits of each."""
+    unit, name = next((found for found in ((86400, "days"), (3600, "hours"), (60, "minutes")) if high >= found[0]), (1, "seconds"))
+    return f"{_two_digits(low / unit)} to {_two_digits(high / unit)} {name}"
+
+
+def hours_text(seconds: float) -> str:
+    """`4320` → `1.2`, in hours, two digits."""
+    return _two_digits(seconds / 3600)
+
+
+def _two_digits(number: float) -> str:
+    return f"{number:.2g}" if number < 0.995 else f"{number:.1f}" if number < 9.95 else f"{float(f'{number:.2g}'):.0f}"
+
+
 def parse_vram(text: str) -> int:
     """Bytes of `24`, `24GB`, `24 GiB` or `800MiB`.
 

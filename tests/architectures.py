@@ -306,7 +306,7 @@ def kl(model: Path, path: Path) -> float:
     ids = torch.tensor(found["tokens"].reshape(1, -1).astype("int64"))
     theirs = torch.tensor(found["logits"].reshape(ids.shape[1], -1))
     with torch.inference_mode():
-        ours = hf.load_model(model, None, bfloat16=False, cuda=False)(input_ids=ids).logits[0].double()
+        ours = hf.load_model(model, None, dtype="float32", cuda=False)(input_ids=ids).logits[0].double()
     p, q = ours.log_softmax(-1), theirs[:, : ours.shape[-1]].double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
 

@@ -8,10 +8,13 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from click.testing import Result
 from test_docs import ROOT
+
+from ftkit.train.verdict import Kind
 
 CONCEPTS = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
 LLAMA = {  # as the hub has it
@@ -58,6 +61,11 @@ def test_the_document_shows_what_is_printed(ftkit: Callable[..., Result], tmp_pa
         assert missing(shown, done.output) == [], command
 
 
+def test_every_verdict_on_a_curve_stands_in_the_table() -> None:
+    told = set(re.findall(r"(?m)^\| .+ \| .+ \| ([a-z -]+) \| .+ \|$", CONCEPTS)) - {"verdict"}
+    assert told == set(get_args(Kind)) - {"too few to tell"}
+
+
 def test_what_the_document_derives() -> None:
     """Figures that follow from others in it."""
     weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
@@ -66,9 +74,9 @@ def test_what_the_document_derives() -> None:
     adapter = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     assert f"{adapter:,}" in CONCEPTS
     assert f"{2 * adapter:,}" in CONCEPTS
-    assert f"{100 * 5.31 / 14.96:.0f} %" == "35 %"
-    assert f"{14.96 / 4:.2f}" in CONCEPTS
+    assert f"16 bits: {100 * 5.31 / 14.96:.0f} %" in CONCEPTS
+    assert f"A quarter of 14.96 GiB is {14.96 / 4:.2f}" in CONCEPTS
     assert f"{8 * 4.58 * 2**30 / (weights + tables + norms):.1f} bits a weight" in CONCEPTS
-    assert f"{(20.93 - 8.01):.0f}" == "13"
-    assert math.ceil((480 - 48) / 8) * 3 == 162
-    assert [32 / r for r in (16, 32, 64)] == [2, 1, 0.5]
+    assert f"{20.93 - 8.01:.0f} of {20.93:.0f} GiB" in CONCEPTS
+    assert f"{math.ceil(0.9 * 480 / 8)} steps" in CONCEPTS
+    assert "rank {} is scaled by {:g}, rank {} by {:g}, rank {} by {:g}".format(*(n for r in (16, 32, 64) for n in (r, 32 / r))) in CONCEPTS

@@ -12,7 +12,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-SETTINGS = Settings(per_device_train_batch_size=2, gradient_accumulation_steps=1, gradient_checkpointing=False, bfloat16=False, cuda=False)
+SETTINGS = Settings(per_device_train_batch_size=2, gradient_accumulation_steps=1, gradient_checkpointing=False, dtype="float32", cuda=False)
 
 
 def config(**changes: Any) -> Any:

@@ -10,17 +10,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from ftkit.cli.braille import chart
 from ftkit.errors import visible
-from ftkit.progress import Bar
+from ftkit.progress import Bar, Curves
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-PLAIN_LINE_EVERY_SECONDS = 15.0
+FIRST_LINE_AFTER_SECONDS, PLAIN_LINE_EVERY_SECONDS = 5.0, 60.0
+BAR_COLUMNS = 60  # that a bar takes without the words beside it
+CHART_ROWS, CHART_COLUMNS = 8, 90  # of the curves, at most
+FEWEST_ROWS, FEWEST_COLUMNS = 4, 50  # at least
+OTHER_ROWS = 12  # of a terminal, that stay for what was said before
 
 
 def print_json(value: Any) -> None:
@@ -57,23 +62,50 @@ def show_marked(pieces: Sequence[tuple[str, bool]]) -> None:
     console.print(text)
 
 
+class _Picture(Progress):
+    """A bar; below it the words that would not fit beside it; above it the curves, where the terminal has room for them."""
+
+    words: Sequence[str] = ()
+    total = 0.0
+    curves: Curves | None = None
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        size = stderr.size
+        rows = min(CHART_ROWS, size.height - OTHER_ROWS)
+        if self.curves and rows >= FEWEST_ROWS and size.width >= FEWEST_COLUMNS and stderr.encoding.startswith("utf"):
+            width = min(size.width, CHART_COLUMNS) - 1
+            yield Text("\n".join(chart(self.curves, self.total, width, rows)), no_wrap=True, overflow="crop")
+        yield from super().get_renderables()
+        line = ""
+        for word in self.words:
+            if line and len(line) + len(word) + 4 > size.width:
+                yield Text(f"  {line}")
+                line = ""
+            line += f"  {word}" if line else word
+        yield from [Text(f"  {line}")] if line else []
+
+
 class _TerminalBar:
-    def __init__(self, progress: Progress, task: Any) -> None:
+    def __init__(self, progress: _Picture, task: Any) -> None:
         self._progress, self._task = progress, task
 
-    def update(self, done: float, **fields: str) -> None:
-        self._progress.update(self._task, completed=done, fields="  ".join(f"{k} {v}" for k, v in fields.items()))
+    def update(self, done: float, *, curves: Curves | None = None, **fields: str) -> None:
+        words = [f"{k} {v}" for k, v in fields.items()]
+        beside = "  ".join(words)
+        fits = len(beside) <= stderr.width - BAR_COLUMNS
+        self._progress.words, self._progress.curves = () if fits else words, curves
+        self._progress.update(self._task, completed=done, fields=beside if fits else "")
 
 
 class _PlainBar:
-    """Without a terminal: a line now and then, and one at the end."""
+    """Without a terminal: a line soon, so that a person sees that it works, one a minute, and one at the end."""
 
     def __init__(self, label: str, total: float) -> None:
-        self._label, self._total, self._last = label, total, time.monotonic()
+        self._label, self._total, self._next = label, total, time.monotonic() + FIRST_LINE_AFTER_SECONDS
 
-    def update(self, done: float, **fields: str) -> None:
-        if done >= self._total or time.monotonic() - self._last > PLAIN_LINE_EVERY_SECONDS:
-            self._last = time.monotonic()
+    def update(self, done: float, *, curves: Curves | None = None, **fields: str) -> None:
+        if done >= self._total or time.monotonic() > self._next:
+            self._next = time.monotonic() + PLAIN_LINE_EVERY_SECONDS
             words = "".join(f", {k} {v}" for k, v in fields.items())
             click.echo(f"  {self._label}: {done:g}/{self._total:g}{words}", err=True)
 
@@ -101,5 +133,6 @@ class ConsoleReporter:
             TaskProgressColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[fields]}", markup=False),
         )
-        with Progress(*columns, console=stderr) as progress:
+        with _Picture(*columns, console=stderr) as progress:
+            progress.total = total
             yield _TerminalBar(progress, progress.add_task(label, total=total, fields=""))

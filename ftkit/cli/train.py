@@ -60,7 +60,8 @@ def command(recipe: Path, as_json: bool, html: Path | None, **options: Any) -> N
     for retry in result.retries:
         say(f"{retry.said[0].upper()}{retry.said[1:]}.")
     losses = f"{result.first_validation_loss:.4f} → {result.best_validation_loss:.4f}"
-    say(f"Validation loss {losses} (best, step {result.best_step}).")
+    right = f", {result.best_right_percent:.0f} % of its answers right" if result.best_right_percent is not None else ""
+    say(f"Validation loss {losses} (best, step {result.best_step}{right}).")
     say(f"{result.verdict[:1].upper()}{result.verdict[1:]}.")
     planned = result.planned_device_bytes if "RAM" in result.peak_is else result.planned_allocated_bytes
     beside = f", planned {bytes_text(planned)}" if planned else ""  # runs of ftkit before 0.2 recorded no plan

@@ -9,6 +9,11 @@ from dataclasses import dataclass, field
 from ftkit.data.mask import cut
 from ftkit.data.rows import IGNORED, Example
 
+# Below so many tokens a step waits for the weights to be read, whatever the batch: a card's operations a second divided by
+# its bytes a second, at 2 operations and 2 bytes a weight; 164 for an RTX 4090, 200 for an A100, 295 for an H100.
+RIDGE_TOKENS = 256
+PASS_TOKENS = 64  # what a pass costs beside its tokens, in tokens (docs/speed.md)
+
 
 @dataclass(frozen=True)
 class TokenCounts:
@@ -74,15 +79,17 @@ class Batching:
     batch: int
     tokens: int  # of the rows themselves
     random_tokens: int  # batches in random order, each padded to its longest row
-    grouped_tokens: int  # rows of like length together, as ftkit trains
+    grouped_tokens: int  # rows of like length together, in micro-batches of as many rows as there is room for, as ftkit trains
     packed_tokens: int  # rows joined into rows of max_length, as a packing trainer would
     grouped_batch_tokens: tuple[int, ...]  # of each grouped batch
 
 
-def batching(lengths: Sequence[int], batch: int, effective_batch: int, max_length: int, seed: int) -> Batching:
+def batching(
+    lengths: Sequence[int], batch: int, effective_batch: int, max_length: int, seed: int, max_tokens: int | None = None
+) -> Batching:
     """What padding costs at this batch size, of micro-batches that make up `effective_batch` rows a step.
 
-    Packing is best fit, longest first.
+    `max_tokens` as in `grouped_batch_tokens`. Packing is best fit, longest first.
     """
     import random
     from bisect import bisect_left, insort
@@ -98,21 +105,56 @@ def batching(lengths: Sequence[int], batch: int, effective_batch: int, max_lengt
         else:
             rows += 1
             insort(free, max_length - length)
-    grouped = grouped_batch_tokens(lengths, batch, effective_batch, seed)
+    grouped = grouped_batch_tokens(lengths, batch, effective_batch, seed, max_tokens)
     return Batching(batch, sum(lengths), sum(padded_tokens(order, batch)), sum(grouped), rows * max_length, tuple(grouped))
 
 
-def grouped_batch_tokens(lengths: Sequence[int], batch: int, effective_batch: int, seed: int) -> list[int]:
+def grouped_batch_tokens(lengths: Sequence[int], batch: int, effective_batch: int, seed: int, max_tokens: int | None = None) -> list[int]:
     """Tokens of each micro-batch of an epoch, padding included, as the trainer puts rows of like length together.
 
-    Its sampler groups by the rows of a whole optimizer step, not of a micro-batch, so that the next micro-batch of a step
-    goes on where the last ended. The order is that of the first epoch; training shuffles anew each epoch.
+    `batch` rows at once or, with `max_tokens`, as `micro_batches` has them. The order is that of the first epoch; training shuffles
+    anew each epoch.
     """
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
+    if not lengths:  # every row is longer than max_length
+        return []
     order = get_length_grouped_indices(lengths, effective_batch, generator=torch.Generator().manual_seed(seed))
-    return padded_tokens([lengths[index] for index in order], batch)
+    steps = [[lengths[row] for row in order[begin : begin + effective_batch]] for begin in range(0, len(order), effective_batch)]
+    if max_tokens is None:
+        return [tokens for step in steps for tokens in padded_tokens(step, batch)]
+    return [max(step[row] for row in rows) * len(rows) for step in steps for rows in micro_batches(step, max_tokens)]
+
+
+def micro_batches(
+    lengths: Sequence[int], max_tokens: int, learnt: Sequence[int] | None = None, max_learnt: int = 0, *, packed: bool = False
+) -> list[list[int]]:
+    """The rows of one optimizer step, by number, split into the micro-batches that cost least, longest rows first.
+
+    A micro-batch holds at most `max_tokens`, padding included (`packed`: there is none), and, of `learnt` tokens of each row, at
+    most `max_learnt`; a row alone may always go. It costs its tokens, at least RIDGE_TOKENS, and PASS_TOKENS.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    least, begin_of = [0], [0]  # of the first so many rows: their cost, and where their last micro-batch begins
+    for end in range(1, len(order) + 1):
+        cost, tokens, scored, best, begins = 0, 0, 0, -1, 0
+        for begin in range(end - 1, -1, -1):
+            row = order[begin]
+            tokens = tokens + lengths[row] if packed else lengths[row] * (end - begin)
+            scored += learnt[row] if learnt else 0
+            if end - begin > 1 and (tokens > max_tokens or scored > max_learnt):
+                break
+            cost = least[begin] + max(tokens, RIDGE_TOKENS) + PASS_TOKENS
+            if best < 0 or cost <= best:
+                best, begins = cost, begin
+        least.append(best)
+        begin_of.append(begins)
+    found, end = [], len(order)
+    while end:
+        found.append(order[begin_of[end] : end])
+        end = begin_of[end]
+    return found[::-1]
 
 
 def padded_tokens(lengths: Sequence[int], batch: int) -> list[int]:

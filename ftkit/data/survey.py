@@ -102,7 +102,7 @@ def survey(
                 if len(example.input_ids) > max_length:
                     (cut_short if any(cut([example], max_length)) else left_out).add(row)
                 if purpose == "train" and len(shown) < show:
-                    shown.append(Shown(row.where, tuple(_tokens(tokenizer, example))))
+                    shown.append(Shown(row.where, tuple(pieces(tokenizer, example))))
     found = [*_findings(parts), cut_short, left_out, *_of_answers(parts["train"])]
     lengths = [length for counted in tallies for length in counted.lengths]
     return Survey(
@@ -197,13 +197,18 @@ def _of_answers(rows: Iterable[Row]) -> Iterator[_Found]:
         yield _Found(f"rows with one answer, {common[:40]!r}: more than half", times)
 
 
+def question_key(row: Row) -> int:
+    """A number for a row's question, without its capitals either."""
+    return _key([{**message, "content": message["content"].casefold()} for message in row.question])
+
+
 def _key(messages: Sequence[Message]) -> int:
     """A number for messages without the white space in which they may differ; of two million, two agree by chance once in ten million."""
     words = ((message["role"], *message["content"].split(), *map(repr, message.get(CALLS, ()))) for message in messages)
     return hash(tuple(words))
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[Token]:
+def pieces(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[Token]:
     """Each token with what it adds to the text of those before it; a character of several tokens stands at the last of them."""
     tokens, text, begin, last = [], "", 0, len(example.input_ids)
     for n, (token, label) in enumerate(zip(example.input_ids, example.labels, strict=True), 1):

@@ -22,7 +22,7 @@ from ftkit.model.adapter import embedding_rows
 from ftkit.model.four_bits import adaptable, left_alone, nf4_config
 from ftkit.model.source import from_files, name_body, needs_code
 from ftkit.progress import SILENT, Reporter
-from ftkit.recipe import Method
+from ftkit.recipe import Dtype, Method
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 # (architecture, library, first version that is right, what goes wrong)
 WRONG_LOSSES = [
     ("gemma4", "transformers", "5.12.1", "with gradient checkpointing the loss was 16.17 instead of 6.84 (transformers issue 45242)"),
+]
+# (architecture, where it is told): activations beyond float16's largest number, 65504, so that the loss is none.
+BEYOND_FLOAT16 = [
+    ("gemma3", "transformers issue 39972"),  # gemma3n too
+    ("gemma4", "unsloth pull request 5092"),
+    *((name, "unsloth's list FORCE_FLOAT32") for name in ("glm4_moe", "gpt_oss", "qwen3_5", "qwen3_moe")),
 ]
 # PyTorch only warns when a layer has no gradient formula; the loss then still falls while most gradients are lost.
 NO_GRADIENT = r".*autograd kernel was not registered.*"
@@ -50,6 +56,11 @@ def refuse_wrong_versions(model_type: str) -> None:
     for architecture, library, fixed, what in WRONG_LOSSES:
         if model_type.startswith(architecture) and Version(version(library)) < Version(fixed):
             raise ModelError(f"{library} {version(library)} trains {architecture} wrongly: {what}.", f"pip install '{library}>={fixed}'")
+
+
+def beyond_float16(model_type: str) -> str | None:
+    """Where it is told that this architecture does not compute in float16; None where nobody tells it."""
+    return next((told for architecture, told in BEYOND_FLOAT16 if model_type.startswith(architecture)), None)
 
 
 def load_tokenizer(folder: Path, settings: ChatSettings | None = None, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -79,7 +90,7 @@ def load_tokenizer(folder: Path, settings: ChatSettings | None = None, *, trust_
     return tokenizer  # type: ignore[no-any-return]
 
 
-def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: bool, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(folder: Path, method: Method | None, *, dtype: Dtype, cuda: bool, trust_remote_code: bool = False) -> PreTrainedModel:
     """The base model as `method` trains it, or (None) as it is asked: frozen weights in the compute format.
 
     `full` gets float32 weights, since what is trained is kept in float32.
@@ -88,10 +99,10 @@ def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: boo
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.bfloat16 if bfloat16 and method != "full" else torch.float32
-    settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **from_files(trust_remote_code)}
+    kept = torch.float32 if method == "full" else getattr(torch, dtype)
+    settings: dict[str, Any] = {"dtype": kept, "use_safetensors": True, **from_files(trust_remote_code)}
     if method == "qlora":
-        settings["quantization_config"] = nf4_config(dtype, left_alone(_model_type(folder)))
+        settings["quantization_config"] = nf4_config(kept, left_alone(model_type(folder)))
     if cuda:
         settings["device_map"] = {"": 0}
     patched = patches.applied("loading in 4 bits") if method == "qlora" else nullcontext()
@@ -115,11 +126,11 @@ def load_model(folder: Path, method: Method | None, *, bfloat16: bool, cuda: boo
     return model
 
 
-def load_adapted(folder: Path, adapter: Path, method: Method, *, bfloat16: bool, cuda: bool, trust_remote_code: bool = False) -> PeftModel:
+def load_adapted(folder: Path, adapter: Path, method: Method, *, dtype: Dtype, cuda: bool, trust_remote_code: bool = False) -> PeftModel:
     """The base as `method` trains it, with an adapter in it."""
     from peft import PeftModel
 
-    base = load_model(folder, method, bfloat16=bfloat16, cuda=cuda, trust_remote_code=trust_remote_code)
+    base = load_model(folder, method, dtype=dtype, cuda=cuda, trust_remote_code=trust_remote_code)
     if (rows := embedding_rows(adapter)) > base.get_input_embeddings().weight.shape[0]:  # for tokens that training added
         base.resize_token_embeddings(rows, mean_resizing=False)
     with adaptable(base):
@@ -150,11 +161,12 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _model_type(folder: Path) -> str:
+def model_type(folder: Path) -> str:
+    """By its config; nothing where that cannot be read, which loading will say."""
     try:
         return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
     except (OSError, ValueError, KeyError, TypeError):
-        return ""  # which loading will say
+        return ""
 
 
 def answer(
@@ -182,7 +194,8 @@ def answer(
     model.eval()
     ends, read = stops(tokenizer, model.generation_config.eos_token_id), answer_reader(tokenizer)
     done = 0
-    with patches.applied("running adapters"), torch.inference_mode(), reporter.bar(label, len(prompts)) as bar:
+    # Not in inference mode: a model that is trained on may keep none of its tensors.
+    with patches.applied("running adapters"), torch.no_grad(), reporter.bar(label, len(prompts)) as bar:
         while done < len(order):
             chosen = order[done : done + batch]
             inputs = tokenizer(

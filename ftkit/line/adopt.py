@@ -210,8 +210,7 @@ def sizes(job: Job) -> Sizes | None:
         folder = given.path if given.kind == "checkpoint" else open_config(job.source, job.reporter).folder
         assert folder
         config = load_config(folder, trust_remote_code=job.recipe.trust_remote_code)
-        (cuda, bfloat16), trust = computes_on(), job.recipe.trust_remote_code
-        dtype = "bfloat16" if bfloat16 else "float32"
+        (cuda, dtype), trust = computes_on(job, config.model_type), job.recipe.trust_remote_code
         skeleton = Skeleton(config, dtype, trust_remote_code=trust)
     except ModelError:
         return None

@@ -87,7 +87,9 @@ def _ask(job: Job, folder: Path, trained: Made[Any]) -> Asked:
     A GGUF that was given is asked as it came, in llama.cpp.
     """
     recipe, data = job.recipe, read_data(job)
-    (cuda, bfloat16), tokenizer = computes_on(), trained_tokenizer(job, trained)
+    full = recipe.training.method == "full"
+    cuda, dtype = computes_on(job, hf.model_type(trained.folder / MODEL if full else base_folder(job)))
+    tokenizer = trained_tokenizer(job, trained)
     rows, length = [row for row in data.test if not row.is_text], recipe.training.max_length
     given = {
         folder: given_rows(tokenizer, data.test, length),
@@ -102,7 +104,7 @@ def _ask(job: Job, folder: Path, trained: Made[Any]) -> Asked:
     answers: dict[str, list[str]] = {}
     measured: dict[Path, dict[str, Behaviour]] = {place: {} for place in given}
 
-    how: dict[str, Any] = {"bfloat16": bfloat16, "cuda": cuda, "trust_remote_code": recipe.trust_remote_code}
+    how: dict[str, Any] = {"dtype": dtype, "cuda": cuda, "trust_remote_code": recipe.trust_remote_code}
 
     def look_at(name: str, who: str, told: Callable[[list[Forced]], Iterator[Any]]) -> None:
         for place, forced in given.items():
@@ -120,7 +122,7 @@ def _ask(job: Job, folder: Path, trained: Made[Any]) -> Asked:
 
     if not data.test:
         pass
-    elif method == "full":
+    elif full:
         if job.given and job.given.kind == "gguf":
             path, prompts = job.given.path, [token_ids(tokenizer, render(tokenizer, asked, ask=True)) for asked in questions]
             label, read = f"asking {path.name} as it came", answer_reader(tokenizer)

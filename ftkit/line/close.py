@@ -66,7 +66,7 @@ def _close(
 def _closed(
     job: Job, folder: Path, trained: Made[Any], asked: Made[Any], merged: Made[Merged], converted: Made[Converted], shipped: Shipping
 ) -> Closed:
-    recipe, (cuda, bfloat16), path = job.recipe, computes_on(), shipped.path
+    recipe, (cuda, dtype), path = job.recipe, computes_on(job, hf.model_type(merged.folder / MODEL)), shipped.path
     choice, tokenizer = asked.folder / CHOICE, tokenizer_of(job, merged.folder / MODEL)
     rows = read_rows(choice)
     checks = [Lesson(row, distribution(found)) for row, found in zip(rows, trained_logits(choice, rows), strict=False)]
@@ -80,7 +80,9 @@ def _closed(
     del teacher
     hf.release_memory()
     before = mean_divergence(logits.of_file(path, [lesson.answer for lesson in checks]), checks)
-    student = load_student(path, merged.folder / MODEL, bfloat16=bfloat16 and cuda, cuda=cuda, trust_remote_code=recipe.trust_remote_code)
+    student = load_student(
+        path, merged.folder / MODEL, bfloat16=cuda and dtype == "bfloat16", cuda=cuda, trust_remote_code=recipe.trust_remote_code
+    )
     vectors = lossless(student, path)
     if not vectors:
         raise ModelError(f"no norm or bias of {path.name} is known in transformers.", "ship it as it is: ship.closing_steps=0")
@@ -127,11 +129,12 @@ def _outside(job: Job, tokenizer: Any, converted: Made[Converted]) -> list[Lesso
 
 def _teacher(job: Job, trained: Made[Any]) -> Any:
     """The trained model: an adapter on the base that it was trained on, as it was."""
-    (cuda, bfloat16), recipe = computes_on(), job.recipe
+    base, recipe = base_folder(job), job.recipe
+    cuda, dtype = computes_on(job, hf.model_type(base))
     if recipe.training.method == "full":
-        return hf.load_model(trained.folder / MODEL, None, bfloat16=bfloat16, cuda=cuda, trust_remote_code=recipe.trust_remote_code)
+        return hf.load_model(trained.folder / MODEL, None, dtype=dtype, cuda=cuda, trust_remote_code=recipe.trust_remote_code)
     return hf.load_adapted(
-        base_folder(job), trained.folder / ADAPTER, recipe.training.method, bfloat16=bfloat16, cuda=cuda,
+        base, trained.folder / ADAPTER, recipe.training.method, dtype=dtype, cuda=cuda,
         trust_remote_code=recipe.trust_remote_code,
     )  # fmt: skip
 

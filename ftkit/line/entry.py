@@ -46,14 +46,19 @@ def enter(what: str, overrides: Sequence[tuple[str, Any]], *, run_dir: Path | No
     """
     path = user_path(what)
     if (path / MANIFEST).is_file():
-        recipe = path.resolve().parent.parent / f"{path.resolve().name}.yaml"
-        if not recipe.is_file():
-            raise RunError(f"{path} is a run, and its recipe is not at {recipe}.", f"name it: ftkit ship RECIPE --run-dir {path}")
-        return open_job(recipe, overrides, run_dir=path, reporter=reporter), None
+        return open_run(path, overrides, reporter=reporter), None
     is_file = not path.is_dir() and not MODEL_FILES.fullmatch(path.name) and (path.exists() or path.suffix in (".yaml", ".yml"))
     if is_file or (path / "recipe.yaml").is_file():
         return open_job(path, overrides, run_dir=run_dir, reporter=reporter), None
     return _enter_given(what, overrides, run_dir, reporter)
+
+
+def open_run(path: Path, overrides: Sequence[tuple[str, Any]] = (), *, reporter: Reporter) -> Job:
+    """The job of a run, by its recipe, which lies beside the folder that the run is in. Raises RunError where it does not."""
+    recipe = path.resolve().parent.parent / f"{path.resolve().name}.yaml"
+    if not recipe.is_file():
+        raise RunError(f"{path} is a run, and its recipe is not at {recipe}.", f"name it: ftkit ship RECIPE --run-dir {path}")
+    return open_job(recipe, overrides, run_dir=path, reporter=reporter)
 
 
 def _enter_given(what: str, overrides: Sequence[tuple[str, Any]], run_dir: Path | None, reporter: Reporter) -> tuple[Job, NewRecipe | None]:

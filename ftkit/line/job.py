@@ -15,7 +15,7 @@ from ftkit.engines import hf
 from ftkit.errors import RecipeError
 from ftkit.files import cache_folder, file_fingerprint, fingerprint, user_path
 from ftkit.machine import device
-from ftkit.machine.device import Device, computes_bfloat16
+from ftkit.machine.device import Device, best_dtype, computes_bfloat16
 from ftkit.machine.llama_cpp import named_llama_cpp
 from ftkit.model.dataset import HubData, fetch_dataset, locate_dataset
 from ftkit.model.given import Given, look_at
@@ -23,7 +23,7 @@ from ftkit.model.locate import locate
 from ftkit.model.open import open_weights
 from ftkit.model.source import Source
 from ftkit.progress import SILENT, Reporter
-from ftkit.recipe import Recipe, load_recipe, make_recipe
+from ftkit.recipe import Dtype, Recipe, load_recipe, make_recipe
 from ftkit.run import Run
 
 PLANS_KEPT = 50  # of those without a recipe, each a fifth of a megabyte
@@ -48,6 +48,11 @@ def _data_files(names: str | list[str], folder: Path, purpose: str) -> DataFiles
         files.append(found or path)
         known.append(fingerprint(astuple(found)) if found else file_fingerprint(path) if path.is_file() else "missing")
     return DataFiles(tuple(files), known[0] if len(known) == 1 else fingerprint(*known))
+
+
+def data_paths(data: DataFiles) -> list[Path]:
+    """Where they lie; those of the hub are fetched where they are not here."""
+    return [path for file in data.files for path in ([file] if isinstance(file, Path) else fetch_dataset(file))]
 
 
 @dataclass(frozen=True)
@@ -144,8 +149,7 @@ def read_data(job: Job) -> Rows:
     """
     settings, read = job.recipe.data, {}
     for purpose, data in job.data.items():
-        paths = [path for file in data.files for path in ([file] if isinstance(file, Path) else fetch_dataset(file))]
-        read[purpose] = read_rows(*paths, columns=settings.columns, labels=settings.labels or ())
+        read[purpose] = read_rows(*data_paths(data), columns=settings.columns, labels=settings.labels or ())
     if job.given:
         rows = [read[purpose] for purpose in ("train", "validation", "test") if purpose in read] or [store_rows(())]
         return Rows(rows[0], read.get("validation", rows[0][:0]), rows[-1][: job.recipe.ship.test_rows])
@@ -173,7 +177,21 @@ def tokenizer_of(job: Job, folder: Path, *, base: bool = False) -> Any:
     return hf.load_tokenizer(folder, settings, trust_remote_code=recipe.trust_remote_code)
 
 
-def computes_on() -> tuple[bool, bool]:
-    """(on a GPU, in bfloat16) – of the machine that this runs on, whatever card the plan was made for."""
+def computes_on(job: Job, model_type: str) -> tuple[bool, Dtype]:
+    """(on a GPU, what is computed in) – of the machine that this runs on, whatever card the plan was made for."""
     real = device.choose()
-    return real.kind == "cuda", computes_bfloat16(real)
+    return real.kind == "cuda", dtype_on(real, job.recipe, model_type)
+
+
+def dtype_on(on: Device, recipe: Recipe, model_type: str) -> Dtype:
+    """What this model is computed in on a device. Raises RecipeError where the recipe asks for what the device cannot."""
+    wanted = recipe.training.compute_dtype
+    if wanted == "float16" and on.kind != "cuda":  # accelerate then leaves autocast out too, without a word
+        raise RecipeError("training.compute_dtype: float16 needs loss scaling, which is for GPUs.", "--set training.compute_dtype=float32")
+    if wanted == "bfloat16" and on.kind == "cuda" and not computes_bfloat16(on):
+        raise RecipeError(
+            f"training.compute_dtype: {on.name} computes no bfloat16 (CUDA capability {'.'.join(map(str, on.capability))}).",
+            "--set training.compute_dtype=float16, or leave it out",
+        )
+    best = best_dtype(on)
+    return wanted or ("float32" if best == "float16" and hf.beyond_float16(model_type) else best)

@@ -35,6 +35,7 @@ from ftkit.plan.cost import Cost, Sizes
 from ftkit.plan.plan import MARGIN, MemoryPlan
 from ftkit.proof.score import Score
 from ftkit.run import discard
+from ftkit.train.reporting import refuse_missing_reporters
 from ftkit.units import bytes_text
 
 LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ADOPT, ASK, MERGE, GGUF, REASK, IMATRIX, QUANTISE, CLOSE, PROVE, ADAPTER, REGISTER)
@@ -102,6 +103,7 @@ def train(job: Job) -> Made[Trained]:
     refuse_adapter(job)
     if is_trained(job):
         return ensure(job, TRAIN)  # up to date: nothing has to fit any more
+    refuse_missing_reporters(job.recipe.training.report_to)
     planned = plan(job)
     memory, fit = planned.memory, planned.memory.chosen
     if not fit.fits and not goes_on_smaller(job):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.data.stops import seal
+from ftkit.engines import hf
 from ftkit.line.adopt import ADAPTER, ADOPT, MODEL, TOKENIZER, lay_out, trained_tokenizer
 from ftkit.line.job import Job, Onto, base_folder, computes_on
 from ftkit.line.step import Made, Step
@@ -45,13 +46,13 @@ def _make(job: Job, folder: Path, trained: Made[Any]) -> Merged:
         return Merged("nothing: all weights were trained", tuple(seal(target, tokenizer)))
     job.reporter.step("merging into the 16-bit source" if job.onto == "source" else "merging onto the dequantised base")
     target.mkdir()
-    _, bfloat16 = computes_on()
+    _, dtype = computes_on(job, hf.model_type(base))
     merge(
         base,
         trained.folder / ADAPTER,
         target,
         onto=job.onto,
-        bfloat16=bfloat16,
+        dtype=dtype,
         with_code=job.recipe.trust_remote_code,
         reporter=job.reporter,
     )

@@ -20,10 +20,10 @@ from ftkit.data.template import render, renders, token_ids
 from ftkit.data.turns import expected, has_reasoning, question, turns_of
 from ftkit.engines import hf
 from ftkit.errors import DoesNotFitError, ModelError, RecipeError
-from ftkit.line.job import Job, Rows, base_folder, computes_on, read_data, tokenizer_of
+from ftkit.line.job import Job, Rows, base_folder, computes_on, dtype_on, read_data, tokenizer_of
 from ftkit.line.step import Step, write_json
+from ftkit.machine.device import Device, best_dtype
 from ftkit.machine.device import choose as choose_device
-from ftkit.machine.device import computes_bfloat16
 from ftkit.memory.model import load_config
 from ftkit.model.open import open_config
 from ftkit.model.source import Source
@@ -31,9 +31,10 @@ from ftkit.ollama.modelfile import refuse_system
 from ftkit.plan import measured
 from ftkit.plan.by_measuring import Measure
 from ftkit.plan.choose import make_plan
+from ftkit.plan.gpus import CardFit, every_card
 from ftkit.plan.plan import MemoryPlan
 from ftkit.proof.score import counted_text, refuse_unreadable
-from ftkit.recipe import Group, Recipe
+from ftkit.recipe import ASKED_MEANWHILE, Dtype, Group, Recipe
 from ftkit.run import Run
 from ftkit.train.arguments import Settings
 from ftkit.train.probe import probe
@@ -88,9 +89,13 @@ def training_inputs(job: Job) -> list[Any]:
             **recipe.data.model_dump(include={"columns", "labels", "thinking", "system_in_question"}, exclude_defaults=True),
         },
         *([job.chat_template] if job.chat_template else []),
-        {**_said(recipe.training, TRAINING_KEYS, {"save_minutes"}), "learning_rate": recipe.training.peak_learning_rate},
+        {
+            **_said(recipe.training, TRAINING_KEYS, {"save_minutes", "report_to", "packing"}),
+            "learning_rate": recipe.training.peak_learning_rate,
+        },
         _said(recipe.lora, LORA_KEYS),
         *(["trust_remote_code"] if recipe.trust_remote_code else []),
+        *([recipe.evaluate.model_dump(), recipe.ship.max_new_tokens] if recipe.training.metric_for_best_model == "right" else []),
     ]
 
 
@@ -107,15 +112,31 @@ def _follows_from(job: Job) -> list[Any]:
         free_bytes = last.memory.device.free_bytes
     wanted = [device.name, device.total_bytes >> 20, free_bytes, recipe.budget.vram, _extra_bytes(job)]
     versions = {name: version(name) for name in HOLDS_FOR}
-    return [*training_inputs(job), recipe.evaluate.model_dump(), recipe.ship.model_dump(), wanted, versions]
+    packed = ["packing"] if recipe.training.packing else []  # it changes nothing in what is learnt
+    rule = recipe.evaluate.model_dump(exclude=ASKED_MEANWHILE)
+    return [*training_inputs(job), *packed, rule, recipe.ship.model_dump(), wanted, versions]
 
 
 def _extra_bytes(job: Job) -> int:
     return measured.extra_bytes(job.device, measured.subject(job.recipe, job.source.fingerprint))
 
 
-def _make(job: Job, folder: Path) -> Chosen:
-    recipe, device = job.recipe, job.device
+@dataclass(frozen=True)
+class _Looked:
+    """What a plan follows from beside recipe and device."""
+
+    config: Any
+    tallies: tuple[Tally, ...]  # of training and validation rows; none without a dataset
+    length: int  # tokens of the longest row
+    labelled: int  # of a row, those that are learnt, at most
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(self.tallies[0].kept) if self.tallies else []
+
+
+def _look(job: Job) -> _Looked:
+    recipe = job.recipe
     rows = read_data(job) if job.data else None  # a fault in the data is found first
     opened = open_config(job.source, job.reporter)
     assert opened.folder
@@ -124,20 +145,66 @@ def _make(job: Job, folder: Path) -> Chosen:
     length = max((length for counted in tallies for length in counted.kept), default=recipe.training.max_length)
     labelled = max((counted.most_learnt for counted in tallies), default=length)
     _check_config(config, recipe, length)
-    job.reporter.step(f"tracing a training step of {config.model_type} at {length} tokens")
+    return _Looked(config, tallies, length, labelled)
+
+
+def every_gpu(job: Job) -> list[CardFit]:
+    """The choice for every known card. The run must be open; nothing is kept in it."""
+    looked = _look(job)
+    job.reporter.step(f"tracing training steps of {looked.config.model_type} at {looked.length} tokens, for every card")
+    unable: list[str] = []
+
+    def dtype_of(card: Device) -> Dtype | None:
+        try:
+            return dtype_on(card, job.recipe, looked.config.model_type)
+        except RecipeError:
+            unable.append(card.name)
+            return None
+
+    share = looked.labelled / looked.length
+    found = every_card(looked.config, job.recipe, looked.length, looked.lengths, dtype_of=dtype_of, labelled_share=share)
+    if unable:
+        job.reporter.note(f"left out are {len(unable)} cards that compute no {job.recipe.training.compute_dtype}, as the {unable[0]}")
+    return found
+
+
+def _make(job: Job, folder: Path) -> Chosen:
+    recipe, device, looked = job.recipe, job.device, _look(job)
+    length, labelled, tallies = looked.length, looked.labelled, looked.tallies
+    job.reporter.step(f"tracing a training step of {looked.config.model_type} at {length} tokens")
+    dtype = dtype_on(device, recipe, looked.config.model_type)
+    _say_what_is_computed_in(job, looked.config.model_type)
     memory = make_plan(
-        config,
+        looked.config,
         recipe,
         device,
         length,
-        list(tallies[0].kept) if tallies else [],
-        bfloat16=computes_bfloat16(device),
+        looked.lengths,
+        dtype=dtype,
         extra_bytes=_extra_bytes(job),
         labelled_share=labelled / length,
         measure=_measuring(job, length, labelled),
     )
+    if recipe.training.packing and not memory.chosen.packing:
+        job.reporter.warn("rows are not packed: the step of this model was measured, not traced, and with padded rows alone")
     write_json(folder / PLAN_FILE, {"memory": memory.record(), "tokens": asdict(count_tokens(tallies)) if tallies else None})
     return Chosen(memory.chosen.fits, memory.chosen.peak.device_bytes)
+
+
+def _say_what_is_computed_in(job: Job, model_type: str) -> None:
+    """Of a card before Ampere, which computes no bfloat16, and of a model that float16 is too narrow for."""
+    told, wanted = hf.beyond_float16(model_type), job.recipe.training.compute_dtype
+    if told and wanted == "float16":
+        job.reporter.warn(f"{model_type} is known to overflow in float16 ({told}): leave training.compute_dtype out")
+    elif wanted or best_dtype(job.device) != "float16":
+        return
+    elif told:
+        job.reporter.warn(f"{job.device.name} has no bfloat16, and {model_type} overflows in float16 ({told}): training is in float32")
+    else:
+        job.reporter.note(
+            f"{job.device.name} has no bfloat16: training is in float16 with loss scaling; "
+            "where it diverges: --set training.compute_dtype=float32"
+        )
 
 
 def _measuring(job: Job, length: int, labelled: int) -> Measure | None:
@@ -153,8 +220,9 @@ def _measuring(job: Job, length: int, labelled: int) -> Measure | None:
     def measure(batch: int, checkpointing: bool) -> tuple[int, int | None] | None:
         rows = f"{batch} × {length} tokens, {'with' if checkpointing else 'without'} checkpointing"
         job.reporter.step(f"its step cannot be traced: measuring two real steps, {rows}")
-        base, (cuda, bfloat16) = base_folder(job), computes_on()
-        settings = Settings(batch, -(-job.recipe.training.effective_batch_size // batch), checkpointing, bfloat16, cuda)
+        base = base_folder(job)
+        cuda, dtype = computes_on(job, hf.model_type(base))
+        settings = Settings(batch, -(-job.recipe.training.effective_batch_size // batch), checkpointing, dtype, cuda)
         with tempfile.TemporaryDirectory(dir=job.run.folder, prefix=".probe-") as folder:
             try:
                 found = probe(job.recipe, settings, base, tokenizer_of(job, base, base=True), examples, Path(folder))

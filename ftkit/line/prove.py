@@ -34,7 +34,7 @@ from ftkit.proof.probes import CONTROL_WORDS, HARD_TEXTS, conversations
 from ftkit.proof.record import PROBES, GivenIds, Probes, Prompt, write_probes
 from ftkit.proof.score import Score, same, score, words
 from ftkit.proof.verify import losses, this_engine
-from ftkit.recipe import Recipe
+from ftkit.recipe import ASKED_MEANWHILE, Recipe
 
 ROWS_COMPARED = 1000  # training rows whose ids are compared, the first
 PROOF, FAILED_PROOF = "proof.json", "failed-proof.json"
@@ -247,7 +247,8 @@ def judged(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping
 
 def limits_of(recipe: Recipe) -> dict[str, Any]:
     """What recorded figures are judged by."""
-    return {"evaluate": recipe.evaluate.model_dump(exclude_none=True), **recipe.ship.model_dump(include={"max_loss_points", "keep"})}
+    rule = recipe.evaluate.model_dump(exclude=ASKED_MEANWHILE, exclude_none=True)
+    return {"evaluate": rule, **recipe.ship.model_dump(include={"max_loss_points", "keep"})}
 
 
 def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping) -> Proof:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from ftkit.errors import RunError
 from ftkit.line.ask import ASK, read_questions
-from ftkit.line.job import Job, computes_on
+from ftkit.line.job import Job
 from ftkit.line.page import words_of
 from ftkit.line.plan import Recorded, recorded
 from ftkit.line.step import Made, find, fingerprint_of
 from ftkit.line.train import TRAIN, Trained
+from ftkit.machine import device
 from ftkit.proof.score import is_right
 from ftkit.report.run_page import Memory, RunPage
 from ftkit.report.ship_page import Answer
@@ -34,7 +35,7 @@ def run_page(job: Job) -> RunPage:
         raise RunError(f"{job.run.folder} holds no step of this training yet.", f"begin it: {TRAIN.command}")
     last = metrics[-1] if metrics else None
     best = min((p for p in curve if p.validation_loss is not None), key=lambda p: p.validation_loss or 0.0, default=None)
-    cuda, _ = computes_on()
+    cuda = device.choose().kind == "cuda"
     return RunPage(
         name=job.recipe.ship.name,
         state="running" if job.run.is_busy() else "stopped",

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from ftkit.data.rows import CALLS, Message, Row
 from ftkit.data.stops import configured_stops, stops
 from ftkit.data.store import store_examples
 from ftkit.data.template import is_dated, render, renders, token_ids
-from ftkit.data.turns import question, turns_of
-from ftkit.engines import llamacpp
+from ftkit.data.turns import expected, question, turns_of
+from ftkit.engines import hf, llamacpp
 from ftkit.errors import FtkitError, ModelError, RecipeError, ToolMissingError, first_line
 from ftkit.line.job import Job, Rows, base_folder, computes_on, open_base, read_data, tokenizer_of
-from ftkit.line.plan import PLAN, recorded, training_inputs
+from ftkit.line.plan import PLAN, expected_answers, recorded, training_inputs
 from ftkit.line.step import Made, Step, fingerprint_of
 from ftkit.machine import device
 from ftkit.merge.deltas import refuse_what_cannot_be_merged
@@ -29,7 +30,9 @@ from ftkit.plan.cost import FTKIT_BYTES, of_training
 from ftkit.plan.plan import MemoryPlan
 from ftkit.proof.compare import compare_tokens, differing_prompt
 from ftkit.proof.probes import HARD_TEXTS, conversations
+from ftkit.proof.score import refuse_unreadable
 from ftkit.train import probe as probing
+from ftkit.train.answers import Asked
 from ftkit.train.arguments import Settings
 from ftkit.train.probe import Probe
 from ftkit.train.retry import OutOfMemory, read_retries
@@ -51,9 +54,20 @@ class Trained(TrainResult):
     planned_for: str | None = None
 
 
-def _settings(planned: MemoryPlan) -> Settings:
-    fit, (cuda, bfloat16) = planned.chosen, computes_on()
-    return Settings(fit.per_device_train_batch_size, fit.gradient_accumulation_steps, fit.gradient_checkpointing, bfloat16, cuda)
+def _settings(job: Job, planned: MemoryPlan, base: Path) -> Settings:
+    fit, (cuda, dtype) = planned.chosen, computes_on(job, hf.model_type(base))
+    peak_bytes = fit.peak.allocated_bytes if cuda else fit.peak.device_bytes
+    return Settings(
+        fit.per_device_train_batch_size,
+        fit.gradient_accumulation_steps,
+        fit.gradient_checkpointing,
+        dtype,
+        cuda,
+        peak_bytes,
+        longest_tokens=planned.max_length if fit.max_tokens else None,
+        most_learnt_tokens=round(planned.labelled_share * planned.max_length),
+        packing=fit.packing,
+    )
 
 
 def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
@@ -70,7 +84,8 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     if recipe.training.method != "full":
         refuse_what_cannot_be_merged(opened.folder, recipe.lora, trust_remote_code=recipe.trust_remote_code)
     _check_prompts(job, tokenizer, rows, opened.folder)
-    settings = _settings(planned)
+    asked = _asked(job, tokenizer, rows)
+    settings = _settings(job, planned, opened.folder)
     batches = f"{settings.per_device_train_batch_size} × {settings.gradient_accumulation_steps}"
     reporter.step(f"training ({recipe.training.method}, {batches}, learning rate {recipe.training.peak_learning_rate:g})")
     stage = stage_of(folder) if is_remote(folder) else None
@@ -81,8 +96,8 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
         store_examples(cut(tokenise(tokenizer, part), max_length), (stage or folder) / EXAMPLES / f"{name}.arrow")
         for name, part in parts.items()
     )
-    missed = partial(_remember_miss, job, planned)
-    result = train(recipe, settings, opened.folder, tokenizer, learnt, checked, folder, reporter, missed=missed, stage=stage)
+    missed = partial(_remember_miss, job, planned, settings)
+    result = train(recipe, settings, opened.folder, tokenizer, learnt, checked, folder, reporter, asked, missed=missed, stage=stage)
     shutil.rmtree(folder / EXAMPLES, ignore_errors=True)  # Windows keeps a mapped file
     if result.tokens_per_second:
         _remember_speed(job, planned, result.tokens_per_second)
@@ -94,6 +109,24 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
         planned_device_bytes=peak.device_bytes,
         planned_for=planned.device.name,
     )
+
+
+def _asked(job: Job, tokenizer: Any, rows: Rows) -> Asked | None:
+    """The validation rows whose answers are scored while training. Raises RecipeError where none can be, and they are needed."""
+    recipe = job.recipe
+    if not recipe.evaluate.every:
+        return None
+    chosen = list(islice((row for row in rows.validation if not row.is_text), recipe.evaluate.rows))
+    if not chosen:
+        if recipe.training.metric_for_best_model == "right":
+            raise RecipeError(
+                "training.metric_for_best_model: no validation row asks anything.", "--set training.metric_for_best_model=eval_loss"
+            )
+        job.reporter.warn("no validation row asks anything: no answers are scored while training")
+        return None
+    refuse_unreadable(recipe.evaluate, expected_answers(tokenizer, chosen))
+    expects = [expected(tokenizer, row) for row in chosen]
+    return Asked([question(tokenizer, row) for row in chosen], expects, recipe.evaluate, recipe.ship.max_new_tokens)
 
 
 def _written(tokenizer: Any, row: Row) -> str:
@@ -110,10 +143,10 @@ def _remember_speed(job: Job, planned: MemoryPlan, tokens_per_second: float) -> 
         job.reporter.warn(f"the speed of this training is not kept for the next plan: {first_line(error)}")
 
 
-def _remember_miss(job: Job, planned: MemoryPlan, settings: Settings, short: OutOfMemory) -> None:
+def _remember_miss(job: Job, planned: MemoryPlan, chosen: Settings, settings: Settings, short: OutOfMemory) -> None:
     """Keep for the next plan that memory was not enough, if this is what was planned, for this device. Training does not end by this."""
     real, peak = device.choose(), planned.chosen.peak
-    if planned.device.name != real.name or settings != _settings(planned):
+    if planned.device.name != real.name or settings != chosen:
         return
     expected = peak.reserved_bytes if settings.cuda else peak.allocated_bytes + FTKIT_BYTES
     beyond_bytes = short.held_bytes + short.requested_bytes - expected
@@ -200,7 +233,7 @@ def probe(job: Job, planned: MemoryPlan) -> Probe:
     examples = list(cut(tokenise(tokenizer, read_data(job).train), recipe.training.max_length))
     job.reporter.step("probing: two real steps")
     with tempfile.TemporaryDirectory(dir=job.run.folder, prefix=".probe-") as folder:
-        probed = probing.probe(recipe, _settings(planned), base, tokenizer, examples, Path(folder))
+        probed = probing.probe(recipe, _settings(job, planned, base), base, tokenizer, examples, Path(folder))
     subject = measured.subject(recipe, job.source.fingerprint)
     measured.remember(device.choose(), subject, planned.chosen.peak, probed.allocated_bytes, probed.reserved_bytes)
     return probed

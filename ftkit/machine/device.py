@@ -13,6 +13,7 @@ import psutil
 from ftkit import patches
 from ftkit.errors import RecipeError
 from ftkit.machine.cards import find_card
+from ftkit.recipe import Dtype
 from ftkit.units import GIB, parse_vram
 
 ANY_CARD = (8, 9)  # the capability that is planned for where only an amount of memory is given
@@ -178,6 +179,13 @@ def choose(vram: str | None = None, gpu: str | None = None) -> Device:
         size = parse_vram(vram)
         return Device("cuda", f"a GPU with {size / GIB:.4g} GiB", size, size, ANY_CARD)
     return next(iter(find_gpus()), None) or processor()
+
+
+def best_dtype(device: Device) -> Dtype:
+    """What a training computes in on this device: bfloat16 where it is native, else float16 on a card, and float32 on a CPU."""
+    if computes_bfloat16(device):
+        return "bfloat16"
+    return "float16" if device.kind == "cuda" else "float32"
 
 
 def computes_bfloat16(device: Device) -> bool:

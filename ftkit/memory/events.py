@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-ALLOCATE, FREE, WORKSPACE, GRADIENT = range(4)  # kinds of events; see Events
+ALLOCATE, FREE, WORKSPACE, GRADIENT, WORK = range(5)  # kinds of events; see Events
 
 
 @dataclass
 class Events:
-    """What one forward and backward pass allocates and frees, in order.
+    """What one forward and backward pass allocates and frees, in order, and what it computes.
 
     Event n has a kind, a storage and a size in bytes. ALLOCATE and FREE are what they say; WORKSPACE is taken and given
-    back within one kernel; GRADIENT says that a parameter's gradient is complete in this storage. `labels` names what an
-    allocation is for. `marks` cut the sequence: (index of the event, what begins there).
+    back within one kernel; GRADIENT says that a parameter's gradient is complete in this storage. WORK
+    has no storage, and in place of bytes a count of what was computed since the last mark. `labels` names what an allocation is
+    for, or what was counted. `marks` cut the sequence: (index of the event, what begins there).
     """
 
     kinds: list[int] = field(default_factory=list)

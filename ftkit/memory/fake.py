@@ -46,8 +46,17 @@ def prepare(model: PreTrainedModel, settings: StepSettings) -> Any:
         model.activation_checkpointing_enable({"use_reentrant": False})
         if settings.method != "full":
             model.enable_input_require_grads()  # as TRL 1.16 does with PEFT
+    if settings.neftune_noise_alpha:
+        model.get_input_embeddings().register_forward_hook(_noisy)
     wrapped.train()
     return wrapped
+
+
+def _noisy(_: Any, inputs: Any, output: Any) -> Any:
+    """As transformers' neftune_post_forward_hook, whose bounds are tensors, and fake ones have no values."""
+    import torch
+
+    return output + torch.zeros_like(output).uniform_(-1.0, 1.0)
 
 
 def quantize(model: PreTrainedModel, settings: StepSettings) -> None:

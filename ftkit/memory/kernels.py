@@ -24,6 +24,11 @@ def cublas_bytes(capability: tuple[int, int]) -> int:
     return CUBLAS_HOPPER_BYTES if capability >= (9, 0) else CUBLAS_BYTES
 
 
+def traced_alike(capability: tuple[int, int]) -> tuple[object, ...]:
+    """All of a capability that a step's memory follows from: KERNELS asks for no more."""
+    return capability >= (8, 0), capability[0] in (9, 10), cublas_bytes(capability)
+
+
 @dataclass(frozen=True)
 class Heads:
     """What an attention kernel is given: (batch, heads, length, head_dim) each, and a mask or None."""

@@ -347,6 +347,12 @@ def inject(model: PreTrainedModel, lora: Lora, hint: str | None = None) -> Any:
             injected = get_peft_model(model, lora_config(lora, model), autocast_adapter_dtype=False)
     except (ValueError, re.error) as error:
         wanted = lora.target_modules
+        if "ParamWrapper does not work with" in str(error):
+            key = "use_dora" if lora.use_dora else "lora_dropout"
+            raise RecipeError(
+                f"lora.{key}: {wanted!r} reaches experts that a layer keeps in one tensor, and PEFT trains no such adapter with it.",
+                f"leave it out, or name layers alone: --set 'lora.target_modules=[{', '.join(n for n in names if n != 'lm_head')}]'",
+            ) from None
         if hint is None and wanted in names:
             hint = f"a text is a pattern for whole names; give a list: --set 'lora.target_modules=[{wanted}]'"
         raise RecipeError(

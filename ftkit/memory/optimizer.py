@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ftkit.memory.events import ALLOCATE, FREE
 from ftkit.memory.settings import StepSettings
-from ftkit.memory.sizes import DTYPE_BYTES, state_storages_8bit
+from ftkit.memory.sizes import DTYPE_BYTES, state_storages
 
 PAGED_ELEMENTS = 100_000  # bitsandbytes/optim/optimizer.py, get_state_buffer
 
@@ -43,10 +43,10 @@ def optimizer_events(trained: list[tuple[int, bool]], settings: StepSettings) ->
     norms = [allocate(width) for _ in trained]
     free(*norms, allocate(width * len(trained)))
     states: set[int] = set()
-    if settings.optim in ("adamw_8bit", "paged_adamw_8bit"):
-        paged = settings.optim == "paged_adamw_8bit" and settings.device == "cuda"
+    if settings.optim != "adamw_torch":
+        paged = settings.optim.startswith("paged") and settings.device == "cuda"
         for elements, wide in trained:
-            storages = state_storages_8bit(elements, wide)
+            storages = state_storages(elements, settings.optim, wide=wide)
             moved = 2 if paged and elements >= PAGED_ELEMENTS else 0  # the two moments; their scales stay
             states |= {allocate(size)[0] for size in storages[moved:]}
     else:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ftkit.errors import UntracedError
+from ftkit.memory.events import WORK
 from ftkit.memory.kernels import MASK_ALIGNMENT
 from ftkit.memory.model import Adapters, Skeleton
 from ftkit.memory.optimizer import optimizer_events
@@ -16,6 +18,9 @@ from ftkit.memory.settings import HEAD_TILE_TOKENS, StepSettings, labelled_token
 from ftkit.memory.sizes import DTYPE_BYTES
 from ftkit.memory.trace import StepTracer
 from ftkit.memory.unroll import Ints, Layout, NotRepeating, unroll
+from ftkit.memory.work import COUNTED, HALF, SINGLE, Work
+
+Bools = NDArray[np.bool_]
 
 
 class Sizes:
@@ -52,6 +57,7 @@ class Fitted:
 
     layout: Layout
     sizes: Sizes
+    counts: Bools  # of the sizes, those that are counts of what was computed, and no bytes
     length: int | None
     orders: dict[bool, Order] = field(default_factory=dict)  # those asked for, by whether micro-batches are accumulated
 
@@ -86,10 +92,28 @@ class StepMemory:
         return TrainingStep(
             fixed=self._fixed,
             order=self._order(fitted, accumulates),
-            sizes=np.concatenate([self._optimizer_bytes, fitted.sizes.at(batch, length)]),
+            sizes=np.concatenate([self._optimizer_bytes, np.where(fitted.counts, 0, fitted.sizes.at(batch, length))]),
             on_cuda=self.settings.device == "cuda",
             capability=self.settings.capability,
         )
+
+    def work(self, batch: int, length: int) -> Work:
+        """What a micro-batch of `batch` rows of `length` tokens computes. Raises ModelError where it cannot be traced."""
+        fitted = self._fitted(batch, length)
+        layout, counts = fitted.layout, dict.fromkeys(COUNTED, 0)
+        sizes = fitted.sizes.at(batch, length)[layout.source]
+        for index in np.flatnonzero(layout.kinds == WORK).tolist():
+            counts[layout.labels[index]] += int(sizes[index])
+        counts[HALF if DTYPE_BYTES[self.settings.compute_dtype] == 2 else SINGLE] += self._head_gradients(batch, length)
+        return Work(*counts.values())
+
+    def _head_gradients(self, batch: int, length: int) -> int:
+        """Operations of TRL's head that a trace for CUDA leaves out: the products that are added up in float32 (patches, _addmm_fp32)."""
+        if self.settings.loss != "fused" or self.settings.device != "cuda":
+            return 0
+        vocabulary, hidden = self.skeleton.model.get_output_embeddings().weight.shape
+        gradients = 2 if self.settings.method == "full" else 1  # of the hidden states, and of a trained head's weights
+        return gradients * 2 * labelled_tokens(batch, length, self.settings.labelled_share) * int(vocabulary * hidden)
 
     def _order(self, fitted: Fitted, accumulates: bool) -> Order:
         if accumulates not in fitted.orders:
@@ -145,4 +169,5 @@ class StepMemory:
             self.skeleton = self.skeleton.whole()
             self._tracer = StepTracer(self.skeleton, self.settings)
             return self._fit(points, length)
-        return Fitted(layout, Sizes(points, [events.sizes for events in recorded], first.tiled, self.settings.labelled_share), length)
+        sizes = Sizes(points, [events.sizes for events in recorded], first.tiled, self.settings.labelled_share)
+        return Fitted(layout, sizes, np.array(first.kinds) == WORK, length)

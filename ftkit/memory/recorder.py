@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ftkit.memory import kernels
-from ftkit.memory.events import ALLOCATE, FREE, GRADIENT, WORKSPACE, Events
+from ftkit.memory.events import ALLOCATE, FREE, GRADIENT, WORK, WORKSPACE, Events
+from ftkit.memory.work import Counter
 
 
 class Recorder:
@@ -24,6 +25,7 @@ class Recorder:
                 return recorder.dispatch(func, args, kwargs or {})
 
         self.events = Events()
+        self._counter = Counter()
         self.phase = "forward"
         self.labels: list[str] = ["inputs"]
         self._mode: Any = Mode()  # type: ignore[no-untyped-call]
@@ -51,12 +53,15 @@ class Recorder:
     def ignore(self, tensor: Any) -> None:
         """Weights are there before the step; they are counted apart."""
         self._ignored.add(tensor.untyped_storage()._cdata)
+        self._counter.weight(tensor)
 
     def number(self, tensor: Any) -> int:
         """The number of a live tensor's storage."""
         return self._live[tensor.untyped_storage()._cdata][0]
 
     def mark(self, name: str, number: int) -> None:
+        for what, count in self._counter.take():
+            self.events.add(WORK, -1, count, what)
         self.events.marks.append((len(self.events.kinds), (name, number)))
 
     def backward_begins(self, layer: int) -> None:
@@ -73,6 +78,7 @@ class Recorder:
                 return added
         out = func(*args, **kwargs)
         self._see(out)
+        self._counter.see(func, args, kwargs, out)
         workspace = self._workspaces.get(func)
         if workspace:
             self.events.add(WORKSPACE, -1, workspace(args), "kernel workspaces")
@@ -116,6 +122,7 @@ class Recorder:
 
             def released(_: Any) -> None:
                 del self._live[address]
+                self._counter.forget(address)
                 if not self._closed:
                     self.events.add(FREE, number, size, "", tiled)
 

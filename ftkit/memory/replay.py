@@ -9,7 +9,7 @@ import numpy as np
 
 from ftkit.memory import kernels
 from ftkit.memory.allocator import MIN_BLOCK_BYTES, Allocator
-from ftkit.memory.events import ALLOCATE, GRADIENT, WORKSPACE
+from ftkit.memory.events import ALLOCATE, GRADIENT, WORK, WORKSPACE
 from ftkit.memory.optimizer import OptimizerEvents
 from ftkit.memory.unroll import Ints, Layout
 
@@ -161,6 +161,8 @@ class Order:
                             step.give_back(held.pop())
                     if phase := phase_text(marks[index], depth, micro):
                         step.begin(phase)
+                if kind == WORK:
+                    continue
                 if kind == ALLOCATE:
                     step.take(storage, size_at, layout.labels[index])
                 elif kind == WORKSPACE:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ftkit.recipe import Lora, Method
+from ftkit.recipe import Dtype, Lora, Method
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 HEAD_TILE_TOKENS = 4096  # TRL 1.16 scores at most so many tokens at a time
 
 
@@ -26,6 +25,7 @@ class StepSettings:
     method: Method = "qlora"
     lora: Lora = field(default_factory=Lora)
     optim: str = "adamw_torch"
+    neftune_noise_alpha: float | None = None
     gradient_checkpointing: bool = False
     base_dtype: Dtype = "bfloat16"  # of weights that are not quantised
     compute_dtype: Dtype = "bfloat16"  # of 4-bit layers, and of autocast
@@ -35,6 +35,7 @@ class StepSettings:
     loss: Literal["fused", "logits", "float32_logits", "float32_chunks"] = "fused"
     attention: Literal["sdpa", "eager"] | None = None  # None: what transformers chooses for the model
     padded: bool = True  # rows of one batch differ in length, so that a mask is built; a batch of one never has one
+    packed: bool = False  # rows are end to end in one; its mask keeps them apart, and positions are given in place of a padding mask
     use_cache: bool = False
     keep_outputs: bool = False
     fused_qkv: bool = False

@@ -26,18 +26,19 @@ def nf4_storages(elements: int, double_quant: bool = True) -> list[int]:
 
 
 def optimizer_state_bytes(elements: int, optim: str, trained_bytes: int = 4, *, wide: bool = False) -> int:
-    """Bytes of AdamW's two moments for one trained tensor (its step counter, on the CPU, left out).
+    """Bytes of what an optimizer keeps for one trained tensor (its step counter, on the CPU, left out)."""
+    return sum(state_storages(elements, optim, trained_bytes, wide=wide))
 
-    torch keeps them in the tensor's own dtype; bitsandbytes in 8 bits with a float32 absmax a block of 256, or, for small
-    tensors and input embeddings, in float32.
+
+def state_storages(elements: int, optim: str, trained_bytes: int = 4, *, wide: bool = False) -> list[int]:
+    """Bytes of each tensor that an optimizer keeps for one trained tensor: its moments, AdamW's two, Lion's one, then their scales.
+
+    torch keeps them in the tensor's own dtype; bitsandbytes in float32, or in 8 bits with a float32 absmax a block of 256, which
+    small tensors and input embeddings are spared.
     """
+    moments = 1 if optim.startswith("lion") else 2
     if optim == "adamw_torch":
-        return 2 * trained_bytes * elements
-    return sum(state_storages_8bit(elements, wide))
-
-
-def state_storages_8bit(elements: int, wide: bool) -> list[int]:
-    """Bytes of each tensor that bitsandbytes keeps for one trained tensor."""
-    if wide or elements < BITSANDBYTES_MIN_8BIT:
-        return [4 * elements] * 2
-    return [elements, elements, *[4 * math.ceil(elements / OPTIMIZER_BLOCK)] * 2]
+        return [trained_bytes * elements] * moments
+    if not optim.endswith("8bit") or wide or elements < BITSANDBYTES_MIN_8BIT:
+        return [4 * elements] * moments
+    return [elements] * moments + [4 * math.ceil(elements / OPTIMIZER_BLOCK)] * moments

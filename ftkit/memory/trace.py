@@ -96,7 +96,7 @@ class StepTracer:
             recorder.ignore(state)
         self._recorder = recorder
         attention = kernels.attention(settings.capability, settings.fused_qkv) if settings.device == "cuda" else None
-        traced = patches.Traced(attention, padded)
+        traced = patches.Traced(attention, padded, settings.packed)
         try:
             with self._fake, patches.without_trainer(), patches.applied(*self._when(), to=traced), recorder:
                 self._step(recorder, batch, length)
@@ -120,23 +120,24 @@ class StepTracer:
         recorder.phase, recorder.labels = "forward", ["inputs"]
         ids = torch.zeros(batch, length, dtype=torch.long)
         labels = torch.zeros(batch, length, dtype=torch.long)
-        mask = torch.ones(batch, length, dtype=torch.long)
+        mask = None if settings.packed else torch.ones(batch, length, dtype=torch.long)
+        positions = torch.zeros(batch, length, dtype=torch.long) if settings.packed else None
         recorder.labels = ["loss head"]
         compute = getattr(torch, settings.compute_dtype)
         autocast = torch.autocast("cpu", dtype=compute) if settings.autocast else contextlib.nullcontext()
         with autocast:
-            loss, outputs = self._loss(ids, labels, mask)
+            loss, outputs = self._loss(ids, labels, mask, positions)
         if not settings.keep_outputs:
             del outputs
         recorder.phase = "backward"
         recorder.mark("loss backward", 0)
         loss.backward()
         recorder.mark("release", 0)
-        del ids, labels, mask, loss
+        del ids, labels, mask, positions, loss
         if settings.keep_outputs:
             del outputs
 
-    def _loss(self, ids: Any, labels: Any, mask: Any) -> tuple[Any, Any]:
+    def _loss(self, ids: Any, labels: Any, mask: Any, positions: Any) -> tuple[Any, Any]:
         """The loss, and what the training loop keeps of the model's output."""
         import torch
 
@@ -159,7 +160,8 @@ class StepTracer:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
         # As in TRL's fused head: the hidden states of labelled tokens are gathered, scored and scattered back.
-        hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+        placed = {} if positions is None else {"position_ids": positions}
+        hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **placed).last_hidden_state[:, :-1]
         wanted = labels[:, 1:] != -100
         count = labelled_tokens(batch=ids.shape[0], length=ids.shape[1], share=settings.labelled_share)
         rows, columns = (torch.zeros(count, dtype=torch.long) for _ in range(2))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ftkit.memory.events import ALLOCATE, WORKSPACE, Events
+from ftkit.memory.events import ALLOCATE, WORK, WORKSPACE, Events
 
 Ints = NDArray[np.int64]
+NO_STORAGE = (WORKSPACE, WORK)  # kinds of events that refer to none
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def unroll(events: Events, unit: int, layers: int, total: int) -> Layout:
     def copied(way: str, position: int, copy: int) -> int:
         """The storage that the template's event refers to in its copy."""
         storage = events.storages[template[way][position]]
-        if events.kinds[template[way][position]] == WORKSPACE:
+        if events.kinds[template[way][position]] in NO_STORAGE:
             return storage
         number = where[storage][0]
         if number == 2:
@@ -126,7 +127,7 @@ def unroll(events: Events, unit: int, layers: int, total: int) -> Layout:
                     (len(kinds), (name, number + copies * unit if name in ("forward", "backward") and number >= last_copied else number))
                 )
             storage = events.storages[index]
-            if events.kinds[index] == WORKSPACE or where[storage][0] != 2:
+            if events.kinds[index] in NO_STORAGE or where[storage][0] != 2:
                 emit(index, storage)
             else:  # of the template, released elsewhere: by a neighbour, or at the end for all copies
                 in_before = any(index in span for span in before.values())

@@ -16,6 +16,7 @@ from ftkit.merge.deltas import Delta, changes_of
 from ftkit.model.given import tokenizer_files
 from ftkit.model.source import INDEX, drop_code, header, weight_files
 from ftkit.progress import SILENT, Reporter
+from ftkit.recipe import Dtype
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ def merge(
     folder: Path,
     *,
     onto: Base = "source",
-    bfloat16: bool = True,
+    dtype: Dtype = "bfloat16",
     with_code: bool = False,
     reporter: Reporter = SILENT,
 ) -> MergeResult:
@@ -53,7 +54,7 @@ def merge(
     adapter's tokenizer with it. Config and index say so, and are the source's otherwise.
     Some rows are held at a time, and the adapter: each file is read once and written once, from its beginning to its end.
     `onto="dequantised"` first passes each W that was in 4 bits through NF4 and back, as the adapter saw it in training
-    (`bfloat16` says in which format it was quantised), and holds such a W whole (of experts in one weight, all of a layer).
+    (`dtype` says in which format it was quantised), and holds such a W whole (of experts in one weight, all of a layer).
     Python code of the base is taken along `with_code` alone: without it no config names any, so that no program looks for it.
     Raises ModelError where the adapter uses what this merge does not do or fits no tensor of the base, where a file of the
     base is cut short, and where a number of the result would be none.
@@ -62,7 +63,7 @@ def merge(
     deltas = changes.deltas
     tokenizer = _tokenizer_files(adapter) if "vocab_size" in changes.config else []
     files = {shard: sorted(header(shard).items(), key=lambda entry: int(entry[1]["begin"])) for shard in weight_files(base)}
-    quantised = _Quantised(files, deltas, bfloat16) if onto == "dequantised" else None
+    quantised = _Quantised(files, deltas, dtype) if onto == "dequantised" else None
     done, written, added = 0, 0, dict[str, str]()
     with reporter.bar("merging", len(deltas)) as bar:
         for shard, entries in files.items():
@@ -284,9 +285,9 @@ def _dtype(name: str, source: BinaryIO) -> torch.dtype:
 class _Quantised:
     """The weights of a base as 4-bit loading gives them back, each held until its last tensor is written."""
 
-    def __init__(self, files: Mapping[Path, Sequence[tuple[str, Any]]], deltas: Mapping[str, Delta], bfloat16: bool) -> None:
+    def __init__(self, files: Mapping[Path, Sequence[tuple[str, Any]]], deltas: Mapping[str, Delta], dtype: Dtype) -> None:
         self._files = {name: shard for shard, entries in files.items() for name, _ in entries}
-        self._deltas, self._bfloat16 = deltas, bfloat16
+        self._deltas, self._dtype = deltas, dtype
         self._held: dict[str, torch.Tensor] = {}  # weights of the model, restored
         self._left = Counter(delta.parameter for delta in deltas.values())  # tensors of each that are still to come
 
@@ -312,7 +313,7 @@ class _Quantised:
         weight: torch.Tensor | None = None
         for delta in parts:
             with safe_open(self._files[delta.tensor], framework="pt") as file:
-                tensor = file.get_tensor(delta.tensor).to(torch.bfloat16 if self._bfloat16 else torch.float32)
+                tensor = file.get_tensor(delta.tensor).to(getattr(torch, self._dtype))
             matrices = tensor.reshape(len(delta.rows), -1, delta.shape[-1])
             matrices = matrices.transpose(1, 2) if delta.transposed else matrices
             if weight is None:

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ftkit.data.lengths import batching, grouped_batch_tokens
+from ftkit.data.lengths import PASS_TOKENS, RIDGE_TOKENS, batching, grouped_batch_tokens
 from ftkit.errors import ModelError, RecipeError, UntracedError
 from ftkit.gguf.types import gguf_model
+from ftkit.machine.cards import speed_of
 from ftkit.machine.device import Device
+from ftkit.memory.kernels import CONTEXT_BYTES
 from ftkit.memory.model import Inventory, Skeleton
 from ftkit.memory.polynomial import StepMemory
-from ftkit.memory.replay import Peak
-from ftkit.memory.settings import Dtype, StepSettings
+from ftkit.memory.replay import Peak, Timeline
+from ftkit.memory.settings import StepSettings
 from ftkit.plan import measured
 from ftkit.plan.by_measuring import Measure, choose_by_measuring, timeline_of
 from ftkit.plan.cost import FTKIT_BYTES
 from ftkit.plan.plan import METHODS, Candidate, MemoryPlan, Remedy, Workload, without_margin
-from ftkit.recipe import Recipe
+from ftkit.plan.speed import UNTOLD_TOKENS, Estimate, of_training
+from ftkit.recipe import Dtype, Recipe
 
-# Below so many tokens a step waits for the weights to be read, whatever the batch: a card's operations a second divided by
-# its bytes a second, at 2 operations and 2 bytes a weight; 164 for an RTX 4090, 200 for an A100, 295 for an H100.
-RIDGE_TOKENS = 256
 CHECKPOINTING_COST = 4 / 3  # one more forward pass beside one forward and a backward pass of twice its work
 SHORTER_BY = 64  # tokens: the step in which a shorter length is looked for
+Shape = tuple[int, int, bool]  # of a micro-batch: rows, tokens of each with padding, and whether it is rows end to end in one
 
 
 def batch_sizes(effective: int) -> list[int]:
@@ -44,7 +46,7 @@ class Planner:
         length: int,
         lengths: Sequence[int],
         *,
-        bfloat16: bool,
+        dtype: Dtype,
         extra_bytes: int = 0,
         labelled_share: float = 1.0,
     ) -> None:
@@ -52,11 +54,20 @@ class Planner:
         self.process_bytes = 0 if device.kind == "cuda" else FTKIT_BYTES
         self.extra_bytes = self.process_bytes + extra_bytes
         self.recipe, self.device, self.length, self.lengths = recipe, device, length, lengths
-        self.dtype: Dtype = "bfloat16" if bfloat16 else "float32"
+        self.dtype = dtype
         self.skeleton = Skeleton(config, self.dtype, trust_remote_code=recipe.trust_remote_code)
         self.skeleton.shorten()
         self._memories: dict[str, StepMemory] = {}  # by the settings in words: a list of target modules has no hash
-        self._peaks: dict[tuple[str, int, int, bool], Peak] = {}
+        self._peaks: dict[tuple[object, ...], Peak] = {}
+        self._counted: dict[str, Inventory] = {}
+        self._passes: dict[int, list[int]] = {}
+        self.rows_alone = False  # whether the memory of micro-batches other than of the longest rows is not known
+
+    def on(self, device: Device) -> Planner:
+        """The same for another card that steps are traced alike for (kernels.traced_alike): what was traced and replayed is shared."""
+        planner = copy.copy(self)
+        planner.device = replace(device, capability=self.device.capability)
+        return planner
 
     def settings(self, recipe: Recipe, checkpointing: bool) -> StepSettings:
         """The step that `ftkit train` runs for this recipe; a dataset whose rows have one length is never padded."""
@@ -64,6 +75,7 @@ class Planner:
             method=recipe.training.method,
             lora=recipe.lora,
             optim=recipe.training.optim,
+            neftune_noise_alpha=recipe.training.neftune_noise_alpha,
             gradient_checkpointing=checkpointing,
             base_dtype=self.dtype,
             compute_dtype=self.dtype,
@@ -75,15 +87,55 @@ class Planner:
         )
 
     def peak(self, recipe: Recipe, batch: int, checkpointing: bool, length: int | None = None) -> Peak:
-        settings = self.settings(recipe, checkpointing)
+        """The highest of all micro-batches'; where one does not fit, its own."""
+        return self._highest(recipe, batch, checkpointing, length or self.length)[0]
+
+    def _highest(self, recipe: Recipe, batch: int, checkpointing: bool, length: int) -> tuple[Peak, Shape]:
+        looked_at = []
+        for shape in self.shapes(recipe, batch, length):
+            looked_at.append((self._peak(recipe, batch, checkpointing, shape), shape))
+            if looked_at[-1][0].device_bytes > self.limit_bytes:
+                break
+        return max(looked_at, key=lambda found: found[0].device_bytes)
+
+    def _peak(self, recipe: Recipe, batch: int, checkpointing: bool, shape: Shape) -> Peak:
+        rows, length, packed = shape
+        settings = replace(self.settings(recipe, checkpointing), packed=packed)
         accumulates = recipe.training.effective_batch_size > batch
-        key = (repr(settings), batch, length or self.length, accumulates)
+        extra = self.extra_of(recipe)
+        peak = self._replayed(settings, rows, length, accumulates, None)
+        room = self.limit_bytes - extra
+        if peak.device_bytes > room >= sum(part.bytes for part in peak.parts) + CONTEXT_BYTES:  # the allocator may yet make it fit
+            peak = self._replayed(settings, rows, length, accumulates, room)
+        return replace(peak, device_bytes=peak.device_bytes + extra)
+
+    def _replayed(self, settings: StepSettings, batch: int, length: int, accumulates: bool, room: int | None) -> Peak:
+        key = (repr(settings), batch, length, accumulates, room)
         if key not in self._peaks:
-            step = self.memory(settings).step(batch, length or self.length, accumulates=accumulates)
-            extra = self.extra_of(recipe)
-            peak = step.peak(self.limit_bytes - extra)
-            self._peaks[key] = replace(peak, device_bytes=peak.device_bytes + extra)
+            self._peaks[key] = self.memory(settings).step(batch, length, accumulates=accumulates).peak(room)
         return self._peaks[key]
+
+    def max_tokens(self, recipe: Recipe, batch: int, length: int | None = None) -> int | None:
+        """Tokens that a micro-batch may hold, padding included, as `batch` of the longest rows do; None: it is `batch` rows always."""
+        fixed = recipe.training.per_device_train_batch_size or not self.lengths
+        return None if self.rows_alone or (fixed and not recipe.training.packing) else batch * (length or self.length)
+
+    def shapes(self, recipe: Recipe, batch: int, length: int) -> list[Shape]:
+        """Those of the micro-batches that bound the memory of all others, the likely highest first.
+
+        With as many tokens in all, what a step holds is convex in the length – a + b rows + c length + d length² – and a row alone
+        has no mask: the highest is the longest, the shortest, or the longest two. More learnt tokens than in the longest rows go
+        together in none.
+        """
+        tokens = self.max_tokens(recipe, batch, length)
+        found = [(batch, length, False)]
+        if tokens is None:
+            return found
+        if recipe.training.packing:
+            found.insert(0, (1, tokens, True))
+        most = min(recipe.training.effective_batch_size, tokens // min(self.lengths, default=length))
+        more = {rows for rows in ((2 if batch == 1 else batch), most) if batch < rows <= most}
+        return found + [(rows, tokens // rows, False) for rows in sorted(more)]
 
     def extra_of(self, recipe: Recipe) -> int:
         """What is added to a step's peak: a probe's difference only where that very step is planned, not for another method."""
@@ -109,13 +161,24 @@ class Planner:
             gradient_checkpointing=checkpointing,
             peak=measured or self.peak(recipe, batch, checkpointing),
             budget_bytes=self.device.free_bytes,
+            max_tokens=self.max_tokens(recipe, batch),
+            packing=recipe.training.packing and not self.rows_alone,
         )
 
     def count(self, recipe: Recipe) -> Inventory:
         settings = self.settings(recipe, False)
-        return self.skeleton.count(
-            settings.method, settings.lora, settings.optim, settings.base_dtype, settings.trained_dtype, settings.double_quant
-        )
+        if (key := repr(settings)) not in self._counted:
+            self._counted[key] = self.skeleton.count(
+                settings.method, settings.lora, settings.optim, settings.base_dtype, settings.trained_dtype, settings.double_quant
+            )
+        return self._counted[key]
+
+    def timeline(self, recipe: Recipe, fit: Candidate) -> Timeline:
+        """Of the micro-batch with the highest peak."""
+        on, batch = fit.gradient_checkpointing, fit.per_device_train_batch_size
+        rows, length, packed = self._highest(recipe, batch, on, self.length)[1]
+        memory = self.memory(replace(self.settings(recipe, on), packed=packed))
+        return memory.step(rows, length, accumulates=recipe.training.effective_batch_size > batch).timeline()
 
     def choices(self, recipe: Recipe) -> list[tuple[int, bool]]:
         """(batch, checkpointing) that the recipe allows, the fastest first; among equals the one without checkpointing."""
@@ -129,16 +192,39 @@ class Planner:
         )
 
     def work(self, batch: int, checkpointing: bool) -> float:
-        """Relative time of an epoch: tokens computed, padding included, and at least RIDGE_TOKENS a pass."""
-        training = self.recipe.training
-        passes = (
-            grouped_batch_tokens(self.lengths, batch, training.effective_batch_size, training.seed)
-            if self.lengths
-            else [batch * self.length]
-        )
+        """Relative time of an epoch, of rows whose lengths are not known that of a row: tokens computed, padding included, at least
+        RIDGE_TOKENS a pass. On a CPU what a pass costs beside them counts too; on a GPU that is not measured."""
+        beside = PASS_TOKENS if self.device.kind == "cpu" else 0
         rows = len(self.lengths) if self.lengths else batch
-        tokens = sum(max(tokens, RIDGE_TOKENS) for tokens in passes) / rows
+        tokens = sum(max(tokens, RIDGE_TOKENS) + beside for tokens in self._micro_batches(batch)) / rows
         return tokens * (CHECKPOINTING_COST if checkpointing else 1.0)
+
+    def _micro_batches(self, batch: int) -> list[int]:
+        """Tokens of each micro-batch of an epoch, padding included; without a dataset, of one with full rows."""
+        if batch not in self._passes:
+            training = self.recipe.training
+            self._passes[batch] = (
+                grouped_batch_tokens(self.lengths, batch, training.effective_batch_size, training.seed, self.max_tokens(self.recipe, batch))
+                if self.lengths
+                else [batch * self.length]
+            )
+        return self._passes[batch]
+
+    def estimate(self, recipe: Recipe, fit: Candidate) -> Estimate | None:
+        """How long the training takes by this choice; None where the device's speed is not known. The step is traced."""
+        speed = speed_of(self.device.name) if self.device.kind == "cuda" else None
+        if not speed:
+            return None
+        batch = fit.per_device_train_batch_size
+        counted = self.memory(self.settings(recipe, fit.gradient_checkpointing)).work(batch, self.length)
+        micro_batches = self._micro_batches(batch)
+        if self.lengths:
+            todo = work(recipe, self.lengths)
+            tokens, repeats, steps = todo.tokens, todo.epochs, float(todo.steps)
+        else:
+            tokens, repeats = UNTOLD_TOKENS, UNTOLD_TOKENS / sum(micro_batches)
+            steps = repeats / fit.gradient_accumulation_steps
+        return of_training(speed, counted, batch * self.length, micro_batches, repeats, steps, fit.inventory, tokens)
 
     def choose(self, recipe: Recipe) -> tuple[Candidate, list[tuple[int, bool, int, bool]]]:
         """The fastest choice that fits, and all that were looked at; where none fits, the smallest."""
@@ -243,7 +329,7 @@ def make_plan(
     length: int,
     lengths: Sequence[int] = (),
     *,
-    bfloat16: bool,
+    dtype: Dtype,
     extra_bytes: int = 0,
     labelled_share: float = 1.0,
     measure: Measure | None = None,
@@ -256,19 +342,19 @@ def make_plan(
     `measure`, and nothing is said of other methods and lengths. Raises UntracedError where there is none, ModelError and
     RecipeError where the adapter's targets are wrong.
     """
-    planner = Planner(config, recipe, device, length, lengths, bfloat16=bfloat16, extra_bytes=extra_bytes, labelled_share=labelled_share)
+    planner = Planner(config, recipe, device, length, lengths, dtype=dtype, extra_bytes=extra_bytes, labelled_share=labelled_share)
     training = recipe.training
     try:
         chosen, seen = planner.choose(recipe)
-        step = planner.memory(planner.settings(recipe, chosen.gradient_checkpointing)).step(
-            chosen.per_device_train_batch_size, length, accumulates=chosen.gradient_accumulation_steps > 1
-        )
-        timeline = step.timeline()
+        timeline = planner.timeline(recipe, chosen)
+        estimate = planner.estimate(recipe, chosen) if chosen.fits else None
+        unknown = None if estimate else not_known(device) if chosen.fits else "it does not fit"
     except UntracedError:
         if not measure:
             raise
+        planner.rows_alone, planner._passes = True, {}
         chosen, seen = choose_by_measuring(planner, measure)
-        timeline = timeline_of(chosen)
+        timeline, estimate, unknown = timeline_of(chosen), None, "its step cannot be traced"
     batch, checkpointing = chosen.per_device_train_batch_size, chosen.gradient_checkpointing
     methods, untraced = [], {}
     for method in METHODS:
@@ -289,12 +375,23 @@ def make_plan(
         untraced=untraced,
         batches=tuple(seen),
         changes=() if chosen.fits else planner.changes(chosen),
-        batching=batching(lengths, batch, training.effective_batch_size, training.max_length, training.seed) if lengths else None,
+        batching=batching(lengths, batch, training.effective_batch_size, training.max_length, training.seed, chosen.max_tokens)
+        if lengths
+        else None,
         work=work(recipe, lengths) if lengths else None,
         extra_bytes=planner.extra_bytes,
         timeline=timeline,
         gguf=gguf_model({tensor.name: tensor.shape for tensor in planner.skeleton.tensors}, config),
+        estimate=estimate,
+        not_estimated_because=unknown,
     )
+
+
+def not_known(device: Device) -> str:
+    """Why no time can be told before a training has run here."""
+    if device.kind == "cpu":
+        return "a processor's speed is not estimated"
+    return f"the speed of {device.name} is not known"
 
 
 def work(recipe: Recipe, lengths: Sequence[int]) -> Workload:

@@ -35,7 +35,8 @@ def subject(recipe: Recipe, model: str) -> str:
     """What a probe's difference holds for: the method and the model, `model` its fingerprint, as they are trained; at any batch."""
     method = recipe.training.method
     adapter = None if method == "full" else recipe.lora.model_dump(exclude_defaults=True)
-    return f"{method} {recipe.model} {fingerprint(model, recipe.training.optim, adapter)}"
+    dtype = [recipe.training.compute_dtype] if recipe.training.compute_dtype else []
+    return f"{method} {recipe.model} {fingerprint(model, recipe.training.optim, adapter, *dtype)}"
 
 
 def _probes(device: Device) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ftkit.memory.model import Inventory
 from ftkit.memory.replay import Peak, Timeline
 from ftkit.memory.sizes import DTYPE_BYTES
 from ftkit.plan.cost import FTKIT_BYTES, Sizes
+from ftkit.plan.speed import Estimate
 from ftkit.recipe import Ship
 
 METHODS = ("full", "lora", "qlora")
@@ -30,6 +31,8 @@ class Candidate:
     gradient_checkpointing: bool
     peak: Peak
     budget_bytes: int
+    max_tokens: int | None = None  # that a micro-batch holds, padding included: more rows where they are short; None: so many rows always
+    packing: bool = False  # rows end to end in one, without padding
 
     @property
     def limit_bytes(self) -> int:
@@ -84,6 +87,8 @@ class MemoryPlan:
     extra_bytes: int  # on the device beyond the trace: the difference of this model's probe, and on a CPU the process itself
     timeline: Timeline
     gguf: GgufModel  # as it will be converted
+    estimate: Estimate | None = None  # how long it takes
+    not_estimated_because: str | None = None
 
     @property
     def gguf_bytes(self) -> dict[str, int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ftkit.data.survey import Survey
 from ftkit.report.write import PAGE_SUFFIXES, check, write
+from ftkit.train.suspects import Suspect
 from ftkit.units import count_text
 
 PAGE = """<!doctype html>
@@ -16,6 +18,7 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem
 table { border-collapse: collapse; margin: 1rem 0 }
 td, th { padding: .25rem 1rem .25rem 0; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child, td:last-child, th:last-child { text-align: left }
+.suspects td, .suspects th { text-align: left; vertical-align: top; white-space: pre-line; overflow-wrap: anywhere }
 .bar { display: inline-block; height: .8rem; background: #0072b2 }
 .row { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.6 ui-monospace, monospace }
 .row span { border-right: 1px solid #bbb } .row .learnt { background: #8fd9c0; border-bottom: 2px solid #009e73 }
@@ -55,6 +58,23 @@ Median {{ found.tokens.median }} tokens, 95 % up to {{ found.tokens.p95 }}, long
 <li>Nothing comes twice, contradicts or is cut.</li>
 {% endfor %}
 </ul>
+{% if suspects %}
+<h2>Suspects</h2>
+<p>Rows that may be mislabelled, the most suspicious first: how far their answer stood out among the rows that training saw around the
+same time, and how probable it was to the model, pass by pass, before it was learnt. “Likely”: the trained model answers otherwise too.
+Not all are wrong.</p>
+<table class="suspects"><tr><th>row</th><th>stands out</th><th></th><th>label</th><th>the model’s own answer</th>
+<th>the label’s probability</th></tr>
+{% for each in suspects %}
+<tr>
+<td>{{ each.place }}{% if each.contradicts %}<br>same question, another answer: {{ each.contradicts[:3] | join("; ") }}{% endif %}</td>
+<td>{{ "%.1f" % each.score }}</td><td>{{ "likely" if each.likely }}</td>
+<td>{{ each.label }}</td><td>{{ "–" if each.answer is none else each.answer }}</td>
+<td>{% for p in each.probabilities %}{{ "%.0f" % (100 * p) }} {% endfor %}%</td>
+</tr>
+{% endfor %}
+</table>
+{% endif %}
 {% for row in found.shown %}
 <h2>{{ row.place }}</h2>
 <p class="row">
@@ -66,7 +86,7 @@ Median {{ found.tokens.median }} tokens, 95 % up to {{ found.tokens.p95 }}, long
 """
 
 
-def write_page(found: Survey, path: Path, *, title: str) -> None:
+def write_page(found: Survey, path: Path, *, title: str, suspects: Sequence[Suspect] = ()) -> None:
     """Write the survey as one HTML file without scripts, fonts or pictures from elsewhere; texts of the dataset are escaped.
 
     Raises RecipeError for another suffix than .html or a folder that cannot be written.
@@ -77,4 +97,4 @@ def write_page(found: Survey, path: Path, *, title: str) -> None:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["count"] = count_text
     most = max(entry.examples for entry in found.histogram)
-    write(path, environment.from_string(PAGE).render(found=found, title=title, most=most).encode())
+    write(path, environment.from_string(PAGE).render(found=found, title=title, most=most, suspects=suspects).encode())

@@ -25,7 +25,7 @@ from ftkit.report.parts import (
     tied,
 )
 from ftkit.report.plot import axis_bytes
-from ftkit.report.words import PHASES, answer, command_for, padding, peak_words, phase_of, reach, runs, sixteen_bits, why
+from ftkit.report.words import PHASES, answer, command_for, padding, peak_words, phase_of, reach, runs, sixteen_bits, time_words, why
 from ftkit.report.write import PAGE_SUFFIXES, check, page_environment, write
 from ftkit.units import bytes_text, count_text, seconds_text
 
@@ -69,6 +69,7 @@ def write_page(
         tokens=tokens,
         answer=tied(answer(plan)),
         why=tied(why(plan)),
+        time_words=tied(time_words(plan)),
         peak_words=tied(peak_words(plan)),
         notes=[tied(words) for words in (reach(plan), sixteen_bits(plan)) if words],
         margin=tied(f"{100 * MARGIN:g} %"),

@@ -13,7 +13,7 @@ from ftkit.report.chart import HEIGHT, WIDTH, Chart, line_chart
 from ftkit.report.parts import share, tied
 from ftkit.report.ship_page import KEPT_IN_TEXTS, MOST_ANSWERS, MOST_POINTS, Answer
 from ftkit.report.write import PAGE_SUFFIXES, check, page_environment, write
-from ftkit.train.curve import Point, smoothed
+from ftkit.train.curve import Point, smoothed, thinned
 from ftkit.train.verdict import Verdict
 from ftkit.units import bytes_text, seconds_text
 
@@ -64,7 +64,7 @@ def write_page(page: RunPage, path: Path) -> None:
         title=f"{page.name}: how the training {HOW[page.state]}",
         page=page,
         answer=tied(headline(page)),
-        well=page.verdict.kind in ("learning", "levelled off"),
+        look={"learning": "", "levelled off": "", "too few to tell": " open"}.get(page.verdict.kind, " no"),
         validation=validation,
         best=min((p.validation_loss for p in validation if p.validation_loss is not None), default=None),
         speed=page.trained_tokens / page.seconds if page.trained_tokens and page.seconds else None,
@@ -97,8 +97,8 @@ def loss_chart(page: RunPage) -> Chart | None:
     training = [(float(p.step), p.loss) for p in page.curve if not p.evaluated and p.loss is not None]
     trend = list(zip((step for step, _ in training), smoothed([loss for _, loss in training]), strict=True))
     series = {
-        "each step": thinned(training),
-        "smoothed": thinned(trend),
+        "each step": thinned(training, MOST_POINTS),
+        "smoothed": thinned(trend, MOST_POINTS),
         "validation": [(float(p.step), p.validation_loss) for p in page.curve if p.evaluated and p.validation_loss is not None],
     }
     notes = {float(page.best_step): "best"} if page.best_step else {}
@@ -114,18 +114,9 @@ def _chart(curve: Sequence[Point], key: str, name: str, *, smooth: bool = False)
     if not points:
         return None
     if not smooth:
-        return line_chart({name: thinned(points)}, linear=True)
+        return line_chart({name: thinned(points, MOST_POINTS)}, linear=True)
     trend = zip((step for step, _ in points), smoothed([value for _, value in points]), strict=True)
-    return line_chart({"each step": thinned(points), "smoothed": thinned(list(trend))}, faint=("each step",))
-
-
-def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MOST_POINTS, each the mean of as many; the first and the last stay where they are."""
-    taken = -(-len(points) // MOST_POINTS) or 1
-    if taken == 1:
-        return list(points)
-    groups = [points[begin : begin + taken] for begin in range(0, len(points), taken)]
-    return [points[0], *((sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups), points[-1]]
+    return line_chart({"each step": thinned(points, MOST_POINTS), "smoothed": thinned(list(trend), MOST_POINTS)}, faint=("each step",))
 
 
 def _bars(memory: Memory) -> list[tuple[str, int, float]]:

@@ -8,7 +8,7 @@ from typing import Any
 from ftkit.data.lengths import Batching
 from ftkit.plan.plan import MARGIN, Candidate, MemoryPlan, Remedy
 from ftkit.report.parts import METHOD_WORDS, NO_BREAK, kinds_of, place, share
-from ftkit.units import bytes_text
+from ftkit.units import bytes_text, count_text, seconds_text, spanned_text
 
 NAMED = 6  # kinds of weights that no adapter reaches, the largest
 PHASES = {"forward": "forward", "loss": "loss", "backward pass of the loss": "loss", "backward": "backward", "optimizer": "optimizer"}
@@ -48,7 +48,16 @@ def why(plan: MemoryPlan) -> str:
         reason = f"the fastest choice that fits; {f'the {faster} faster ones do' if faster > 1 else 'the only faster one does'} not"
     else:
         reason = "no allowed choice is faster"
-    return f"{choice(plan)}: {reason}."
+    return f"{choice(plan)}: {reason}." + (f" {together(fit)}." if together(fit) else "")
+
+
+def together(fit: Candidate) -> str | None:
+    """Which rows share a micro-batch, where it is not as many as the batch says whatever their length."""
+    if fit.packing:
+        return f"Rows are packed end to end, up to {fit.max_tokens:,} tokens, if this model is found to keep them apart"
+    if fit.max_tokens and fit.gradient_accumulation_steps > 1:
+        return f"Shorter rows go together, up to {fit.max_tokens:,} tokens at once"
+    return None
 
 
 def choice(plan: MemoryPlan) -> str:
@@ -57,6 +66,20 @@ def choice(plan: MemoryPlan) -> str:
         f"Batch {fit.per_device_train_batch_size} × accumulation {fit.gradient_accumulation_steps}, gradient checkpointing "
         f"{'on' if fit.gradient_checkpointing else 'off'}, rows of up to {plan.max_length:,} tokens"
     )
+
+
+def time_words(plan: MemoryPlan) -> str:
+    """How long training takes: by the last one here, else by estimate, else why it is not known."""
+    work, estimate = plan.work, plan.estimate
+    if work and work.seconds and work.tokens_per_second:
+        return f"{seconds_text(work.seconds)}, at the {work.tokens_per_second:.0f} tokens/s of the last training here"
+    if not plan.chosen.fits:
+        return ""
+    if not estimate:
+        return f"not known before a training here: {plan.not_estimated_because}" if plan.not_estimated_because else ""
+    span = spanned_text(estimate.seconds_low, estimate.seconds_high)
+    of = f"for {work.epochs:g} epoch{'s' if work.epochs != 1 else ''}" if work else f"for {count_text(estimate.tokens)} tokens in full rows"
+    return f"about {span} {of} (estimate, by the speed of {plan.device.name})"
 
 
 def peak_words(plan: MemoryPlan) -> str:

@@ -90,9 +90,9 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def validation_losses(state: Mapping[str, Any]) -> dict[int, float]:
-    """By step, in their order."""
-    return {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+def evaluated(state: Mapping[str, Any], metric: str) -> dict[int, float]:
+    """A metric of the evaluations by step, in their order."""
+    return {entry["step"]: entry[metric] for entry in state["log_history"] if metric in entry}
 
 
 def refuse_world_size(checkpoint: Path, world_size: int = 1) -> None:
@@ -105,22 +105,23 @@ def refuse_world_size(checkpoint: Path, world_size: int = 1) -> None:
         )
 
 
-def mend(checkpoint: Path, callbacks: Mapping[str, Any], reporter: Reporter) -> None:
-    """Write into a checkpoint where the best of those that are here lies, and the callbacks that it is gone on with.
+def mend(checkpoint: Path, callbacks: Mapping[str, Any], reporter: Reporter, metric: str = "eval_loss") -> None:
+    """Write into a checkpoint where the best of those that are here lies (least loss, or most of another metric), and its callbacks.
 
     The trainer notes the best one's path, which is another one once the run was moved; it would then forget the best weights and
     end with the last. And at its next checkpoint it asks for each callback's earlier state: KeyError where there was none.
     """
     state = state_of(checkpoint)
     here = [step_of(other) for other in checkpoints(checkpoint.parent)]
-    losses = validation_losses(state)
-    best = min((step for step in here if math.isfinite(losses.get(step, math.nan))), key=lambda step: losses[step], default=None)
+    values = evaluated(state, metric)
+    sign = 1 if metric == "eval_loss" else -1
+    best = min((step for step in here if math.isfinite(values.get(step, math.nan))), key=lambda step: sign * values[step], default=None)
     if best != state["best_global_step"]:
         reporter.warn(f"the best checkpoint so far, of step {state['best_global_step']}, is gone; kept is the best of the others")
     path = None if best is None else str(checkpoint.with_name(f"checkpoint-{best}"))
     mended: dict[str, Any] = {
         "best_global_step": best,
-        "best_metric": None if best is None else losses[best],
+        "best_metric": None if best is None else values[best],
         "best_model_checkpoint": path,
     }
     control = {name: value for name, value in state["stateful_callbacks"].items() if name == CONTROL}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ftkit.train.answers import ASKED, RIGHT
+
 SMOOTHED_OVER = 12  # a training loss is smoothed over about this part of the curve's steps
 
 
@@ -20,6 +22,7 @@ class Point:
     validation_loss: float | None = None
     learning_rate: float | None = None
     gradient_norm: float | None = None
+    right_percent: float | None = None  # of the validation answers that were asked for at this evaluation
 
     @property
     def evaluated(self) -> bool:
@@ -30,7 +33,8 @@ class Point:
 def point(entry: dict[str, Any]) -> Point:
     point = Point(step=entry["step"], epoch=round(entry["epoch"], 4))
     if "eval_loss" in entry:
-        return replace(point, validation_loss=finite(entry["eval_loss"]))
+        right = 100 * entry[RIGHT] / entry[ASKED] if RIGHT in entry else None
+        return replace(point, validation_loss=finite(entry["eval_loss"]), right_percent=right)
     return replace(
         point, loss=finite(entry["loss"]), learning_rate=finite(entry["learning_rate"]), gradient_norm=finite(entry["grad_norm"])
     )
@@ -44,6 +48,15 @@ def points(log: Sequence[dict[str, Any]]) -> list[Point]:
 def finite(value: Any) -> float | None:
     """JSON has no NaN."""
     return float(value) if math.isfinite(float(value)) else None
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most so many points, each the mean of as many; the first and the last stay where they are."""
+    taken = -(-len(points) // most) or 1
+    if taken == 1:
+        return list(points)
+    groups = [points[begin : begin + taken] for begin in range(0, len(points), taken)]
+    return [points[0], *((sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups), points[-1]]
 
 
 def smoothed(values: Sequence[float], over: float | None = None) -> list[float]:
@@ -61,9 +74,9 @@ def smoothed(values: Sequence[float], over: float | None = None) -> list[float]:
     reach = math.ceil(2 * over)
     away = np.arange(-reach, reach + 1)
     weights = np.exp(-0.5 * (away / over) ** 2)
-    here = np.ones(len(found))
+    here, size = np.ones(len(found)), len(found) + 2 * reach
     s0, s1, s2, t0, t1 = (
-        np.convolve(of, weights * away**power)[reach : reach + len(found)]
+        np.fft.irfft(np.fft.rfft(of, size) * np.fft.rfft(weights * away**power, size), size)[reach : reach + len(found)]
         for of, power in ((here, 0), (here, 1), (here, 2), (found, 0), (found, 1))
-    )  # convolution turns `away` round: both first powers change their sign, and the product stays
+    )  # a convolution, which turns `away` round: both first powers change their sign, and the product stays
     return [float(value) for value in (s2 * t0 - s1 * t1) / (s0 * s2 - s1**2)]

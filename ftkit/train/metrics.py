@@ -23,13 +23,14 @@ class Metrics:
     validation_loss: float | None = None
     learning_rate: float | None = None
     gradient_norm: float | None = None
+    right_percent: float | None = None  # of the validation answers, where they were asked for
     tokens: int = 0  # trained up to here, as far as rows have their mean length
     seconds: float = 0.0  # of training and evaluating up to here
     peak_bytes: int = 0  # up to here: allocated on the GPU, or resident in RAM
 
     @property
     def point(self) -> Point:
-        return Point(self.step, self.epoch, self.loss, self.validation_loss, self.learning_rate, self.gradient_norm)
+        return Point(self.step, self.epoch, self.loss, self.validation_loss, self.learning_rate, self.gradient_norm, self.right_percent)
 
 
 def read_metrics(folder: Path) -> list[Metrics]:

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 import psutil
 
+from ftkit.data.lengths import RIDGE_TOKENS
 from ftkit.engines import hf
 from ftkit.errors import DoesNotFitError, TrainingDivergedError, first_line
 from ftkit.files import write_atomically
-from ftkit.plan.choose import RIDGE_TOKENS, batch_sizes
+from ftkit.plan.choose import batch_sizes
 from ftkit.recipe import Recipe
 from ftkit.train.arguments import Settings
 from ftkit.train.divergence import Detector, Diverged

@@ -14,7 +14,9 @@ from ftkit.memory.model import lora_config
 from ftkit.model.four_bits import adaptable
 from ftkit.recipe import Recipe
 from ftkit.run import CHECKPOINTS
+from ftkit.train.answers import Scorer
 from ftkit.train.arguments import Settings, arguments
+from ftkit.train.micro_batches import in_micro_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,11 +31,12 @@ def build_trainer(
     validation: Any,
     folder: Path,
     callbacks: Sequence[Any] = (),
+    scorer: Scorer | None = None,
 ) -> Any:
     """The SFTTrainer of this recipe.
 
     `training` and `validation` are `datasets.Dataset`s of token ids and labels already (data.store), or lists of `Example`s, so that
-    nothing is rendered or masked again.
+    nothing is rendered or masked again. What `scorer` finds is among the metrics of an evaluation.
     """
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
@@ -42,13 +45,15 @@ def build_trainer(
     patches.require("training")  # before the model is loaded
     hf.refuse_lost_gradients()
     method = recipe.training.method
-    config = SFTConfig(**arguments(recipe.training, settings, len(training), folder / CHECKPOINTS))
-    model = hf.load_model(base, method, bfloat16=settings.bfloat16, cuda=settings.cuda, trust_remote_code=recipe.trust_remote_code)
+    rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    whole_steps = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
+    config = SFTConfig(**{**arguments(recipe.training, settings, len(training), folder / CHECKPOINTS), **whole_steps})
+    model = hf.load_model(base, method, dtype=settings.dtype, cuda=settings.cuda, trust_remote_code=recipe.trust_remote_code)
     text = model.config.get_text_config()
     if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
         text.num_experts = text.num_local_experts  # which TRL 1.16 asks Granite's for too, and it has the other name alone
     with adaptable(model):
-        trainer = _reproducible(SFTTrainer)(
+        trainer = in_micro_batches(_reproducible(SFTTrainer, scorer), settings)(
             model=model,
             args=config,
             train_dataset=dataset_of(training),
@@ -64,8 +69,8 @@ def build_trainer(
     return trainer
 
 
-def _reproducible(kind: Any) -> Any:
-    """A trainer whose order of rows follows from seed and epoch alone, and that trains with the table's patches.
+def _reproducible(kind: Any, scorer: Scorer | None) -> Any:
+    """A trainer whose order of rows follows from seed and epoch alone, that trains with the table's patches, and asks the model.
 
     transformers draws it from the global generator, whose state at the beginning of an epoch no checkpoint holds: a training
     resumed within a second epoch would see some rows of it twice and others not at all.
@@ -77,6 +82,13 @@ def _reproducible(kind: Any) -> Any:
         def train(self, *args: Any, **options: Any) -> Any:
             with patches.applied("training", "running adapters"):
                 return super().train(*args, **options)
+
+        def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+            """The loss, and answers: the model is in eval mode then, and each training step puts it back itself."""
+            output = super().evaluation_loop(*args, **options)
+            if scorer:
+                output.metrics.update(scorer(self.model, self.state.global_step // int(self.args.eval_steps)))
+            return output
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             dataset = self.train_dataset if train_dataset is None else train_dataset

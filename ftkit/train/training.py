@@ -18,6 +18,7 @@ from ftkit.machine.device import choose as choose_device
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Recipe
 from ftkit.run import CHECKPOINTS
+from ftkit.train.answers import RIGHT, Asked, make_scorer
 from ftkit.train.arguments import Settings, arguments
 from ftkit.train.checkpoints import (
     CONTROL,
@@ -25,15 +26,18 @@ from ftkit.train.checkpoints import (
     TRAINER_STATE,
     drop_broken_checkpoints,
     drop_checkpoints_from,
+    evaluated,
     last_checkpoint,
     mend,
     refuse_world_size,
     state_of,
     step_of,
-    validation_losses,
 )
 from ftkit.train.curve import Point, points
 from ftkit.train.divergence import Diverged
+from ftkit.train.dynamics import SEEN, kept
+from ftkit.train.packing import what_packing_changes
+from ftkit.train.reporting import reporting
 from ftkit.train.retry import (
     OutOfMemory,
     Retry,
@@ -74,6 +78,7 @@ class TrainResult:
     verdict: str
     curve: list[Point]
     reading: Verdict | None = None  # the verdict as a value; None: read by ftkit before 0.3
+    best_right_percent: float | None = None  # of the answers at the best step; None: they were not asked for there
     retries: list[Retry] = field(default_factory=list)  # where memory ran out or it diverged, and how it went on
 
     def record(self) -> dict[str, Any]:
@@ -89,11 +94,12 @@ def train(
     validation: Any,
     folder: Path,
     reporter: Reporter = SILENT,
+    asked: Asked | None = None,
     *,
     missed: Missed = lambda settings, short: None,
     stage: Path | None = None,
 ) -> TrainResult:
-    """Train into `folder`: `adapter/` (or `model/` for full fine-tuning) of the best validation loss, `curve.json` and METRICS.
+    """Train into `folder`: `adapter/` (or `model/` for full fine-tuning) of the best evaluation, `curve.json` and METRICS.
 
     Checkpoints of an earlier, killed call with the same folder are taken up, and stay in CHECKPOINTS for the caller to remove.
     Where memory runs out it goes on with fewer rows at once, at the same effective batch; where it diverges, from before that at
@@ -115,7 +121,18 @@ def train(
         now = settings_of(settings, retries, device)
         try:
             result = _attempt(
-                recipe, now, base, tokenizer, training, validation, folder.absolute(), checkpoints, rate_factor(retries), reporter, drive
+                recipe,
+                now,
+                base,
+                tokenizer,
+                training,
+                validation,
+                folder.absolute(),
+                checkpoints,
+                rate_factor(retries),
+                reporter,
+                drive,
+                asked,
             )
         except OutOfMemory as short:
             missed(now, short)
@@ -153,22 +170,28 @@ def _attempt(
     factor: float,
     reporter: Reporter,
     drive: Drive | None,
+    asked: Asked | None,
 ) -> TrainResult:
     """Train with these settings, at so much of the recipe's rate, from the last checkpoint on. Raises OutOfMemory and Diverged."""
     import torch
     from transformers import EarlyStoppingCallback
 
+    needed = recipe.training.metric_for_best_model == "right"
     resumed = last_checkpoint(checkpoints)
     if resumed:
         refuse_world_size(resumed)
     tokens_per_row = sum(token_counts(training)) / max(1, len(training))
     tokens_per_step = tokens_per_row * recipe.training.effective_batch_size
-    watcher = make_watcher(reporter, tokens_per_step, recipe.training, read_watched(resumed), folder, cuda=settings.cuda)
+    watcher = make_watcher(reporter, tokens_per_step, recipe.training, read_watched(resumed), folder, settings)
     stopper = EarlyStoppingCallback(recipe.training.early_stopping_patience, recipe.training.early_stopping_threshold)
+    scorer = make_scorer(asked, tokenizer, reporter, needed=needed) if asked else None
     guard = make_guard(factor)
     callbacks = [watcher, *([make_copier(drive)] if drive else []), stopper, guard]
-    trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, checkpoints.parent, callbacks)
-    over = _go_on_from(resumed, trainer, stopper, reporter) if resumed else False
+    trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, checkpoints.parent, callbacks, scorer)
+    over = _go_on_from(resumed, trainer, stopper, reporter, RIGHT if needed else "eval_loss") if resumed else False
+    if settings.packing and (change := what_packing_changes(trainer, training)):
+        reporter.warn(f"rows are not packed: {change}; rows of like length go together instead, padded")
+        trainer.packing = False
     if settings.cuda:
         torch.cuda.reset_peak_memory_stats()
     if resumed and over:
@@ -177,11 +200,13 @@ def _attempt(
     else:
         if resumed:
             reporter.note(f"resuming from step {step_of(resumed)}")
-        with reporter.bar("training", trainer.args.max_steps) as bar, stop_after_a_checkpoint(watcher, reporter):
+        seen = kept(trainer, folder / SEEN, step_of(resumed) if resumed else 0)
+        with seen, reporter.bar("training", trainer.args.max_steps) as bar, stop_after_a_checkpoint(watcher, reporter):
             watcher.bar = bar
             short = None
             try:
-                trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+                with reporting(trainer, folder.absolute()):
+                    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
             except KeyboardInterrupt:
                 raise interrupted(checkpoints) from None
             except (RuntimeError, MemoryError) as error:
@@ -200,7 +225,8 @@ def _attempt(
             raise interrupted(checkpoints)
     curve = points(trainer.state.log_history)
     losses = [point.validation_loss for point in curve if point.validation_loss is not None]
-    if trainer.state.best_global_step is None or not losses:
+    best = next((point for point in curve if point.evaluated and point.step == trainer.state.best_global_step), None)
+    if best is None or best.validation_loss is None:
         shutil.rmtree(checkpoints, ignore_errors=True)
         raise TrainingDivergedError(
             "Training diverged: no validation loss is a number. Nothing is kept.",
@@ -221,7 +247,7 @@ def _attempt(
     return TrainResult(
         steps=trainer.state.global_step,
         best_step=trainer.state.best_global_step,
-        best_validation_loss=float(trainer.state.best_metric),
+        best_validation_loss=best.validation_loss,
         first_validation_loss=losses[0],
         trained_tokens=round(trainer.state.global_step * tokens_per_step),
         seconds=watched.seconds,
@@ -232,6 +258,7 @@ def _attempt(
         verdict=str(reading),
         curve=curve,
         reading=reading,
+        best_right_percent=best.right_percent,
     )
 
 
@@ -243,25 +270,26 @@ def _save(trainer: Any) -> None:
     trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
 
 
-def _go_on_from(checkpoint: Path, trainer: Any, stopper: Any, reporter: Reporter) -> bool:
+def _go_on_from(checkpoint: Path, trainer: Any, stopper: Any, reporter: Reporter, metric: str) -> bool:
     """Make the checkpoint one of this trainer's; whether nothing is left to train after it: it was the last step, or training stops early.
 
-    How long nothing was gained is told from the losses, not taken from the checkpoint: patience may be another than then.
+    How long nothing was gained is told from the evaluations, not taken from the checkpoint: patience may be another than then.
     """
     from transformers.trainer_callback import ExportableState
 
     state = state_of(checkpoint)
     best: float | None = None
-    for loss in validation_losses(state).values():
-        stopper.check_metric_value(trainer.args, SimpleNamespace(best_metric=best), trainer.control, loss)
-        best = math.inf if best is None else best
-        best = loss if loss < best else best
+    for value in evaluated(state, metric).values():
+        stopper.check_metric_value(trainer.args, SimpleNamespace(best_metric=best), trainer.control, value)
+        if best is None:
+            best = -math.inf if trainer.args.greater_is_better else math.inf
+        best = value if (value > best if trainer.args.greater_is_better else value < best) else best
     exhausted = stopper.early_stopping_patience_counter >= stopper.early_stopping_patience
     before = state["stateful_callbacks"]
     stopped = before.get(CONTROL, {}).get("args", {}).get("should_training_stop", False)
     same = before.get(STOPPER, {}).get("args") == stopper.state()["args"]
-    kept = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ExportableState))
-    mend(checkpoint, {type(callback).__name__: callback.state() for callback in kept}, reporter)
+    stateful = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ExportableState))
+    mend(checkpoint, {type(callback).__name__: callback.state() for callback in stateful}, reporter, metric)
     return bool(state["global_step"] >= trainer.args.max_steps or exhausted or (stopped and same))
 
 

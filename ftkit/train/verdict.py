@@ -29,7 +29,7 @@ LEAST_LOSS = 0.1  # a loss below this is as good as nothing: shares are taken of
 SURE = 3.0  # standard errors
 STEADY = 0.005  # share of a validation loss by which it may differ by itself, where too few say how much it does
 JUMPS = 0.04  # share of the validation loss: model that jumps back and forth by more is not settling
-ZIGZAGS = 0.15  # share of the training loss: steps that differ by more are ruled by their rows
+ZIGZAGS, SURELY_ZIGZAGS = 0.15, 0.2  # share of the training loss: steps that differ by more are ruled by their rows
 HOLDS_ON = 0.5  # autocorrelation of the training loss about its trend; that of the batches alone is about none
 GROWS = 2.0  # times that the gradient norm grows where a rate drives the weights away
 SETTLES = 0.6  # share to which the gradient norm falls where the rows agree
@@ -92,7 +92,8 @@ def read_curve(curve: Sequence[Point], training: Training, *, ended: bool = True
         return Verdict("over-fitting", f"{words}; the best checkpoint is kept", evaluated[best].step, command)
     late = validation[-max(2, -(-len(validation) // 4) + 1) :]
     falls = _fall(late)
-    if falls > max(LEAST * level / 2, 2 * noise * (12 / len(late)) ** 0.5 if len(validation) >= FEWEST_TO_ZIGZAG else least):
+    steadily = len(late) > 2 and bool((np.diff(late) < -LEAST * level).all())  # a bend is no noise
+    if steadily or falls > max(LEAST * level / 2, 2 * noise * (12 / len(late)) ** 0.5 if len(validation) >= FEWEST_TO_ZIGZAG else least):
         times = "max_steps" if training.max_steps else "num_train_epochs"
         more = _set(times, 2 * getattr(training, times))
         return Verdict("learning", f"the validation loss still fell, by {falls / level:.0%} of late", next_command=more if ended else None)
@@ -105,14 +106,14 @@ def read_curve(curve: Sequence[Point], training: Training, *, ended: bool = True
         words = f"neither loss moved by more than its noise: {why}"
         return Verdict("not learning", words, next_command=command if ended or len(validation) > 2 else None)
     since = _settled(validation, noise)
-    rows_disagree = zigzag > ZIGZAGS and (growth is None or growth > SETTLES or zigzag > 2 * ZIGZAGS)
+    rows_disagree = zigzag > SURELY_ZIGZAGS or (zigzag > ZIGZAGS and (growth is None or growth > SETTLES))
     if rows_disagree and len(losses) >= 5 * FEWEST_STEPS:
         if growth and growth >= GROWS:
             return _too_fast(f"the training loss differs by ±{zigzag:.0%} from step to step", growth, training)
         still = "" if growth is None else f", with gradients {growth:.1f} times as large as at first"
         words = (
             f"the training loss differs by ±{zigzag:.0%} from step to step{still}, and the validation loss is steady: not the rate, "
-            "but rows that contradict each other (labels), or small batches"
+            "but the rows – labels that contradict each other, rows of very different length or kind – or small batches"
         )
         return Verdict("oscillating", words, evaluated[since].step, _set("effective_batch_size", 4 * training.effective_batch_size))
     return Verdict(
@@ -127,7 +128,8 @@ def _diverged(what: str, step: int, training: Training) -> Verdict:
 
 def _too_fast(what: str, growth: float | None, training: Training) -> Verdict:
     grown = f", and the gradients grew {growth:.1f}-fold" if growth and growth >= GROWS else ""
-    words = f"{what}{grown}: the learning rate is too high for {training.effective_batch_size} rows a step, most likely"
+    rows = training.effective_batch_size
+    words = f"{what}{grown}: the learning rate is too high for {rows} {'row' if rows == 1 else 'rows'} a step, most likely"
     return Verdict("oscillating", words, next_command=_set("learning_rate", _round(training.peak_learning_rate / 3)))
 
 
@@ -163,12 +165,18 @@ def _noise(validation: Floats) -> float:
 
 
 def _zigzag(losses: Floats, trend: Floats) -> float:
-    """How far a step's loss lies from the trend, as a share of it; of the later half."""
+    """How far one step's loss lies from the next one's, as a share of the trend; of the later half.
+
+    Not how far it lies from the trend: rows come in groups of like length, long ones first, and the loss goes up and down with that.
+    """
     import numpy as np
 
     half = len(losses) // 2
-    late = losses[half:] - trend[half:]
-    return _robust_deviation(late) / max(float(np.median(trend[half:])), LEAST_LOSS) if len(late) else 0.0
+    apart = np.sort(abs(np.diff(losses[half:])))
+    apart = apart[: max(1, round(0.9 * len(apart)))]  # the jump from the short rows of one group to the long ones of the next is no noise
+    if not len(apart):
+        return 0.0
+    return float(apart.mean()) / 0.657 / 2**0.5 / max(float(np.median(trend[half:])), LEAST_LOSS)  # 0.657: of a normal distribution
 
 
 def _growth(norms: Sequence[float]) -> float | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,13 +16,17 @@ from typing import Any
 import psutil
 
 from ftkit.errors import InterruptedRunError
-from ftkit.progress import Bar, Reporter
+from ftkit.progress import Bar, Curves, Reporter
 from ftkit.recipe import Training
+from ftkit.train.answers import right_text
+from ftkit.train.arguments import Settings
 from ftkit.train.checkpoints import WATCHED, drop_broken_checkpoints, last_checkpoint, seal, step_of
-from ftkit.train.curve import points
+from ftkit.train.curve import Point, points, smoothed, thinned
 from ftkit.train.metrics import Metrics, MetricsFile
 from ftkit.train.verdict import read_curve
 from ftkit.units import bytes_text, seconds_text
+
+DRAWN_EVERY_SECONDS, MOST_POINTS = 0.5, 200  # of the curves beside the bar
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,24 @@ def read_watched(checkpoint: Path | None) -> Watched:
     return Watched(**{field.name: told[field.name] for field in fields(Watched) if field.name in told})
 
 
-def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training, before: Watched, folder: Path, *, cuda: bool) -> Any:
+def curves_of(seen: Sequence[Point]) -> Curves:
+    """The smoothed training loss, and the validation losses, to be drawn."""
+    training = thinned([(p.step, p.loss) for p in seen if not p.evaluated and p.loss is not None], MOST_POINTS)
+    trend = zip((step for step, _ in training), smoothed([loss for _, loss in training]), strict=True)
+    validation = [(p.step, p.validation_loss) for p in seen if p.evaluated and p.validation_loss is not None]
+    return {"training loss, smoothed": list(trend), "validation loss": validation}
+
+
+def _last(seen: Sequence[Point], *, evaluated: bool) -> str:
+    """The last loss, of training or of validation."""
+    last = next((point for point in reversed(seen) if point.evaluated == evaluated), None)
+    if not last:
+        return "–"
+    loss = last.validation_loss if evaluated else last.loss
+    return "no number" if loss is None else f"{loss:.3f}"
+
+
+def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training, before: Watched, folder: Path, settings: Settings) -> Any:
     """A callback that moves the bar, reads the curves at each evaluation, writes METRICS, and asks for a checkpoint in time.
 
     That is every `save_minutes`, and once it is to stop.
@@ -52,7 +74,10 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
     class Watcher(TrainerCallback):  # type: ignore[misc]
         bar: Bar | None = None
         stop = False
-        loss = ""
+        seen: list[Point]
+        curves: Curves | None = None
+        drawn_at = -math.inf
+        kind = ""  # of the last verdict, which is not explained twice
         peak_bytes = before.peak_bytes
         first: tuple[float, int] | None = None
         saved_at = began_at = time.monotonic()
@@ -69,34 +94,42 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
             self.began_at = self.saved_at = time.monotonic()
             self.began_with = state.global_step
             self.metrics.go_on_after(state.global_step)
+            self.seen = points(state.log_history)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.first = self.first or (time.monotonic(), state.global_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
             if found := points(state.log_history[-1:]) if logs else []:
+                self.seen += found
                 watched = self.watched(state.global_step)
                 tokens, seconds = round(state.global_step * tokens_per_step), round(watched.seconds, 3)
                 self.metrics.add(Metrics(**asdict(found[0]), tokens=tokens, seconds=seconds, peak_bytes=watched.peak_bytes))
             if logs and "eval_loss" in logs:
-                reading = read_curve(points(state.log_history), training, ended=False)
+                reading = read_curve(self.seen, training, ended=False)
                 hint = f" (try: {reading.next_command})" if reading.next_command else ""
-                reporter.note(f"step {state.global_step}: validation loss {float(logs['eval_loss']):.4f} – {reading}{hint}")
-            elif logs and "loss" in logs:
-                self.loss = f"{float(logs['loss']):.3f}"
+                loss = f"validation loss {float(logs['eval_loss']):.4f}{right_text(logs)}"
+                said = reading.kind if reading.kind == self.kind else f"{reading}{hint}"
+                self.kind = reading.kind
+                reporter.note(f"step {state.global_step}: {loss} – {said}")
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             rss_bytes = psutil.Process().memory_info().rss
-            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() if cuda else rss_bytes)
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() if settings.cuda else rss_bytes)
             if self.bar and self.first:
                 since = time.monotonic() - self.first[0]
                 done = state.global_step - self.first[1]
+                if time.monotonic() - self.drawn_at > DRAWN_EVERY_SECONDS:
+                    self.drawn_at, self.curves = time.monotonic(), curves_of(self.seen)
+                planned = f" of {bytes_text(settings.planned_bytes)} planned" if settings.planned_bytes else ""
                 self.bar.update(
                     state.global_step,
-                    loss=self.loss or "–",
+                    curves=self.curves,
+                    loss=_last(self.seen, evaluated=False),
+                    validation=_last(self.seen, evaluated=True),
                     speed=f"{done * tokens_per_step / since:.0f} tokens/s",
                     left=seconds_text((state.max_steps - state.global_step) * since / max(1, done)),
-                    memory=bytes_text(rss_bytes),
+                    memory=f"{bytes_text(self.peak_bytes)}{planned}",
                 )
             if self.stop or time.monotonic() - self.saved_at >= 60 * training.save_minutes:
                 control.should_save = True

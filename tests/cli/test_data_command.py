@@ -141,6 +141,13 @@ def test_a_config_has_no_tokenizer(here: Path, model: Path, ftkit: Ftkit, write_
     assert "no tokenizer" in shown.stderr
 
 
+def test_rows_that_are_all_too_long_are_said(here: Path, model: Path, ftkit: Ftkit, write_rows: WriteRows) -> None:
+    write_rows(here / "rows.jsonl", [pair(f"{n}" * 100, "a") for n in range(8)])
+    shown = ftkit("data", "--model", model, "--data", "rows.jsonl", "--set", "training.max_length=64")
+    assert shown.exit_code == 0, shown.output
+    assert "8 rows left out: their answer lies beyond training.max_length" in shown.stdout
+
+
 def test_several_files_follow_one_another(here: Path, model: Path, ftkit: Ftkit, write_rows: WriteRows) -> None:
     write_rows(here / "a.jsonl", [pair("a", "1"), pair("b", "2")])
     (here / "b.csv").write_text("prompt,completion\nc,3\na,1\n", encoding="utf-8")

@@ -23,6 +23,7 @@ from ftkit.data.rows import Row
 from ftkit.data.store import store_rows
 from ftkit.engines import hf
 from ftkit.machine import device
+from ftkit.machine.cards import cards
 from ftkit.memory.kernels import CONTEXT_BYTES
 from ftkit.plan.plan import MARGIN
 from ftkit.units import GIB, MIB
@@ -53,6 +54,42 @@ def test_a_model_and_a_card_are_enough(here: Path, model: Path, ftkit: Ftkit) ->
     assert "11.75 GiB on RTX 3060" in shown.stdout
     assert "LoRA on the 16-bit weights fits too, with " in shown.stdout
     assert not list(here.iterdir())  # nothing is left beside
+
+
+def test_every_card_is_listed(here: Path, model: Path, ftkit: Ftkit, rows: list[Any], write_rows: Any) -> None:
+    """With rows for their training, and without any for a million tokens; nothing is left behind, and no second plan is asked for."""
+    write_rows(here / "mine.jsonl", rows)
+    asked = ("plan", "--model", model, "--gpus", "--length", "64")
+    listed = json.loads(ftkit(*asked, "--data", "mine.jsonl", "--json").stdout)
+    assert {entry["name"] for entry in listed["gpus"]} == set(cards())
+    assert listed["smallest"] == listed["gpus"][0]["name"]
+    timed = [entry for entry in listed["gpus"] if entry["estimate"]]
+    assert all(0 < entry["estimate"]["seconds_low"] < entry["estimate"]["seconds_high"] for entry in timed)
+    alone = json.loads(ftkit("plan", "--model", model, "--gpu", "L4", "--length", "64", "--data", "mine.jsonl", "--json").stdout)
+    l4 = next(entry for entry in listed["gpus"] if entry["name"] == "L4")
+    assert l4["estimate"] == alone["estimate"]
+    assert l4["device_bytes"] == alone["chosen"]["peak"]["device_bytes"]
+    shown = ftkit(*asked)
+    assert shown.exit_code == 0, shown.output
+    assert "hours for 1.0 M tokens, an estimate" in shown.stdout
+    assert f"The smallest that fits: {listed['smallest']}." in shown.stdout
+    assert len(re.findall(r"(?m)^RTX 4090 Laptop +15.20 GiB .* yes .* not known$", shown.stdout)) == 1
+
+
+@pytest.mark.parametrize("flag", [("--gpu", "T4"), ("--vram", "8"), ("--plot", "p.svg"), ("--html", "p.html"), ("--probe",)])
+def test_every_card_is_no_card(here: Path, model: Path, ftkit: Ftkit, flag: tuple[str, ...]) -> None:
+    refused = ftkit("plan", "--model", model, "--gpus", *flag)
+    assert refused.exit_code == 2
+    assert f"so that {flag[0]} has no meaning" in refused.stderr
+
+
+def test_time_is_told_before_training(here: Path, model: Path, ftkit: Ftkit, rows: list[Any], write_rows: Any) -> None:
+    write_rows(here / "mine.jsonl", rows)
+    asked = ("plan", "--model", model, "--data", "mine.jsonl", "--length", "64", "--set", "training.num_train_epochs=3")
+    told, unknown = (ftkit(*asked, *device).stdout for device in (("--gpu", "RTX 4090"), ("--vram", "8")))
+    assert re.search(r"(?m)^Time: about [\d.]+ to [\d.]+ \w+ for 3 epochs \(estimate, by the speed of RTX 4090\)\.$", told)
+    assert "Time: time" not in unknown
+    assert re.search(r"(?m)^Time: not known before a training here: the speed of a GPU with 8 GiB is not known\.$", unknown)
 
 
 def test_a_bare_config_is_enough(here: Path, model: Path, ftkit: Ftkit) -> None:
@@ -192,7 +229,7 @@ def test_what_does_not_fit_ends_with_3_and_a_way_out(here: Path, model: Path, ft
 def test_the_json_is_as_documented(here: Path, model: Path, ftkit: Ftkit, rows: list[Any], write_rows: Any) -> None:
     """Every key stands in docs/plan.md, and every key that stands there is given."""
     write_rows(here / "mine.jsonl", rows)
-    planned = json.loads(ftkit("plan", "--model", model, "--data", "mine.jsonl", "--vram", "8", "--length", "64", "--json").stdout)
+    planned = json.loads(ftkit("plan", "--model", model, "--data", "mine.jsonl", "--gpu", "T4", "--length", "64", "--json").stdout)
     planned["changes"] = [{"settings": ["lora.r=8"], "words": "", "peak_bytes": 0, "fits": True}]
     planned["shortages"] = [{"what": "RAM", "step": "merge", "needed_bytes": 2, "available_bytes": 1}]
     planned["probe"] = {"allocated_bytes": 0, "reserved_bytes": None}

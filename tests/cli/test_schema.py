@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,15 @@ def test_it_is_printed_or_written(ftkit: Ftkit, tmp_path: Path) -> None:
     assert json.loads(printed.stdout) == schema()
     assert ftkit("schema", "--write", tmp_path / FILE).exit_code == 0
     assert (tmp_path / FILE).read_text(encoding="utf-8") == printed.stdout
+
+
+def test_an_installed_ftkit_has_what_it_says(tmp_path: Path) -> None:
+    from hatchling.builders.wheel import WheelBuilder
+
+    (wheel,) = WheelBuilder(str(templates.root())).build(directory=str(tmp_path), versions=["standard"])
+    held = set(zipfile.ZipFile(wheel).namelist())
+    starters = {f"templates/{task}/{name}" for task in templates.tasks() for name in ("recipe.yaml", "train.jsonl", "test.jsonl")}
+    assert {f"ftkit/_data/{name}" for name in starters | {"docs/recipe.md", "templates/colab.ipynb", "Modelfile.j2"}} <= held
 
 
 def test_a_folder_that_is_not_there(ftkit: Ftkit, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
     folder = tmp_path_factory.mktemp("model")
     convertible.make("llama", folder)
-    model: Any = hf.load_model(folder, None, bfloat16=False, cuda=False)
+    model: Any = hf.load_model(folder, None, dtype="float32", cuda=False)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2 if len(parameter.shape) > 1 else 1)  # random weights of the usual size say the same of all

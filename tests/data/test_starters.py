@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import families
+import llama_cpp
 import pytest
+import tiny
 from click.testing import Result
 
 from ftkit import templates
@@ -39,7 +41,8 @@ def recipe_of(task: str) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def model(made: Callable[..., Path]) -> Path:
+def real_tokens(made: Callable[..., Path]) -> Path:
+    """A model with a family's own vocabulary."""
     return made(FAMILY)
 
 
@@ -50,6 +53,17 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("tokenizer")
     families.make_tokenizer(FAMILY, folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny one with that family's template. Its tokens are bytes."""
+    folder = tiny.make_model(tmp_path_factory.mktemp("model"), max_position_embeddings=2048)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    template = (llama_cpp.models() / "templates" / f"{FAMILY.template}.jinja").read_text(encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}), encoding="utf-8")
+    return folder
 
 
 @pytest.mark.parametrize("task", MADE)
@@ -88,8 +102,8 @@ def test_no_question_is_trained_and_held_out(task: str) -> None:
 @pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("task", TASKS)
-def test_ftkit_data_has_nothing_to_complain_of(task: str, model: Path, ftkit: Callable[..., Result]) -> None:
-    shown = ftkit("data", templates.folder() / task, "--model", model, "--json")
+def test_ftkit_data_has_nothing_to_complain_of(task: str, real_tokens: Path, ftkit: Callable[..., Result]) -> None:
+    shown = ftkit("data", templates.folder() / task, "--model", real_tokens, "--json")
     assert shown.exit_code == 0, shown.stderr
     assert json.loads(shown.stdout)["findings"] == []
 
@@ -175,9 +189,10 @@ def test_every_starter_trains(task: str, model: Path, tmp_path: Path, ftkit: Cal
     for split, rows in (("train", 12), ("test", 2)):
         path = folder / f"{split}.jsonl"
         path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:rows]), encoding="utf-8")
-    shown = json.loads(ftkit("data", folder, "--show", "1", "--json").stdout)["rows"][0]["tokens"]
+    few = ("training.max_steps=2", "training.effective_batch_size=2", "training.max_length=2048", "lora.r=2")
+    settings = [word for setting in few for word in ("--set", setting)]
+    shown = json.loads(ftkit("data", folder, *settings, "--show", "1", "--json").stdout)["rows"][0]["tokens"]
     assert "".join(token["text"] for token in shown if token["learnt"]).endswith(FAMILY.ends)
-    few = ("training.max_steps=2", "training.effective_batch_size=2", "lora.r=2")
-    trained = ftkit("train", folder, *(word for setting in few for word in ("--set", setting)), "--json")
+    trained = ftkit("train", folder, *settings, "--json")
     assert trained.exit_code == 0, trained.stderr
     assert json.loads(trained.stdout)["steps"] == 2

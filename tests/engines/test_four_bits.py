@@ -65,7 +65,7 @@ def test_experts_in_4_bits_train_as_their_dequantised_weights_do(saved: Path, ch
     import torch
     from transformers import AutoModelForCausalLM
 
-    packed = hf.load_model(saved, "qlora", bfloat16=False, cuda=False)
+    packed = hf.load_model(saved, "qlora", dtype="float32", cuda=False)
     whole = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
     names = [name for _, _, name in fused_experts(whole)]
     assert len(names) == 2 * len({name.rpartition(".")[0] for name in names}) > 0

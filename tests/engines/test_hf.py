@@ -21,7 +21,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("method", ["qlora", "lora", "full", None])
 def test_a_whole_model_is_loaded(model: Path, method: hf.Method | None) -> None:
-    assert hf.load_model(model, method, bfloat16=False, cuda=False)
+    assert hf.load_model(model, method, dtype="float32", cuda=False)
 
 
 @pytest.mark.parametrize(("fault", "method"), [("missing", "qlora"), ("missing", "lora"), ("of another shape", "lora")])
@@ -36,7 +36,7 @@ def test_a_weight_that_does_not_fit_is_refused(model: Path, fault: str, method: 
         weights[name] = weights[name][:, :64].contiguous()
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"down_proj|cannot load") as refused:
-        hf.load_model(model, method, bfloat16=False, cuda=False)
+        hf.load_model(model, method, dtype="float32", cuda=False)
     assert refused.value.hint
 
 
@@ -44,7 +44,7 @@ def test_weights_that_end_too_early_are_refused(model: Path) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ModelError, match="cannot load") as refused:
-        hf.load_model(model, "lora", bfloat16=False, cuda=False)
+        hf.load_model(model, "lora", dtype="float32", cuda=False)
     assert "whole" in str(refused.value.hint)
 
 
@@ -68,7 +68,7 @@ def test_too_little_memory_is_no_fault_of_the_files(model: Path, monkeypatch: py
         with monkeypatch.context() as patched:
             patched.setattr(AutoModelForCausalLM, "from_pretrained", fails)
             with pytest.raises(DoesNotFitError, match=f"{where} has too little free memory to load") as refused:
-                hf.load_model(model, "lora", bfloat16=False, cuda=False)
+                hf.load_model(model, "lora", dtype="float32", cuda=False)
         assert "ftkit plan" in str(refused.value.hint)
 
 
@@ -81,7 +81,7 @@ def test_gemma_3n_is_loaded_in_4_bits_but_for_what_its_step_clamps(tmp_path: Pat
 
     config = shapes.config("gemma3n_text")
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    model = hf.load_model(tmp_path, "qlora", bfloat16=False, cuda=False)
+    model = hf.load_model(tmp_path, "qlora", dtype="float32", cuda=False)
     in_4_bits = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
     assert in_4_bits == quantized_layers(meta_model(config)).keys()
     assert not any("_coefs" in name or "lm_head" in name for name in in_4_bits)

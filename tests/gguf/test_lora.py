@@ -76,7 +76,7 @@ def adapted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
         if kind not in made:
             folder = tmp_path_factory.mktemp("adapter")
             torch.manual_seed(3)
-            plain: Any = hf.load_model(base, None, bfloat16=False, cuda=False)
+            plain: Any = hf.load_model(base, None, dtype="float32", cuda=False)
             before = list(logits.of_model(plain, ROWS))
             model = peft.get_peft_model(plain, peft.LoraConfig(**KINDS[kind], init_lora_weights=False, task_type="CAUSAL_LM"))
             found = list(logits.of_model(model, ROWS))

@@ -50,7 +50,7 @@ def test_counts_are_the_models_own() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_nf4_weights_to_the_byte(tied: bool, tmp_path: Path) -> None:
     folder = tiny.make_model(tmp_path, tie_word_embeddings=tied)
-    loaded = hf.load_model(folder, "qlora", bfloat16=True, cuda=False)
+    loaded = hf.load_model(folder, "qlora", dtype="bfloat16", cuda=False)
     tensors = [*loaded.parameters(), *loaded.buffers()]
     for parameter in loaded.parameters():
         if state := getattr(parameter, "quant_state", None):
@@ -60,8 +60,17 @@ def test_nf4_weights_to_the_byte(tied: bool, tmp_path: Path) -> None:
     assert count(tiny.config(tie_word_embeddings=tied), "qlora", Lora(r=4), "adamw_torch", "bfloat16").weights_bytes == real
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize(
-    ("method", "optim"), [("lora", "adamw_torch"), ("qlora", "adamw_torch"), ("full", "adamw_torch"), ("full", "adamw_8bit")]
+    ("method", "optim"),
+    [
+        ("lora", "adamw_torch"),
+        ("qlora", "adamw_torch"),
+        ("full", "adamw_torch"),
+        ("full", "adamw_8bit"),
+        ("full", "lion_8bit"),
+        ("lora", "paged_adamw_32bit"),
+    ],
 )
 def test_gradients_and_optimizer_to_the_byte(method: str, optim: str, model: Path, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     import torch
@@ -82,7 +91,7 @@ def test_gradients_and_optimizer_to_the_byte(method: str, optim: str, model: Pat
     gradient_bytes = storage_bytes([p.grad for p in trained])
     trainer.optimizer.step()
     states = [t for state in trainer.optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.numel() > 1]
-    code_books = [t for t in states if t.numel() == 256 and t.dtype == torch.float32 and optim == "adamw_8bit"]
+    code_books = [t for t in states if t.numel() == 256 and t.dtype == torch.float32 and optim.endswith("8bit")]
     found = count(tiny.config(), recipe.training.method, recipe.lora, optim, "float32")
     assert found.trainable_parameters == sum(p.numel() for p in trained)
     assert found.gradient_bytes == gradient_bytes
@@ -122,6 +131,15 @@ def test_names_that_the_model_does_not_have_are_refused_with_the_nearest(lora: d
         count(tiny.config(), "qlora", Lora.model_validate(lora), "adamw_torch", "bfloat16")
     assert fault in refused.value.message
     assert hint in (refused.value.hint or "")
+
+
+@pytest.mark.parametrize("key", ["use_dora", "lora_dropout"])
+def test_what_fused_experts_do_not_go_with_is_refused_by_its_key(key: str) -> None:
+    from shapes import config
+
+    with pytest.raises(RecipeError, match=rf"lora\.{key}: 'all-linear' reaches experts") as refused:
+        count(config("qwen3_moe"), "lora", Lora.model_validate({key: 0.1 if key == "lora_dropout" else True}), "adamw_torch", "bfloat16")
+    assert "[k_proj, o_proj, q_proj, v_proj]" in (refused.value.hint or "")
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

@@ -179,10 +179,11 @@ def test_optimizers_keep_what_they_keep() -> None:
     elements = 8192
     trained = [(elements, False), (100, False), (elements, True)]
     kept = {}
-    for optim in ("adamw_torch", "adamw_8bit", "paged_adamw_8bit"):
+    for optim in ("adamw_torch", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"):
         step = optimizer_events(trained, StepSettings(optim=optim))
         kept[optim] = sum(size for kind, storage, size in step.events if kind == ALLOCATE and storage in step.states)
-    assert kept["adamw_torch"] == 8 * (2 * elements + 100)
+    assert kept["adamw_torch"] == kept["paged_adamw_32bit"] == 8 * (2 * elements + 100)
+    assert kept["lion_8bit"] == elements + 4 * elements // 256 + 4 * 100 + 4 * elements
     assert kept["adamw_8bit"] == (2 * elements + 2 * 4 * elements // 256) + 8 * 100 + 8 * elements
     assert kept["paged_adamw_8bit"] == kept["adamw_8bit"]  # tensors so small are not paged
 

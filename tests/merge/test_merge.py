@@ -177,7 +177,7 @@ def test_the_merged_folder_loads_with_tokenizer_and_template(base: Path, tmp_pat
     (tmp_path / "merged").mkdir()
     merge(base, tmp_path / "adapter", tmp_path / "merged")
     assert hf.load_tokenizer(tmp_path / "merged").chat_template == tiny.CHATML
-    hf.load_model(tmp_path / "merged", None, bfloat16=False, cuda=False)
+    hf.load_model(tmp_path / "merged", None, dtype="float32", cuda=False)
 
 
 def test_onto_the_dequantised_base_is_what_training_computed(base: Path, tmp_path: Path) -> None:
@@ -190,14 +190,14 @@ def test_onto_the_dequantised_base_is_what_training_computed(base: Path, tmp_pat
     tiny.make_adapter(base, tmp_path / "adapter")
     for onto in ("source", "dequantised"):
         (tmp_path / onto).mkdir()
-        merge(base, tmp_path / "adapter", tmp_path / onto, onto=onto, bfloat16=False)  # type: ignore[arg-type]
+        merge(base, tmp_path / "adapter", tmp_path / onto, onto=onto, dtype="float32")  # type: ignore[arg-type]
     ids = torch.arange(60).reshape(2, 30)
     with torch.no_grad():
-        trained = PeftModel.from_pretrained(hf.load_model(base, "qlora", bfloat16=False, cuda=False), tmp_path / "adapter")(
+        trained = PeftModel.from_pretrained(hf.load_model(base, "qlora", dtype="float32", cuda=False), tmp_path / "adapter")(
             input_ids=ids
         ).logits
         off = {
-            onto: float((hf.load_model(tmp_path / onto, None, bfloat16=False, cuda=False)(input_ids=ids).logits - trained).abs().mean())
+            onto: float((hf.load_model(tmp_path / onto, None, dtype="float32", cuda=False)(input_ids=ids).logits - trained).abs().mean())
             for onto in ("source", "dequantised")
         }
     assert off["dequantised"] < off["source"] / 4
@@ -223,8 +223,8 @@ def test_experts_onto_the_dequantised_base_are_what_training_computed(tmp_path: 
             parameter.data = torch.randn_like(parameter) * 0.1
     adapted.save_pretrained(tmp_path / "adapter")
     (tmp_path / "merged").mkdir()
-    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", onto="dequantised", bfloat16=False)
-    base = hf.load_model(tmp_path / "base", "qlora", bfloat16=False, cuda=False)
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", onto="dequantised", dtype="float32")
+    base = hf.load_model(tmp_path / "base", "qlora", dtype="float32", cuda=False)
     with adaptable(base):
         trained = PeftModel.from_pretrained(base, tmp_path / "adapter")
     merged, held = load_file(tmp_path / "merged" / "model.safetensors"), {name: getattr(m, name) for m, name, *_ in packed_experts(base)}
@@ -236,7 +236,7 @@ def test_experts_onto_the_dequantised_base_are_what_training_computed(tmp_path: 
     ids = torch.arange(60).reshape(2, 30)
     with torch.no_grad(), patches.applied("running adapters"):
         off = (
-            hf.load_model(tmp_path / "merged", None, bfloat16=False, cuda=False)(input_ids=ids).logits - trained(input_ids=ids).logits
+            hf.load_model(tmp_path / "merged", None, dtype="float32", cuda=False)(input_ids=ids).logits - trained(input_ids=ids).logits
         ).abs()
     assert off.mean() < 0.01
 

@@ -85,8 +85,8 @@ def test_nothing_that_loads_a_folder_runs_its_code(foreign: Callable[[str], Fore
     made = foreign("theirs")
     for load in (
         lambda: load_config(made.folder),
-        lambda: hf.load_model(made.folder, "lora", bfloat16=False, cuda=False),
-        lambda: hf.load_model(made.folder, None, bfloat16=False, cuda=False),
+        lambda: hf.load_model(made.folder, "lora", dtype="float32", cuda=False),
+        lambda: hf.load_model(made.folder, None, dtype="float32", cuda=False),
     ):
         with pytest.raises(ModelError, match="Python code that comes with the model") as caught:
             load()
@@ -98,7 +98,7 @@ def test_nothing_that_loads_a_folder_runs_its_code(foreign: Callable[[str], Fore
 def test_code_that_is_not_needed_is_not_run_either(foreign: Callable[[str], Foreign]) -> None:
     made = foreign("llama")
     hf.load_tokenizer(made.folder)
-    hf.load_model(made.folder, "lora", bfloat16=False, cuda=False)
+    hf.load_model(made.folder, "lora", dtype="float32", cuda=False)
     meta_model(load_config(made.folder))
     assert not made.ran
 
@@ -110,7 +110,7 @@ def test_with_the_flag_it_runs(
     write_rows(made.recipe.parent / "train.jsonl", rows)
     result = ftkit("plan", made.recipe, "--trust-remote-code", "--json")
     assert (result.exit_code, made.ran) == (0, True), result.stderr
-    assert hf.load_model(made.folder, None, bfloat16=False, cuda=False, trust_remote_code=True).config.model_type == "theirs"
+    assert hf.load_model(made.folder, None, dtype="float32", cuda=False, trust_remote_code=True).config.model_type == "theirs"
 
 
 def test_a_merged_model_names_no_code(foreign: Callable[[str], Foreign], tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_further_batch_or_length_costs_little(report_figures: Callable[[str], 
     from transformers import LlamaConfig
 
     recipe = Recipe.model_validate({"model": "m", "training": {"effective_batch_size": 8, "max_length": 2048}})
-    planner = Planner(LlamaConfig(**LLAMA_8B), recipe, Device("cuda", "a card", 24 * GIB, 24 * GIB, (8, 9)), 2048, (), bfloat16=True)
+    planner = Planner(LlamaConfig(**LLAMA_8B), recipe, Device("cuda", "a card", 24 * GIB, 24 * GIB, (8, 9)), 2048, (), dtype="bfloat16")
 
     def seconds(batch: int, length: int) -> float:
         started = time.process_time()

@@ -49,7 +49,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
     folder = tmp_path_factory.mktemp("model")
     convertible.make("llama", folder)
-    model: Any = hf.load_model(folder, None, bfloat16=False, cuda=False)
+    model: Any = hf.load_model(folder, None, dtype="float32", cuda=False)
     before = list(logits.of_model(model, ROWS))
     changed = {f"blk.{n}.ffn_down.weight": layer.mlp.down_proj.weight for n, layer in enumerate(model.model.layers)}
     first = {name: weight.detach().clone() for name, weight in changed.items()}

@@ -16,10 +16,10 @@ import tiny
 from click.testing import Result
 
 from ftkit.data.lengths import TokenCounts
-from ftkit.report.run_page import Memory, RunPage, loss_chart, thinned, write_page
+from ftkit.report.run_page import Memory, RunPage, loss_chart, write_page
 from ftkit.report.ship_page import MOST_POINTS, Answer
 from ftkit.run import Run
-from ftkit.train.curve import Point
+from ftkit.train.curve import Point, thinned
 from ftkit.train.metrics import METRICS
 from ftkit.train.verdict import Verdict
 from ftkit.units import bytes_text
@@ -105,7 +105,7 @@ def test_texts_from_elsewhere_stay_texts(tmp_path: Path) -> None:
 
 def test_a_long_curve_is_thinned_and_keeps_its_ends() -> None:
     points = [(float(n), float(n % 2)) for n in range(10 * MOST_POINTS)]
-    few = thinned(points)
+    few = thinned(points, MOST_POINTS)
     assert (few[0], few[-1]) == (points[0], points[-1])
     assert len(few) == MOST_POINTS + 2
     assert {y for _, y in few[1:-1]} == {0.5}

@@ -26,7 +26,7 @@ pytestmark = [
 ]
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # method, lora, sizes of the model; all but the first two slow
+KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # method, lora, sizes of the model; all but the first slow
     "all together, a tied head": ("qlora", {"use_dora": True, "lora_dropout": 0.1, "modules_to_save": ["lm_head"]}, TIED),
     "experts": ("qlora", EXPERTS, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, **UNTIED}),
     "dropout": ("lora", {"lora_dropout": 0.2}, TIED),
@@ -60,7 +60,7 @@ def model_of(folder: Path, sizes: dict[str, Any]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if n > 1 else []) for n, name in enumerate(KINDS)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if n else []) for n, name in enumerate(KINDS)])
 def test_it_is_planned_trained_resumed_and_merged(name: str, tmp_path: Path) -> None:
     import torch
     from peft import PeftModel

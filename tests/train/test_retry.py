@@ -15,12 +15,12 @@ import tiny
 from click.testing import Result
 from conftest import conversations
 
+from ftkit.data.lengths import RIDGE_TOKENS
 from ftkit.data.mask import tokenise
 from ftkit.data.rows import Example, Row
 from ftkit.engines import hf
 from ftkit.errors import DoesNotFitError, InterruptedRunError, TrainingDivergedError
 from ftkit.files import file_fingerprint
-from ftkit.plan.choose import RIDGE_TOKENS
 from ftkit.progress import SILENT, Bar, Reporter, SilentReporter
 from ftkit.train.arguments import Settings
 from ftkit.train.retry import RETRIES, Retry, read_retries, settings_of, smaller

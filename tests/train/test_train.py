@@ -28,6 +28,7 @@ from ftkit.plan.cost import checkpoint_bytes
 from ftkit.progress import Bar, SilentReporter
 from ftkit.run import RECORD, Run
 from ftkit.train.arguments import Settings
+from ftkit.train.dynamics import SEEN
 from ftkit.train.metrics import METRICS, read_metrics
 from ftkit.train.trainer import build_trainer
 from ftkit.train.training import train
@@ -472,7 +473,7 @@ def test_what_cannot_be_kept_of_a_training_does_not_fail_it(
     assert "the speed of this training is not kept" in done.stderr
     assert "FTKIT_CACHE_DIR" not in done.stdout
     folder = Path(json.loads(done.stdout)["folder"])
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "curve.json", METRICS, RECORD]
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "curve.json", METRICS, SEEN, RECORD]
     again = ftkit("train", tmp_path, "--set", "training.save_minutes=1")
     assert "Up to date" in again.stdout
 
@@ -503,16 +504,32 @@ def test_a_model_that_is_no_numbers_is_an_error(tokenizer: Any, examples: list[E
 
 
 def test_padding_is_what_the_trainer_pads(model: Path, tokenizer: Any, tmp_path: Path) -> None:
-    """Batches of the first epoch from the trainer's own loader, in its own order, at each batch × accumulation."""
+    """Micro-batches of the first epoch from the trainer's own loader, in its own order, at each batch × accumulation, and by tokens.
+
+    Each optimizer step has the same rows."""
     lengths = [5 + 37 * n % 118 for n in range(203)]
     examples = [Example([1] * length, [1] * length) for length in lengths]
     seen = {}
-    for batch, accumulation in ((1, 8), (2, 4), (8, 1)):
-        settings = Settings(batch, accumulation, gradient_checkpointing=False, bfloat16=False, cuda=False)
+    steps = []
+    for batch, accumulation, max_tokens in ((1, 8, None), (2, 4, None), (8, 1, None), (1, 8, 150)):
+        settings = Settings(
+            batch,
+            accumulation,
+            gradient_checkpointing=False,
+            dtype="float32",
+            cuda=False,
+            longest_tokens=max_tokens,
+            most_learnt_tokens=150,
+        )
         recipe = tiny.recipe(model, method="lora", effective_batch_size=8, seed=7)
         trainer = build_trainer(recipe, settings, model, tokenizer, examples, examples[:1], tmp_path)
-        real = [part["input_ids"].numel() for part in trainer.get_train_dataloader()]
-        assert grouped_batch_tokens(lengths, batch, batch * accumulation, 7) == real
-        seen[batch] = sum(real)
+        given = list(trainer.get_train_dataloader())
+        real = [part["input_ids"].numel() for step in given for part in trainer.micro_batches(step)]
+        assert grouped_batch_tokens(lengths, batch, batch * accumulation, 7, max_tokens) == real
+        seen[max_tokens or batch] = sum(real)
+        steps.append([step["attention_mask"].sum(1).tolist() for step in given])
     assert seen[1] == sum(lengths) < seen[2] < seen[8]
+    assert seen[1] < seen[150] < seen[8]
+    assert all(other == steps[0] for other in steps)
     assert batching(lengths, 2, 8, 128, 7).grouped_tokens == seen[2]
+    assert batching(lengths, 1, 8, 128, 7, 150).grouped_tokens == seen[150]

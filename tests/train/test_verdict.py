@@ -111,14 +111,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 COLOURS = ("red", "green", "blue", "black")
 
 
-def rows(count: int, seed: int, *, shuffled: bool = False) -> list[Row]:
-    """Which colour a letter has; or any."""
+def rows(count: int, seed: int, answers: str = "right") -> list[Row]:
+    """Which colour a letter has; or any colour; or one of two letters as the answer to everything, 7 times of 10 the first."""
     draw = random.Random(seed)  # noqa: S311
     letters = [draw.choice("abcdefghijklmnop") for _ in range(count)]
-    answers = [draw.choice(COLOURS) if shuffled else COLOURS[ord(letter) % 4] for letter in letters]
+    given = {
+        "right": lambda letter: COLOURS[ord(letter) % 4],
+        "any": lambda _: draw.choice(COLOURS),
+        "contradicting": lambda _: "x" if draw.random() < 0.7 else "y",
+    }[answers]
     return [
-        Row(({"role": "user", "content": f"{letter}?"}, {"role": "assistant", "content": answer}), n)
-        for n, (letter, answer) in enumerate(zip(letters, answers, strict=True), 1)
+        Row(({"role": "user", "content": f"{letter}?"}, {"role": "assistant", "content": given(letter)}), n)
+        for n, letter in enumerate(letters, 1)
     ]
 
 
@@ -135,20 +139,20 @@ def trained(model: Path, folder: Path, learnt: list[Row], checked: list[Row], **
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize(
-    ("kinds", "count", "shuffled", "training"),
+    ("kinds", "count", "answers", "training"),
     [
-        ({"learning"}, 120, False, {"learning_rate": 2e-4, "max_steps": 60}),
-        ({"not learning"}, 120, False, {"learning_rate": 1e-7, "max_steps": 60}),
-        ({"spike", "rate"}, 120, False, {"learning_rate": 0.3, "max_steps": 60}),
-        ({"over-fitting"}, 16, True, {"learning_rate": 1e-3, "max_steps": 80}),
-        ({"noise"}, 400, True, {"learning_rate": 1e-3, "max_steps": 220, "effective_batch_size": 8}),
+        ({"learning"}, 120, "right", {"learning_rate": 2e-4, "max_steps": 60}),
+        ({"not learning"}, 120, "right", {"learning_rate": 1e-7, "max_steps": 60}),
+        ({"spike", "rate"}, 120, "right", {"learning_rate": 0.3, "max_steps": 60}),
+        ({"over-fitting"}, 16, "any", {"learning_rate": 1e-3, "max_steps": 80}),
+        ({"noise", "levelled off"}, 400, "contradicting", {"learning_rate": 5e-4, "max_steps": 280, "effective_batch_size": 2}),
     ],
-    ids=["right", "too-low", "too-high", "few-rows", "shuffled-labels"],
+    ids=["right", "too-low", "too-high", "few-rows", "contradicting-labels"],
 )
 def test_real_trainings_of_each_kind(
     kinds: set[str],
     count: int,
-    shuffled: bool,
+    answers: str,
     training: dict[str, Any],
     model: Path,
     tmp_path: Path,
@@ -156,7 +160,7 @@ def test_real_trainings_of_each_kind(
 ) -> None:
     per_epoch = count / training.get("effective_batch_size", 4)
     every = {"evaluations_per_epoch": 10 * per_epoch / training["max_steps"], "lr_scheduler_type": "constant"}
-    result = trained(model, tmp_path / "run", rows(count, 1, shuffled=shuffled), rows(24, 2, shuffled=shuffled), **training, **every)
+    result = trained(model, tmp_path / "run", rows(count, 1, answers), rows(24, 2, answers), **training, **every)
     assert result.reading
     report_figures(f"a real training: {result.verdict}")
     assert named(result.reading) in kinds, (result.reading, [p.validation_loss for p in result.curve if p.evaluated])
