@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,23 @@ def test_what_an_interrupted_training_saw_is_kept_once(
         file.write(b"\0\0\0")
     train(*arguments, tmp_path / "stopped")
     assert read_seen(tmp_path / "whole" / SEEN).tobytes() == read_seen(tmp_path / "stopped" / SEEN).tobytes()
+
+
+@pytest.mark.torch
+@warned
+def test_a_packed_training_sees_the_same_rows(model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path) -> None:
+    recipe = tiny.recipe(model, method="lora", max_steps=1, effective_batch_size=4)
+    seen = []
+    for packing in (False, True):
+        settings = replace(tiny.SETTINGS, per_device_train_batch_size=4, packing=packing)
+        train(recipe, settings, model, tokenizer, examples[2:], examples[:2], tmp_path / str(packing))
+        found = read_seen(tmp_path / str(packing) / SEEN)
+        seen.append(np.sort(found[found["learnt"]], order="row"))
+    padded, packed = seen
+    assert len(padded) == 4
+    for name in ("row", "place"):
+        assert np.array_equal(padded[name], packed[name])
+    assert packed["surprise"] == pytest.approx(padded["surprise"], rel=1e-4)
 
 
 @pytest.mark.torch
