@@ -59,7 +59,7 @@ def test_short_rows_share_the_room_of_one_long_row_and_the_plan_holds_for_every_
     made = plan(budget_bytes, lengths=lengths, gradient_checkpointing=False)
     fit = made.chosen
     assert (fit.fits, fit.per_device_train_batch_size, fit.max_tokens) == (True, 1, 1024)
-    planner = Planner(small(), recipe(), card(budget_bytes), 1024, lengths, bfloat16=True)
+    planner = Planner(small(), recipe(), card(budget_bytes), 1024, lengths, dtype="bfloat16")
     planned = planner.peak(recipe(), 1, False).device_bytes
     assert planned == fit.peak.device_bytes
     for rows in (1, 2, 3, 8):
