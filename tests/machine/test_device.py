@@ -209,7 +209,7 @@ def test_an_amount_alone_or_on_a_card() -> None:
         ("RTX 4090", "RTX 4090"), ("rtx4090", "RTX 4090"), ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("rtx-4090", "RTX 4090"),
         ("NVIDIA GeForce RTX 4070 Laptop GPU", "RTX 4070 Laptop"), ("NVIDIA GeForce RTX 4070", "RTX 4070"), ("NVIDIA L4", "L4"),
         ("NVIDIA A100-SXM4-80GB", "A100 80GB"), ("NVIDIA A100 80GB PCIe", "A100 80GB"), ("Tesla V100-SXM2-16GB", "V100 16GB"),
-        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"), ("NVIDIA H100 PCIe", "H100"), ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA H100 80GB HBM3", "H100"),
         ("RTX 3060 12GB", "RTX 3060"), ("T4 16 GB", "T4"),
     ],
 )  # fmt: skip

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from shapes import config
 
 from ftkit.machine.cards import Speed, cards, find_card, speed_of
-from ftkit.machine.device import Device, choose, computes_bfloat16
+from ftkit.machine.device import Device, best_dtype, choose
 from ftkit.memory.kernels import KERNELS, traced_alike
 from ftkit.memory.model import Skeleton
 from ftkit.memory.polynomial import StepMemory
@@ -201,10 +201,10 @@ def test_cards_that_are_traced_alike_take_the_same_kernels() -> None:
 def test_every_card_has_the_choice_that_its_own_plan_would_make(monkeypatch: pytest.MonkeyPatch) -> None:
     """By two cards that share their traces, and by one of another kind."""
     monkeypatch.setattr(gpus, "cards", lambda: {name: cards()[name] for name in ("GTX 1080", "RTX 3090", "A100 40GB")})
-    made = every_card(shallow(), one_choice(), LENGTH)
+    made = every_card(shallow(), one_choice(), LENGTH, dtype_of=best_dtype)
     for entry in made:
         device = choose(gpu=entry.name)
-        alone = Planner(shallow(), one_choice(), device, LENGTH, (), bfloat16=computes_bfloat16(device))
+        alone = Planner(shallow(), one_choice(), device, LENGTH, (), dtype=best_dtype(device))
         assert (entry.fit, entry.compute_dtype) == (alone.choose(one_choice())[0], alone.dtype)
         assert entry.estimate == alone.estimate(one_choice(), entry.fit)
     assert [entry.name for entry in made] == ["GTX 1080", "RTX 3090", "A100 40GB"]  # by memory
@@ -217,7 +217,7 @@ def test_a_budget_is_held_against_what_the_allocator_makes_of_it() -> None:
     def device(size: int) -> Device:
         return Device("cuda", "a card", size, size, (8, 9))
 
-    shared = Planner(shallow(), recipe(), device(8 * GIB), LENGTH, (), bfloat16=True)
+    shared = Planner(shallow(), recipe(), device(8 * GIB), LENGTH, (), dtype="bfloat16")
     whole = shared.peak(recipe(), 2, False)
     step = shared.memory(shared.settings(recipe(), False)).step(2, LENGTH, accumulates=True)
     for share in (0.9, 0.97, 0.999, 1.0, 1.01, 1.2):
@@ -229,14 +229,14 @@ def test_a_budget_is_held_against_what_the_allocator_makes_of_it() -> None:
 def test_what_does_not_fit_or_is_not_known_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("RTX 3050 Laptop 4GB", "RTX 4090")
     monkeypatch.setattr(gpus, "cards", lambda: {name: cards()[name] for name in names})
-    laptop, desktop = every_card(shallow(), one_choice(), LENGTH)
+    laptop, desktop = every_card(shallow(), one_choice(), LENGTH, dtype_of=best_dtype)
     assert laptop.fit.fits
     assert laptop.estimate is None
     assert fastest([laptop, desktop]) == desktop
     assert not_known(Device("cuda", "a card", 8 * GIB, 8 * GIB, (8, 9))) == "the speed of a card is not known"
     assert not_known(Device("cpu", "CPU", 8 * GIB, 8 * GIB)) == "a processor's speed is not estimated"
     monkeypatch.setattr(gpus, "choose", lambda gpu: Device("cuda", gpu, 2**20, 2**20, (8, 9)))
-    assert not any(entry.fit.fits or entry.estimate for entry in every_card(shallow(), one_choice(), LENGTH))
+    assert not any(entry.fit.fits or entry.estimate for entry in every_card(shallow(), one_choice(), LENGTH, dtype_of=best_dtype))
 
 
 def test_time_follows_rows_and_epochs() -> None:
@@ -245,7 +245,7 @@ def test_time_follows_rows_and_epochs() -> None:
 
     def told(rows: list[int], epochs: int = 1) -> Any:
         asked = one_choice(num_train_epochs=epochs)
-        planner = Planner(shallow(), asked, device, LENGTH, rows, bfloat16=True)
+        planner = Planner(shallow(), asked, device, LENGTH, rows, dtype="bfloat16")
         return planner.estimate(asked, planner.candidate(asked, 4, False))
 
     once, thrice, untold = told(lengths), told(lengths, epochs=3), told([])
