@@ -16,7 +16,7 @@ from ftkit.errors import ToolFailedError
 When = Literal[
     "tracing", "tracing for CUDA", "tracing DoRA", "training", "loading in 4 bits", "reading 4-bit weights", "looking at the CPU",
     "running adapters", "merging", "asking Ollama", "reading GGUF files",
-    "reading answers",
+    "reading answers", "training preferences",
 ]  # fmt: skip
 
 
@@ -234,6 +234,11 @@ INSIDES: tuple[Inside, ...] = (
     Inside("training", "transformers.trainer", "Trainer._load_best_model", "a finished training is taken up with it", *_TRANSFORMERS),
     Inside("training", "transformers.trainer", "Trainer._save_checkpoint", "where memory runs out, the last step is kept", *_TRANSFORMERS),
     Inside("training", "trl.trainer.sft_trainer", "add_fused_lm_head", "packing is checked on the log-probabilities that it gives", *_TRL),
+    Inside("training preferences", "trl.trainer.dpo_trainer", "DPOTrainer._prepare_dataset", "rows are tokens already", *_TRL),
+    Inside("training preferences", "trl.trainer.dpo_trainer", "DPOTrainer._precompute_ref_logps",
+           "it takes the base without its adapter, or a copy in 16 bits, for the reference", *_TRL),
+    Inside("training preferences", "transformers.trainer", "Trainer._get_eval_sampler", "it looks for rows that are one sequence",
+           *_TRANSFORMERS),
     Inside("running adapters", _LORA, "_LoraFactorsProxy", "it adds A B to experts as PEFT does", *_PEFT),
     Inside("reading 4-bit weights", "bitsandbytes.nn", "Params4bit.quant_state", "scales and code books are in it", *_BITSANDBYTES),
     Inside("loading in 4 bits", "bitsandbytes.nn.parametrize", "Bnb4bitParametrization", "experts are dequantised by it", *_BITSANDBYTES),

@@ -10,7 +10,7 @@ import reprlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -21,6 +21,7 @@ from ftkit.units import parse_vram
 ReportTo = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "clearml", "dvclive", "swanlab"]  # transformers' names
 Method = Literal["qlora", "lora", "full"]
 Dtype = Literal["bfloat16", "float16", "float32"]
+Objective = Literal["sft", "dpo"]
 # llama-quantize's names, without those that need an importance matrix or are no quantisation of a whole model.
 QUANTIZATIONS = (
     "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1",
@@ -102,12 +103,16 @@ class Lora(Group):
 # Of an adapter, as QLoRA's authors took for 7 and 13 billion parameters; of all weights TRL's own default for supervised fine-tuning: they
 # are moved themselves, and a rate that suits an adapter, which begins at nothing, makes a model forget.
 PEAK_LEARNING_RATES = {"qlora": 2e-4, "lora": 2e-4, "full": 2e-5}
+# A preference is a push away from where the model is already: what is usual is a quarter of that, and less.
+DPO_LEARNING_RATES = {"qlora": 5e-5, "lora": 5e-5, "full": 5e-6}
 
 
 class Training(Group):
     """TRL's SFTConfig, under its own names, and the method."""
 
     method: Method = "qlora"
+    objective: Objective = Field(default="sft", description="what is learnt: answers, or which of two answers is the better one")
+    adapter: str | None = Field(default=None, description="an adapter to go on with: a run that trained one, or a folder of PEFT's")
     max_length: Annotated[int, Field(ge=8)] = 1024
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
     max_steps: Annotated[int, Field(ge=1)] | None = None
@@ -136,7 +141,16 @@ class Training(Group):
     @property
     def peak_learning_rate(self) -> float:
         """The highest learning rate: the recipe's, else the method's."""
-        return self.learning_rate or PEAK_LEARNING_RATES[self.method]
+        return self.learning_rate or (DPO_LEARNING_RATES if self.objective == "dpo" else PEAK_LEARNING_RATES)[self.method]
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _is_no_objective(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.lower() in get_args(Objective):
+            raise ValueError(
+                f"says which weights are trained ({', '.join(get_args(Method))}); what they learn is `training.objective: {value.lower()}`"
+            )
+        return value
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -145,10 +159,23 @@ class Training(Group):
 
     @model_validator(mode="after")
     def _divides(self) -> Training:
+        if self.packing and self.objective == "dpo":
+            raise ValueError("packing: pairs of answers are not packed; leave it out")
         size = self.per_device_train_batch_size
         if size and self.effective_batch_size % size:
             raise ValueError(f"per_device_train_batch_size {size} does not divide effective_batch_size {self.effective_batch_size}")
         return self
+
+
+class Dpo(Group):
+    """Of TRL's DPOConfig, under its own names.
+
+    Of its losses those that need no other setting, that micro-batches do not change (aot), and that prefer the chosen answer from
+    the first step on (discopop begins with the other).
+    """
+
+    beta: Annotated[float, Field(gt=0)] = Field(default=0.1, description="how near to the reference it stays: the larger, the nearer")
+    loss_type: Literal["sigmoid", "hinge", "ipo", "sigmoid_norm", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"] = "sigmoid"
 
 
 class Budget(Group):
@@ -323,6 +350,7 @@ class Recipe(Group):
     data: Data = Data()
     training: Training = Training()
     lora: Lora = Lora()
+    dpo: Dpo = Dpo()
     budget: Budget = Budget()
     evaluate: Evaluate = Evaluate()
     ship: Ship = Ship()

@@ -88,6 +88,7 @@ def test_every_dataset_example_is_read(tmp_path: Path) -> None:
         {"instruction", "context", "response"},
         {"conversations"},
         {"text", "label"},
+        {"prompt", "chosen", "rejected"},
         {"text"},
         {"tools", "messages"},
     ]

@@ -96,7 +96,7 @@ def command(
         print_json({**record, "rows": record.pop("shown")})
         return
     show_survey(found)
-    for row in found.shown[: show or 0]:
+    for row in found.shown if show else ():
         show_row(row)
 
 

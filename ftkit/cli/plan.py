@@ -223,6 +223,8 @@ def show(planned: Planned, training: Training) -> None:
         f"Learning rate: {training.peak_learning_rate:g} at most, {training.lr_scheduler_type}"
         + (f"; training.learning_rate is not set, and this is for {training.method}." if training.learning_rate is None else ".")
     )
+    if training.objective == "dpo":
+        say("Preferences: a step reads two sequences of each row; the reference is asked for every row once, before the first step.")
     if tokens:
         say(
             f"Data: {tokens.rows:,} rows, {tokens.total:,} tokens; a row has {tokens.median} (median), {tokens.p95} (95 %), "

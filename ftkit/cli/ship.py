@@ -190,6 +190,14 @@ def show(job: Job, shipped: Shipped, as_json: bool, html: Path | None = None) ->
         say("")
         title = f"{'Held-out answers' if held_out else 'Answers'}, token by token"
         print_table(title, ["", "loss", "gain kept", "KL", "same token", "perplexity outside"], kept)
+    preferred = [
+        [name, f"{form.preferred_percent:.0f} %", f"{form.margin:.2f}"]
+        for name, form in shipped.forms.items()
+        if form.margin is not None and form.preferred_percent is not None
+    ]
+    if preferred:
+        say("")
+        print_table("Held-out preferences: the chosen answer is likelier than the rejected one", ["", "pairs", "by nats"], preferred)
     if "dequantised" in shipped.merged_onto:
         say(
             "\nMerged into the source the gain was lost. The dequantised base keeps it, "

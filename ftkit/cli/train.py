@@ -63,6 +63,14 @@ def command(recipe: Path, as_json: bool, html: Path | None, **options: Any) -> N
     right = f", {result.best_right_percent:.0f} % of its answers right" if result.best_right_percent is not None else ""
     say(f"Validation loss {losses} (best, step {result.best_step}{right}).")
     say(f"{result.verdict[:1].upper()}{result.verdict[1:]}.")
+    if result.best_reward_accuracy is not None and result.best_reward_margin is not None:
+        share, margin = f"{100 * result.best_reward_accuracy:.0f} % of the validation pairs", f"{result.best_reward_margin:.3f}"
+        say(f"The chosen answer gained more than the rejected one in {share}, on average by {margin} (reward margin).")
+        if (result.best_reward_chosen or 0) < 0:
+            say(
+                f"The chosen answers became less likely themselves (reward {result.best_reward_chosen:.3f}), the rejected ones more so. "
+                f"To hold them: --set dpo.beta={5 * job.recipe.dpo.beta:g}, or a lower training.learning_rate."
+            )
     planned = result.planned_device_bytes if "RAM" in result.peak_is else result.planned_allocated_bytes
     beside = f", planned {bytes_text(planned)}" if planned else ""  # runs of ftkit before 0.2 recorded no plan
     say(f"Peak memory {bytes_text(result.peak_bytes)} {result.peak_is}{beside}. Kept in {made.folder}")

@@ -7,7 +7,7 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 from ftkit.data.rows import CALLS, ROLES, TOOLS, Message
@@ -26,7 +26,8 @@ CALLERS = ("function_call", "tool_call")  # speakers whose text is a call
 # Keys that change what a row or a message means and are not read: what they are, and what to do.
 UNREAD = {
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "only text is learnt"),
-    **dict.fromkeys(("chosen", "rejected"), "preferences are not learnt; keep the chosen answer as `completion`"),
+    "chosen": "a preference has `rejected` beside it; for the answer alone: data.columns={completion: chosen}",
+    "rejected": "a preference has `chosen` beside it",
     "tool_choice": "no chat template tells a model so; take the key out",
 }
 UNREAD_IN_MESSAGES = {**UNREAD, "name": "chat templates write no names; put it into the text, or take the key out"}
@@ -34,7 +35,8 @@ GIVEN = ("tools", "functions")  # by which a row has what may be called
 CALLED = ("tool_calls", "function_call")  # by which a message has calls
 EMPTY = ("[]", "{}", "null", "auto")  # as some tables hold nothing
 LEARNT = ("weight", "train", "loss")  # of a message: whether it is learnt
-HISTORY, TEXT = "history", "plain text"
+HISTORY, TEXT, PREFERENCE = "history", "plain text", "preference"
+CHOSEN, REJECTED = "chosen", "rejected"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Conversation:
     messages: tuple[Message, ...]
     unlearnt: frozenset[int]
     form: str
+    rejected: Message | None = None  # of a preference: the answer that is worse than the last message
 
 
 @dataclass
@@ -53,6 +56,7 @@ class _Reading:
     labels: Sequence[str] = ()
     messages: list[Message] = field(default_factory=list)
     unlearnt: set[int] = field(default_factory=set)
+    rejected: Message | None = None
 
     def add(self, message: Any, *, learnt: bool = True) -> None:
         """One message, of any of the usual shapes."""
@@ -183,9 +187,63 @@ def _both(reading: _Reading, asked: Any, answered: Any) -> None:
             reading.add(message, learnt=learnt)
 
 
+def _preference(reading: _Reading, row: Mapping[str, Any]) -> None:
+    """Two answers to one prompt, which has a key of its own or begins both of them."""
+    asked = next((key for key in ASKED if row.get(key) not in (None, "", [])), None)
+    sides = []
+    for key in (CHOSEN, REJECTED):
+        side = _Reading(reading.labels, [*reading.messages])
+        answer = [row[key]] if isinstance(row[key], Mapping) else row[key]
+        if isinstance(answer, list) and len(answer) > 1:
+            for message in answer:
+                side.add(message)
+            if asked:
+                _refuse_another_prompt(asked, row, side.messages, key)
+        elif asked is None:
+            raise ValueError(f"no prompt: `{key}` holds the answer alone; the prompt is one of {', '.join(ASKED)}")
+        else:
+            _add_prompt(side, asked, row)
+            for message in answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]:
+                side.add(message)
+        pair(side.messages)
+        sides.append(side)
+    chosen, rejected = sides
+    for number, (one, other) in enumerate(zip_longest(chosen.messages[:-1], rejected.messages[:-1]), 1):
+        if one != other:
+            raise ValueError(f"`{CHOSEN}` and `{REJECTED}` do not answer the same prompt: message {number} is another")
+    reading.messages, reading.rejected = chosen.messages, rejected.messages[-1]
+    reading.unlearnt = {n for n, message in enumerate(chosen.messages[:-1]) if message["role"] == "assistant"}
+
+
+def _add_prompt(reading: _Reading, asked: str, row: Mapping[str, Any]) -> None:
+    """The prompt under its key, as messages or as text; to an instruction belongs its `input`."""
+    prompt = row[asked]
+    if isinstance(prompt, str) and asked in MESSAGES and prompt.lstrip().startswith("["):
+        prompt = json.loads(prompt)
+    if asked == "instruction" and row.get("input"):
+        prompt = "\n\n".join([str(prompt), str(row["input"])])
+    for message in prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]:
+        reading.add(message)
+
+
+def _refuse_another_prompt(asked: str, row: Mapping[str, Any], messages: Sequence[Message], key: str) -> None:
+    """Raise ValueError where a prompt beside a whole conversation is not what that asks last."""
+    if asked in MESSAGES:  # as the chosen conversation once more
+        return
+    own = _Reading()
+    _add_prompt(own, asked, row)
+    texts = [message["content"].strip() for message in messages if message["role"] == "user"]
+    if own.messages[-1]["content"].strip() not in texts:
+        raise ValueError(f"`{asked}` is not what `{key}` answers")
+
+
 def _plain(reading: _Reading, row: Mapping[str, Any]) -> None:
     """A text by itself: it is nobody's answer."""
     reading.say("assistant", row["text"])
+
+
+MESSAGES = ("messages", "conversations", "conversation")
+ASKED = ("prompt", "question", "instruction", "input", "query", *MESSAGES)  # of a preference: where its prompt may stand
 
 
 @dataclass(frozen=True)
@@ -199,6 +257,7 @@ class Form:
 
 
 FORMS = (
+    Form(PREFERENCE, (CHOSEN, REJECTED), _preference, '{"prompt", "chosen", "rejected"}'),
     Form("messages", ("messages",), _messages("messages"), '{"messages": [...]}'),
     Form("ShareGPT", ("conversations",), _messages("conversations"), '{"conversations": [...]}'),
     Form("conversation", ("conversation",), _messages("conversation"), '{"conversation": [...]}'),
@@ -227,7 +286,7 @@ def conversation_of(value: Any, columns: Mapping[str, str] | None = None, labels
     form = form_of(row)
     if not form and (form := form_of(lower := {str(key).lower(): each for key, each in row.items()})):
         row = lower
-    _refuse_unread(row, UNREAD)
+    _refuse_unread(row, {key: why for key, why in UNREAD.items() if not form or key not in form.keys})
     if not form:
         raise ValueError(f"no known form (keys: {', '.join(map(str, value)) or 'none'})")
     for key in LEARNT:
@@ -258,7 +317,8 @@ def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
     missing = [theirs for theirs in columns.values() if theirs not in value]
     if missing:
         raise ValueError(f"no `{missing[0]}`, which data.columns names (keys: {', '.join(map(str, value)) or 'none'})")
-    rest = {key: each for key, each in value.items() if key not in columns.values()}
+    unread = {REJECTED} if CHOSEN in columns.values() and CHOSEN not in columns else set()  # the chosen answer is learnt alone
+    rest = {key: each for key, each in value.items() if key not in unread.union(columns.values())}
     return {**rest, **{ours: value[theirs] for ours, theirs in columns.items()}}
 
 
@@ -285,8 +345,21 @@ def _checked(reading: _Reading, form: str) -> Conversation:
     learnt = [n for n, message in enumerate(messages) if message["role"] == "assistant" and n not in unlearnt]
     if not learnt:
         raise ValueError(f"no answer is learnt: each has {' or '.join(f'`{key}`' for key in LEARNT)} 0 or false")
+    if reading.rejected:
+        _refuse_no_preference(messages[-1], reading.rejected)
     for n in learnt:
         if not messages[n].get(CALLS) and not split_thinking(messages[n]["content"])[1].strip():
             which = "last message" if n == len(messages) - 1 else f"message {n + 1}"
             raise ValueError(f"no answer: the {which} is empty")
-    return Conversation(tuple(messages[: learnt[-1] + 1]), frozenset(n for n in unlearnt if n < learnt[-1]), form)
+    unlearnt = {n for n in unlearnt if n < learnt[-1]}
+    return Conversation(tuple(messages[: learnt[-1] + 1]), frozenset(unlearnt), form, reading.rejected)
+
+
+def _refuse_no_preference(chosen: Message, rejected: Message) -> None:
+    """Raise ValueError where there is nothing to prefer, or nothing to prefer it to."""
+    if rejected["role"] != "assistant":
+        raise ValueError(f"no answer: the last message of `{REJECTED}` is the {rejected['role']}'s; it must be the assistant's")
+    if not rejected.get(CALLS) and not split_thinking(rejected["content"])[1].strip():
+        raise ValueError(f"no answer: `{REJECTED}` is empty")
+    if {**chosen, "content": chosen["content"].strip()} == {**rejected, "content": rejected["content"].strip()}:
+        raise ValueError(f"`{CHOSEN}` and `{REJECTED}` are the same answer, so that nothing is preferred")

@@ -6,8 +6,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ftkit.data.mask import cut
-from ftkit.data.rows import IGNORED, Example
+from ftkit.data.rows import Example, Pair
 
 # Below so many tokens a step waits for the weights to be read, whatever the batch: a card's operations a second divided by
 # its bytes a second, at 2 operations and 2 bytes a weight; 164 for an RTX 4090, 200 for an A100, 295 for an H100.
@@ -17,7 +16,7 @@ PASS_TOKENS = 64  # what a pass costs beside its tokens, in tokens (docs/speed.m
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Lengths of a dataset's rows, in tokens."""
+    """Lengths of a dataset's rows, in tokens; of a preference that of its prompt and the longer answer."""
 
     rows: int
     total: int
@@ -36,20 +35,22 @@ class Tally:
     max_length: int
     lengths: array[int] = field(default_factory=lambda: array("l"))  # of all rows, uncut
     kept: array[int] = field(default_factory=lambda: array("l"))  # of those that are trained on, cut
+    tokens: int = 0  # uncut
     learnt_tokens: int = 0  # uncut
-    most_learnt: int = 0  # of a row, cut
+    most_learnt: int = 0  # of a row, cut; of a preference on average of its two answers
     highest_id: int = 0
 
-    def add(self, example: Example) -> None:
-        self.lengths.append(len(example.input_ids))
-        self.learnt_tokens += sum(label != IGNORED for label in example.labels)
-        for trained in cut([example], self.max_length):
-            self.kept.append(len(trained.input_ids))
-            self.most_learnt = max(self.most_learnt, sum(label != IGNORED for label in trained.labels))
-            self.highest_id = max(self.highest_id, *trained.input_ids)
+    def add(self, example: Example | Pair) -> None:
+        self.lengths.append(example.length)
+        self.tokens += example.tokens
+        self.learnt_tokens += example.learnt
+        if trained := example.cut(self.max_length):
+            self.kept.append(trained.length)
+            self.most_learnt = max(self.most_learnt, -(-trained.learnt // trained.sequences))
+            self.highest_id = max(self.highest_id, trained.highest_id)
 
 
-def tally(examples: Iterable[Example], max_length: int) -> Tally:
+def tally(examples: Iterable[Example | Pair], max_length: int) -> Tally:
     """Count rows. An empty one is none."""
     counted = Tally(max_length)
     for example in examples:
@@ -62,7 +63,7 @@ def count_tokens(tallies: Sequence[Tally]) -> TokenCounts:
     lengths = sorted(length for counted in tallies for length in counted.lengths)
     return TokenCounts(
         rows=len(lengths),
-        total=sum(lengths),
+        total=sum(counted.tokens for counted in tallies),
         median=lengths[len(lengths) // 2],
         p95=lengths[min(len(lengths) - 1, int(len(lengths) * 0.95))],
         p99=lengths[min(len(lengths) - 1, int(len(lengths) * 0.99))],

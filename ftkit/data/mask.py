@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ftkit.data.rows import IGNORED, Example, Row
+from ftkit.data.rows import IGNORED, Example, Pair, Row
 from ftkit.data.template import token_ids
 from ftkit.data.turns import Turn, turns_of
 from ftkit.errors import DataError
+from ftkit.recipe import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+E = TypeVar("E", Example, Pair)
+KINDS: dict[Objective, type[Example | Pair]] = {"sft": Example, "dpo": Pair}
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> Iterator[Example]:
@@ -21,6 +25,24 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> Iterato
     otherwise once later ones are there, it becomes one for each answer. Raises DataError by file and line.
     """
     return (example for row in rows for example in examples_of(tokenizer, row))
+
+
+def learnt(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], objective: Objective) -> Iterator[Any]:
+    """Rows in tokens as this objective learns of them: each an `Example`, or a `Pair`."""
+    return (pair_of(tokenizer, row) for row in rows) if objective == "dpo" else tokenise(tokenizer, rows)
+
+
+def learnt_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> Sequence[Example | Pair]:
+    """One row in tokens as it is learnt of."""
+    return [pair_of(tokenizer, row)] if row.rejected else examples_of(tokenizer, row)
+
+
+def pair_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> Pair:
+    """A preference in tokens: each answer as it would be learnt by itself."""
+    (seen, chosen), (_, rejected) = (
+        (seen, said) for answer in row.answers for *_, (_, seen, said) in [list(trained_turns(tokenizer, answer))]
+    )
+    return Pair(seen, chosen, rejected)
 
 
 def examples_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Example]:
@@ -79,10 +101,10 @@ def _text(tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
     return Example(ids, list(ids))
 
 
-def cut(examples: Iterable[Example], max_length: int) -> Iterator[Example]:
-    """Rows cut at `max_length` tokens; those whose answer lies wholly beyond it are dropped."""
-    kept = (Example(e.input_ids[:max_length], e.labels[:max_length]) for e in examples)
-    return (example for example in kept if any(label != IGNORED for label in example.labels))
+def cut(examples: Iterable[E], max_length: int) -> Iterator[E]:
+    """Rows cut at `max_length` tokens; those of which nothing is left to learn are dropped: whose answer, or what tells the chosen
+    answer from the rejected one, lies wholly beyond it."""
+    return (kept for example in examples if (kept := example.cut(max_length)))
 
 
 def refuse_nothing_to_learn(training: int, validation: int) -> None:

@@ -11,17 +11,42 @@ from ftkit.data.formats import FORMATS, conversation_of
 from ftkit.data.rows import Row
 from ftkit.data.store import StoredRows, store_rows
 from ftkit.errors import DataError
+from ftkit.recipe import Objective
 
 FAULTS_SHOWN = 5
 
 
-def read_rows(*paths: Path, columns: Mapping[str, str] | None = None, labels: Sequence[str] = ()) -> StoredRows:
-    """The rows of files, one after the other. Raises DataError with file and line for a file's first faults, and how many more."""
-    return store_rows(row for path in paths for row in _rows(path, columns, labels))
+# By what is learnt: what a row of the other kind is, and what to do.
+OTHER_ROWS: dict[Objective, tuple[str, str]] = {
+    "sft": (
+        "a preference (chosen, rejected), and training.objective is sft",
+        "to learn which is better: --set training.objective=dpo; to learn the chosen answers alone: "
+        "--set 'data.columns={completion: chosen}', or {messages: chosen} where they hold the prompt",
+    ),
+    "dpo": (
+        "no preference, and training.objective is dpo: `chosen` and `rejected` are missing",
+        'as in {"prompt": …, "chosen": …, "rejected": …}; to learn the answers as they are: --set training.objective=sft',
+    ),
+}
 
 
-def _rows(path: Path, columns: Mapping[str, str] | None, labels: Sequence[str]) -> Iterator[Row]:
+class _OtherRow(ValueError):
+    """A row that is whole, and of which this objective learns nothing."""
+
+
+def read_rows(
+    *paths: Path, columns: Mapping[str, str] | None = None, labels: Sequence[str] = (), objective: Objective | None = None
+) -> StoredRows:
+    """The rows of files, one after the other; with an `objective` those that it learns of.
+
+    Raises DataError with file and line for a file's first faults, and how many more.
+    """
+    return store_rows(row for path in paths for row in _rows(path, columns, labels, objective))
+
+
+def _rows(path: Path, columns: Mapping[str, str] | None, labels: Sequence[str], objective: Objective | None) -> Iterator[Row]:
     faults: list[str] = []
+    hint = ""
     count, empty = 0, True
     try:
         for number, place, value in values(path):
@@ -29,14 +54,17 @@ def _rows(path: Path, columns: Mapping[str, str] | None, labels: Sequence[str]) 
                 if isinstance(value, Fault):
                     raise value
                 read = conversation_of(value, columns, labels)
+                if objective and (objective == "dpo") != bool(read.rejected):
+                    raise _OtherRow(OTHER_ROWS[objective][0])
             except ValueError as error:
                 count += 1
+                hint = hint or (OTHER_ROWS[objective][1] if objective and isinstance(error, _OtherRow) else FORMATS)
                 if count <= FAULTS_SHOWN:
                     faults.append(f"{path}, {place}: {error}")
                 continue
             empty = False
             if not faults:
-                yield Row(read.messages, number, f"{path}, {place}", read.unlearnt, read.form)
+                yield Row(read.messages, number, f"{path}, {place}", read.unlearnt, read.form, read.rejected)
     except ValueError as error:  # a path with a NUL in it
         raise DataError(f"Cannot read {path}: {error}.", "name the dataset's file, as in --set data.train=train.jsonl") from None
     except FileNotFoundError:
@@ -45,7 +73,7 @@ def _rows(path: Path, columns: Mapping[str, str] | None, labels: Sequence[str]) 
         raise DataError(f"There is no dataset at {path}.", f"did you mean {path.parent / near[0]}?" if near else FORMATS) from None
     if faults:
         more = f"\n… and {count - FAULTS_SHOWN} more" if count > FAULTS_SHOWN else ""
-        raise DataError("\n".join(faults) + more, FORMATS)
+        raise DataError("\n".join(faults) + more, hint)
     if empty:
         raise DataError(f"{path} has no rows.", FORMATS)
 

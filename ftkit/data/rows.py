@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from ftkit.data.thinking import split_thinking
 
@@ -27,6 +27,7 @@ class Row:
     place: str = field(default="", compare=False)  # file and line, for a person
     unlearnt: frozenset[int] = frozenset()  # answers that are not learnt, by their place among the messages
     form: str = field(default="", compare=False)  # in which it was written
+    rejected: Message | None = None  # of a preference: the answer that is worse than the last message
 
     @property
     def where(self) -> str:
@@ -37,6 +38,12 @@ class Row:
     def is_text(self) -> bool:
         """Whether it is text to go on with, and not an answer to anything."""
         return len(self.messages) == 1
+
+    @property
+    def answers(self) -> tuple[Row, ...]:
+        """The row with each of its answers at the end: of a preference the chosen one, then the rejected one."""
+        chosen = replace(self, rejected=None)
+        return (chosen, replace(chosen, messages=(*self.messages[:-1], self.rejected))) if self.rejected else (chosen,)
 
     @property
     def question(self) -> list[Message]:
@@ -57,6 +64,62 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
+    sequences: ClassVar[int] = 1  # that the model reads of it
+
+    @property
+    def length(self) -> int:
+        """Tokens of its longest sequence."""
+        return len(self.input_ids)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def learnt(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+    @property
+    def highest_id(self) -> int:
+        return max(self.input_ids)
+
+    def cut(self, max_length: int) -> Example | None:
+        """Its first tokens; None where nothing of them is learnt."""
+        kept = Example(self.input_ids[:max_length], self.labels[:max_length])
+        return kept if kept.learnt else None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tokenised preference, by the names that TRL has for it: two answers to one prompt, of which the model reads two sequences."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    sequences: ClassVar[int] = 2
+
+    @property
+    def length(self) -> int:
+        """Tokens of its longest sequence."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+    @property
+    def tokens(self) -> int:
+        return 2 * len(self.prompt_ids) + self.learnt
+
+    @property
+    def learnt(self) -> int:
+        return len(self.chosen_ids) + len(self.rejected_ids)
+
+    @property
+    def highest_id(self) -> int:
+        return max(*self.prompt_ids, *self.chosen_ids, *self.rejected_ids)
+
+    def cut(self, max_length: int) -> Pair | None:
+        """Its first tokens; None where the two answers do not differ in them."""
+        room = max(0, max_length - len(self.prompt_ids))
+        kept = Pair(self.prompt_ids, self.chosen_ids[:room], self.rejected_ids[:room])
+        return kept if kept.chosen_ids != kept.rejected_ids else None
 
 
 def has_tools(messages: Sequence[Message]) -> bool:

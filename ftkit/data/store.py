@@ -7,10 +7,11 @@ import os
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, overload
 
-from ftkit.data.rows import Example, Row
+from ftkit.data.rows import Example, Pair, Row
 from ftkit.files import cache_folder
 
 IN_MEMORY_BYTES = 64 << 20  # of rows; more of them go into a file without a name
@@ -63,27 +64,27 @@ class StoredRows(Sequence[Row]):
         return StoredRows(self._lines, array("q", (self._offsets[index] for index in indexes)))
 
     def _read(self, offset: int) -> Row:
-        messages, line, place, unlearnt, form = self._lines.read(offset)
-        return Row(tuple(messages), line, place, frozenset(unlearnt), form)
+        messages, line, place, unlearnt, form, rejected = self._lines.read(offset)
+        return Row(tuple(messages), line, place, frozenset(unlearnt), form, rejected)
 
 
 def store_rows(rows: Iterable[Row]) -> StoredRows:
     """Keep rows, as they come."""
     lines = _Lines()
-    values = ([row.messages, row.line, row.place, sorted(row.unlearnt), row.form] for row in rows)
+    values = ([row.messages, row.line, row.place, sorted(row.unlearnt), row.form, row.rejected] for row in rows)
     return StoredRows(lines, array("q", map(lines.add, values)))
 
 
-def store_examples(examples: Iterable[Example], path: Path) -> Any:
-    """A `datasets.Dataset` of `input_ids` and `labels`, int32, mapped from an Arrow file at `path`, which is written anew."""
+def store_examples(examples: Iterable[Example | Pair], path: Path, kind: type[Example | Pair] = Example) -> Any:
+    """A `datasets.Dataset` with a column for each field, int32, mapped from an Arrow file at `path`, which is written anew."""
     import pyarrow as pa
     from datasets import Dataset
 
     numbers = pa.list_(pa.int32())
-    schema = pa.schema({"input_ids": numbers, "labels": numbers})
+    schema = pa.schema({each.name: numbers for each in fields(kind)})
     path.parent.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        waiting: list[Example] = []
+        waiting: list[Example | Pair] = []
         for example in examples:
             waiting.append(example)
             if len(waiting) == EXAMPLES_WRITTEN_TOGETHER:
@@ -93,14 +94,20 @@ def store_examples(examples: Iterable[Example], path: Path) -> Any:
     return Dataset.from_file(str(path))
 
 
-def _batch(examples: Sequence[Example], schema: Any) -> Any:
+def _batch(examples: Sequence[Example | Pair], schema: Any) -> Any:
     import pyarrow as pa
 
     return pa.RecordBatch.from_pydict({name: [getattr(example, name) for example in examples] for name in schema.names}, schema)
 
 
 def token_counts(dataset: Any) -> list[int]:
-    """Tokens of each row of a `datasets.Dataset`, without reading them."""
+    """Tokens of each row of a `datasets.Dataset`, without reading them; of a preference those of its longer answer, twice."""
     import pyarrow.compute as pc
 
-    return [length for chunk in dataset.data.column("input_ids").chunks for length in pc.list_value_length(chunk).to_pylist()]
+    def lengths(column: str) -> list[int]:
+        return [length for chunk in dataset.data.column(column).chunks for length in pc.list_value_length(chunk).to_pylist()]
+
+    if "input_ids" in dataset.column_names:
+        return lengths("input_ids")
+    columns = (lengths(each.name) for each in fields(Pair))
+    return [2 * (prompt + max(answers)) for prompt, *answers in zip(*columns, strict=True)]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ftkit.data.lengths import Batching, Tally, TokenCounts, batching, count_tokens
-from ftkit.data.mask import cut, examples_of
-from ftkit.data.rows import CALLS, IGNORED, Example, Message, Row
+from ftkit.data.mask import learnt_of
+from ftkit.data.rows import CALLS, IGNORED, Example, Message, Pair, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,20 +90,21 @@ def survey(
     """Look at rows by their purpose; `train` and `validation` are tokenised. Raises DataError as `tokenise` does."""
     tallies: list[Tally] = []
     shown: list[Shown] = []
-    cut_short, left_out = (
+    cut_short, left_out, alike = (
         _Found("rows cut at training.max_length, whose end is not learnt"),
         _Found("rows left out: their answer lies beyond training.max_length"),
+        _Found("preferences left out: their answers do not differ within training.max_length"),
     )
     for purpose in ("train", "validation"):
         tallies.append(Tally(max_length))
         for row in parts[purpose]:
-            for example in examples_of(tokenizer, row):
+            for example in learnt_of(tokenizer, row):
                 tallies[-1].add(example)
-                if len(example.input_ids) > max_length:
-                    (cut_short if any(cut([example], max_length)) else left_out).add(row)
-                if purpose == "train" and len(shown) < show:
-                    shown.append(Shown(row.where, tuple(pieces(tokenizer, example))))
-    found = [*_findings(parts), cut_short, left_out, *_of_answers(parts["train"])]
+                if example.length > max_length:
+                    (cut_short if example.cut(max_length) else alike if row.rejected else left_out).add(row)
+                for answer, seen in _shown_of(example) if purpose == "train" and len(shown) < show * example.sequences else ():
+                    shown.append(Shown(row.where + answer, tuple(pieces(tokenizer, seen))))
+    found = [*_findings(parts), cut_short, left_out, alike, *_of_answers(parts["train"])]
     lengths = [length for counted in tallies for length in counted.lengths]
     return Survey(
         parts={purpose: _part(rows) for purpose, rows in parts.items()},
@@ -115,6 +116,15 @@ def survey(
         findings=tuple(Finding(each.what, each.count, tuple(each.places)) for each in found if each.count),
         shown=tuple(shown),
     )
+
+
+def _shown_of(example: Example | Pair) -> list[tuple[str, Example]]:
+    """What a row is shown as: of a preference each answer."""
+    if isinstance(example, Example):
+        return [("", example)]
+    asked = example.prompt_ids
+    answers = {"chosen": example.chosen_ids, "rejected": example.rejected_ids}
+    return [(f", {name}", Example(asked + said, [IGNORED] * len(asked) + said)) for name, said in answers.items()]
 
 
 @dataclass
@@ -158,22 +168,27 @@ def _histogram(lengths: Sequence[int]) -> list[Bin]:
 def _findings(parts: Mapping[str, Iterable[Row]]) -> Iterator[_Found]:
     """What comes twice and what contradicts. Rows are known by numbers, since the texts of two million would not fit."""
     twice, contradicting = _Found("rows that come twice"), _Found("questions that come again with another answer")
+    turned = _Found("preferences that come again the other way round")
     train: set[int] = set()
     answered: dict[int, int] = {}  # question → its first answer
     for row in parts["train"]:
-        key = _key(row.messages)
+        key = _row_key(row)
         if key in train:
             twice.add(row)
+        elif row.rejected:  # of a question several answers may be held against each other
+            if _row_key(row, turned=True) in train:
+                turned.add(row)
         elif not row.is_text and answered.setdefault(_key(row.question), key) != key:
             contradicting.add(row)
         train.add(key)
     yield twice
     yield contradicting
+    yield turned
     for purpose in ("validation", "test"):
         again = _Found(f"{purpose} rows that are trained on too")
         otherwise = _Found(f"{purpose} questions that are trained on with another answer")
         for row in parts.get(purpose, ()):
-            if _key(row.messages) in train:
+            if _row_key(row) in train:
                 again.add(row)
             elif not row.is_text and _key(row.question) in answered:
                 otherwise.add(row)
@@ -184,7 +199,12 @@ def _findings(parts: Mapping[str, Iterable[Row]]) -> Iterator[_Found]:
 def _of_answers(rows: Iterable[Row]) -> Iterator[_Found]:
     """What is odd in questions and answers by themselves."""
     empty, answers, asked = _Found("rows whose question is empty"), Counter[str](), 0
+    longer = _Found("preferences whose chosen answer is the longer one: more than 3 in 4, so that length may be what is learnt")
+    pairs = 0
     for row in rows:
+        if row.rejected:
+            pairs += 1
+            longer.count += len(row.answer) > len(row.rejected["content"])
         if not row.is_text:
             asked += 1
             if not row.question[-1]["content"].strip() and row.question[-1]["role"] == "user":
@@ -192,6 +212,8 @@ def _of_answers(rows: Iterable[Row]) -> Iterator[_Found]:
             if len(answers) < DIFFERENT_ANSWERS or row.answer.strip() in answers:
                 answers[row.answer.strip()] += 1
     yield empty
+    if 4 * longer.count > 3 * pairs:
+        yield longer
     common, times = next(iter(answers.most_common(1)), ("", 0))
     if len(answers) > 1 and 2 * times > asked:
         yield _Found(f"rows with one answer, {common[:40]!r}: more than half", times)
@@ -200,6 +222,12 @@ def _of_answers(rows: Iterable[Row]) -> Iterator[_Found]:
 def question_key(row: Row) -> int:
     """A number for a row's question, without its capitals either."""
     return _key([{**message, "content": message["content"].casefold()} for message in row.question])
+
+
+def _row_key(row: Row, *, turned: bool = False) -> int:
+    """A number for a row; of a preference, `turned` for the one with its answers in each other's place."""
+    answers = [_key(answer.messages) for answer in row.answers]
+    return hash(tuple(reversed(answers) if turned else answers))
 
 
 def _key(messages: Sequence[Message]) -> int:

@@ -21,12 +21,15 @@ from ftkit.line.behaviour import (
     CHOICE_ROWS,
     MERGED,
     OUTSIDE,
+    PAIRS,
     TRAINED,
+    WHAT,
     choice_and_others,
     given_rows,
     measure_form,
     measure_model,
     outside_rows,
+    pair_rows,
     write,
 )
 from ftkit.line.gguf import GGUF, Converted
@@ -96,8 +99,10 @@ def _ask(job: Job, folder: Path, trained: Made[Any]) -> Asked:
         folder / CHOICE: given_rows(tokenizer, choice_and_others(job, data)[0], length, CHOICE_ROWS),
         folder / OUTSIDE: outside_rows(tokenizer),
     }
-    for inside in (CHOICE, OUTSIDE):
-        (folder / inside).mkdir()
+    if pairs := pair_rows(tokenizer, data.test, length):
+        given[folder / PAIRS] = pairs
+    for place in given:
+        place.mkdir(exist_ok=True)
     refuse_unreadable(recipe.evaluate, expected_answers(tokenizer, rows))
     hf.refuse_lost_gradients()
     questions, method = [question(tokenizer, row) for row in rows], recipe.training.method
@@ -108,9 +113,8 @@ def _ask(job: Job, folder: Path, trained: Made[Any]) -> Asked:
 
     def look_at(name: str, who: str, told: Callable[[list[Forced]], Iterator[Any]]) -> None:
         for place, forced in given.items():
-            outside = place.name == OUTSIDE
-            label = f"reading {'text outside the task' if outside else 'answers'} with {who}"
-            measured[place].update(measure_model(job, place, name, told(forced), forced, label, keeps=not outside))
+            label = f"reading {WHAT.get(place.name, 'answers')} with {who}"
+            measured[place].update(measure_model(job, place, name, told(forced), forced, label, keeps=place.name not in WHAT))
 
     def ask(name: str, model: Any, who: str) -> None:
         label = f"asking {who}"

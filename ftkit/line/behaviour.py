@@ -3,7 +3,8 @@
 BEHAVIOUR, beside the answers that a step asked for, holds what was measured of each form on the held-out rows; beside `ask` are also
 these rows and, as far as they fit, the trained model's logits. The folder CHOICE in it holds the same of other rows: by them it is
 chosen what ships, so that those by which it is judged have chosen nothing. The folder OUTSIDE holds that of text that has nothing to
-do with the task, without logits: what training, merge and quantisation cost there.
+do with the task, without logits: what training, merge and quantisation cost there. The folder PAIRS holds that of held-out
+preferences, each chosen answer before its rejected one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit.data.general import general_text
-from ftkit.data.mask import cut, tokenise
+from ftkit.data.mask import cut, pair_of, tokenise
 from ftkit.data.rows import IGNORED, Row
 from ftkit.data.store import StoredRows
 from ftkit.engines import hf, logits
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
 
 BEHAVIOUR, ROWS, LOGITS = "behaviour.json", "given.json", "trained-logits.npy"
 TRAINED, MERGED, SHIPPED = "trained", "merged", "shipped"  # forms; before training: "before"
-CHOICE, OUTSIDE = "choice", "outside"
+CHOICE, OUTSIDE, PAIRS = "choice", "outside", "pairs"
 MOST_ROWS, MOST_TOKENS = 64, 128  # that are looked at: the first rows, and of each the first tokens that were learnt
-CHOICE_ROWS = 32
+CHOICE_ROWS = PAIRS_LOOKED_AT = 32
+WHAT = {OUTSIDE: "text outside the task", PAIRS: "pairs of answers"}  # in words; else answers
 OUTSIDE_ROWS, OUTSIDE_TOKENS = 16, 128
 OUTSIDE_CHARACTERS = 8 * OUTSIDE_ROWS * OUTSIDE_TOKENS  # the first of that text: what is learnt from comes after
 
@@ -70,6 +72,18 @@ def given_rows(tokenizer: Any, rows: Iterable[Row], max_length: int, most: int =
     return found
 
 
+def pair_rows(tokenizer: Any, rows: Iterable[Row], max_length: int) -> list[Forced]:
+    """Preferences as training would have read them: a chosen answer, its rejected one, the next chosen, … Each its first tokens."""
+    found: list[Forced] = []
+    for pair in cut((pair_of(tokenizer, row) for row in rows if row.rejected), max_length):
+        for said in (pair.chosen_ids[:MOST_TOKENS], pair.rejected_ids[:MOST_TOKENS]):
+            begin = len(pair.prompt_ids)
+            found.append(Forced(pair.prompt_ids + said, list(range(begin, begin + len(said)))))
+        if len(found) == 2 * PAIRS_LOOKED_AT:
+            break
+    return found
+
+
 def measure_model(
     job: Job,
     folder: Path,
@@ -97,8 +111,10 @@ def measure_file(job: Job, path: Path, asked: Path, adapter: Path | None = None)
 
     None, which is said, where it cannot be looked at. Raises ModelError for an adapter that is not of this file.
     """
-    what = "text outside the task" if asked.name == OUTSIDE else "answers"
-    rows, label = read_rows(asked), f"reading {what} with {path.name}" + (f" and {adapter.name}" if adapter else "")
+    rows, label = (
+        read_rows(asked),
+        f"reading {WHAT.get(asked.name, 'answers')} with {path.name}" + (f" and {adapter.name}" if adapter else ""),
+    )
     if not rows or TRAINED not in read(asked):
         return None
     trained = trained_logits(asked, rows) if (asked / LOGITS).exists() else ()
@@ -110,9 +126,9 @@ def measure_file(job: Job, path: Path, asked: Path, adapter: Path | None = None)
 
 
 def measure_form(job: Job, folder: Path, name: str, path: Path, asked: Path) -> None:
-    """Look at a GGUF on the held-out answers and on text outside the task, and write it into a step's folder."""
-    (folder / OUTSIDE).mkdir(exist_ok=True)
-    for inside in ("", OUTSIDE):
+    """Look at a GGUF on the held-out answers, pairs of them, and text outside the task, and write it into a step's folder."""
+    for inside in ("", OUTSIDE, *([PAIRS] if read_rows(asked / PAIRS) else [])):
+        (folder / inside).mkdir(exist_ok=True)
         write(folder / inside, {name: measure_file(job, path, asked / inside)})
 
 

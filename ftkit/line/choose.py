@@ -51,7 +51,8 @@ def _weigh(job: Job, folder: Path, asked: Made[Asked], converted: Made[Converted
     behaviour.write(folder, {SHIPPED: form})
     forms = behaviour.read(asked.folder / CHOICE) | ({SHIPPED: form} if form else {})
     known = {"before", behaviour.TRAINED, SHIPPED} <= forms.keys()
-    return Weighed(shipped.file.quantization, shipped.file.bytes, least_kept(forms, SHIPPED) if known else None)
+    kept = least_kept(forms, SHIPPED, by_loss=job.recipe.training.objective == "sft") if known else None
+    return Weighed(shipped.file.quantization, shipped.file.bytes, kept)
 
 
 WEIGH = Step(

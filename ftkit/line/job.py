@@ -17,6 +17,7 @@ from ftkit.files import cache_folder, file_fingerprint, fingerprint, user_path
 from ftkit.machine import device
 from ftkit.machine.device import Device, best_dtype, computes_bfloat16
 from ftkit.machine.llama_cpp import named_llama_cpp
+from ftkit.model.adapter import settings_of
 from ftkit.model.dataset import HubData, fetch_dataset, locate_dataset
 from ftkit.model.given import Given, look_at
 from ftkit.model.locate import locate
@@ -24,10 +25,11 @@ from ftkit.model.open import open_weights
 from ftkit.model.source import Source
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Dtype, Recipe, load_recipe, make_recipe
-from ftkit.run import Run
+from ftkit.run import MANIFEST, Run
 
 PLANS_KEPT = 50  # of those without a recipe, each a fifth of a megabyte
 Onto = Literal["source", "dequantised"]  # what an adapter is merged into
+ADAPTER = "adapter"  # the folder in a training's
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Job:
     reporter: Reporter
     onto: Onto = "source"  # the 16-bit model, or the 4-bit base that was trained on, dequantised
     given: Given | None = None  # what was trained elsewhere; None: it is trained here
+    begins_with: Given | None = None  # the adapter that training goes on with; None: a new one
 
     @property
     def has_base(self) -> bool:
@@ -114,13 +117,17 @@ def make_job(recipe: Recipe, folder: Path, run: Run, reporter: Reporter = SILENT
     Raises RecipeError for a folder of tools, a template or a card that is not there, ModelError for no model.
     """
     given = look_at(recipe.trained, folder) if recipe.trained else None
+    begins_with = None if given or not recipe.training.adapter else _adapter_of(recipe, folder, recipe.training.adapter)
     named = {"train": recipe.data.train, "validation": recipe.data.validation, "test": recipe.data.test} if has_data else {}
     if given:  # without rows of its own it is shipped without any
         named = {purpose: names for purpose, names in named.items() if purpose in recipe.data.model_fields_set}
         recipe = _as_given(recipe, given)
+    if begins_with:
+        recipe = recipe.model_copy(update={"lora": settings_of(begins_with.path, recipe.lora)})
     return Job(
         recipe=recipe,
         given=given,
+        begins_with=begins_with,
         folder=folder,
         run=run,
         source=replace(locate(recipe.model, folder), with_code=recipe.trust_remote_code),
@@ -130,6 +137,29 @@ def make_job(recipe: Recipe, folder: Path, run: Run, reporter: Reporter = SILENT
         chat_template=named_template(recipe.data.template, folder),
         reporter=reporter,
     )
+
+
+def _adapter_of(recipe: Recipe, folder: Path, reference: str) -> Given:
+    """An adapter to go on with: of a run that trained one, or PEFT's own. Raises RecipeError, or ModelError as `look_at` does."""
+    if recipe.training.method == "full":
+        raise RecipeError(
+            "training.adapter: with `method: full` all weights are trained, and no adapter.",
+            f"merge it, and name the merged model: ftkit ship {reference}; or train the adapter: --set training.method=lora",
+        )
+    path, named = folder / user_path(reference), reference
+    if (path / MANIFEST).is_file():
+        trained = Run(path).finished("train")
+        if not trained or not (trained.folder / ADAPTER).is_dir():
+            what = "trained a whole model" if trained else "holds no finished training"
+            way = f"name it as the model: --set model={trained.folder / 'model'}" if trained else "train it first, with its own recipe"
+            raise RecipeError(f"training.adapter: the run {path} {what}.", way)
+        named = str(trained.folder / ADAPTER)
+    given = look_at(named, folder)
+    if given.kind != "adapter":
+        raise RecipeError(
+            f"training.adapter: {reference} is a {given.kind}, and no adapter.", f"name it as the model: --set model={reference}"
+        )
+    return given
 
 
 def _as_given(recipe: Recipe, given: Given) -> Recipe:
@@ -149,7 +179,8 @@ def read_data(job: Job) -> Rows:
     """
     settings, read = job.recipe.data, {}
     for purpose, data in job.data.items():
-        read[purpose] = read_rows(*data_paths(data), columns=settings.columns, labels=settings.labels or ())
+        learnt_of = job.recipe.training.objective if purpose != "test" and not job.given else None
+        read[purpose] = read_rows(*data_paths(data), columns=settings.columns, labels=settings.labels or (), objective=learnt_of)
     if job.given:
         rows = [read[purpose] for purpose in ("train", "validation", "test") if purpose in read] or [store_rows(())]
         return Rows(rows[0], read.get("validation", rows[0][:0]), rows[-1][: job.recipe.ship.test_rows])

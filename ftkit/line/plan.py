@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.data.lengths import Tally, TokenCounts, count_tokens, tally
-from ftkit.data.mask import refuse_nothing_to_learn, tokenise
+from ftkit.data.mask import learnt, refuse_nothing_to_learn
 from ftkit.data.read import only_held_out
-from ftkit.data.rows import IGNORED, Example, Row
+from ftkit.data.rows import IGNORED, Example, Pair, Row
 from ftkit.data.template import render, renders, token_ids
 from ftkit.data.turns import expected, has_reasoning, question, turns_of
 from ftkit.engines import hf
@@ -25,8 +25,10 @@ from ftkit.line.step import Step, write_json
 from ftkit.machine.device import Device, best_dtype
 from ftkit.machine.device import choose as choose_device
 from ftkit.memory.model import load_config
+from ftkit.model.given import Given
+from ftkit.model.locate import locate
 from ftkit.model.open import open_config
-from ftkit.model.source import Source
+from ftkit.model.source import QUANTISED, Source
 from ftkit.ollama.modelfile import refuse_system
 from ftkit.plan import measured
 from ftkit.plan.by_measuring import Measure
@@ -90,12 +92,14 @@ def training_inputs(job: Job) -> list[Any]:
         },
         *([job.chat_template] if job.chat_template else []),
         {
-            **_said(recipe.training, TRAINING_KEYS, {"save_minutes", "report_to", "packing"}),
+            **_said(recipe.training, TRAINING_KEYS, {"save_minutes", "report_to", "packing", "adapter"}),
             "learning_rate": recipe.training.peak_learning_rate,
         },
         _said(recipe.lora, LORA_KEYS),
         *(["trust_remote_code"] if recipe.trust_remote_code else []),
         *([recipe.evaluate.model_dump(), recipe.ship.max_new_tokens] if recipe.training.metric_for_best_model == "right" else []),
+        *([recipe.dpo.model_dump()] if recipe.training.objective == "dpo" else []),
+        *(["adapter", job.begins_with.fingerprint] if job.begins_with else []),
     ]
 
 
@@ -140,6 +144,8 @@ def _look(job: Job) -> _Looked:
     rows = read_data(job) if job.data else None  # a fault in the data is found first
     opened = open_config(job.source, job.reporter)
     assert opened.folder
+    if job.begins_with:
+        _refuse_another_base(job, job.begins_with, opened.folder)
     config = load_config(opened.folder, trust_remote_code=recipe.trust_remote_code)
     tallies = _count(job, opened, rows, config) if rows else ()
     length = max((length for counted in tallies for length in counted.kept), default=recipe.training.max_length)
@@ -207,6 +213,28 @@ def _say_what_is_computed_in(job: Job, model_type: str) -> None:
         )
 
 
+def _refuse_another_base(job: Job, adapter: Given, base: Path) -> None:
+    """Raise ModelError where the adapter to go on with says that it was trained on another model; where it cannot be known, warn.
+
+    Whether its tensors are of that shape is found when they are loaded.
+    """
+    named, reference = adapter.base, job.source.reference.partition("@")[0]
+    if named and Path(named).is_dir():
+        folder = Path(named).resolve()
+        same: bool | None = folder == base.resolve() or locate(str(folder), folder).fingerprint == locate(str(base), base).fingerprint
+    elif named and job.source.kind == "hub":  # another organisation may hold the same model, also in 4 bits
+        same = QUANTISED.sub("", named.partition("@")[0]).rpartition("/")[2].lower() == reference.rpartition("/")[2].lower()
+    else:
+        same = None
+    if same is False:
+        raise ModelError(
+            f"training.adapter: {adapter.path} was trained on {named}, and the recipe's model is {job.source.reference}.",
+            f"an adapter fits the model that it was trained on alone: --set model={named}",
+        )
+    if same is None:
+        job.reporter.warn(f"{adapter.path} names {named or 'no model'} as its base; that {reference} is the same was not looked at")
+
+
 def _measuring(job: Job, length: int, labelled: int) -> Measure | None:
     """What measures real steps on this machine, should a step not be traced; None where another device is planned for.
 
@@ -215,7 +243,9 @@ def _measuring(job: Job, length: int, labelled: int) -> Measure | None:
     real = choose_device()
     if (real.kind, real.name) != (job.device.kind, job.device.name):
         return None
-    examples = [Example([0] * length, [IGNORED] * (length - labelled) + [0] * labelled)]
+    examples: list[Example] | list[Pair] = [Example([0] * length, [IGNORED] * (length - labelled) + [0] * labelled)]
+    if job.recipe.training.objective == "dpo":
+        examples = [Pair([0] * (length - labelled), [0] * labelled, [1] * labelled)]
 
     def measure(batch: int, checkpointing: bool) -> tuple[int, int | None] | None:
         rows = f"{batch} × {length} tokens, {'with' if checkpointing else 'without'} checkpointing"
@@ -248,7 +278,8 @@ def _count(job: Job, opened: Source, rows: Rows, config: Any) -> tuple[Tally, ..
     assert opened.folder
     tokenizer, max_length = tokenizer_of(job, opened.folder, base=True), job.recipe.training.max_length
     job.reporter.step("counting the dataset's tokens")
-    counted = tuple(tally(tokenise(tokenizer, part), max_length) for part in (rows.train, rows.validation))
+    objective = job.recipe.training.objective
+    counted = tuple(tally(learnt(tokenizer, part, objective), max_length) for part in (rows.train, rows.validation))
     _say_what_became_of_the_rows(job, tokenizer, rows, sum(len(part.lengths) for part in counted))
     refuse_nothing_to_learn(*(len(part.kept) for part in counted))
     _refuse_ids_beyond(config.get_text_config().vocab_size, tokenizer, max(part.highest_id for part in counted))

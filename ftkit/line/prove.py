@@ -18,7 +18,7 @@ from ftkit.engines.logits import Forced
 from ftkit.errors import ProofError, ToolFailedError
 from ftkit.line import behaviour
 from ftkit.line.ask import ANSWERS, ASK, REASK, Answers, Asked, AskedMerged, read_answers, read_questions
-from ftkit.line.behaviour import MERGED, OUTSIDE, SHIPPED, TRAINED, measure_form
+from ftkit.line.behaviour import MERGED, OUTSIDE, PAIRS, SHIPPED, TRAINED, measure_form
 from ftkit.line.close import CLOSE, Shipping, shipping
 from ftkit.line.gguf import GGUF, QUANTISE, Converted
 from ftkit.line.job import Job, Onto, read_data, tokenizer_of
@@ -26,10 +26,12 @@ from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step, find, write_json
 from ftkit.model.source import open_gguf
 from ftkit.plan.cost import of_proving
-from ftkit.proof.behaviour import Behaviour, Kept, gain_kept, judge_distance, judge_gain, least_kept
+from ftkit.proof.behaviour import GAIN, Behaviour, Kept, gain_kept, judge_distance, judge_gain, least_kept
 from ftkit.proof.compare import same_ids
 from ftkit.proof.gate import ANSWERS as ANSWERS_CHECK
 from ftkit.proof.gate import judge_answers
+from ftkit.proof.preference import NAME as PREFERENCES
+from ftkit.proof.preference import judge_preference, margin_kept, preferred
 from ftkit.proof.probes import CONTROL_WORDS, HARD_TEXTS, conversations
 from ftkit.proof.record import PROBES, GivenIds, Probes, Prompt, write_probes
 from ftkit.proof.score import Score, same, score, words
@@ -171,9 +173,19 @@ def loses_gain(job: Job, asked: Made[Asked], told: Made[AskedMerged]) -> str | N
     lost = _lost_points(job, asked, told)
     if lost is not None and lost > job.recipe.ship.max_loss_points:
         return f"{lost:.1f} points"
-    forms, keep = {**behaviour.read(asked.folder), **behaviour.read(told.folder)}, job.recipe.ship.keep
-    check = judge_gain(forms, MERGED, keep)
-    return f"too much of the gain ({check.detail})" if check.outcome == "failed" else None
+    keep, (forms, pairs) = (
+        job.recipe.ship.keep,
+        ({**behaviour.read(asked.folder / inside), **behaviour.read(told.folder / inside)} for inside in ("", PAIRS)),
+    )
+    check = judge_preference(pairs, MERGED, keep) if pairs else _judge_gain(job, forms, MERGED)
+    return f"too much of the {'margin' if pairs else 'gain'} ({check.detail})" if check.outcome == "failed" else None
+
+
+def _judge_gain(job: Job, forms: Mapping[str, Behaviour], shipped: str) -> Check:
+    """By the loss of the held-out answers: which DPO does not lower, and may raise, while it prefers them to others."""
+    if job.recipe.training.objective == "dpo" and not job.given:
+        return not_made(GAIN, f"trained was to prefer answers to others, which is judged by `{PREFERENCES}`")
+    return judge_gain(forms, shipped, job.recipe.ship.keep)
 
 
 def _lost_points(job: Job, asked: Made[Asked], told: Made[AskedMerged]) -> float | None:
@@ -195,6 +207,8 @@ class Form:
     divergence: float | None  # KL(trained ‖ this); None: of the trained model
     agreed_percent: float | None  # of the tokens, at which the likeliest is the trained model's
     outside: float | None  # perplexity of text that has nothing to do with the task
+    margin: float | None = None  # of held-out preferences: by how much the chosen answer is likelier than the rejected one
+    preferred_percent: float | None = None  # pairs in which it is the likelier one
 
 
 @dataclass(frozen=True)
@@ -217,22 +231,27 @@ def judged(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping
     ship, rule, quantization = job.recipe.ship, job.recipe.evaluate, shipped.file.quantization
     first, after = read_questions(asked), read_answers(proven)["shipped"]
     given: dict[str, list[str]] = {name: first.answers[name] for name in ("before", "trained") if name in first.answers}
-    forms, outside = behaviour.read(asked.folder), behaviour.read(asked.folder / OUTSIDE)
+    looked_at = {inside: behaviour.read(asked.folder / inside) for inside in ("", OUTSIDE, PAIRS)}
+    forms, outside, pairs = looked_at.values()
     for onto in get_args(Onto):  # each merge of this training that was asked
         if told := find(replace(job, onto=onto), REASK):
             if answers := read_answers(told).get("merged"):
                 given[SCORE_NAMES[onto]] = answers
-            for place, found in ((told.folder, forms), (told.folder / OUTSIDE, outside)):
-                if form := behaviour.read(place).get(MERGED):
+            for inside, found in looked_at.items():
+                if form := behaviour.read(told.folder / inside).get(MERGED):
                     found[SCORE_NAMES[onto]] = form
     given[quantization] = after
-    for place, found in ((proven.folder, forms), (proven.folder / OUTSIDE, outside)):
-        if form := behaviour.read(place).get(SHIPPED):
+    for inside, found in looked_at.items():
+        if form := behaviour.read(proven.folder / inside).get(SHIPPED):
             found[quantization] = form
     scores = {name: score(first.expected, answers, rule) for name, answers in given.items()} if first.questions else {}
     alike = same(given["trained"], after, rule) if "trained" in given and scores else None
     answers_check = judge_answers(scores, quantization, alike or Score(0, len(after)), ship.max_loss_points)
-    checks = [answers_check, *(judging(forms, quantization, ship.keep) for judging in (judge_gain, judge_distance))]
+    checks = [answers_check, _judge_gain(job, forms, quantization), judge_distance(forms, quantization, ship.keep)]
+    if pairs:
+        checks.append(judge_preference(pairs, quantization, ship.keep))
+    elif job.recipe.training.objective == "dpo" and not job.given:
+        checks.append(not_made(PREFERENCES, "no held-out row is a preference: name some in data.test, or ftkit ship --from ask"))
     if job.given and not job.data:
         checks = [not_made(check.name, "behaviour was not looked at, since no rows were given: --data FILE") for check in checks]
     elif not job.has_base:
@@ -242,7 +261,8 @@ def judged(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping
         {"question": q[-1]["content"], "expected": e, "before": b, "after": a}
         for q, e, b, a in zip(first.questions, first.expected, before, after, strict=True)
     ]
-    return Proof([*proven.result.checks, *checks], words(rule), scores, _forms(forms, outside), alike, examples), forms
+    known = _forms(forms, outside, pairs)
+    return Proof([*proven.result.checks, *checks], words(rule), scores, known, alike, examples), forms
 
 
 def limits_of(recipe: Recipe) -> dict[str, Any]:
@@ -265,8 +285,12 @@ def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping)
         if failing.name == ANSWERS_CHECK:
             scores = proof.scores
             allow = f"ship.max_loss_points={math.ceil(scores['trained'].percent - scores[quantization].percent)}"
+        elif failing.name == PREFERENCES:
+            pairs = {**behaviour.read(asked.folder / PAIRS), quantization: behaviour.read(proven.folder / PAIRS)[SHIPPED]}
+            allow = f"ship.keep={math.floor(max(0, margin_kept(pairs, quantization) or 0))}"
         else:
-            allow = f"ship.keep={math.floor(max(0, least_kept(forms, quantization)))}"
+            by_loss = job.recipe.training.objective == "sft"
+            allow = f"ship.keep={math.floor(max(0, least_kept(forms, quantization, by_loss=by_loss)))}"
         raise ProofError(
             f"{shipped.path.name} answers worse than the trained model: {failing.detail}. All answers: {path}",
             f"a finer type loses less: --set ship.quantization=Q8_0; or allow it: --set {allow}",
@@ -281,8 +305,9 @@ def _without_a_base(form: Behaviour | None) -> str:
     return f"{figures}there is no base to measure that by: --base REF"
 
 
-def _forms(forms: Mapping[str, Behaviour], outside: Mapping[str, Behaviour]) -> dict[str, Form]:
+def _forms(forms: Mapping[str, Behaviour], outside: Mapping[str, Behaviour], pairs: Mapping[str, Behaviour]) -> dict[str, Form]:
     before, trained = forms.get("before"), forms.get(TRAINED)
+    chose = {name: preferred(form) for name, form in pairs.items()}
     return {
         name: Form(
             form.loss_a_token,
@@ -290,6 +315,8 @@ def _forms(forms: Mapping[str, Behaviour], outside: Mapping[str, Behaviour]) -> 
             form.divergence_a_token,
             form.agreed_percent,
             math.exp(min(700, outside[name].loss_a_token)) if name in outside else None,
+            chose[name].margin if name in chose else None,
+            100 * chose[name].right / len(chose[name].margins) if name in chose else None,
         )
         for name, form in forms.items()
     }

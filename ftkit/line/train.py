@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.data.manner import calling_of
-from ftkit.data.mask import cut, tokenise
+from ftkit.data.mask import KINDS, cut, learnt
 from ftkit.data.rows import CALLS, Message, Row
 from ftkit.data.stops import configured_stops, stops
 from ftkit.data.store import store_examples
@@ -24,7 +24,7 @@ from ftkit.line.job import Job, Rows, base_folder, computes_on, open_base, read_
 from ftkit.line.plan import PLAN, expected_answers, recorded, training_inputs
 from ftkit.line.step import Made, Step, fingerprint_of
 from ftkit.machine import device
-from ftkit.merge.deltas import refuse_what_cannot_be_merged
+from ftkit.merge.deltas import changes_of, refuse_what_cannot_be_merged
 from ftkit.plan import measured
 from ftkit.plan.cost import FTKIT_BYTES, of_training
 from ftkit.plan.plan import MemoryPlan
@@ -83,6 +83,8 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
         _check_recovered_tokenizer(job, opened.gguf, tokenizer, [_written(tokenizer, row) for row in rows.train[:200]])
     if recipe.training.method != "full":
         refuse_what_cannot_be_merged(opened.folder, recipe.lora, trust_remote_code=recipe.trust_remote_code)
+    if job.begins_with:
+        changes_of(opened.folder, job.begins_with.path, trust_remote_code=recipe.trust_remote_code)
     _check_prompts(job, tokenizer, rows, opened.folder)
     asked = _asked(job, tokenizer, rows)
     settings = _settings(job, planned, opened.folder)
@@ -91,13 +93,21 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     stage = stage_of(folder) if is_remote(folder) else None
     if stage:
         reporter.note(f"{job.run.folder} lies on a mounted drive: checkpoints are written to {stage} first, then copied and verified")
-    parts = {"train": rows.train, "validation": rows.validation}
-    learnt, checked = (
-        store_examples(cut(tokenise(tokenizer, part), max_length), (stage or folder) / EXAMPLES / f"{name}.arrow")
+    parts, objective = {"train": rows.train, "validation": rows.validation}, recipe.training.objective
+    learnt_from, checked = (
+        store_examples(
+            cut(learnt(tokenizer, part, objective), max_length), (stage or folder) / EXAMPLES / f"{name}.arrow", KINDS[objective]
+        )
         for name, part in parts.items()
     )
     missed = partial(_remember_miss, job, planned, settings)
-    result = train(recipe, settings, opened.folder, tokenizer, learnt, checked, folder, reporter, asked, missed=missed, stage=stage)
+    begins_with = job.begins_with.path if job.begins_with else None
+    result = train(
+        *(recipe, settings, opened.folder, tokenizer, learnt_from, checked, folder, reporter, asked),
+        missed=missed,
+        stage=stage,
+        begins_with=begins_with,
+    )
     shutil.rmtree(folder / EXAMPLES, ignore_errors=True)  # Windows keeps a mapped file
     if result.tokens_per_second:
         _remember_speed(job, planned, result.tokens_per_second)
@@ -138,7 +148,7 @@ def _remember_speed(job: Job, planned: MemoryPlan, tokens_per_second: float) -> 
     try:
         real = device.choose()
         if planned.device.name == real.name:
-            measured.remember_speed(real, job.recipe.training.method, job.recipe.model, tokens_per_second)
+            measured.remember_speed(real, measured.named_method(job.recipe), job.recipe.model, tokens_per_second)
     except (OSError, FtkitError) as error:
         job.reporter.warn(f"the speed of this training is not kept for the next plan: {first_line(error)}")
 
@@ -230,7 +240,7 @@ def probe(job: Job, planned: MemoryPlan) -> Probe:
     refuse_probe(job)
     recipe, base = job.recipe, base_folder(job)
     tokenizer = tokenizer_of(job, base, base=True)
-    examples = list(cut(tokenise(tokenizer, read_data(job).train), recipe.training.max_length))
+    examples = list(cut(learnt(tokenizer, read_data(job).train, recipe.training.objective), recipe.training.max_length))
     job.reporter.step("probing: two real steps")
     with tempfile.TemporaryDirectory(dir=job.run.folder, prefix=".probe-") as folder:
         probed = probing.probe(recipe, _settings(job, planned, base), base, tokenizer, examples, Path(folder))

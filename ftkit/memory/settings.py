@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ftkit.recipe import Dtype, Lora, Method
+from ftkit.recipe import Dtype, Lora, Method, Objective
 
 HEAD_TILE_TOKENS = 4096  # TRL 1.16 scores at most so many tokens at a time
 
@@ -24,6 +24,7 @@ class StepSettings:
 
     method: Method = "qlora"
     lora: Lora = field(default_factory=Lora)
+    objective: Objective = "sft"  # dpo: the first half of a batch are the chosen answers; the reference was asked before
     optim: str = "adamw_torch"
     neftune_noise_alpha: float | None = None
     gradient_checkpointing: bool = False

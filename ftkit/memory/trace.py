@@ -160,6 +160,9 @@ class StepTracer:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
         # As in TRL's fused head: the hidden states of labelled tokens are gathered, scored and scattered back.
+        if settings.objective == "dpo":  # what is an answer, and labels that are made of it
+            answers, reference = torch.ones_like(ids), torch.zeros(ids.shape[0])
+            labels = ids.masked_fill(answers == 0, -100)
         placed = {} if positions is None else {"position_ids": positions}
         hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **placed).last_hidden_state[:, :-1]
         wanted = labels[:, 1:] != -100
@@ -177,9 +180,14 @@ class StepTracer:
             kernels.HEAD_TILE_VOCABULARY,
             softcap,
             1.0,
-            ("log_probs", "entropy", "is_top1"),
+            ("log_probs", "entropy", *(("mean_logits",) if settings.objective == "dpo" else ()), "is_top1"),
         )
         del hidden, rows, columns
+        if settings.objective == "dpo":
+            log_probs, entropy, means, top1 = (x.new_zeros(wanted.shape).masked_scatter(wanted, x) for x in scored if x is not None)
+            del scored
+            chosen, rejected = (log_probs.sum(dim=1) - reference).chunk(2)
+            return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean(), (log_probs, entropy, means, top1, wanted, answers)
         log_probs, entropy, top1 = (x.new_zeros(wanted.shape).masked_scatter(wanted, x) for x in (scored[0], scored[1], scored[4]))
         del scored
         loss = (-log_probs).sum() / wanted.sum()

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit.errors import ModelError
+from ftkit.errors import ModelError, RecipeError, first_line
+from ftkit.recipe import Lora
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,44 @@ def load_settings(adapter: Path) -> LoraConfig:
     settings.base_model_name_or_path = None  # another folder may hold the same model
     settings.init_lora_weights = True  # what it began with is in its tensors
     return settings  # type: ignore[return-value]
+
+
+# Of an adapter that training is to go on with: what a plan of it does not know.
+NOT_GONE_ON_WITH = (
+    "alpha_pattern", "bias", "layers_to_transform", "modules_to_save", "rank_pattern", "target_parameters", "trainable_token_indices",
+)  # fmt: skip
+
+
+def settings_of(adapter: Path, lora: Lora) -> Lora:
+    """A recipe's settings as the adapter has them that training goes on with; dropout is the recipe's.
+
+    Raises RecipeError where the recipe says another, ModelError for what a recipe cannot say.
+    """
+    config = _load_config(adapter)
+    if more := [key for key in NOT_GONE_ON_WITH if key not in Lora.model_fields and config.get(key) not in (None, "none", [], {})]:
+        raise ModelError(
+            f"The adapter in {adapter} has {settings_text(config, more)}, and is not trained any further.",
+            "merge it, ftkit ship FOLDER, and train a new one on that",
+        )
+    theirs = {key: config[key] for key in Lora.model_fields if config.get(key) is not None and key != "lora_dropout"}
+    for key in ("target_modules", "modules_to_save", "target_parameters"):
+        if isinstance(theirs.get(key), list):
+            theirs[key] = sorted(theirs[key])
+    try:
+        made = Lora.model_validate({"target_modules": [], **theirs, "lora_dropout": lora.lora_dropout})
+    except ValueError as error:
+        raise ModelError(f"The adapter in {adapter} has settings that no recipe can have: {first_line(error)}.", AGAIN) from None
+    asked = {key for key in lora.model_fields_set & theirs.keys() if getattr(lora, key) not in ("all-linear", [])}
+    if other := next((key for key in sorted(asked) if _sorted(getattr(lora, key)) != getattr(made, key)), None):
+        raise RecipeError(
+            f"lora.{other} is {getattr(lora, other)!r}, and {getattr(made, other)!r} in the adapter that training goes on with.",
+            f"take lora.{other} out of the recipe, or training.adapter for a new one",
+        )
+    return made
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
 
 
 def _load_config(adapter: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ftkit.data.lengths import PASS_TOKENS, RIDGE_TOKENS, batching, grouped_batch_tokens
+from ftkit.data.mask import KINDS
 from ftkit.errors import ModelError, RecipeError, UntracedError
 from ftkit.gguf.types import gguf_model
 from ftkit.machine.cards import speed_of
@@ -54,6 +55,7 @@ class Planner:
         self.process_bytes = 0 if device.kind == "cuda" else FTKIT_BYTES
         self.extra_bytes = self.process_bytes + extra_bytes
         self.recipe, self.device, self.length, self.lengths = recipe, device, length, lengths
+        self.sequences = KINDS[recipe.training.objective].sequences
         self.dtype = dtype
         self.skeleton = Skeleton(config, self.dtype, trust_remote_code=recipe.trust_remote_code)
         self.skeleton.shorten()
@@ -80,7 +82,8 @@ class Planner:
             base_dtype=self.dtype,
             compute_dtype=self.dtype,
             autocast=self.dtype != "float32",
-            padded=len({*self.lengths}) != 1,
+            objective=recipe.training.objective,
+            padded=len({*self.lengths}) != 1 or self.sequences > 1,
             labelled_share=self.labelled_share,
             device=self.device.kind,
             capability=self.device.capability,
@@ -112,13 +115,13 @@ class Planner:
     def _replayed(self, settings: StepSettings, batch: int, length: int, accumulates: bool, room: int | None) -> Peak:
         key = (repr(settings), batch, length, accumulates, room)
         if key not in self._peaks:
-            self._peaks[key] = self.memory(settings).step(batch, length, accumulates=accumulates).peak(room)
+            self._peaks[key] = self.memory(settings).step(self.sequences * batch, length, accumulates=accumulates).peak(room)
         return self._peaks[key]
 
     def max_tokens(self, recipe: Recipe, batch: int, length: int | None = None) -> int | None:
         """Tokens that a micro-batch may hold, padding included, as `batch` of the longest rows do; None: it is `batch` rows always."""
         fixed = recipe.training.per_device_train_batch_size or not self.lengths
-        return None if self.rows_alone or (fixed and not recipe.training.packing) else batch * (length or self.length)
+        return None if self.rows_alone or self.sequences > 1 or (fixed and not recipe.training.packing) else batch * (length or self.length)
 
     def shapes(self, recipe: Recipe, batch: int, length: int) -> list[Shape]:
         """Those of the micro-batches that bound the memory of all others, the likely highest first.
@@ -178,7 +181,7 @@ class Planner:
         on, batch = fit.gradient_checkpointing, fit.per_device_train_batch_size
         rows, length, packed = self._highest(recipe, batch, on, self.length)[1]
         memory = self.memory(replace(self.settings(recipe, on), packed=packed))
-        return memory.step(rows, length, accumulates=recipe.training.effective_batch_size > batch).timeline()
+        return memory.step(self.sequences * rows, length, accumulates=recipe.training.effective_batch_size > batch).timeline()
 
     def choices(self, recipe: Recipe) -> list[tuple[int, bool]]:
         """(batch, checkpointing) that the recipe allows, the fastest first; among equals the one without checkpointing."""
@@ -203,11 +206,12 @@ class Planner:
         """Tokens of each micro-batch of an epoch, padding included; without a dataset, of one with full rows."""
         if batch not in self._passes:
             training = self.recipe.training
-            self._passes[batch] = (
+            passes = (
                 grouped_batch_tokens(self.lengths, batch, training.effective_batch_size, training.seed, self.max_tokens(self.recipe, batch))
                 if self.lengths
                 else [batch * self.length]
             )
+            self._passes[batch] = [self.sequences * tokens for tokens in passes]
         return self._passes[batch]
 
     def estimate(self, recipe: Recipe, fit: Candidate) -> Estimate | None:
@@ -215,9 +219,9 @@ class Planner:
         speed = speed_of(self.device.name) if self.device.kind == "cuda" else None
         if not speed:
             return None
-        batch = fit.per_device_train_batch_size
+        batch = self.sequences * fit.per_device_train_batch_size
         counted = self.memory(self.settings(recipe, fit.gradient_checkpointing)).work(batch, self.length)
-        micro_batches = self._micro_batches(batch)
+        micro_batches = self._micro_batches(fit.per_device_train_batch_size)
         if self.lengths:
             todo = work(recipe, self.lengths)
             tokens, repeats, steps = todo.tokens, todo.epochs, float(todo.steps)
@@ -399,4 +403,5 @@ def work(recipe: Recipe, lengths: Sequence[int]) -> Workload:
     training = recipe.training
     an_epoch = math.ceil(len(lengths) / training.effective_batch_size)
     steps = training.max_steps or math.ceil(an_epoch * training.num_train_epochs)
-    return Workload(steps, round(steps / an_epoch, 3), round(sum(lengths) * steps / an_epoch))
+    tokens = KINDS[training.objective].sequences * sum(lengths)
+    return Workload(steps, round(steps / an_epoch, 3), round(tokens * steps / an_epoch))

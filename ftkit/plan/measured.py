@@ -33,10 +33,16 @@ def known(device: Device) -> dict[str, Any]:
 
 def subject(recipe: Recipe, model: str) -> str:
     """What a probe's difference holds for: the method and the model, `model` its fingerprint, as they are trained; at any batch."""
-    method = recipe.training.method
-    adapter = None if method == "full" else recipe.lora.model_dump(exclude_defaults=True)
+    method = named_method(recipe)
+    adapter = None if recipe.training.method == "full" else recipe.lora.model_dump(exclude_defaults=True)
     dtype = [recipe.training.compute_dtype] if recipe.training.compute_dtype else []
     return f"{method} {recipe.model} {fingerprint(model, recipe.training.optim, adapter, *dtype)}"
+
+
+def named_method(recipe: Recipe) -> str:
+    """The method, and the objective where that is another than usual: a step of it takes other memory and time."""
+    training = recipe.training
+    return training.method if training.objective == "sft" else f"{training.method} {training.objective}"
 
 
 def _probes(device: Device) -> dict[str, Any]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SAMPLES = 2000  # of rows, drawn with replacement, for an interval
+GAIN = "gain kept"
 POSITIONS = 32  # of an answer, of which the KL is kept for each: the first
 LEAST = 1e-2  # nats a token between base and trained model, in loss or in KL: less is lost and found by rounding
 
@@ -116,8 +117,8 @@ def gain_kept(before: Behaviour, trained: Behaviour, after: Behaviour) -> Kept |
 
 def judge_gain(forms: Mapping[str, Behaviour], shipped: str, least: float) -> Check:
     """Whether the form `shipped` keeps `least` percent of what training gained on the held-out answers."""
-    name = "gain kept"
-    if missing := _missing(forms, shipped):
+    name = GAIN
+    if missing := missing_form(forms, shipped):
         return not_made(name, missing)
     before, trained, after = (forms[form] for form in ("before", "trained", shipped))
     losses = f"loss a token {before.loss_a_token:.3f} before, {trained.loss_a_token:.3f} as trained, {after.loss_a_token:.3f} in this file"
@@ -134,7 +135,7 @@ def judge_distance(forms: Mapping[str, Behaviour], shipped: str, least: float) -
     Gain can be kept by a model that went too far, as one with its adapter merged twice: this sees it.
     """
     name = "distance from the trained model"
-    if missing := _missing(forms, shipped):
+    if missing := missing_form(forms, shipped):
         return not_made(name, missing)
     whole, left = forms["before"].divergence_a_token, forms[shipped].divergence_a_token
     if whole is None or left is None:
@@ -148,9 +149,9 @@ def judge_distance(forms: Mapping[str, Behaviour], shipped: str, least: float) -
     )
 
 
-def least_kept(forms: Mapping[str, Behaviour], shipped: str) -> float:
-    """The percent that both checks would pass with."""
-    kept = gain_kept(forms["before"], forms["trained"], forms[shipped])
+def least_kept(forms: Mapping[str, Behaviour], shipped: str, *, by_loss: bool = True) -> float:
+    """The percent that both checks would pass with; or, where the loss does not tell what was learnt, that of the distance."""
+    kept = gain_kept(forms["before"], forms["trained"], forms[shipped]) if by_loss else None
     whole, left = forms["before"].divergence_a_token, forms[shipped].divergence_a_token
     way = _way(whole, left) if whole is not None and left is not None and whole >= LEAST else 100.0
     return min(way, kept.percent if kept else 100.0)
@@ -161,7 +162,8 @@ def _way(whole: float, left: float) -> float:
     return 100 * (1 - left / whole)
 
 
-def _missing(forms: Mapping[str, Behaviour], shipped: str) -> str | None:
+def missing_form(forms: Mapping[str, Behaviour], shipped: str) -> str | None:
+    """Which of the forms that are compared was not looked at, in words; None: all were."""
     who = {"before": "the base model", "trained": "the trained model", shipped: "the file"}
     return next(
         (f"{words} was not looked at token by token; to look: ftkit ship --from ask" for name, words in who.items() if name not in forms),

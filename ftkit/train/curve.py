@@ -23,6 +23,9 @@ class Point:
     learning_rate: float | None = None
     gradient_norm: float | None = None
     right_percent: float | None = None  # of the validation answers that were asked for at this evaluation
+    reward_accuracy: float | None = None  # of preferences: the share whose chosen answer gained more on the reference than the other
+    reward_margin: float | None = None  # and by how much on average, times beta
+    reward_chosen: float | None = None  # what the chosen answers gained themselves, times beta: below 0 they became less likely
 
     @property
     def evaluated(self) -> bool:
@@ -32,6 +35,10 @@ class Point:
 
 def point(entry: dict[str, Any]) -> Point:
     point = Point(step=entry["step"], epoch=round(entry["epoch"], 4))
+    before = "eval_" if "eval_loss" in entry else ""
+    if f"{before}rewards/margins" in entry:
+        accuracy, margin, chosen = (finite(entry[f"{before}rewards/{name}"]) for name in ("accuracies", "margins", "chosen"))
+        point = replace(point, reward_accuracy=accuracy, reward_margin=margin, reward_chosen=chosen)
     if "eval_loss" in entry:
         right = 100 * entry[RIGHT] / entry[ASKED] if RIGHT in entry else None
         return replace(point, validation_loss=finite(entry["eval_loss"]), right_percent=right)

@@ -24,6 +24,9 @@ class Metrics:
     learning_rate: float | None = None
     gradient_norm: float | None = None
     right_percent: float | None = None  # of the validation answers, where they were asked for
+    reward_accuracy: float | None = None  # of preferences, as in the curve
+    reward_margin: float | None = None
+    reward_chosen: float | None = None
     tokens: int = 0  # trained up to here, as far as rows have their mean length
     seconds: float = 0.0  # of training and evaluating up to here
     peak_bytes: int = 0  # up to here: allocated on the GPU, or resident in RAM

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit.data.rows import Example
+from ftkit.data.rows import Example, Pair
 from ftkit.memory.fake import quantization_tensors
 from ftkit.recipe import Recipe
 from ftkit.train.arguments import Settings
@@ -27,12 +27,17 @@ class Probe:
 
 
 def probe(
-    recipe: Recipe, settings: Settings, base: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], folder: Path
+    recipe: Recipe,
+    settings: Settings,
+    base: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example] | Sequence[Pair],
+    folder: Path,
 ) -> Probe:
     """Two optimizer steps of the real trainer on the longest rows, measured: by CUDA's own figures, on a CPU by torch's profiler."""
     import torch
 
-    longest = sorted(examples, key=lambda example: -len(example.input_ids))
+    longest = sorted(examples, key=lambda example: -example.length)
     wanted = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     rows = (longest[: settings.per_device_train_batch_size] * wanted)[:wanted] * 2
     two_steps = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": 2, "evaluations_per_epoch": 1})})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,15 @@ from ftkit.data.mask import refuse_nothing_to_learn
 from ftkit.data.store import token_counts
 from ftkit.engines import hf
 from ftkit.memory.model import lora_config
+from ftkit.model.adapter import load_settings
 from ftkit.model.four_bits import adaptable
+from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Recipe
 from ftkit.run import CHECKPOINTS
 from ftkit.train.answers import Scorer
 from ftkit.train.arguments import Settings, arguments
 from ftkit.train.micro_batches import in_micro_batches
+from ftkit.train.preference import go_on_with, preference_config, preference_trainer, refer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,11 +36,15 @@ def build_trainer(
     folder: Path,
     callbacks: Sequence[Any] = (),
     scorer: Scorer | None = None,
+    *,
+    begins_with: Path | None = None,
+    reporter: Reporter = SILENT,
 ) -> Any:
-    """The SFTTrainer of this recipe.
+    """The SFTTrainer of this recipe, or its DPOTrainer.
 
-    `training` and `validation` are `datasets.Dataset`s of token ids and labels already (data.store), or lists of `Example`s, so that
-    nothing is rendered or masked again. What `scorer` finds is among the metrics of an evaluation.
+    `training` and `validation` are `datasets.Dataset`s of token ids already (data.store), or lists of `Example`s or `Pair`s, so that
+    nothing is rendered or masked again. What `scorer` finds is among the metrics of an evaluation. `begins_with`: the adapter that
+    is trained further.
     """
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
@@ -47,26 +55,40 @@ def build_trainer(
     method = recipe.training.method
     rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     whole_steps = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
-    config = SFTConfig(**{**arguments(recipe.training, settings, len(training), folder / CHECKPOINTS), **whole_steps})
+    told, dpo = arguments(recipe.training, settings, len(training), folder / CHECKPOINTS), recipe.training.objective == "dpo"
+    config = preference_config(recipe, told) if dpo else SFTConfig(**{**told, **whole_steps})
     model = hf.load_model(base, method, dtype=settings.dtype, cuda=settings.cuda, trust_remote_code=recipe.trust_remote_code)
     text = model.config.get_text_config()
     if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
         text.num_experts = text.num_local_experts  # which TRL 1.16 asks Granite's for too, and it has the other name alone
     with adaptable(model):
-        trainer = in_micro_batches(_reproducible(SFTTrainer, scorer), settings)(
+        kind = _reproducible(preference_trainer(), scorer) if dpo else in_micro_batches(_reproducible(SFTTrainer, scorer), settings)
+        trainer = kind(
             model=model,
             args=config,
             train_dataset=dataset_of(training),
             eval_dataset=dataset_of(validation),
             processing_class=tokenizer,
-            peft_config=None if method == "full" else lora_config(recipe.lora, model),
+            peft_config=None if method == "full" else _adapter_settings(recipe, model, begins_with),
             callbacks=list(callbacks),
         )
     trainer.remove_callback(PrinterCallback)  # it writes every log entry to stdout, which carries results only
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL casts a 4-bit model's adapter to bfloat16, which loses small updates
             parameter.data = parameter.data.float()
+    if begins_with:
+        go_on_with(trainer, begins_with)
+    if dpo:
+        refer(trainer, reporter)
     return trainer
+
+
+def _adapter_settings(recipe: Recipe, model: Any, begins_with: Path | None) -> Any:
+    if not begins_with:
+        return lora_config(recipe.lora, model)
+    settings = load_settings(begins_with)
+    settings.inference_mode, settings.lora_dropout = False, recipe.lora.lora_dropout
+    return settings
 
 
 def _reproducible(kind: Any, scorer: Scorer | None) -> Any:
@@ -107,8 +129,9 @@ def _reproducible(kind: Any, scorer: Scorer | None) -> Any:
 
 
 def dataset_of(examples: Any) -> Any:
+    """Rows that are in a list as a `datasets.Dataset`."""
     from datasets import Dataset
 
     if isinstance(examples, Dataset):
         return examples
-    return Dataset.from_dict({name: [getattr(example, name) for example in examples] for name in ("input_ids", "labels")})
+    return Dataset.from_dict({each.name: [getattr(example, each.name) for example in examples] for each in fields(examples[0])})

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +81,9 @@ class TrainResult:
     reading: Verdict | None = None  # the verdict as a value; None: read by ftkit before 0.3
     best_right_percent: float | None = None  # of the answers at the best step; None: they were not asked for there
     retries: list[Retry] = field(default_factory=list)  # where memory ran out or it diverged, and how it went on
+    best_reward_accuracy: float | None = None  # of validation preferences, at the best step; None: none were learnt
+    best_reward_margin: float | None = None
+    best_reward_chosen: float | None = None
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,6 +102,7 @@ def train(
     *,
     missed: Missed = lambda settings, short: None,
     stage: Path | None = None,
+    begins_with: Path | None = None,
 ) -> TrainResult:
     """Train into `folder`: `adapter/` (or `model/` for full fine-tuning) of the best evaluation, `curve.json` and METRICS.
 
@@ -133,6 +138,7 @@ def train(
                 reporter,
                 drive,
                 asked,
+                begins_with,
             )
         except OutOfMemory as short:
             missed(now, short)
@@ -171,6 +177,7 @@ def _attempt(
     reporter: Reporter,
     drive: Drive | None,
     asked: Asked | None,
+    begins_with: Path | None,
 ) -> TrainResult:
     """Train with these settings, at so much of the recipe's rate, from the last checkpoint on. Raises OutOfMemory and Diverged."""
     import torch
@@ -187,7 +194,11 @@ def _attempt(
     scorer = make_scorer(asked, tokenizer, reporter, needed=needed) if asked else None
     guard = make_guard(factor)
     callbacks = [watcher, *([make_copier(drive)] if drive else []), stopper, guard]
-    trainer = build_trainer(recipe, settings, base, tokenizer, training, validation, checkpoints.parent, callbacks, scorer)
+    trainer = build_trainer(
+        *(recipe, settings, base, tokenizer, training, validation, checkpoints.parent, callbacks, scorer),
+        begins_with=begins_with,
+        reporter=reporter,
+    )
     over = _go_on_from(resumed, trainer, stopper, reporter, RIGHT if needed else "eval_loss") if resumed else False
     if settings.packing and (change := what_packing_changes(trainer, training)):
         reporter.warn(f"rows are not packed: {change}; rows of like length go together instead, padded")
@@ -200,7 +211,8 @@ def _attempt(
     else:
         if resumed:
             reporter.note(f"resuming from step {step_of(resumed)}")
-        seen = kept(trainer, folder / SEEN, step_of(resumed) if resumed else 0)
+        is_sft = recipe.training.objective == "sft"  # of preferences it is not known which row's loss tells a wrong one
+        seen = kept(trainer, folder / SEEN, step_of(resumed) if resumed else 0) if is_sft else nullcontext()
         with seen, reporter.bar("training", trainer.args.max_steps) as bar, stop_after_a_checkpoint(watcher, reporter):
             watcher.bar = bar
             short = None
@@ -259,6 +271,9 @@ def _attempt(
         curve=curve,
         reading=reading,
         best_right_percent=best.right_percent,
+        best_reward_accuracy=best.reward_accuracy,
+        best_reward_margin=best.reward_margin,
+        best_reward_chosen=best.reward_chosen,
     )
 
 

@@ -106,9 +106,11 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
                 tokens, seconds = round(state.global_step * tokens_per_step), round(watched.seconds, 3)
                 self.metrics.add(Metrics(**asdict(found[0]), tokens=tokens, seconds=seconds, peak_bytes=watched.peak_bytes))
             if logs and "eval_loss" in logs:
+                margin, right = (logs.get(f"eval_rewards/{name}") for name in ("margins", "accuracies"))
+                preferred = "" if margin is None or right is None else f", {100 * right:.0f} % preferred, margin {margin:.3f}"
                 reading = read_curve(self.seen, training, ended=False)
                 hint = f" (try: {reading.next_command})" if reading.next_command else ""
-                loss = f"validation loss {float(logs['eval_loss']):.4f}{right_text(logs)}"
+                loss = f"validation loss {float(logs['eval_loss']):.4f}{preferred}{right_text(logs)}"
                 said = reading.kind if reading.kind == self.kind else f"{reading}{hint}"
                 self.kind = reading.kind
                 reporter.note(f"step {state.global_step}: {loss} – {said}")

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from ftkit.data.formats import FORMS, UNREAD, UNREAD_IN_MESSAGES, conversation_of
+from ftkit.data.formats import FORMS, PREFERENCE, UNREAD, UNREAD_IN_MESSAGES, conversation_of
 from ftkit.data.mask import tokenise
 from ftkit.data.read import read_rows
 from ftkit.data.rows import IGNORED, Row
 from ftkit.errors import DataError
 
 ASKED, ANSWERED = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+REJECTED = {"role": "assistant", "content": "B"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
@@ -134,12 +135,58 @@ def test_a_key_that_changes_the_meaning_is_refused_by_name(key: str) -> None:
         ({"prompt": ["a", "b"], "completion": ["1", "2"]}, "`prompt` is a list of 2; a row is one question"),
         ({"prompt": "Q", "completion": "<think>\nR\n</think>\n\n"}, "no answer: the last message is empty"),
         ({"messages": "[{"}, "`messages` is a text that is not JSON"),
-        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "`chosen` is not read: preferences"),
+        ({"prompt": "Q", "chosen": "A"}, "`chosen` is not read: a preference has `rejected` beside it"),
+        ({"chosen": "A", "rejected": "B"}, "no prompt: `chosen` holds the answer alone"),
+        ({"prompt": "Q", "chosen": "A", "rejected": "A "}, "`chosen` and `rejected` are the same answer"),
+        ({"prompt": "Q", "chosen": "A", "rejected": " "}, "no answer: `rejected` is empty"),
+        ({"prompt": "Q", "chosen": "", "rejected": "B"}, "no answer: the last message is empty"),
+        ({"chosen": [ASKED, ANSWERED], "rejected": [SYSTEM, ASKED, REJECTED]}, "do not answer the same prompt: message 1 is another"),
+        (
+            {"chosen": [ASKED, ANSWERED, ASKED, ANSWERED], "rejected": [ASKED, REJECTED, ASKED, REJECTED]},
+            "do not answer the same prompt: message 2 is another",
+        ),
+        ({"chosen": [ASKED, ANSWERED], "rejected": [ASKED, ASKED]}, "the last message of `rejected` is the user's"),
+        ({"prompt": "P", "chosen": [ASKED, ANSWERED], "rejected": [ASKED, REJECTED]}, "`prompt` is not what `chosen` answers"),
     ],
 )
 def test_what_is_not_read_is_said(value: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
         conversation_of(value)
+
+
+CHOICE = {"chosen": "A", "rejected": "B"}
+PAIRS: dict[str, dict[str, Any]] = {
+    "texts": {"prompt": "Q", "chosen": "A", "rejected": "B"},
+    "question": {"question": "Q", "chosen": "A", "rejected": "B"},
+    "messages": {"prompt": [ASKED], "chosen": [ANSWERED], "rejected": [REJECTED]},
+    "whole conversations": {"chosen": [ASKED, ANSWERED], "rejected": [ASKED, REJECTED]},
+    "with the prompt once more": {"prompt": "Q", "messages": [ASKED, ANSWERED], "chosen": [ASKED, ANSWERED], "rejected": [ASKED, REJECTED]},
+    "ShareGPT": {
+        "conversations": [{"from": "human", "value": "Q"}],
+        "chosen": {"from": "gpt", "value": "A"},
+        "rejected": {"from": "gpt", "value": "B"},
+    },
+}
+
+
+@pytest.mark.parametrize("row", PAIRS.values(), ids=PAIRS)
+def test_preferences_are_read_in_each_of_their_forms(row: dict[str, Any]) -> None:
+    read = conversation_of(row)
+    assert (read.form, read.messages, read.rejected, read.unlearnt) == (PREFERENCE, (ASKED, ANSWERED), REJECTED, frozenset())
+
+
+def test_of_a_preference_the_last_answer_alone_is_compared() -> None:
+    read = conversation_of({"system": "Be brief.", "history": [["Q1", "A1"]], "instruction": "Add.", "input": "1 and 1", **CHOICE})
+    assert [message["content"] for message in read.messages] == ["Be brief.", "Q1", "A1", "Add.\n\n1 and 1", "A"]
+    assert read.unlearnt == {2}
+
+
+def test_a_chosen_answer_is_learnt_alone_where_columns_say_so() -> None:
+    read = conversation_of({"prompt": "Q", **CHOICE}, {"completion": "chosen"})
+    assert (read.form, read.messages, read.rejected) == ("prompt and completion", (ASKED, ANSWERED), None)
+    read = conversation_of(PAIRS["whole conversations"], {"messages": "chosen"})
+    assert (read.form, read.messages) == ("messages", (ASKED, ANSWERED))
+    assert conversation_of({"q": "Q", "good": "A", "bad": "B"}, {"prompt": "q", "chosen": "good", "rejected": "bad"}).rejected == REJECTED
 
 
 def test_columns_are_named_and_labels_have_names() -> None:
@@ -157,6 +204,8 @@ def test_columns_are_named_and_labels_have_names() -> None:
 def test_each_form_has_an_example_that_is_read() -> None:
     for form in FORMS:
         row = {key: [ASKED, ANSWERED] if form.keys in (("messages",), ("conversations",), ("conversation",)) else "x" for key in form.keys}
+        if form.name == PREFERENCE:
+            row = {"prompt": "Q", "chosen": "A", "rejected": "B"}
         assert conversation_of(row).form == form.name
 
 
