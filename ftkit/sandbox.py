@@ -49,6 +49,9 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            # A terminal's Ctrl-C goes to all processes of the group: this one is asked until the command has ended in order.
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
         self.owner = os.getpid()  # a fork of this process starts one of its own
         self.known: dict[tuple[str, Kind], int] = {}

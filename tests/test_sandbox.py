@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +136,16 @@ def test_a_template_without_end_is_ended_and_not_tried_again() -> None:
             sandbox.render(endless, {})
     assert time.monotonic() - started < 2 * sandbox.SECONDS
     assert sandbox.render("{{ x }}", {"x": 1}) == "1"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a terminal of POSIX")
+def test_a_ctrl_c_that_this_process_lives_through_does_not_end_the_other() -> None:
+    code = (
+        "import os, signal; from ftkit.sandbox import render; render('{{ a }}', {'a': 1}); "
+        "signal.signal(signal.SIGINT, lambda *_: None); os.killpg(0, signal.SIGINT); print(render('{{ a }}', {'a': 2}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "2"), done.stderr
 
 
 def test_a_template_sees_nothing_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
