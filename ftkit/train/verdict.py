@@ -96,7 +96,7 @@ def read_curve(curve: Sequence[Point], training: Training, *, ended: bool = True
     if steadily or falls > max(LEAST * level / 2, 2 * noise * (12 / len(late)) ** 0.5 if len(validation) >= FEWEST_TO_ZIGZAG else least):
         times = "max_steps" if training.max_steps else "num_train_epochs"
         more = _set(times, 2 * getattr(training, times))
-        return Verdict("learning", f"the validation loss still fell, by {falls / level:.0%} of late", next_command=more if ended else None)
+        return Verdict("learning", f"the validation loss still fell, by {falls / level:.0%} lately", next_command=more if ended else None)
     moved = max(validation[0] - validation.min(), _learnt(losses))
     if moved < least:
         if (learnt := training.peak_learning_rate) < MOST_RATE:
