@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,16 @@ def recipe_options(function: Function) -> Function:
     """RECIPE and the options that change it."""
     function = job_options(function)
     return click.argument("recipe", type=click.Path(path_type=Path), default=Path("recipe.yaml"))(function)
+
+
+def command_line(command: str, recipe: Path | None, **options: Any) -> str:
+    """The command that was typed, without what only shows its result, so that more can be added."""
+    words = ["ftkit", command, *([str(recipe)] if recipe else [])]
+    for name, value in options.items():
+        flag = "--set" if name == "settings" else f"--{name.replace('_', '-')}"
+        for entry in value if isinstance(value, tuple) else [value]:
+            words += [] if entry is None else [flag] if entry is True else [flag, str(entry)]
+    return shlex.join(words)
 
 
 def job_options(function: Function) -> Function:

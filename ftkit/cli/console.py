@@ -16,9 +16,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from ftkit.cli.braille import chart
 from ftkit.errors import visible
 from ftkit.progress import Bar, Curves
+from ftkit.report.braille import chart
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 FIRST_LINE_AFTER_SECONDS, PLAIN_LINE_EVERY_SECONDS = 5.0, 60.0

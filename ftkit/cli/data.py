@@ -192,7 +192,8 @@ def show_survey(found: Survey) -> None:
     for entry in found.histogram:
         say(f"  up to {entry.to_tokens:>7,}  {entry.examples:>7,}  {'█' * -(-entry.examples * BAR_WIDTH // most)}")
     if padding.tokens:
-        say(f"Padding adds {100 * (padding.grouped_tokens / padding.tokens - 1):.1f} % (rows of like length go together).")
+        padded = 100 * (padding.grouped_tokens / padding.tokens - 1)
+        say(f"Padding adds {padded:.1f} % where rows of like length go together, {padding.batch} at once; ftkit plan knows how many do.")
     for finding in found.findings:
         more = f"; and {finding.count - len(finding.places):,} more" if finding.count > len(finding.places) else ""
         places = f": {'; '.join(finding.places)}{more}" if finding.places else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ftkit.cli.common import absolute, be_quiet, json_option, need_training_stack, overrides, trust_option
+from ftkit.cli.common import absolute, be_quiet, command_line, json_option, need_training_stack, overrides, trust_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -90,7 +89,7 @@ def command(
         return
     if probe:
         train.refuse_probe(job)
-    asked = command_line(recipe, run_dir=run_dir, gpu=gpu, **options)
+    asked = command_line("plan", recipe, run_dir=run_dir, gpu=gpu, **options)
     with job.run:
         planned = line.plan(job)
         if plot:
@@ -122,16 +121,6 @@ def _refuse_beside_gpus(**given: Any) -> None:
 
     if named := [flag for flag, value in given.items() if value]:
         raise RecipeError(f"--gpus plans for every card, so that {' and '.join(named)} has no meaning.", "leave out one of the two")
-
-
-def command_line(recipe: Path | None, **options: Any) -> str:
-    """The command that was typed, without what only shows its result, so that more can be added."""
-    words = ["ftkit", "plan", *([str(recipe)] if recipe else [])]
-    for name, value in options.items():
-        flag = "--set" if name == "settings" else f"--{name.replace('_', '-')}"
-        for entry in value if isinstance(value, tuple) else [value]:
-            words += [] if entry is None else [flag] if entry is True else [flag, str(entry)]
-    return shlex.join(words)
 
 
 def _open(

@@ -86,6 +86,7 @@ def write_page(run: Path, html: Path) -> None:
     """The page of a run's training: finished, running or stopped. Its recipe lies beside it."""
     from ftkit.cli.common import be_quiet, need_training_stack
     from ftkit.cli.console import ConsoleReporter
+    from ftkit.errors import RunError
     from ftkit.line.entry import enter
     from ftkit.line.run_page import run_page as gather
     from ftkit.report import run_page, write
@@ -93,8 +94,12 @@ def write_page(run: Path, html: Path) -> None:
     need_training_stack()
     be_quiet()
     write.check(html, write.PAGE_SUFFIXES)
-    job, _ = enter(str(run), (), run_dir=None, reporter=ConsoleReporter())
+    try:
+        job, _ = enter(str(run), (), run_dir=None, reporter=ConsoleReporter())
+    except RunError as error:  # its recipe lies elsewhere
+        raise RunError(error.message, f"name it: ftkit train RECIPE --run-dir {run} --html {html}") from None
     run_page.write_page(gather(job), html)
+    ConsoleReporter().note(f"wrote {html}")
 
 
 def step_names() -> list[str]:

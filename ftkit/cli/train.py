@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ftkit.cli.common import open_job, recipe_options
+from ftkit.cli.common import command_line, open_job, recipe_options
 
 
 @click.command(
@@ -56,7 +56,13 @@ def command(recipe: Path, as_json: bool, html: Path | None, **options: Any) -> N
         return
     speed = f", {result.tokens_per_second:.0f} tokens/s" if result.tokens_per_second else ""
     took = f"{'Trained' if made.fresh else 'Up to date: trained'} in {seconds_text(result.seconds or made.seconds)}"
-    say(f"{took}, {result.steps} steps{speed}.")
+    say(f"{took}, {result.steps} step{'s' * (result.steps != 1)}{speed}.")
+    if result.max_steps and result.steps < result.max_steps:
+        patience = job.recipe.training.early_stopping_patience
+        say(
+            f"Stopped early, of {result.max_steps:,} steps: {patience} evaluation{'s' * (patience != 1)} one after another "
+            "brought nothing better (training.early_stopping_patience)."
+        )
     for retry in result.retries:
         say(f"{retry.said[0].upper()}{retry.said[1:]}.")
     losses = f"{result.first_validation_loss:.4f} → {result.best_validation_loss:.4f}"
@@ -73,6 +79,13 @@ def command(recipe: Path, as_json: bool, html: Path | None, **options: Any) -> N
             )
     planned = result.planned_device_bytes if "RAM" in result.peak_is else result.planned_allocated_bytes
     beside = f", planned {bytes_text(planned)}" if planned else ""  # runs of ftkit before 0.2 recorded no plan
+    if planned and "RAM" in result.peak_is and result.peak_bytes > planned:
+        beside += "; what is more, the C library keeps of memory that was given back"
     say(f"Peak memory {bytes_text(result.peak_bytes)} {result.peak_is}{beside}. Kept in {made.folder}")
-    following = result.reading and result.reading.next_command
-    say(f"Next: ftkit ship{f', or try: {following}' if following and following != 'ftkit ship' else ''}")
+    if html:
+        say(f"Wrote {html}.")
+    named = None if recipe == Path("recipe.yaml") else recipe
+    ship, again = (command_line(name, named, **options) for name in ("ship", "train"))
+    following = (result.reading and result.reading.next_command) or "ftkit ship"
+    other = "" if following == "ftkit ship" else f", or try: {following.replace('ftkit train', again)}"
+    say(f"Next: {ship}{other}")

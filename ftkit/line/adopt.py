@@ -218,7 +218,13 @@ def sizes(job: Job) -> Sizes | None:
     if given.kind == "adapter":
         size = (given.path / ADAPTER_WEIGHTS).stat().st_size
         weights = sum(part for _, part in skeleton.storages(method, dtype, "float32", True))
-        counted = replace(counted, method=method, trainable_parameters=size // 4, adapter_bytes=size, weights_bytes=weights)
+        held: dict[str, Any] = {
+            "trainable_parameters": size // 4,
+            "written_parameters": size // 4,
+            "adapter_bytes": size,
+            "weights_bytes": weights,
+        }
+        counted = replace(counted, method=method, **held)
     gguf = gguf_model({tensor.name: tensor.shape for tensor in skeleton.tensors}, config)
     vram_bytes = job.device.total_bytes if cuda else None
     return Sizes(gguf, counted, job.recipe.ship, job.recipe.training.max_length, DTYPE_BYTES[dtype], vram_bytes, 0)

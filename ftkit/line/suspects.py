@@ -24,7 +24,7 @@ from ftkit.line.job import Job, base_folder, computes_on, data_paths, read_data,
 from ftkit.line.merge import MODEL
 from ftkit.line.step import Made, Step, ensure, find, write_json
 from ftkit.line.train import TRAIN
-from ftkit.proof.score import counted_text, is_right
+from ftkit.proof.score import counted_text, is_readable, is_right
 from ftkit.train.dynamics import SEEN, read_seen, row_key, seen_once
 from ftkit.train.suspects import Signs, Suspect, signs
 
@@ -61,7 +61,10 @@ def find_suspects(job: Job) -> tuple[Suspects, list[Suspect]]:
     if job.given:
         raise RunError("What another tool trained leaves nothing to see of its rows.", "train it here: ftkit train")
     if not find(job, TRAIN):
-        raise RunError(f"{job.run.folder} holds no training of the recipe and the data as they are now.", "ftkit train")
+        raise RunError(
+            f"{job.run.folder} holds no training of the recipe and the data as they are now.",
+            "ftkit train; what was trained with other --set is found with the same ones",
+        )
     made = ensure(job, SUSPECT)
     found = json.loads((made.folder / FILE).read_text(encoding="utf-8"))
     return made.result, [
@@ -137,7 +140,7 @@ def _suspect(job: Job, tokenizer: Any, judged: _Judged, answer: str | None) -> S
     return Suspect(
         place=row.where,
         score=round(judged.score + (ANSWERED_OTHERWISE if otherwise else 0), 2),
-        likely=otherwise and judged.score >= LIKELY,
+        likely=otherwise and is_readable(answer or "", rule) and judged.score >= LIKELY,
         label=judged.label,
         answer=None if answer is None else counted_text(rule, answer),
         probabilities=tuple(round(p, 4) for p in judged.signs.probabilities),

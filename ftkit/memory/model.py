@@ -396,7 +396,7 @@ def _ends(parameters: Iterable[str]) -> set[str]:
 def nearest(wanted: str, known: Collection[str]) -> str:
     """The hint for a name that is none."""
     near = difflib.get_close_matches(wanted, known, 1)
-    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(known)[:20])}"
+    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(filter(None, known))[:20])}"
 
 
 def adapted_layers(injected: Any) -> Iterator[tuple[str, Any]]:

@@ -102,6 +102,7 @@ def hub_errors(reference: str, kind: str = "model") -> Iterator[None]:
         errors.CachedRepoTreeNotFoundError,
         OSError,
         RuntimeError,  # hf_xet's
+        AttributeError,  # one thread of huggingface_hub's closes the client that another is about to ask again
     ) as error:
         cause = error if isinstance(error, errors.HfHubHTTPError) else error.__cause__ or error
         if is_offline_mode():

@@ -68,6 +68,11 @@ def is_right(expected: str, answer: str, rule: Evaluate) -> bool:
     return counted is not None and bool(counted == KINDS[rule.by].read(rule, expected))
 
 
+def is_readable(answer: str, rule: Evaluate) -> bool:
+    """Whether it says anything that could count."""
+    return KINDS[rule.by].read(rule, answer) is not None
+
+
 def same(first: Sequence[str], second: Sequence[str], rule: Evaluate) -> Score:
     """Count answers of which the same counts in both; of two that cannot be read, all counts."""
 

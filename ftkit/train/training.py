@@ -79,6 +79,7 @@ class TrainResult:
     verdict: str
     curve: list[Point]
     reading: Verdict | None = None  # the verdict as a value; None: read by ftkit before 0.3
+    max_steps: int | None = None  # that were to be taken: of fewer it stopped early. None: trained by ftkit before 0.3
     best_right_percent: float | None = None  # of the answers at the best step; None: they were not asked for there
     retries: list[Retry] = field(default_factory=list)  # where memory ran out or it diverged, and how it went on
     best_reward_accuracy: float | None = None  # of validation preferences, at the best step; None: none were learnt
@@ -255,7 +256,10 @@ def _attempt(
     trainer.model.save_pretrained(target)
     _refuse_other_weights(target, checkpoints / f"checkpoint-{trainer.state.best_global_step}")
     (folder / "curve.json").write_text(json.dumps([asdict(point) for point in curve], indent=1) + "\n", encoding="utf-8")
-    watched, reading = watcher.watched(trainer.state.global_step), read_curve(curve, recipe.training)
+    watched, reading = (
+        watcher.watched(trainer.state.global_step),
+        read_curve(curve, recipe.training, stopped_early=trainer.state.global_step < trainer.args.max_steps),
+    )
     return TrainResult(
         steps=trainer.state.global_step,
         best_step=trainer.state.best_global_step,
@@ -270,6 +274,7 @@ def _attempt(
         verdict=str(reading),
         curve=curve,
         reading=reading,
+        max_steps=trainer.args.max_steps,
         best_right_percent=best.right_percent,
         best_reward_accuracy=best.reward_accuracy,
         best_reward_margin=best.reward_margin,

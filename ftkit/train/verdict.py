@@ -52,7 +52,7 @@ class Verdict:
         return f"{self.kind}: {self.words}"
 
 
-def read_curve(curve: Sequence[Point], training: Training, *, ended: bool = True) -> Verdict:
+def read_curve(curve: Sequence[Point], training: Training, *, ended: bool = True, stopped_early: bool = False) -> Verdict:
     """Read both curves, of a training that ended or of one that goes on."""
     import numpy as np
 
@@ -72,7 +72,8 @@ def read_curve(curve: Sequence[Point], training: Training, *, ended: bool = True
         return _diverged(f"the training loss jumped from {was:.3g} to {now:.3g} and stays there", steps[spike].step, training)
     if len(validation) < FEWEST_EVALUATIONS:
         count = "one evaluation" if len(validation) else "no evaluation"
-        return Verdict("too few to tell", f"{count} so far" if not ended else count, next_command=_oftener(training) if ended else None)
+        command = _oftener(training) if len(steps) > 1 else _longer(training)
+        return Verdict("too few to tell", f"{count} so far" if not ended else count, next_command=command if ended else None)
 
     noise = _noise(validation)  # of one evaluation
     level = max(float(np.median(validation[-3:])), LEAST_LOSS)
@@ -94,8 +95,7 @@ def read_curve(curve: Sequence[Point], training: Training, *, ended: bool = True
     falls = _fall(late)
     steadily = len(late) > 2 and bool((np.diff(late) < -LEAST * level).all())  # a bend is no noise
     if steadily or falls > max(LEAST * level / 2, 2 * noise * (12 / len(late)) ** 0.5 if len(validation) >= FEWEST_TO_ZIGZAG else least):
-        times = "max_steps" if training.max_steps else "num_train_epochs"
-        more = _set(times, 2 * getattr(training, times))
+        more = _set("early_stopping_patience", 2 * training.early_stopping_patience) if stopped_early else _longer(training)
         return Verdict("learning", f"the validation loss still fell, by {falls / level:.0%} lately", next_command=more if ended else None)
     moved = max(validation[0] - validation.min(), _learnt(losses))
     if moved < least:
@@ -139,6 +139,11 @@ def _round(rate: float) -> float:
 
 def _set(key: str, value: float) -> str:
     return f"ftkit train --set training.{key}={value:g}"
+
+
+def _longer(training: Training) -> str:
+    times = "max_steps" if training.max_steps else "num_train_epochs"
+    return _set(times, max(2 * getattr(training, times), FEWEST_STEPS if training.max_steps else 0))
 
 
 def _oftener(training: Training) -> str:

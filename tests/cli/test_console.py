@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from ftkit.cli import console
-from ftkit.cli.braille import MARK, chart, drawn
+from ftkit.report.braille import MARK, chart, drawn
 
 CURVES = {"training loss, smoothed": [(float(n), 3.0 - n / 50) for n in range(100)], "validation loss": [(30.0, 2.5), (60.0, 2.0)]}
 FIELDS = {"loss": "0.512", "validation": "0.610", "speed": "1234 tokens/s", "left": "12 min 3 s", "memory": "1.21 GiB of 1.50 GiB planned"}

@@ -189,6 +189,7 @@ def steps(method: str = "qlora", quantization: str = "Q4_K_M", *, vram_bytes: in
         method=method,
         parameters=sum(map(math.prod, shapes().values())),
         trainable_parameters=1000,
+        written_parameters=1000,
         weights_bytes=WEIGHTS,
         adapter_bytes=4000,
     )
@@ -331,6 +332,7 @@ def test_asking_is_no_reason_to_refuse() -> None:
         method="qlora",
         parameters=sum(map(math.prod, made.values())),
         trainable_parameters=42 << 20,
+        written_parameters=42 << 20,
         weights_bytes=5437 << 20,
         adapter_bytes=160 << 20,
     )
