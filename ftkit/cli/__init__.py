@@ -14,6 +14,7 @@ import click
 
 from ftkit import __version__
 from ftkit.errors import InterruptedRunError, RunError
+from ftkit.machine import ranks
 
 # Name → what `ftkit --help` says of it; the command is `command` in ftkit/cli/NAME.py.
 COMMANDS = {
@@ -60,6 +61,7 @@ class LazyGroup(click.Group):
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        ranks.refuse_command(args[0])
         near = [] if args[0] in COMMANDS else difflib.get_close_matches(args[0], COMMANDS, 1)
         if near:
             ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]}?")

@@ -25,15 +25,20 @@ def command(recipe: Path, as_json: bool, html: Path | None, **options: Any) -> N
 
     Ctrl-C saves a checkpoint at the end of the step and stops; a second one stops at once. The same command goes on.
     While it runs, the same command with --html elsewhere writes the page of what is there, and leaves the training alone.
+    On several GPUs: torchrun --nproc-per-node 2 -m ftkit train
     """
     job = open_job(recipe, **options)
     from ftkit.cli.console import print_json, say
     from ftkit.errors import FtkitError, RunError
     from ftkit.line import line
     from ftkit.line.run_page import run_page as gather
+    from ftkit.machine import ranks
     from ftkit.report import run_page, write
     from ftkit.units import bytes_text, seconds_text
 
+    if not ranks.is_first():
+        line.help_to_train(job)
+        return
     if html:
         write.check(html, write.PAGE_SUFFIXES)
         if job.run.is_busy():

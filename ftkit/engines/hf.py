@@ -18,6 +18,7 @@ from ftkit.data.stops import stops
 from ftkit.data.template import ChatSettings, render, settle, token_ids
 from ftkit.data.turns import answer_reader
 from ftkit.errors import DoesNotFitError, ModelError, first_line
+from ftkit.machine import ranks
 from ftkit.model.adapter import embedding_rows
 from ftkit.model.four_bits import adaptable, left_alone, nf4_config
 from ftkit.model.source import from_files, name_body, needs_code
@@ -104,7 +105,7 @@ def load_model(folder: Path, method: Method | None, *, dtype: Dtype, cuda: bool,
     if method == "qlora":
         settings["quantization_config"] = nf4_config(kept, left_alone(model_type(folder)))
     if cuda:
-        settings["device_map"] = {"": 0}
+        settings["device_map"] = {"": ranks.local_rank()}
     patched = patches.applied("loading in 4 bits") if method == "qlora" else nullcontext()
     try:
         with patched:

@@ -27,12 +27,14 @@ from ftkit.line.record import hand_over
 from ftkit.line.register import REGISTER, refuse_anothers_name, register_shipped, write_modelfile
 from ftkit.line.shortage import Shortage, refuse_shortages, shortages
 from ftkit.line.step import Made, Step, ensure, find, fingerprint_of
-from ftkit.line.train import TRAIN, Trained, goes_on_smaller
+from ftkit.line.train import TRAIN, Trained, goes_on_smaller, train_beside
+from ftkit.machine import device, ranks
 from ftkit.machine.llama_cpp import need_converter
 from ftkit.model.open import bytes_to_fetch
 from ftkit.plan import measured
 from ftkit.plan.cost import Cost, Sizes
 from ftkit.plan.plan import MARGIN, MemoryPlan
+from ftkit.progress import SILENT
 from ftkit.proof.score import Score
 from ftkit.run import discard
 from ftkit.train.reporting import refuse_missing_reporters
@@ -101,7 +103,9 @@ def train(job: Job) -> Made[Trained]:
     """Train as planned. Raises DoesNotFitError before anything is loaded, InterruptedRunError on Ctrl-C."""
     _refuse_given(job)
     refuse_adapter(job)
+    ranks.refuse(job.recipe, len(device.find_gpus()))
     if is_trained(job):
+        ranks.tell(None)  # there is nothing to train
         return ensure(job, TRAIN)  # up to date: nothing has to fit any more
     refuse_missing_reporters(job.recipe.training.report_to)
     planned = plan(job)
@@ -112,6 +116,7 @@ def train(job: Job) -> Made[Trained]:
             f"{memory.device.name} has {bytes_text(fit.budget_bytes)}, of which {MARGIN:.0%} is kept free.",
             "see what would fit, each change computed: ftkit plan",
         )
+    refuse_ram_for_all(memory)
     refuse_shortages(planned.shortages)
     if earlier := job.run.finished(TRAIN.name):
         job.reporter.note(f"an earlier training with other inputs stays in {earlier.folder}")
@@ -123,6 +128,22 @@ def train(job: Job) -> Made[Trained]:
                 "ftkit clean removes it"
             )
     return ensure(job, TRAIN)
+
+
+def refuse_ram_for_all(memory: MemoryPlan) -> None:
+    """Raise DoesNotFitError where RAM is planned for, and several processes would each take what is planned."""
+    count, fit = ranks.world_size(), memory.chosen
+    if memory.device.kind == "cpu" and count > 1 and count * fit.peak.device_bytes > fit.budget_bytes:
+        raise DoesNotFitError(
+            f"{count} processes need {bytes_text(count * fit.peak.device_bytes)} of RAM, and {bytes_text(fit.budget_bytes)} can be used.",
+            "train in one process: ftkit train",
+        )
+
+
+def help_to_train(job: Job) -> None:
+    """What a process does that is not the first: it waits for its plan, and trains with it. Nothing is written or said here."""
+    ranks.refuse(job.recipe, len(device.find_gpus()))
+    train_beside(replace(job, reporter=SILENT))
 
 
 @dataclass(frozen=True)

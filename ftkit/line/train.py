@@ -23,7 +23,7 @@ from ftkit.errors import FtkitError, ModelError, RecipeError, ToolMissingError, 
 from ftkit.line.job import Job, Rows, base_folder, computes_on, open_base, read_data, tokenizer_of
 from ftkit.line.plan import PLAN, expected_answers, recorded, training_inputs
 from ftkit.line.step import Made, Step, fingerprint_of
-from ftkit.machine import device
+from ftkit.machine import device, ranks
 from ftkit.merge.deltas import changes_of, refuse_what_cannot_be_merged
 from ftkit.plan import measured
 from ftkit.plan.cost import FTKIT_BYTES, of_training
@@ -89,7 +89,11 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     asked = _asked(job, tokenizer, rows)
     settings = _settings(job, planned, opened.folder)
     batches = f"{settings.per_device_train_batch_size} × {settings.gradient_accumulation_steps}"
-    reporter.step(f"training ({recipe.training.method}, {batches}, learning rate {recipe.training.peak_learning_rate:g})")
+    count = ranks.world_size()
+    together = f", split among {count} processes" if count > 1 else ""
+    reporter.step(f"training ({recipe.training.method}, {batches}{together}, learning rate {recipe.training.peak_learning_rate:g})")
+    if count > 1:
+        reporter.note("each process holds the whole model: the planned memory is of each; which rows are likely mislabelled is not noted")
     stage = stage_of(folder) if is_remote(folder) else None
     if stage:
         reporter.note(f"{job.run.folder} lies on a mounted drive: checkpoints are written to {stage} first, then copied and verified")
@@ -102,6 +106,7 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     )
     missed = partial(_remember_miss, job, planned, settings)
     begins_with = job.begins_with.path if job.begins_with else None
+    ranks.tell(_Shared(folder, stage, opened.folder, settings))
     result = train(
         *(recipe, settings, opened.folder, tokenizer, learnt_from, checked, folder, reporter, asked),
         missed=missed,
@@ -119,6 +124,34 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
         planned_device_bytes=peak.device_bytes,
         planned_for=planned.device.name,
     )
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What the first process tells the others, once all is there to be trained on."""
+
+    folder: Path  # of the step
+    stage: Path | None
+    base: Path
+    settings: Settings
+
+
+def train_beside(job: Job) -> None:
+    """Train on what the first process planned and rendered, and write nothing; where it finds all trained, nothing is done."""
+    from datasets import Dataset
+
+    told: _Shared | None = ranks.tell()
+    if told:
+        learnt_from, checked = (
+            Dataset.from_file(str((told.stage or told.folder) / EXAMPLES / f"{name}.arrow")) for name in ("train", "validation")
+        )
+        tokenizer = tokenizer_of(job, told.base, base=True)
+        begins_with = job.begins_with.path if job.begins_with else None
+        train(
+            *(job.recipe, told.settings, told.base, tokenizer, learnt_from, checked, told.folder),
+            stage=told.stage,
+            begins_with=begins_with,
+        )
 
 
 def _asked(job: Job, tokenizer: Any, rows: Rows) -> Asked | None:

@@ -68,6 +68,8 @@ def arguments(training: Training, settings: Settings, rows: int, checkpoints: Pa
         "bf16": settings.dtype == "bfloat16",
         "fp16": settings.dtype == "float16",  # with loss scaling
         "use_cpu": not settings.cuda,
+        "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,
         "dataloader_pin_memory": settings.cuda,
         "train_sampling_strategy": "group_by_length",
         "max_length": None,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from ftkit.data.lengths import micro_batches
 from ftkit.data.rows import IGNORED
+from ftkit.machine import ranks
 from ftkit.train.arguments import Settings
 
 
@@ -21,15 +24,26 @@ def in_micro_batches(kind: Any, settings: Settings) -> Any:
         packing = settings.packing
 
         def training_step(self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Any:
-            losses = []
-            for part in self.micro_batches(inputs):
-                losses.append(super().training_step(model, part, num_items_in_batch))
+            count, losses = ranks.world_size(), []
+            if count > 1:
+                # Each process counted all rows of the step, and transformers took the sum. One without a row of its own goes through
+                # another's, whose gradient is divided away: gradients are averaged once all have one.
+                has_rows = len(inputs["input_ids"]) > ranks.rank()
+                num_items_in_batch = (
+                    num_items_in_batch / count if has_rows else torch.full_like(num_items_in_batch, math.inf, dtype=torch.float64)
+                )
+            parts = list(self.micro_batches(inputs))
+            for n, part in enumerate(parts, 1):
+                with nullcontext() if n == len(parts) else self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, part, num_items_in_batch))
             return torch.stack(losses).sum()
 
         def micro_batches(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             counts = torch.stack([inputs["attention_mask"].sum(1), (inputs["labels"] != IGNORED).sum(1)])
             lengths, learnt = counts.tolist()  # at once: it waits for a GPU
-            for rows in _split(lengths, learnt, settings, packed=self.packing):
+            own = share(len(lengths), ranks.rank(), ranks.world_size())
+            for places in _split([lengths[row] for row in own], [learnt[row] for row in own], settings, packed=self.packing):
+                rows = [own[place] for place in places]
                 if self.packing:
                     yield pack([{name: inputs[name][row, : lengths[row]].tolist() for name in ("input_ids", "labels")} for row in rows])
                 else:
@@ -37,6 +51,11 @@ def in_micro_batches(kind: Any, settings: Settings) -> Any:
                     yield {name: tensor[rows, :longest] for name, tensor in inputs.items()}
 
     return Trainer
+
+
+def share(rows: int, rank: int, count: int) -> list[int]:
+    """Which of a step's rows are a process's: every so-manieth, as they come by length. The first, where there are too few."""
+    return list(range(rank, rows, count)) or [0]
 
 
 def _split(lengths: list[int], learnt: list[int], settings: Settings, *, packed: bool) -> list[list[int]]:

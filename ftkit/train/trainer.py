@@ -11,6 +11,8 @@ from ftkit import patches
 from ftkit.data.mask import refuse_nothing_to_learn
 from ftkit.data.store import token_counts
 from ftkit.engines import hf
+from ftkit.errors import ModelError
+from ftkit.machine import ranks
 from ftkit.memory.model import lora_config
 from ftkit.model.adapter import load_settings
 from ftkit.model.four_bits import adaptable
@@ -61,6 +63,11 @@ def build_trainer(
     text = model.config.get_text_config()
     if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
         text.num_experts = text.num_local_experts  # which TRL 1.16 asks Granite's for too, and it has the other name alone
+    if ranks.world_size() > 1 and getattr(text, "num_experts", None):
+        raise ModelError(
+            f"{base.name} is a mixture of experts, which several processes do not train: not each sees a row for each.",
+            "train in one process: ftkit train",
+        )
     with adaptable(model):
         kind = _reproducible(preference_trainer(), scorer) if dpo else in_micro_batches(_reproducible(SFTTrainer, scorer), settings)
         trainer = kind(
@@ -72,6 +79,8 @@ def build_trainer(
             peft_config=None if method == "full" else _adapter_settings(recipe, model, begins_with),
             callbacks=list(callbacks),
         )
+    if ranks.world_size() > 1:
+        _alike_everywhere(trainer)
     trainer.remove_callback(PrinterCallback)  # it writes every log entry to stdout, which carries results only
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL casts a 4-bit model's adapter to bfloat16, which loses small updates
@@ -81,6 +90,23 @@ def build_trainer(
     if dpo:
         refer(trainer, reporter)
     return trainer
+
+
+def _alike_everywhere(trainer: Any) -> None:
+    """Each process is given every batch whole: of a step it takes its share itself (micro_batches), and evaluates all, as one would."""
+    from accelerate.data_loader import prepare_data_loader
+
+    def whole(loader: Any, **_: Any) -> Any:
+        return prepare_data_loader(loader, trainer.accelerator.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def alone(found: Any, **_: Any) -> Any:
+        """As accelerate's own in one process: the trainer repeats the last batch's loss as if that were whole."""
+        state = trainer.accelerator.gradient_state
+        return found[: state.remainder] if state.end_of_dataloader and state.remainder > 0 and found.dim() else found
+
+    trainer.accelerator.prepare_data_loader = whole
+    trainer.accelerator.gather_for_metrics = trainer.gather_function = alone
+    trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # the buckets of gradients take no memory of their own
 
 
 def _adapter_settings(recipe: Recipe, model: Any, begins_with: Path | None) -> Any:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.data.store import token_counts
 from ftkit.engines.hf import release_memory
-from ftkit.errors import RunError, TrainingDivergedError
+from ftkit.errors import DoesNotFitError, RunError, TrainingDivergedError
+from ftkit.machine import ranks
 from ftkit.machine.device import choose as choose_device
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Recipe
@@ -119,9 +120,11 @@ def train(
     drive = Drive(checkpoints, folder.absolute() / CHECKPOINTS, reporter) if stage else None
     rate = float(arguments(recipe.training, settings, len(training), checkpoints)["learning_rate"])
     device, retries = choose_device().name, read_retries(folder)
-    drop_broken_checkpoints(checkpoints, reporter, read=True)
-    if drive:
-        drive.fetch()
+    if ranks.is_first():
+        drop_broken_checkpoints(checkpoints, reporter, read=True)
+        if drive:
+            drive.fetch()
+    ranks.wait()
     began = _last_step(checkpoints)
     while True:
         now = settings_of(settings, retries, device)
@@ -142,16 +145,25 @@ def train(
                 begins_with,
             )
         except OutOfMemory as short:
+            if ranks.world_size() > 1:
+                raise DoesNotFitError(
+                    f"Memory ran out in process {ranks.rank()} after step {short.step}: {short}",
+                    "fewer rows at once: --set training.per_device_train_batch_size=1; in one process ftkit goes on smaller by itself",
+                ) from None
             missed(now, short)
             tokens_per_row = sum(lengths) / max(1, len(lengths))
             retry = after_shortage(short, now, recipe, tokens_per_row, max(lengths), _last_step(checkpoints), device, rate)
         except Diverged as found:
+            if ranks.world_size() > 1:
+                raise TrainingDivergedError(
+                    f"Training diverged at step {found.step}: {found}.", f"--set training.learning_rate={rate / 10:g}"
+                ) from None
             drop_checkpoints_from(checkpoints, found.bad_from)
             if drive:
                 drive.push()  # what is dropped here must not come back from there
             retry = after_divergence(found, retries, now, rate, _last_step(checkpoints), device)
         else:
-            if stage:
+            if stage and ranks.is_first():
                 shutil.rmtree(stage)
             return replace(result, resumed_from_step=began, retries=retries)
         retries.append(retry)
@@ -187,14 +199,14 @@ def _attempt(
     needed = recipe.training.metric_for_best_model == "right"
     resumed = last_checkpoint(checkpoints)
     if resumed:
-        refuse_world_size(resumed)
+        refuse_world_size(resumed, ranks.world_size())
     tokens_per_row = sum(token_counts(training)) / max(1, len(training))
     tokens_per_step = tokens_per_row * recipe.training.effective_batch_size
     watcher = make_watcher(reporter, tokens_per_step, recipe.training, read_watched(resumed), folder, settings)
     stopper = EarlyStoppingCallback(recipe.training.early_stopping_patience, recipe.training.early_stopping_threshold)
     scorer = make_scorer(asked, tokenizer, reporter, needed=needed) if asked else None
     guard = make_guard(factor)
-    callbacks = [watcher, *([make_copier(drive)] if drive else []), stopper, guard]
+    callbacks = [watcher, *([make_copier(drive)] if drive and ranks.is_first() else []), stopper, guard]
     trainer = build_trainer(
         *(recipe, settings, base, tokenizer, training, validation, checkpoints.parent, callbacks, scorer),
         begins_with=begins_with,
@@ -212,8 +224,9 @@ def _attempt(
     else:
         if resumed:
             reporter.note(f"resuming from step {step_of(resumed)}")
-        is_sft = recipe.training.objective == "sft"  # of preferences it is not known which row's loss tells a wrong one
-        seen = kept(trainer, folder / SEEN, step_of(resumed) if resumed else 0) if is_sft else nullcontext()
+        # Of several processes each sees some rows alone. Of preferences it is not known which row's loss tells a wrong one.
+        is_noted = recipe.training.objective == "sft" and ranks.world_size() == 1
+        seen = kept(trainer, folder / SEEN, step_of(resumed) if resumed else 0) if is_noted else nullcontext()
         with seen, reporter.bar("training", trainer.args.max_steps) as bar, stop_after_a_checkpoint(watcher, reporter):
             watcher.bar = bar
             short = None
@@ -227,11 +240,12 @@ def _attempt(
                 if not short:
                     raise
             finally:
-                drop_broken_checkpoints(checkpoints)  # a full disk leaves one
-                if drive:
-                    drive.push()
+                if ranks.is_first():
+                    drop_broken_checkpoints(checkpoints)  # a full disk leaves one
+                    if drive:
+                        drive.push()
             if short:  # outside of what holds the step's activations
-                if short.phase == "step" and short.step > _last_step(checkpoints):
+                if ranks.world_size() == 1 and short.phase == "step" and short.step > _last_step(checkpoints):
                     _save(trainer)
                 raise short
         if watcher.stop:  # asked for after the last step
@@ -240,22 +254,14 @@ def _attempt(
     losses = [point.validation_loss for point in curve if point.validation_loss is not None]
     best = next((point for point in curve if point.evaluated and point.step == trainer.state.best_global_step), None)
     if best is None or best.validation_loss is None:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        if ranks.is_first():
+            shutil.rmtree(checkpoints, ignore_errors=True)
         raise TrainingDivergedError(
             "Training diverged: no validation loss is a number. Nothing is kept.",
             f"--set training.learning_rate={recipe.training.peak_learning_rate / 10:g}",
         )
-    if drive:
-        drive.settle()
-    full = recipe.training.method == "full"
-    target = folder / ("model" if full else "adapter")
-    shutil.rmtree(target, ignore_errors=True)
-    if full:
-        trainer.model.to(torch.bfloat16)
-        tokenizer.save_pretrained(target)
-    trainer.model.save_pretrained(target)
-    _refuse_other_weights(target, checkpoints / f"checkpoint-{trainer.state.best_global_step}")
-    (folder / "curve.json").write_text(json.dumps([asdict(point) for point in curve], indent=1) + "\n", encoding="utf-8")
+    if ranks.is_first():
+        _keep(trainer, tokenizer, recipe.training.method == "full", folder, checkpoints, curve, drive)
     watched, reading = (
         watcher.watched(trainer.state.global_step),
         read_curve(curve, recipe.training, stopped_early=trainer.state.global_step < trainer.args.max_steps),
@@ -280,6 +286,22 @@ def _attempt(
         best_reward_margin=best.reward_margin,
         best_reward_chosen=best.reward_chosen,
     )
+
+
+def _keep(trainer: Any, tokenizer: Any, full: bool, folder: Path, checkpoints: Path, curve: list[Point], drive: Drive | None) -> None:
+    """Write what was trained, and its curve."""
+    import torch
+
+    if drive:
+        drive.settle()
+    target = folder / ("model" if full else "adapter")
+    shutil.rmtree(target, ignore_errors=True)
+    if full:
+        trainer.model.to(torch.bfloat16)
+        tokenizer.save_pretrained(target)
+    trainer.model.save_pretrained(target)
+    _refuse_other_weights(target, checkpoints / f"checkpoint-{trainer.state.best_global_step}")
+    (folder / "curve.json").write_text(json.dumps([asdict(point) for point in curve], indent=1) + "\n", encoding="utf-8")
 
 
 def _save(trainer: Any) -> None:
@@ -309,7 +331,10 @@ def _go_on_from(checkpoint: Path, trainer: Any, stopper: Any, reporter: Reporter
     stopped = before.get(CONTROL, {}).get("args", {}).get("should_training_stop", False)
     same = before.get(STOPPER, {}).get("args") == stopper.state()["args"]
     stateful = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ExportableState))
-    mend(checkpoint, {type(callback).__name__: callback.state() for callback in stateful}, reporter, metric)
+    ranks.wait()  # until all have read it
+    if ranks.is_first():
+        mend(checkpoint, {type(callback).__name__: callback.state() for callback in stateful}, reporter, metric)
+    ranks.wait()
     return bool(state["global_step"] >= trainer.args.max_steps or exhausted or (stopped and same))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from ftkit.errors import InterruptedRunError
+from ftkit.machine import ranks
 from ftkit.progress import Bar, Curves, Reporter
 from ftkit.recipe import Training
 from ftkit.train.answers import right_text
@@ -93,7 +94,8 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.began_at = self.saved_at = time.monotonic()
             self.began_with = state.global_step
-            self.metrics.go_on_after(state.global_step)
+            if ranks.is_first():
+                self.metrics.go_on_after(state.global_step)
             self.seen = points(state.log_history)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -104,7 +106,8 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
                 self.seen += found
                 watched = self.watched(state.global_step)
                 tokens, seconds = round(state.global_step * tokens_per_step), round(watched.seconds, 3)
-                self.metrics.add(Metrics(**asdict(found[0]), tokens=tokens, seconds=seconds, peak_bytes=watched.peak_bytes))
+                if ranks.is_first():
+                    self.metrics.add(Metrics(**asdict(found[0]), tokens=tokens, seconds=seconds, peak_bytes=watched.peak_bytes))
             if logs and "eval_loss" in logs:
                 margin, right = (logs.get(f"eval_rewards/{name}") for name in ("margins", "accuracies"))
                 preferred = "" if margin is None or right is None else f", {100 * right:.0f} % preferred, margin {margin:.3f}"
@@ -133,12 +136,17 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
                     left=seconds_text((state.max_steps - state.global_step) * since / max(1, done)),
                     memory=f"{bytes_text(self.peak_bytes)}{planned}",
                 )
-            if self.stop or time.monotonic() - self.saved_at >= 60 * training.save_minutes:
+            due = time.monotonic() - self.saved_at >= 60 * training.save_minutes
+            self.stop, due = ranks.any_of(self.stop, due)
+            if self.stop or due:
                 control.should_save = True
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            seal(checkpoint, asdict(self.watched(state.global_step)))
+            ranks.wait()  # for their random states
+            if ranks.is_first():
+                seal(checkpoint, asdict(self.watched(state.global_step)))
+            ranks.wait()
             self.saved_at = time.monotonic()
             if self.stop:
                 raise interrupted(checkpoint.parent)
@@ -173,7 +181,8 @@ def stop_after_a_checkpoint(watcher: Any, reporter: Reporter) -> Iterator[None]:
 
 
 def interrupted(checkpoints: Path) -> InterruptedRunError:
-    drop_broken_checkpoints(checkpoints)
+    if ranks.is_first():
+        drop_broken_checkpoints(checkpoints)
     last = last_checkpoint(checkpoints)
     where = f"goes on from step {step_of(last)}" if last else "begins again: there was no checkpoint yet"
     return InterruptedRunError("Training was interrupted.", f"the same command {where}")
