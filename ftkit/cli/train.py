@@ -38,6 +38,7 @@ def command(recipe: Path, as_json: bool, html: Path | None, **options: Any) -> N
 
     if not ranks.is_first():
         line.help_to_train(job)
+        ranks.leave()
         return
     if html:
         write.check(html, write.PAGE_SUFFIXES)
@@ -48,6 +49,7 @@ def command(recipe: Path, as_json: bool, html: Path | None, **options: Any) -> N
     try:
         with job.run:
             made = line.train(job)
+            ranks.leave()
             if html:
                 run_page.write_page(gather(job), html)
     except FtkitError:

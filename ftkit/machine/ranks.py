@@ -113,8 +113,9 @@ def any_of(*flags: bool) -> list[bool]:
 
 
 def leave() -> None:
-    """Have it done with: nothing is told any more."""
+    """End together: a process whose others are gone while it still listens would be aborted."""
     if world_size() > 1:
-        from accelerate import PartialState
+        wait()
+        from torch import distributed
 
-        PartialState().destroy_process_group()
+        distributed.destroy_process_group()
