@@ -103,7 +103,8 @@ def train(job: Job) -> Made[Trained]:
     """Train as planned. Raises DoesNotFitError before anything is loaded, InterruptedRunError on Ctrl-C."""
     _refuse_given(job)
     refuse_adapter(job)
-    ranks.refuse(job.recipe, len(device.find_gpus()))
+    if ranks.world_size() > 1:
+        ranks.refuse(job.recipe, len(device.find_gpus()))
     if is_trained(job):
         ranks.tell(None)  # there is nothing to train
         return ensure(job, TRAIN)  # up to date: nothing has to fit any more

@@ -88,7 +88,8 @@ def _make(job: Job, folder: Path, trained: Made[Any]) -> Suspects:
     seen = read_seen(trained.folder / SEEN)
     if not len(seen):
         job.reporter.warn(
-            "this training is of an earlier ftkit, which kept nothing of what it saw: its best checkpoint reads the rows once"
+            "this training is of an earlier ftkit or of several processes, which kept nothing of what they saw: its best checkpoint reads "
+            "the rows once"
         )
         forced = [Forced(each.input_ids, [n for n, label in enumerate(each.labels) if n and label >= 0]) for each in examples.values()]
         seen = seen_once(forced, with_bar(job, "reading the rows", forced, logits.of_model(model, forced)))

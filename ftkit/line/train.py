@@ -93,7 +93,7 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     together = f", split among {count} processes" if count > 1 else ""
     reporter.step(f"training ({recipe.training.method}, {batches}{together}, learning rate {recipe.training.peak_learning_rate:g})")
     if count > 1:
-        reporter.note("each process holds the whole model: the planned memory is of each; which rows are likely mislabelled is not noted")
+        reporter.note("each process holds the whole model: the planned memory is of each; what it sees of each row is not kept")
     stage = stage_of(folder) if is_remote(folder) else None
     if stage:
         reporter.note(f"{job.run.folder} lies on a mounted drive: checkpoints are written to {stage} first, then copied and verified")

@@ -55,6 +55,8 @@ def refuse(recipe: Recipe, gpus: int) -> None:
             raise RecipeError(
                 f"{what} is not supported: each process holds the whole model.", "choose plain multi-GPU training in `accelerate config`"
             )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise RecipeError("torch.compile (dynamo) is not supported.", "choose none in `accelerate config`")
     if int(os.environ.get("LOCAL_WORLD_SIZE", count)) != count:
         raise RecipeError("Several machines: ftkit trains with the processes of one.", f"torchrun --nproc-per-node {max(1, gpus)}")
     if 0 < gpus < count:
@@ -81,6 +83,7 @@ def _join() -> None:
 
     from ftkit.machine.device import choose
 
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # the recipe says what is computed in
     PartialState(cpu=choose().kind == "cpu", timeout=PATIENCE)
 
 

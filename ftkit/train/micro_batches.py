@@ -32,29 +32,34 @@ def in_micro_batches(kind: Any, settings: Settings) -> Any:
                 num_items_in_batch = (
                     num_items_in_batch / count if has_rows else torch.full_like(num_items_in_batch, math.inf, dtype=torch.float64)
                 )
-            parts = list(self.micro_batches(inputs))
-            for n, part in enumerate(parts, 1):
-                with nullcontext() if n == len(parts) else self.accelerator.no_sync(model):
+            together = self.rows_together(inputs)
+            for n, part in enumerate(self.micro_batches(inputs, together), 1):
+                with nullcontext() if n == len(together) else self.accelerator.no_sync(model):
                     losses.append(super().training_step(model, part, num_items_in_batch))
             return torch.stack(losses).sum()
 
-        def micro_batches(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-            counts = torch.stack([inputs["attention_mask"].sum(1), (inputs["labels"] != IGNORED).sum(1)])
-            lengths, learnt = counts.tolist()  # at once: it waits for a GPU
-            own = share(len(lengths), ranks.rank(), ranks.world_size())
-            for places in _split([lengths[row] for row in own], [learnt[row] for row in own], settings, packed=self.packing):
-                rows = [own[place] for place in places]
+        def micro_batches(self, inputs: Mapping[str, Any], together: list[list[int]] | None = None) -> Iterator[dict[str, Any]]:
+            lengths = inputs["attention_mask"].sum(1).tolist()
+            for rows in self.rows_together(inputs) if together is None else together:
                 if self.packing:
                     yield pack([{name: inputs[name][row, : lengths[row]].tolist() for name in ("input_ids", "labels")} for row in rows])
                 else:
                     longest = max(lengths[row] for row in rows)
                     yield {name: tensor[rows, :longest] for name, tensor in inputs.items()}
 
+        def rows_together(self, inputs: Mapping[str, Any]) -> list[list[int]]:
+            """Which of the step's rows this process takes at once."""
+            counts = torch.stack([inputs["attention_mask"].sum(1), (inputs["labels"] != IGNORED).sum(1)])
+            lengths, learnt = counts.tolist()  # at once: it waits for a GPU
+            own = share(len(lengths), ranks.rank(), ranks.world_size())
+            found = _split([lengths[row] for row in own], [learnt[row] for row in own], settings, packed=self.packing)
+            return [[own[place] for place in places] for places in found]
+
     return Trainer
 
 
 def share(rows: int, rank: int, count: int) -> list[int]:
-    """Which of a step's rows are a process's: every so-manieth, as they come by length. The first, where there are too few."""
+    """Which of a step's rows are a process's: one in so many, as they come by length. The first, where there are too few."""
     return list(range(rank, rows, count)) or [0]
 
 

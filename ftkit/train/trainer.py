@@ -63,7 +63,7 @@ def build_trainer(
     text = model.config.get_text_config()
     if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
         text.num_experts = text.num_local_experts  # which TRL 1.16 asks Granite's for too, and it has the other name alone
-    if ranks.world_size() > 1 and getattr(text, "num_experts", None):
+    if ranks.world_size() > 1 and any(getattr(text, name, None) for name in ("num_experts", "n_routed_experts")):
         raise ModelError(
             f"{base.name} is a mixture of experts, which several processes do not train: not each sees a row for each.",
             "train in one process: ftkit train",

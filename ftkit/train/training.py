@@ -154,13 +154,14 @@ def train(
             tokens_per_row = sum(lengths) / max(1, len(lengths))
             retry = after_shortage(short, now, recipe, tokens_per_row, max(lengths), _last_step(checkpoints), device, rate)
         except Diverged as found:
+            if ranks.is_first():
+                drop_checkpoints_from(checkpoints, found.bad_from)
+                if drive:
+                    drive.push()  # what is dropped here must not come back from there
             if ranks.world_size() > 1:
                 raise TrainingDivergedError(
                     f"Training diverged at step {found.step}: {found}.", f"--set training.learning_rate={rate / 10:g}"
                 ) from None
-            drop_checkpoints_from(checkpoints, found.bad_from)
-            if drive:
-                drive.push()  # what is dropped here must not come back from there
             retry = after_divergence(found, retries, now, rate, _last_step(checkpoints), device)
         else:
             if stage and ranks.is_first():

@@ -104,6 +104,7 @@ def test_each_row_of_a_step_is_one_process_s(rows: int, count: int) -> None:
         ({"objective": "dpo"}, {}, 0, "training.objective: dpo"),
         ({}, {"ACCELERATE_USE_FSDP": "true"}, 0, "FSDP is not supported"),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, 0, "DeepSpeed is not supported"),
+        ({}, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, 0, "torch.compile"),
         ({}, {"LOCAL_WORLD_SIZE": "2"}, 2, "Several machines"),
         ({}, {}, 1, "3 processes, and CUDA sees 1 GPU."),
     ],
