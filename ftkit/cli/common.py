@@ -148,4 +148,7 @@ def be_quiet() -> None:
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own renamings, said to itself
     warnings.filterwarnings("ignore", message=r".*(rank|alpha)_pattern keys did not match", category=RuntimeWarning)  # PEFT's own patterns
+    warnings.filterwarnings(
+        "ignore", message=".*broadcast_buffers.* is deprecated", category=FutureWarning
+    )  # accelerate passes it to torch
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises a faster kernel from the hub on some processors

@@ -78,6 +78,7 @@ def test_two_processes_train_as_one_though_one_of_them_was_killed(project: Path,
     assert again.returncode == 0, err
     assert out.count("Validation loss") == 1, out  # one of them prints
     assert "split among 2 processes" in err
+    assert "Warning" not in err
     assert "resuming from step" in err
     wanted = curve(project / "one")
     assert curve(run) == pytest.approx(wanted, rel=1e-5)
