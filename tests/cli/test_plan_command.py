@@ -56,6 +56,7 @@ def test_a_model_and_a_card_are_enough(here: Path, model: Path, ftkit: Ftkit) ->
     assert not list(here.iterdir())  # nothing is left beside
 
 
+@pytest.mark.slow
 def test_every_card_is_listed(here: Path, model: Path, ftkit: Ftkit, rows: list[Any], write_rows: Any) -> None:
     """With rows for their training, and without any for a million tokens; nothing is left behind, and no second plan is asked for."""
     write_rows(here / "mine.jsonl", rows)
@@ -171,6 +172,7 @@ def test_rows_whose_answer_lies_beyond_the_length_are_left_out(
     assert (refused.exit_code, "has an answer within training.max_length" in refused.stderr) == (1, True)
 
 
+@pytest.mark.slow
 def test_a_plan_is_made_again_when_less_is_free(here: Path, model: Path, ftkit: Ftkit, monkeypatch: pytest.MonkeyPatch) -> None:
     def planned(free_bytes: int) -> dict[str, Any]:
         found = device.Device("cuda", "a card", 8 * GIB, free_bytes, (8, 9))

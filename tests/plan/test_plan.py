@@ -50,6 +50,7 @@ def test_short_rows_go_together_and_long_ones_need_not() -> None:
     assert plan(8 * GIB, 64).chosen.per_device_train_batch_size == RIDGE_TOKENS // 64
 
 
+@pytest.mark.slow
 def test_short_rows_share_the_room_of_one_long_row_and_the_plan_holds_for_every_micro_batch() -> None:
     """Where one row of 1024 tokens fits and two do not: eight of 128 go together, and none of a step's splits needs more."""
     lengths = (1024, *(128,) * 60, *(40,) * 20)
@@ -70,6 +71,7 @@ def test_short_rows_share_the_room_of_one_long_row_and_the_plan_holds_for_every_
     assert len(made.batching.grouped_batch_tokens) < 25  # passes for 81 rows
 
 
+@pytest.mark.slow
 def test_packed_rows_are_planned_with_their_mask() -> None:
     """A row of 4 × 1024 tokens has a mask of its length squared, and what padding needs is planned beside it: it may come to that."""
     lengths = (1024, 512, 100)

@@ -139,6 +139,7 @@ def test_right_answers_of_each_evaluation_are_needed_where_the_best_follows_them
     assert Recipe(model="x").evaluate.every == 0
 
 
+@pytest.mark.slow
 def test_what_no_answer_could_be_is_said_before_training(
     model: Path,
     tmp_path: Path,

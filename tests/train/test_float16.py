@@ -63,6 +63,7 @@ def test_what_a_device_does_not_compute_in_is_refused(on: Device, wanted: str) -
     assert "--set training.compute_dtype=" in (refused.value.hint or "")
 
 
+@pytest.mark.slow
 def test_a_plan_for_a_card_before_ampere_is_of_float16_and_says_the_way_out(tmp_path: Path, ftkit: Callable[..., Result]) -> None:
     model = tiny.make_model(tmp_path / "m")
     words = ("plan", "--model", model, "--gpu", "T4", "--length", "64", "--method", "lora", "--json")

@@ -81,6 +81,7 @@ class TheirModel(LlamaForCausalLM):
     return project
 
 
+@pytest.mark.slow
 def test_a_step_that_cannot_be_traced_is_measured_and_trained(untraced: Path, ftkit: Ftkit) -> None:
     words = ("--trust-remote-code", "--set", "training.method=lora", "--set", "training.max_steps=2")
     shown = ftkit("plan", untraced, *words)
@@ -127,6 +128,7 @@ def test_a_plan_of_experts_in_4_bits_holds_in_the_real_trainer(project: Path, mo
     assert abs(planned / real - 1) < 0.01, f"{planned} planned, {real} measured"
 
 
+@pytest.mark.slow
 def test_a_probe_is_shown_kept_and_added_to_the_next_plan(project: Path, ftkit: Ftkit, private_cache: Path) -> None:
     first = json.loads(ftkit("plan", project, "--probe", "--json").stdout)
     assert first["probe"]["allocated_bytes"] > 0
