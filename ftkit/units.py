@@ -36,15 +36,11 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def spanned_text(low: float, high: float) -> str:
-    """A range of seconds: `4320, 9000` → `1.2 to 2.5 hours`, two digits of each."""
-    unit, name = next((found for found in ((86400, "days"), (3600, "hours"), (60, "minutes")) if high >= found[0]), (1, "seconds"))
+def spanned_text(low: float, high: float, least_high: float | None = None) -> str:
+    """A range of seconds: `4320, 9000` → `1.2 to 2.5 hours`, two digits of each. In a list by the unit of its least."""
+    units = ((86400, "days"), (3600, "hours"), (60, "minutes"))
+    unit, name = next((found for found in units if (high if least_high is None else least_high) >= found[0]), (1, "seconds"))
     return f"{_two_digits(low / unit)} to {_two_digits(high / unit)} {name}"
-
-
-def hours_text(seconds: float) -> str:
-    """`4320` → `1.2`, in hours, two digits."""
-    return _two_digits(seconds / 3600)
 
 
 def _two_digits(number: float) -> str:

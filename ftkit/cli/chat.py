@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from ftkit.cli.common import json_option
+from ftkit.cli.common import json_option, run_argument
 
 
 @click.command(
     epilog="\b\nExamples:\n  ftkit chat runs/recipe\n"
     '  ftkit chat runs/recipe "Is this C function safe? …"\n  cat file.c | ftkit chat runs/recipe -'
 )
-@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@run_argument()
 @click.argument("message", required=False)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Stop after so many tokens.")
 @json_option

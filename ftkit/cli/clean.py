@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ftkit.cli.common import json_option
+from ftkit.cli.common import json_option, run_argument
 from ftkit.cli.init import confirmed
 from ftkit.cli.status import as_record, open_run, show_held, step_names
 
@@ -16,7 +16,7 @@ from ftkit.cli.status import as_record, open_run, show_held, step_names
     epilog="\b\nExamples:\n  ftkit clean runs/recipe --dry-run\n  ftkit clean runs/recipe\n"
     "  ftkit clean runs/recipe train-0123456789abcdef --yes"
 )
-@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@run_argument()
 @click.argument("names", nargs=-1)
 @click.option("--dry-run", is_flag=True, help="Show what would be removed.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")

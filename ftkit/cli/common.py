@@ -47,6 +47,18 @@ def command_line(command: str, recipe: Path | None, **options: Any) -> str:
     return shlex.join(words)
 
 
+def _run_folder(context: click.Context, parameter: click.Parameter, given: Path) -> Path:
+    """The run that is meant: its folder as named, or that of a recipe, which is named as everywhere."""
+    recipe = given / "recipe.yaml" if (given / "recipe.yaml").is_file() else given
+    is_recipe = recipe.suffix in (".yaml", ".yml") and recipe.is_file()
+    return recipe.parent / "runs" / recipe.stem if is_recipe else given
+
+
+def run_argument(**more: Any) -> Callable[[Function], Function]:
+    """RUN: a run's folder, or its recipe."""
+    return click.argument("run", type=click.Path(path_type=Path), callback=_run_folder, **more)
+
+
 def job_options(function: Function) -> Function:
     """The options that change a recipe."""
     for option in reversed(

@@ -356,23 +356,24 @@ def show_gpus(found: Sequence[CardFit]) -> None:
     from ftkit.cli.console import print_table, say
     from ftkit.plan.gpus import fastest, smallest
     from ftkit.plan.plan import MARGIN
-    from ftkit.units import bytes_text, count_text, hours_text
+    from ftkit.units import bytes_text, count_text, spanned_text
 
     rows = []
+    least_high = min((entry.estimate.seconds_high for entry in found if entry.estimate), default=None)
     for entry in found:
         fit, told = entry.fit, entry.estimate
         how = [f"{fit.per_device_train_batch_size} × {fit.gradient_accumulation_steps}", "on" if fit.gradient_checkpointing else "off"]
-        hours = "not known" if not told else f"{hours_text(told.seconds_low)} to {hours_text(told.seconds_high)}"
-        rest = [*how, entry.compute_dtype, hours] if fit.fits else ["–"] * 4
+        time = spanned_text(told.seconds_low, told.seconds_high, least_high) if told else "not known"
+        rest = [*how, entry.compute_dtype, time] if fit.fits else ["–"] * 4
         sizes = [bytes_text(fit.budget_bytes), bytes_text(fit.peak.device_bytes)]
         rows.append([entry.name, *sizes, "yes" if fit.fits else "no", *rest])
     tokens = next((entry.estimate.tokens for entry in found if entry.estimate), None)
-    title = "Every known card" + (f"; hours for {count_text(tokens)} tokens, an estimate" if tokens else "")
-    print_table(title, ["", "memory", "needs", "fits", "batch × accum.", "checkpointing", "computes in", "hours"], rows)
+    title = "Every known card" + (f"; time for {count_text(tokens)} tokens, an estimate" if tokens else "")
+    print_table(title, ["", "memory", "needs", "fits", "batch × accum.", "checkpointing", "computes in", "time"], rows)
     least, most = smallest(found), fastest(found)
     if least:
         say(f"The smallest that fits: {least.name}." + (f" The fastest: {most.name}." if most else ""))
-    say(f"{MARGIN:.0%} is kept free on each. Hours leave out loading, evaluation and checkpoints; a laptop's speed depends on its power.")
+    say(f"{MARGIN:.0%} is kept free on each. Time leaves out loading, evaluation and checkpoints; a laptop's speed depends on its power.")
 
 
 def show_probe(memory: MemoryPlan, probed: Any) -> None:

@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ftkit.cli.common import json_option
+from ftkit.cli.common import json_option, run_argument
 
 if TYPE_CHECKING:
     from ftkit.run import Held, Run
 
 
-@click.command(
-    epilog="\b\nExamples:\n  ftkit status runs/recipe\n  ftkit status runs/recipe --json\n  ftkit status runs/recipe --html run.html"
-)
-@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.command(epilog="\b\nExamples:\n  ftkit status\n  ftkit status runs/recipe --json\n  ftkit status runs/recipe --html run.html")
+@run_argument(default=Path("recipe.yaml"))
 @click.option(
     "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write how its training went, or goes, as one page."
 )
 @json_option
 def command(run: Path, as_json: bool, html: Path | None) -> None:
-    """Show the steps of RUN: finished, begun or still to do, the command that does the next one, and what lies on the disk."""
+    """Show the steps of RUN: finished, begun or still to do, the command that does the next one, and what lies on the disk.
+
+    RUN is its folder, or its recipe.
+    """
     from ftkit.cli.console import print_json, print_table, say
     from ftkit.line.line import LINE
     from ftkit.line.record import SHIPPED

@@ -36,13 +36,14 @@ def run_page(job: Job) -> RunPage:
     last = metrics[-1] if metrics else None
     best = min((p for p in curve if p.validation_loss is not None), key=lambda p: p.validation_loss or 0.0, default=None)
     cuda = device.choose().kind == "cuda"
+    steps = planned.memory.work.steps if planned and planned.memory.work else None
     return RunPage(
         name=job.recipe.ship.name,
         state="running" if job.run.is_busy() else "stopped",
         step=curve[-1].step,
-        steps=planned.memory.work.steps if planned and planned.memory.work else None,
+        steps=steps,
         best_step=best.step if best else None,
-        verdict=read_curve(curve, job.recipe.training, ended=False),
+        verdict=read_curve(curve, job.recipe.training, ended=False, max_steps=steps),
         curve=curve,
         seconds=last.seconds if last else None,
         trained_tokens=last.tokens if last else None,

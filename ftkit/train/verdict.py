@@ -23,6 +23,7 @@ Kind = Literal["learning", "levelled off", "over-fitting", "not learning", "osci
 
 FEWEST_EVALUATIONS = 2  # of which a change can be seen at all
 FEWEST_TO_ZIGZAG = 5  # evaluations; two turns of a curve can be chance
+EARLY = 0.1  # of the steps: before that a loss that does not move may still begin to
 FEWEST_STEPS = 6  # training losses whose trend and noise are told apart
 LEAST = 0.02  # share of a loss below which it did not move
 LEAST_LOSS = 0.1  # a loss below this is as good as nothing: shares are taken of this
@@ -52,8 +53,10 @@ class Verdict:
         return f"{self.kind}: {self.words}"
 
 
-def read_curve(curve: Sequence[Point], training: Training, *, ended: bool = True, stopped_early: bool = False) -> Verdict:
-    """Read both curves, of a training that ended or of one that goes on."""
+def read_curve(
+    curve: Sequence[Point], training: Training, *, ended: bool = True, stopped_early: bool = False, max_steps: int | None = None
+) -> Verdict:
+    """Read both curves, of a training that ended or of one that goes on, up to `max_steps` where that is known."""
     import numpy as np
 
     steps = [point for point in curve if not point.evaluated]
@@ -97,6 +100,8 @@ def read_curve(curve: Sequence[Point], training: Training, *, ended: bool = True
     if steadily or falls > max(LEAST * level / 2, 2 * noise * (12 / len(late)) ** 0.5 if len(validation) >= FEWEST_TO_ZIGZAG else least):
         more = _set("early_stopping_patience", 2 * training.early_stopping_patience) if stopped_early else _longer(training)
         return Verdict("learning", f"the validation loss still fell, by {falls / level:.0%} lately", next_command=more if ended else None)
+    if not ended and max_steps and curve[-1].step < EARLY * max_steps:
+        return Verdict("too few to tell", f"neither loss moves now, after less than {EARLY:.0%} of the steps")
     moved = max(validation[0] - validation.min(), _learnt(losses))
     if moved < least:
         if (learnt := training.peak_learning_rate) < MOST_RATE:

@@ -111,7 +111,7 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
             if logs and "eval_loss" in logs:
                 margin, right = (logs.get(f"eval_rewards/{name}") for name in ("margins", "accuracies"))
                 preferred = "" if margin is None or right is None else f", {100 * right:.0f} % preferred, margin {margin:.3f}"
-                reading = read_curve(self.seen, training, ended=False)
+                reading = read_curve(self.seen, training, ended=False, max_steps=state.max_steps)
                 hint = f" (try: {reading.next_command})" if reading.next_command else ""
                 loss = f"validation loss {float(logs['eval_loss']):.4f}{preferred}{right_text(logs)}"
                 said = reading.kind if reading.kind == self.kind else f"{reading}{hint}"

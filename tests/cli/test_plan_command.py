@@ -72,7 +72,7 @@ def test_every_card_is_listed(here: Path, model: Path, ftkit: Ftkit, rows: list[
     assert l4["device_bytes"] == alone["chosen"]["peak"]["device_bytes"]
     shown = ftkit(*asked)
     assert shown.exit_code == 0, shown.output
-    assert "hours for 1.0 M tokens, an estimate" in shown.stdout
+    assert "time for 1.0 M tokens, an estimate" in shown.stdout
     assert f"The smallest that fits: {listed['smallest']}." in shown.stdout
     assert len(re.findall(r"(?m)^RTX 4090 Laptop +15.20 GiB .* yes .* not known$", shown.stdout)) == 1
 

@@ -22,7 +22,7 @@ from ftkit.plan.choose import Planner, not_known
 from ftkit.plan.gpus import every_card, fastest, smallest
 from ftkit.plan.speed import REACHED, SECONDS_A_KERNEL, UNTOLD_TOKENS, of_training
 from ftkit.recipe import Lora, Recipe
-from ftkit.units import GIB, hours_text, spanned_text
+from ftkit.units import GIB, spanned_text
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -260,7 +260,7 @@ def test_the_words_of_a_range() -> None:
     assert spanned_text(3, 9) == "3.0 to 9.0 seconds"
     assert spanned_text(40, 300) == "0.67 to 5.0 minutes"
     assert spanned_text(30 * 3600, 72 * 3600) == "1.2 to 3.0 days"
-    assert (hours_text(360), hours_text(54 * 3600), hours_text(512 * 3600)) == ("0.1", "54", "510")
+    assert spanned_text(360, 54 * 3600, 1800) == "6.0 to 3200 minutes"
 
 
 @pytest.mark.slow

@@ -93,6 +93,7 @@ def test_each_verdict_names_the_next_thing_to_try(kind: str, training: dict[str,
 
 def test_a_training_that_goes_on_is_not_told_to_be_longer() -> None:
     curve = made("learning", 1)
+    assert read_curve(curve, Training(), ended=False, max_steps=curve[-1].step) == read_curve(curve, Training(), ended=False)
     assert read_curve(curve, Training(), ended=False) == replace(read_curve(curve, Training()), next_command=None)
 
 
@@ -164,3 +165,21 @@ def test_real_trainings_of_each_kind(
     assert result.reading
     report_figures(f"a real training: {result.verdict}")
     assert named(result.reading) in kinds, (result.reading, [p.validation_loss for p in result.curve if p.evaluated])
+
+
+def test_a_loss_that_does_not_move_yet_is_no_verdict_at_the_beginning() -> None:
+    curve = made("not learning", 1)
+    assert read_curve(curve, Training(), ended=False).kind == "not learning"
+    assert read_curve(curve, Training(), ended=False, max_steps=20 * curve[-1].step).kind == "too few to tell"
+    curve = made("learning", 1)
+    assert read_curve(curve, Training(), ended=False, max_steps=20 * curve[-1].step).kind == "learning"
+
+
+def test_what_stopped_early_is_told_to_wait_longer_not_to_train_longer() -> None:
+    told = read_curve(made("learning", 1), Training(), stopped_early=True)
+    assert told.next_command == "ftkit train --set training.early_stopping_patience=6"
+
+
+def test_of_one_step_more_evaluations_cannot_be_had() -> None:
+    curve = [point for point in made("learning", 1) if point.step <= 1]
+    assert read_curve(curve, Training(max_steps=1)).next_command == "ftkit train --set training.max_steps=6"
