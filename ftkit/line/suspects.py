@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -139,14 +140,19 @@ def _suspect(job: Job, tokenizer: Any, judged: _Judged, answer: str | None) -> S
     rule, row = job.recipe.evaluate, judged.row
     otherwise = answer is not None and not is_right(expected(tokenizer, row), answer, rule)
     return Suspect(
-        place=row.where,
+        place=_from(job, row.where),
         score=round(judged.score + (ANSWERED_OTHERWISE if otherwise else 0), 2),
         likely=otherwise and is_readable(answer or "", rule) and judged.score >= LIKELY,
         label=judged.label,
         answer=None if answer is None else counted_text(rule, answer),
         probabilities=tuple(round(p, 4) for p in judged.signs.probabilities),
-        contradicts=tuple(judged.contradicts),
+        contradicts=tuple(_from(job, place) for place in judged.contradicts),
     )
+
+
+def _from(job: Job, place: str) -> str:
+    """A place from the recipe's folder, where it lies below that: so it stays where it is when the folder is moved."""
+    return place.removeprefix(f"{job.folder}{os.sep}")
 
 
 def _load(job: Job, trained: Made[Any]) -> Any:
@@ -166,7 +172,7 @@ def to_correct(job: Job, suspects: Sequence[Suspect]) -> Iterator[dict[str, Any]
     rows: dict[str, Any] = {}
     for path in chain.from_iterable(data_paths(files) for purpose, files in job.data.items() if purpose != "test"):
         for _, place, value in values(path):
-            if (where := f"{path}, {place}") in wanted:
+            if (where := _from(job, f"{path}, {place}")) in wanted:
                 rows[where] = value
     for where, each in wanted.items():
         signs_of = {"place": where, "score": each.score, "likely": each.likely, "label": each.label, "answer": each.answer}

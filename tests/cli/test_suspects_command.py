@@ -44,7 +44,7 @@ def test_the_rows_that_stand_out_are_listed_and_written(
     assert shown.exit_code == 0, shown.output
     assert "asking the trained model: 10/10" in shown.stderr or "asking the trained model: 9/9" in shown.stderr
     assert "of 14 rows are likely mislabelled, 10 are listed." in shown.stdout
-    first, second = (f"{tmp_path / 'train.jsonl'}, line {line}" for line in (10, 11))
+    first, second = (f"train.jsonl, line {line}" for line in (10, 11))
     assert f"{first}: the same question has another answer in {second}" in shown.stdout
     told = json.loads(ftkit("data", "runs/recipe", "--suspects", "--json").stdout)
     assert told["from_training"]
