@@ -99,7 +99,8 @@ def read_curve(
     steadily = len(late) > 2 and bool((np.diff(late) < -LEAST * level).all())  # a bend is no noise
     if steadily or falls > max(LEAST * level / 2, 2 * noise * (12 / len(late)) ** 0.5 if len(validation) >= FEWEST_TO_ZIGZAG else least):
         more = _set("early_stopping_patience", 2 * training.early_stopping_patience) if stopped_early else _longer(training)
-        return Verdict("learning", f"the validation loss still fell, by {falls / level:.0%} lately", next_command=more if ended else None)
+        by = falls / max(float(late[0]), LEAST_LOSS)
+        return Verdict("learning", f"the validation loss still fell, by {by:.0%} lately", next_command=more if ended else None)
     if not ended and max_steps and curve[-1].step < EARLY * max_steps:
         return Verdict("too few to tell", f"neither loss moves now, after less than {EARLY:.0%} of the steps")
     moved = max(validation[0] - validation.min(), _learnt(losses))
