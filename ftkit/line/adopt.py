@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.data.template import begins_with_bos, is_dated, render, token_ids
-from ftkit.engines import llamacpp
+from ftkit.engines import hf, llamacpp
 from ftkit.errors import ModelError, RecipeError
 from ftkit.files import link
 from ftkit.gguf.types import gguf_model
@@ -233,6 +233,17 @@ def sizes(job: Job) -> Sizes | None:
 def trained_tokenizer(job: Job, trained: Made[Any]) -> Any:
     """The tokenizer that was trained with, its template as the recipe has it."""
     return _tokenizer(job, trained.folder) if job.given else tokenizer_of(job, base_folder(job), base=True)
+
+
+def trained_model(job: Job, trained: Made[Any]) -> Any:
+    """The trained model as training had it, so that no more memory is needed: an adapter on the base that it was trained on."""
+    recipe, full = job.recipe, job.recipe.training.method == "full"
+    folder = trained.folder / MODEL if full else base_folder(job)
+    cuda, dtype = computes_on(job, hf.model_type(folder))
+    how: dict[str, Any] = {"dtype": dtype, "cuda": cuda, "trust_remote_code": recipe.trust_remote_code}
+    if full:
+        return hf.load_model(folder, None, **how)
+    return hf.load_adapted(folder, trained.folder / ADAPTER, recipe.training.method, **how)
 
 
 def _follows_from(job: Job) -> list[Any]:

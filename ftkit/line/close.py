@@ -16,7 +16,7 @@ from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import DoesNotFitError, ModelError, ToolFailedError
 from ftkit.gguf.files import GgufFile
-from ftkit.line.adopt import ADAPTER, ADOPT
+from ftkit.line.adopt import ADOPT, trained_model
 from ftkit.line.ask import ASK
 from ftkit.line.behaviour import (
     CHOICE,
@@ -29,7 +29,7 @@ from ftkit.line.behaviour import (
     with_bar,
 )
 from ftkit.line.gguf import GGUF, QUANTISE, Converted
-from ftkit.line.job import Job, base_folder, computes_on, read_data, tokenizer_of
+from ftkit.line.job import Job, computes_on, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step
 from ftkit.line.train import TRAIN
@@ -74,7 +74,7 @@ def _closed(
         raise ModelError("The trained model was not looked at token by token.", "look again: ftkit ship --from ask")
     _, others = choice_and_others(job, read_data(job))
     answers = given_rows(tokenizer, others, recipe.training.max_length, recipe.ship.closing_steps * ROWS_A_STEP)
-    teacher = _teacher(job, trained)
+    teacher = trained_model(job, trained)
     told = with_bar(job, "reading answers as trained", answers, logits.of_model(teacher, answers))
     lessons = [Lesson(row, distribution(found)) for row, found in zip(answers, told, strict=True)]
     del teacher
@@ -125,18 +125,6 @@ def _outside(job: Job, tokenizer: Any, converted: Made[Converted]) -> list[Lesso
     rows = outside_rows(tokenizer, OUTSIDE_ROWS, after=OUTSIDE_CHARACTERS, every=4)
     told = with_bar(job, "reading text outside the task", rows, logits.of_file(converted.folder / file.path, rows))
     return [Lesson(row, distribution(found)) for row, found in zip(rows, told, strict=True)]
-
-
-def _teacher(job: Job, trained: Made[Any]) -> Any:
-    """The trained model: an adapter on the base that it was trained on, as it was."""
-    base, recipe = base_folder(job), job.recipe
-    cuda, dtype = computes_on(job, hf.model_type(base))
-    if recipe.training.method == "full":
-        return hf.load_model(trained.folder / MODEL, None, dtype=dtype, cuda=cuda, trust_remote_code=recipe.trust_remote_code)
-    return hf.load_adapted(
-        base, trained.folder / ADAPTER, recipe.training.method, dtype=dtype, cuda=cuda,
-        trust_remote_code=recipe.trust_remote_code,
-    )  # fmt: skip
 
 
 def _prompt(row: Forced) -> Forced:

@@ -19,10 +19,9 @@ from ftkit.data.turns import expected, question
 from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import RunError
-from ftkit.line.adopt import ADAPTER
+from ftkit.line.adopt import trained_model
 from ftkit.line.behaviour import with_bar
-from ftkit.line.job import Job, base_folder, computes_on, data_paths, read_data, tokenizer_of
-from ftkit.line.merge import MODEL
+from ftkit.line.job import Job, base_folder, data_paths, read_data, tokenizer_of
 from ftkit.line.step import Made, Step, ensure, find, write_json
 from ftkit.line.train import TRAIN
 from ftkit.proof.score import counted_text, is_readable, is_right
@@ -85,7 +84,7 @@ def _make(job: Job, folder: Path, trained: Made[Any]) -> Suspects:
         for example in cut(examples_of(tokenizer, row), job.recipe.training.max_length):
             keys[-1].append(key := row_key(example.input_ids))
             counted[key], examples[key] = counting(tokenizer, example, counted_text(job.recipe.evaluate, row.answer)), example
-    model = _load(job, trained)
+    model = trained_model(job, trained)
     seen = read_seen(trained.folder / SEEN)
     if not len(seen):
         job.reporter.warn(
@@ -153,17 +152,6 @@ def _suspect(job: Job, tokenizer: Any, judged: _Judged, answer: str | None) -> S
 def _from(job: Job, place: str) -> str:
     """A place from the recipe's folder, where it lies below that: so it stays where it is when the folder is moved."""
     return place.removeprefix(f"{job.folder}{os.sep}")
-
-
-def _load(job: Job, trained: Made[Any]) -> Any:
-    """The trained model as training had it, so that no more memory is needed."""
-    recipe, full = job.recipe, job.recipe.training.method == "full"
-    folder = trained.folder / MODEL if full else base_folder(job)
-    cuda, dtype = computes_on(job, hf.model_type(folder))
-    how: dict[str, Any] = {"dtype": dtype, "cuda": cuda, "trust_remote_code": recipe.trust_remote_code}
-    if full:
-        return hf.load_model(folder, None, **how)
-    return hf.load_adapted(folder, trained.folder / ADAPTER, recipe.training.method, **how)
 
 
 def to_correct(job: Job, suspects: Sequence[Suspect]) -> Iterator[dict[str, Any]]:
