@@ -14,9 +14,13 @@ from typing import Any
 import families
 import hub as hubs
 import pytest
+import tiny
 from click.testing import CliRunner, Result
 
 from ftkit.cli import main
+from ftkit.data.mask import tokenise
+from ftkit.data.rows import Example, Row
+from ftkit.engines import hf
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -72,6 +76,23 @@ def conversations() -> list[dict[str, Any]]:
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
     return conversations()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, which tests that need another one make themselves."""
+    return tiny.make_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> Any:
+    return hf.load_tokenizer(model)
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer: Any) -> list[Example]:
+    """The conversations, as they are trained on."""
+    return list(tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(conversations(), 1)]))
 
 
 @pytest.fixture

@@ -32,28 +32,25 @@ def in_micro_batches(kind: Any, settings: Settings) -> Any:
                 num_items_in_batch = (
                     num_items_in_batch / count if has_rows else torch.full_like(num_items_in_batch, math.inf, dtype=torch.float64)
                 )
-            together = self.rows_together(inputs)
-            for n, part in enumerate(self.micro_batches(inputs, together), 1):
-                with nullcontext() if n == len(together) else self.accelerator.no_sync(model):
+            for part, is_last in self.micro_batches(inputs):
+                with nullcontext() if is_last else self.accelerator.no_sync(model):
                     losses.append(super().training_step(model, part, num_items_in_batch))
             return torch.stack(losses).sum()
 
-        def micro_batches(self, inputs: Mapping[str, Any], together: list[list[int]] | None = None) -> Iterator[dict[str, Any]]:
-            lengths = inputs["attention_mask"].sum(1).tolist()
-            for rows in self.rows_together(inputs) if together is None else together:
-                if self.packing:
-                    yield pack([{name: inputs[name][row, : lengths[row]].tolist() for name in ("input_ids", "labels")} for row in rows])
-                else:
-                    longest = max(lengths[row] for row in rows)
-                    yield {name: tensor[rows, :longest] for name, tensor in inputs.items()}
-
-        def rows_together(self, inputs: Mapping[str, Any]) -> list[list[int]]:
-            """Which of the step's rows this process takes at once."""
+        def micro_batches(self, inputs: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
+            """Those of the step's rows that this process takes, and whether it is the last."""
             counts = torch.stack([inputs["attention_mask"].sum(1), (inputs["labels"] != IGNORED).sum(1)])
             lengths, learnt = counts.tolist()  # at once: it waits for a GPU
             own = share(len(lengths), ranks.rank(), ranks.world_size())
             found = _split([lengths[row] for row in own], [learnt[row] for row in own], settings, packed=self.packing)
-            return [[own[place] for place in places] for places in found]
+            for n, places in enumerate(found, 1):
+                rows = [own[place] for place in places]
+                if self.packing:
+                    part = pack([{name: inputs[name][row, : lengths[row]].tolist() for name in ("input_ids", "labels")} for row in rows])
+                else:
+                    longest = max(lengths[row] for row in rows)
+                    part = {name: tensor[rows, :longest] for name, tensor in inputs.items()}
+                yield part, n == len(found)
 
     return Trainer
 

@@ -21,7 +21,7 @@ from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Recipe
 from ftkit.run import CHECKPOINTS
 from ftkit.train.answers import RIGHT, Asked, make_scorer
-from ftkit.train.arguments import Settings, arguments
+from ftkit.train.arguments import Settings
 from ftkit.train.checkpoints import (
     CONTROL,
     STOPPER,
@@ -118,7 +118,7 @@ def train(
     lengths = token_counts(training)
     checkpoints = (stage or folder).absolute() / CHECKPOINTS  # the trainer keeps their paths
     drive = Drive(checkpoints, folder.absolute() / CHECKPOINTS, reporter) if stage else None
-    rate = float(arguments(recipe.training, settings, len(training), checkpoints)["learning_rate"])
+    rate = recipe.training.peak_learning_rate
     device, retries = choose_device().name, read_retries(folder)
     if ranks.is_first():
         drop_broken_checkpoints(checkpoints, reporter, read=True)

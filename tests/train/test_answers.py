@@ -13,8 +13,7 @@ import tiny
 from click.testing import Result
 from conftest import conversations
 
-from ftkit.data.mask import tokenise
-from ftkit.data.rows import Example, Row
+from ftkit.data.rows import Example
 from ftkit.engines import hf
 from ftkit.errors import InterruptedRunError, RecipeError
 from ftkit.files import file_fingerprint
@@ -27,21 +26,6 @@ from ftkit.train.answers import Asked
 from ftkit.train.training import train
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model: Path) -> Any:
-    return hf.load_tokenizer(model)
-
-
-@pytest.fixture(scope="module")
-def examples(tokenizer: Any) -> list[Example]:
-    return list(tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(conversations(), 1)]))
 
 
 QUESTIONS = [[{"role": "user", "content": f"What is {n} plus {n}?"}] for n in range(3)]

@@ -19,7 +19,6 @@ from conftest import REPOSITORY, conversations
 
 from ftkit.data.mask import tokenise
 from ftkit.data.rows import Example, Row
-from ftkit.engines import hf
 from ftkit.errors import InterruptedRunError, RunError
 from ftkit.files import file_fingerprint, size_bytes
 from ftkit.progress import SilentReporter
@@ -43,21 +42,6 @@ class Says(SilentReporter):
             raise KeyboardInterrupt
 
     warn = note
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model: Path) -> Any:
-    return hf.load_tokenizer(model)
-
-
-@pytest.fixture(scope="module")
-def examples(tokenizer: Any) -> list[Example]:
-    return list(tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(conversations(), 1)]))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from ftkit.data.mask import learnt
 from ftkit.data.rows import Pair, Row
-from ftkit.engines import hf
 from ftkit.errors import InterruptedRunError
 from ftkit.progress import Bar, SilentReporter
 from ftkit.recipe import Dpo, Recipe
@@ -33,16 +32,6 @@ def preferences(count: int = 12) -> list[Row]:
     """Polite answers against curt ones, to questions of several lengths."""
     asked = ({"role": "user", "content": f"What is {n} plus {'1' * (1 + n % 5)}?"} for n in range(count))
     return [Row((question, says(f"It is {n}, with pleasure.")), n, rejected=says(f"{n}!")) for n, question in enumerate(asked, 1)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model: Path) -> Any:
-    return hf.load_tokenizer(model)
 
 
 @pytest.fixture

@@ -16,9 +16,7 @@ from click.testing import Result
 from conftest import conversations
 
 from ftkit.data.lengths import RIDGE_TOKENS
-from ftkit.data.mask import tokenise
-from ftkit.data.rows import Example, Row
-from ftkit.engines import hf
+from ftkit.data.rows import Example
 from ftkit.errors import DoesNotFitError, InterruptedRunError, TrainingDivergedError
 from ftkit.files import file_fingerprint
 from ftkit.progress import SILENT, Bar, Reporter, SilentReporter
@@ -27,21 +25,6 @@ from ftkit.train.retry import RETRIES, Retry, read_retries, settings_of, smaller
 from ftkit.train.training import TrainResult, train
 
 pytestmark = pytest.mark.torch
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model: Path) -> Any:
-    return hf.load_tokenizer(model)
-
-
-@pytest.fixture(scope="module")
-def examples(tokenizer: Any) -> list[Example]:
-    return list(tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(conversations(), 1)]))
 
 
 def settings(batch: int, accumulation: int) -> Settings:

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from conftest import conversations
 
-from ftkit.data.mask import tokenise
-from ftkit.data.rows import IGNORED, Example, Row
+from ftkit.data.rows import IGNORED, Example
 from ftkit.engines import hf
 from ftkit.errors import InterruptedRunError
 from ftkit.files import file_fingerprint
@@ -32,16 +30,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.set_num_threads(1)
     return tiny.make_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model: Path) -> Any:
-    return hf.load_tokenizer(model)
-
-
-@pytest.fixture(scope="module")
-def examples(tokenizer: Any) -> list[Example]:
-    return list(tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(conversations(), 1)]))
 
 
 class StopAt(SilentReporter):

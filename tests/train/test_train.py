@@ -19,7 +19,6 @@ from ftkit import patches
 from ftkit.data.lengths import batching, grouped_batch_tokens
 from ftkit.data.mask import tokenise
 from ftkit.data.rows import IGNORED, Example, Row
-from ftkit.engines import hf
 from ftkit.errors import InterruptedRunError, RunError, ToolFailedError, TrainingDivergedError
 from ftkit.files import file_fingerprint
 from ftkit.memory.model import Skeleton
@@ -38,16 +37,6 @@ pytestmark = [
     # PyTorch's and the libraries' own deprecations, which are theirs to mend; any other warning fails the test.
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model: Path) -> Any:
-    return hf.load_tokenizer(model)
 
 
 @pytest.fixture
@@ -524,7 +513,7 @@ def test_padding_is_what_the_trainer_pads(model: Path, tokenizer: Any, tmp_path:
         recipe = tiny.recipe(model, method="lora", effective_batch_size=8, seed=7)
         trainer = build_trainer(recipe, settings, model, tokenizer, examples, examples[:1], tmp_path)
         given = list(trainer.get_train_dataloader())
-        real = [part["input_ids"].numel() for step in given for part in trainer.micro_batches(step)]
+        real = [part["input_ids"].numel() for step in given for part, _ in trainer.micro_batches(step)]
         assert grouped_batch_tokens(lengths, batch, batch * accumulation, 7, max_tokens) == real
         seen[max_tokens or batch] = sum(real)
         steps.append([step["attention_mask"].sum(1).tolist() for step in given])

@@ -104,11 +104,6 @@ def test_the_trend_of_a_straight_line_is_that_line_to_its_ends() -> None:
     assert max(abs(a - b) for a, b in zip(smoothed(zigzag)[5:-5], line[5:-5], strict=True)) < 0.05
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_model(tmp_path_factory.mktemp("tiny"))
-
-
 COLOURS = ("red", "green", "blue", "black")
 
 
