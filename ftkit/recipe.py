@@ -290,6 +290,9 @@ class Ship(Group):
     keep: Annotated[float, Field(ge=0, le=100)] = Field(
         default=95.0, description="percent of what training gained on held-out answers, in loss a token, that the shipped file must keep"
     )
+    transfer_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="train a QLoRA adapter on the 16-bit source, before it is merged into it, for at most so many steps"
+    )
     closing_steps: Annotated[int, Field(ge=0)] = Field(
         default=0, description="train norms and biases of the shipped file for at most so many steps, towards the trained model"
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ftkit.close.student import Lossless, running
+from ftkit.close.student import running
 from ftkit.engines.logits import Forced
 
 if TYPE_CHECKING:
@@ -71,6 +71,14 @@ class Lesson:
     prompted: Distribution | None = None
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A parameter, and by how much AdamW moves each of its numbers a step, at most."""
+
+    parameter: torch.nn.Parameter
+    rate: float
+
+
 def mean_divergence(logits: Iterable[np.ndarray[Any, Any]], lessons: Sequence[Lesson]) -> float:
     """A token of the answers, of a form of the model that is given them."""
     import torch
@@ -81,7 +89,7 @@ def mean_divergence(logits: Iterable[np.ndarray[Any, Any]], lessons: Sequence[Le
 
 def close(
     student: PreTrainedModel,
-    vectors: Sequence[Lossless],
+    trained: Sequence[Trained],
     lessons: Sequence[Lesson],
     outside: Sequence[Lesson],
     steps: int,
@@ -91,7 +99,7 @@ def close(
     seed: int = 0,
     told: Callable[[int, float], None] = lambda *_: None,
 ) -> tuple[int, float]:
-    """Train `vectors`; (steps of the best, what `measured` said of it), whose values they then have.
+    """Train some parameters of a model; (steps of the best, what `measured` said of it), whose values they then have.
 
     `lessons`: of answers; `outside`: of text that has nothing to do with the task, or none.
 
@@ -100,8 +108,8 @@ def close(
     """
     import torch
 
-    best, best_step, best_values = first, 0, [vector.parameter.detach().clone() for vector in vectors]
-    groups = [{"params": [vector.parameter.requires_grad_()], "lr": RATE * vector.scale} for vector in vectors]
+    best, best_step, best_values = first, 0, [one.parameter.detach().clone() for one in trained]
+    groups = [{"params": [one.parameter.requires_grad_()], "lr": one.rate} for one in trained]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: min(1.0, (n + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, n / steps)))
@@ -121,12 +129,12 @@ def close(
             told(step, now)
             worse = 0 if now < best else worse + 1
             if now < best:
-                best, best_step, best_values = now, step, [vector.parameter.detach().clone() for vector in vectors]
+                best, best_step, best_values = now, step, [one.parameter.detach().clone() for one in trained]
             if worse == 2:
                 break
     with torch.no_grad():
-        for vector, value in zip(vectors, best_values, strict=True):
-            vector.parameter.copy_(value)
+        for one, value in zip(trained, best_values, strict=True):
+            one.parameter.copy_(value)
     return best_step, best
 
 

@@ -127,15 +127,17 @@ def load_model(folder: Path, method: Method | None, *, dtype: Dtype, cuda: bool,
     return model
 
 
-def load_adapted(folder: Path, adapter: Path, method: Method, *, dtype: Dtype, cuda: bool, trust_remote_code: bool = False) -> PeftModel:
-    """The base as `method` trains it, with an adapter in it."""
+def load_adapted(
+    folder: Path, adapter: Path, method: Method, *, dtype: Dtype, cuda: bool, trust_remote_code: bool = False, learns: bool = False
+) -> PeftModel:
+    """The base as `method` trains it, with an adapter in it, which is asked, or `learns`."""
     from peft import PeftModel
 
     base = load_model(folder, method, dtype=dtype, cuda=cuda, trust_remote_code=trust_remote_code)
     if (rows := embedding_rows(adapter)) > base.get_input_embeddings().weight.shape[0]:  # for tokens that training added
         base.resize_token_embeddings(rows, mean_resizing=False)
     with adaptable(base):
-        return PeftModel.from_pretrained(base, adapter)
+        return PeftModel.from_pretrained(base, adapter, is_trainable=learns)
 
 
 def out_of_memory(error: BaseException, what: str) -> DoesNotFitError | None:

@@ -23,6 +23,7 @@ from ftkit.line.gguf import corrections_of
 from ftkit.line.job import Job, base_folder, tokenizer_of
 from ftkit.line.step import Made, Step, find
 from ftkit.line.train import TRAIN
+from ftkit.line.transfer import TRANSFER, Transferred, adapter_of
 from ftkit.machine.llama_cpp import LORA_CONVERTER, need_converter
 from ftkit.model.source import weight_files
 from ftkit.plan.cost import LOOKED_AT_BYTES, of_adapting
@@ -46,12 +47,12 @@ class Adapted:
     why_not: str | None  # looked at beside none
 
 
-def _make(job: Job, folder: Path, trained: Made[Any], asked: Made[Asked]) -> Adapted:
+def _make(job: Job, folder: Path, trained: Made[Any], asked: Made[Asked], fitted: Made[Transferred] | None = None) -> Adapted:
     """Raises ModelError for what a GGUF LoRA cannot hold, and for an adapter that is not of the base."""
     script, base = need_converter(job.llama_cpp_dir, LORA_CONVERTER), base_folder(job)
     path = folder / f"{job.recipe.ship.name.replace(':', '-')}-lora.gguf"
     with_code = job.recipe.trust_remote_code
-    made = convert_adapter(trained.folder / "adapter", base, path, script, trust_remote_code=with_code, reporter=job.reporter)
+    made = convert_adapter(adapter_of(trained, fitted), base, path, script, trust_remote_code=with_code, reporter=job.reporter)
     tokenizer, template = trained_tokenizer(job, trained), None
     if tokenizer.chat_template != tokenizer_of(job, base).chat_template:
         template = path.with_suffix(".jinja")
@@ -85,7 +86,7 @@ ADAPTER = Step(
     does="the adapter alone, beside a GGUF of the base",
     command="ftkit ship",
     result=Adapted,
-    after=(TRAIN, ADOPT, ASK),
+    after=(TRAIN, ADOPT, ASK, TRANSFER),
     costs=of_adapting,
     make=_make,
     applies=lambda job: job.recipe.ship.adapter,

@@ -58,10 +58,9 @@ def refuse(job: Job) -> None:
         raise RecipeError(
             "ship.closing_steps: a GGUF has no trained model beside it to be closed towards.", "ship the folder that it was made of"
         )
-    if ship.closing_steps and not {"train", "test"} <= job.data.keys():
-        raise RecipeError(
-            "ship.closing_steps: closing learns from some rows, and is judged on others.", "name both: --data FILE --test FILE"
-        )
+    for key in ("transfer_steps", "closing_steps"):
+        if getattr(ship, key) and not {"train", "test"} <= job.data.keys():
+            raise RecipeError(f"ship.{key}: it learns from some rows, and is judged on others.", "name both: --data FILE --test FILE")
 
 
 def _make(job: Job, folder: Path) -> Adopted:

@@ -1,4 +1,4 @@
-"""The steps `ask` and `reask`: the held-out questions, asked before and as trained, and of the merged model."""
+"""The step `ask`: the held-out questions, asked before and as trained."""
 
 from __future__ import annotations
 
@@ -15,30 +15,26 @@ from ftkit.data.turns import answer_reader, expected, question
 from ftkit.engines import hf, llamacpp, logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import DoesNotFitError
-from ftkit.line.adopt import ADAPTER, ADOPT, trained_by, trained_tokenizer
+from ftkit.line.adopt import ADAPTER, ADOPT, MODEL, trained_tokenizer
 from ftkit.line.behaviour import (
     CHOICE,
     CHOICE_ROWS,
-    MERGED,
     OUTSIDE,
     PAIRS,
     TRAINED,
     WHAT,
     choice_and_others,
     given_rows,
-    measure_form,
     measure_model,
     outside_rows,
     pair_rows,
     write,
 )
-from ftkit.line.gguf import GGUF, Converted
-from ftkit.line.job import Job, Onto, base_folder, computes_on, read_data, tokenizer_of
-from ftkit.line.merge import MERGE, MODEL, Merged
+from ftkit.line.job import Job, base_folder, computes_on, read_data
 from ftkit.line.plan import expected_answers
-from ftkit.line.step import Made, Step, fingerprint_of, write_json
+from ftkit.line.step import Made, Step, write_json
 from ftkit.line.train import TRAIN
-from ftkit.plan.cost import of_asking, of_asking_merged
+from ftkit.plan.cost import of_asking
 from ftkit.proof.behaviour import Behaviour
 from ftkit.proof.score import refuse_unreadable
 
@@ -173,50 +169,4 @@ ASK = Step(
     follows_from=_held_out,
     costs=of_asking,
     make=_ask,
-)
-
-
-@dataclass(frozen=True)
-class AskedMerged:
-    """Which merge was asked, and through which type of file; None: each was larger than this machine's memory."""
-
-    onto: Onto
-    asked_as: str | None
-
-
-def _ask_merged(job: Job, folder: Path, asked: Made[Asked], converted: Made[Converted], merged: Made[Merged]) -> AskedMerged:
-    """Through its GGUF, a mapped file: F16, or Q8_0 where the machine's memory is too small for that."""
-    file = converted.result.in_memory()
-    answers: dict[str, list[str]] = {}
-    read = answer_reader(tokenizer_of(job, merged.folder / MODEL))
-    if job.given and not job.data:
-        file = None
-    elif file:
-        with llamacpp.load(converted.folder / file.path, job.recipe.ship.num_ctx) as engine:
-            answers["merged"] = engine.answer(
-                read_questions(asked).questions,
-                job.recipe.ship.max_new_tokens,
-                read,
-                label=f"asking the merged model ({file.quantization})",
-                reporter=job.reporter,
-            )
-        measure_form(job, folder, MERGED, converted.folder / file.path, asked.folder)
-    else:
-        job.reporter.warn("the merged model is not asked: each of its files is larger than this machine's memory")
-    write_json(folder / ANSWERS, asdict(Answers(answers)))
-    return AskedMerged(job.onto, file.quantization if file else None)
-
-
-REASK = Step(
-    name="reask",
-    does="answers of the merge",
-    command="ftkit ship",
-    result=AskedMerged,
-    after=(ASK,),
-    needs=(GGUF, MERGE),
-    follows_from=lambda job: [fingerprint_of(job, trained_by(job)), job.onto],
-    costs=of_asking_merged,
-    make=_ask_merged,
-    applies=lambda job: not job.given or job.given.kind != "gguf",  # which is merged with nothing
-    keep=True,
 )

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftkit.close.closing import ROWS_A_STEP, Lesson, close, distribution, mean_divergence
+from ftkit.close.closing import RATE, ROWS_A_STEP, Lesson, Trained, close, distribution, mean_divergence
 from ftkit.close.student import load_student, lossless, running, write_back
 from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
@@ -105,7 +105,8 @@ def _closed(
     numbers, steps = sum(vector.parameter.numel() for vector in vectors), recipe.ship.closing_steps
     job.reporter.step(f"closing {path.name}: {numbers:,} numbers of {len(vectors)} vectors, at most {steps} steps")
     with job.reporter.bar("closing", steps) as bar:
-        learn = partial(close, student, vectors, lessons, outside, steps, measured, first)
+        trained_ones = [Trained(vector.parameter, RATE * vector.scale) for vector in vectors]
+        learn = partial(close, student, trained_ones, lessons, outside, steps, measured, first)
         done, _ = learn(seed=recipe.training.seed, told=lambda step, _: bar.update(step))
     target = folder / path.name
     write_back(path, vectors, target)

@@ -15,7 +15,7 @@ from ftkit.gguf.files import GgufFile
 from ftkit.line.adapter import ADAPTER, ServedAdapter, adapter_files, judge_adapter, refuse_adapter, served
 from ftkit.line.adopt import ADOPT, Adopted, refuse, trained_by
 from ftkit.line.adopt import sizes as adopted_sizes
-from ftkit.line.ask import ASK, REASK, refuse_rule
+from ftkit.line.ask import ASK, refuse_rule
 from ftkit.line.choose import WEIGH, Weighed, candidates, is_smallest, of_type, trials
 from ftkit.line.close import CLOSE, Closed, shipping
 from ftkit.line.gguf import GGUF, IMATRIX, QUANTISE, refuse_missing_imatrix
@@ -23,11 +23,13 @@ from ftkit.line.job import Job, Onto
 from ftkit.line.merge import MERGE
 from ftkit.line.plan import PLAN, recorded
 from ftkit.line.prove import PROOF, PROVE, Form, Proof, judge, judged, loses_gain
+from ftkit.line.reask import REASK
 from ftkit.line.record import hand_over
 from ftkit.line.register import REGISTER, refuse_anothers_name, register_shipped, write_modelfile
 from ftkit.line.shortage import Shortage, refuse_shortages, shortages
 from ftkit.line.step import Made, Step, ensure, find, fingerprint_of
 from ftkit.line.train import TRAIN, Trained, goes_on_smaller, train_beside
+from ftkit.line.transfer import TRANSFER
 from ftkit.machine import device, ranks
 from ftkit.machine.llama_cpp import need_converter
 from ftkit.model.open import bytes_to_fetch
@@ -40,7 +42,7 @@ from ftkit.run import discard
 from ftkit.train.reporting import refuse_missing_reporters
 from ftkit.units import bytes_text
 
-LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ADOPT, ASK, MERGE, GGUF, REASK, IMATRIX, QUANTISE, CLOSE, PROVE, ADAPTER, REGISTER)
+LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ADOPT, ASK, TRANSFER, MERGE, GGUF, REASK, IMATRIX, QUANTISE, CLOSE, PROVE, ADAPTER, REGISTER)
 
 
 @dataclass(frozen=True)

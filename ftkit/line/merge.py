@@ -9,10 +9,11 @@ from typing import Any
 
 from ftkit.data.stops import seal
 from ftkit.engines import hf
-from ftkit.line.adopt import ADAPTER, ADOPT, MODEL, TOKENIZER, lay_out, trained_tokenizer
+from ftkit.line.adopt import ADOPT, MODEL, TOKENIZER, lay_out, trained_tokenizer
 from ftkit.line.job import Job, Onto, base_folder, computes_on
 from ftkit.line.step import Made, Step
 from ftkit.line.train import TRAIN
+from ftkit.line.transfer import TRANSFER, Transferred, adapter_of
 from ftkit.merge.stream import merge
 from ftkit.model.given import tokenizer_files
 from ftkit.model.source import drop_code
@@ -30,7 +31,7 @@ class Merged:
     stops: tuple[int, ...]
 
 
-def _make(job: Job, folder: Path, trained: Made[Any]) -> Merged:
+def _make(job: Job, folder: Path, trained: Made[Any], fitted: Made[Transferred] | None = None) -> Merged:
     target, tokenizer = folder / MODEL, trained_tokenizer(job, trained)
     if job.given and job.given.kind != "adapter":
         lay_out(trained.folder / MODEL, target, with_code=job.recipe.trust_remote_code)
@@ -49,7 +50,7 @@ def _make(job: Job, folder: Path, trained: Made[Any]) -> Merged:
     _, dtype = computes_on(job, hf.model_type(base))
     merge(
         base,
-        trained.folder / ADAPTER,
+        adapter_of(trained, fitted),
         target,
         onto=job.onto,
         dtype=dtype,
@@ -61,7 +62,8 @@ def _make(job: Job, folder: Path, trained: Made[Any]) -> Merged:
             file.unlink()
         for file in tokenizer_files(trained.folder / TOKENIZER):
             shutil.copyfile(file, target / file.name)
-    return Merged(ONTO_WORDS[job.onto], tuple(seal(target, tokenizer)))
+    words = f"{ONTO_WORDS[job.onto]}, {fitted.result.words}" if fitted else ONTO_WORDS[job.onto]
+    return Merged(words, tuple(seal(target, tokenizer)))
 
 
 MERGE = Step(
@@ -69,7 +71,7 @@ MERGE = Step(
     does="the trained model in 16 bits",
     command="ftkit ship",
     result=Merged,
-    after=(TRAIN, ADOPT),
+    after=(TRAIN, ADOPT, TRANSFER),
     follows_from=lambda job: [job.onto],
     costs=of_merging,
     make=_make,

@@ -9,11 +9,12 @@ from ftkit.data.rows import Message
 from ftkit.files import file_fingerprint
 from ftkit.gguf.files import GgufFile
 from ftkit.line import behaviour
-from ftkit.line.ask import ASK, REASK, read_answers, read_questions
+from ftkit.line.ask import ASK, read_answers, read_questions
 from ftkit.line.behaviour import MERGED, SHIPPED
 from ftkit.line.job import Job
 from ftkit.line.line import Shipped, states
 from ftkit.line.prove import PROVE, SCORE_NAMES
+from ftkit.line.reask import REASK
 from ftkit.line.step import Made
 from ftkit.line.train import TRAIN
 from ftkit.proof.record import CARD, PROBES, read_record

@@ -17,12 +17,13 @@ from ftkit.engines import llamacpp
 from ftkit.engines.logits import Forced
 from ftkit.errors import ProofError, ToolFailedError
 from ftkit.line import behaviour
-from ftkit.line.ask import ANSWERS, ASK, REASK, Answers, Asked, AskedMerged, read_answers, read_questions
+from ftkit.line.ask import ANSWERS, ASK, Answers, Asked, read_answers, read_questions
 from ftkit.line.behaviour import MERGED, OUTSIDE, PAIRS, SHIPPED, TRAINED, measure_form
 from ftkit.line.close import CLOSE, Shipping, shipping
 from ftkit.line.gguf import GGUF, QUANTISE, Converted
 from ftkit.line.job import Job, Onto, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
+from ftkit.line.reask import REASK, AskedMerged
 from ftkit.line.step import Made, Step, find, write_json
 from ftkit.model.source import open_gguf
 from ftkit.plan.cost import of_proving

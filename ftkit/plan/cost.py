@@ -107,6 +107,16 @@ def of_asking(sizes: Sizes) -> tuple[Cost, ...]:
     return (Cost("ask", ram, asking if on_cuda else 0, LOGITS_BYTES, RUN_FOLDER, read, needed=False),)
 
 
+def of_transferring(sizes: Sizes) -> tuple[Cost, ...]:
+    """The source's weights in the format that is computed in, and of a training step all but its own weights."""
+    if not sizes.ship.transfer_steps or sizes.counted.method != "qlora":
+        return ()
+    on_cuda, adapter = sizes.vram_bytes is not None, adapter_file_bytes(sizes.counted)
+    peak = sizes.training_bytes - sizes.counted.weights_bytes + sizes.compute_bytes * sizes.counted.parameters
+    ram, vram, read = FTKIT_BYTES + (0 if on_cuda else peak), peak if on_cuda else 0, 2 * (sizes.model_bytes + adapter)
+    return (Cost("fit to the source", ram, vram, adapter, RUN_FOLDER, read, needed=False),)
+
+
 def of_merging(sizes: Sizes) -> tuple[Cost, ...]:
     """Where a merge into the source loses too much, merge and conversion are made twice, one after the other."""
     if sizes.counted.method == "full":
