@@ -1,1 +1,1 @@
-"""A quantised file comes nearer to the trained model, by the numbers that it stores without loss."""
+"""A form of the model comes nearer to the trained one: a quantised file, or an adapter on the 16-bit source."""
