@@ -48,7 +48,7 @@ def make(kind: str, folder: Path, spare_rows: int = 0) -> Any:
     if kind == "llama":
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=len(words) + spare_rows))
     elif kind == "gemma4":
-        model = transformers.Gemma4ForCausalLM(gemma4_text(len(words)))
+        model = transformers.Gemma4ForCausalLM(gemma4_text(len(words) + spare_rows))
     else:
         vision = transformers.Gemma4VisionConfig(
             hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=32,

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import ModelError
 from ftkit.machine.call import call
@@ -51,6 +51,8 @@ def convert(model: Path, path: Path, quantization: str, converter: Found, report
     reporter.step(f"converting to {path.name}")
     more = ["--no-mtp"] if _lost_what_predicts_more(model) else []
     run_script(converter, model, "--outfile", path, "--outtype", CONVERTER_TYPES[quantization], *more)
+    if _has_spare_rows(model):
+        _name_spare_rows(path)
 
 
 def run_script(script: Found, *arguments: str | Path) -> None:
@@ -69,6 +71,49 @@ def _lost_what_predicts_more(model: Path) -> bool:
     layers = {**config, **(config.get("text_config") or {})}.get("num_hidden_layers", 0)
     numbers = re.compile(r"\.layers\.(\d+)\.")
     return not any("mtp." in name or ((found := numbers.search(name)) and int(found[1]) >= layers) for name in shapes_of(model))
+
+
+def _has_spare_rows(model: Path) -> bool:
+    """Whether the embedding has more rows than the tokenizer has tokens, by their files: neither is loaded."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    words = model / "tokenizer.json"
+    if not words.is_file():
+        return False  # of sentencepiece: the converter counts by the config
+    tokenizer = json.loads(words.read_text(encoding="utf-8"))
+    ids: list[int] = [len(tokenizer["model"].get("vocab", ())) - 1, *(token["id"] for token in tokenizer.get("added_tokens", ()))]
+    rows: int = {**config, **(config.get("text_config") or {})}.get("vocab_size") or 0
+    return rows > max(ids) + 1
+
+
+def _name_spare_rows(path: Path) -> None:
+    """Give a token to each row of the embedding that has none, as the converter does itself for most kinds of tokenizer.
+
+    It does not for byte pairs with a fallback to bytes (Llama 2's kind without its tokenizer.model, Gemma 4's), and llama.cpp then
+    refuses the file: it expects as many rows as there are tokens. These cannot be read from a text, and are called unused.
+    Raises ModelError where two tables have other numbers of rows, as the converter cuts one of Gemma 4's and not the other.
+    """
+    from gguf import GGUFValueType, TokenType
+    from gguf.scripts.gguf_new_metadata import MetadataDetails
+
+    reader, spare = open_gguf(path), {"tokens": "[PAD{}]", "scores": -1000.0, "token_type": int(TokenType.UNUSED)}
+    tables = {str(tensor.name): int(tensor.shape[1]) for tensor in reader.tensors if tensor.name.endswith("token_embd.weight")}
+    if len({*tables.values()}) > 1:
+        raise ModelError(
+            f"{path.name} would not load: {' and '.join(f'{name} has {rows:,} rows' for name, rows in tables.items())}; the model has more "
+            "of them than its tokenizer has tokens, and the converter cuts but one.",
+            "give the base as many rows as tokens, with transformers' resize_token_embeddings(len(tokenizer)), and train again",
+        )
+    rows = max(tables.values(), default=0)
+    lists = {field.name: field for name in spare if (field := reader.get_field(f"tokenizer.ggml.{name}"))}
+    known = len(next(iter(lists.values())).data)
+    if known >= rows:
+        return
+    new = {}
+    for name, field in lists.items():
+        value = spare[name.rpartition(".")[2]]
+        more = [value.format(number) if isinstance(value, str) else value for number in range(known, rows)]
+        new[name] = MetadataDetails(GGUFValueType.ARRAY, [*field.contents(), *more])
+    _rewrite(path, reader, new)
 
 
 def _takes(program: Found, option: str) -> bool:
@@ -153,8 +198,8 @@ def correct(path: Path, corrections: Corrections) -> bool:
 
     It is written anew beside itself and takes its place, since metadata stands before the tensors.
     """
-    from gguf import GGUFValueType, GGUFWriter
-    from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+    from gguf import GGUFValueType
+    from gguf.scripts.gguf_new_metadata import MetadataDetails
 
     fields = {
         "eot_token_id": ("tokenizer.ggml.eot_token_id", GGUFValueType.UINT32),
@@ -165,10 +210,17 @@ def correct(path: Path, corrections: Corrections) -> bool:
     if not given:
         return False
     new = {fields[name][0]: MetadataDetails(fields[name][1], value) for name, value in given.items()}
-    reader = open_gguf(path)
+    _rewrite(path, open_gguf(path), new)
+    return True
+
+
+def _rewrite(path: Path, reader: GGUFReader, new: dict[str, Any]) -> None:
+    """The file with other metadata."""
+    from gguf import GGUFWriter
+    from gguf.scripts.gguf_new_metadata import copy_with_new_metadata
+
     architecture = reader.get_field("general.architecture")
     assert architecture
     partial = path.with_suffix(".corrected")
     copy_with_new_metadata(reader, GGUFWriter(partial, arch=architecture.contents(), endianess=reader.endianess), new, [])
     partial.replace(path)
-    return True

@@ -8,6 +8,7 @@ import convertible
 import pytest
 
 from ftkit.engines import llamacpp, logits
+from ftkit.errors import ModelError
 from ftkit.gguf import files as gguf
 from ftkit.machine.llama_cpp import need_converter
 from ftkit.proof.behaviour import measure
@@ -17,13 +18,22 @@ pytestmark = [pytest.mark.torch, pytest.mark.slow]
 TEXT = '<bos><|turn>user\nthe cat sat on\tthe mat {"ø": 1}<turn|>\n<|turn>model\n'
 
 
-@pytest.mark.parametrize("kind", ["gemma4", "gemma4 with its eyes", "llama"])
-def test_a_tiny_model_keeps_its_ids_and_logits(kind: str, tmp_path: Path) -> None:
-    model, words, path = convertible.make(kind, tmp_path / "model"), convertible.tokenizer(), tmp_path / "model.gguf"
+@pytest.mark.parametrize(("kind", "spare_rows"), [("gemma4", 0), ("gemma4 with its eyes", 0), ("llama", 0), ("llama", 7), ("gemma4", 5)])
+def test_a_tiny_model_keeps_its_ids_and_logits(kind: str, spare_rows: int, tmp_path: Path) -> None:
+    """Also where its embedding has rows to spare, for which the tokenizer has no tokens."""
+    model, words, path = convertible.make(kind, tmp_path / "model", spare_rows), convertible.tokenizer(), tmp_path / "model.gguf"
     gguf.convert(tmp_path / "model", path, "F16", need_converter())
     ids = words(TEXT, add_special_tokens=False)["input_ids"]
     with llamacpp.load(path, num_ctx=256) as engine:
         assert engine.tokenize(TEXT) == ids
+        assert len(engine.tokenize("[PAD291]")) == len(words("[PAD291]")["input_ids"])  # what names a row to spare is read as text
     rows = [logits.Forced(ids, list(range(1, len(ids))))]
     form = measure(logits.of_file(path, rows), [ids[1:]], logits.of_model(model.float(), rows))
     assert form.divergence_a_token == pytest.approx(0, abs=1e-4)
+
+
+def test_tables_of_other_lengths_are_refused(tmp_path: Path) -> None:
+    """The converter leaves Gemma 4's embedding as many rows as vocabulary and added tokens together, and its other table all of them."""
+    convertible.make("gemma4", tmp_path / "model", spare_rows=7)
+    with pytest.raises(ModelError, match=r"token_embd\.weight has 297 rows and per_layer_token_embd\.weight has 298 rows; the model has"):
+        gguf.convert(tmp_path / "model", tmp_path / "model.gguf", "F16", need_converter())
