@@ -241,7 +241,7 @@ def run(architecture: Architecture, folder: Path, told: Callable[[str, str], Non
     from ftkit.line.line import train
     from ftkit.line.merge import MERGE, MODEL
     from ftkit.line.plan import PLAN, recorded
-    from ftkit.line.prove import proof_checks
+    from ftkit.line.prove import own_prompts, proof_checks
     from ftkit.line.step import ensure
     from ftkit.machine.llama_cpp import need_converter
     from ftkit.report.parts import share
@@ -279,7 +279,7 @@ def run(architecture: Architecture, folder: Path, told: Callable[[str, str], Non
         gguf.correct(path, corrections_of(path, tokenizer, merged.result.stops))
         asked = [row.question for row in rows.test] or [Row(tuple(ROWS[0]["messages"]), 1).question]
         with llamacpp.load(path, 2048) as engine:
-            checks = proof_checks(tokenizer, engine, rows.train, asked, merged.result.stops)
+            checks = proof_checks(tokenizer, engine, rows.train, asked, merged.result.stops, own_prompts(tokenizer, engine))
         failed = [check for check in checks if check.outcome == "failed"]
         told("prompts", f"✘ {failed[0].words}" if failed else "✔")
 

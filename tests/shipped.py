@@ -14,7 +14,7 @@ from ftkit.engines import llamacpp
 from ftkit.engines.logits import Forced
 from ftkit.files import file_fingerprint
 from ftkit.gguf.says import says, tensors, types_of
-from ftkit.line.prove import _prompts
+from ftkit.line.prove import own_prompts
 from ftkit.model.source import open_gguf
 from ftkit.proof.probes import HARD_TEXTS
 from ftkit.proof.record import PROBES, RECORD, Probes, Record, ShippedFile, write_probes, write_record
@@ -106,7 +106,7 @@ def make(folder: Path, **changes: Any) -> Path:
     make_file(path, words)
     reader = open_gguf(path)
     with llamacpp.load(path, 512) as engine:
-        prompts = _prompts(words, engine)
+        prompts = own_prompts(words, engine)
         texts = [engine.tokenize(text, begins=True) for text in HARD_TEXTS]
     held_out = [words(render(words, row.messages, ask=False))["input_ids"] for row in ROWS[:1]]
     given, rows = (losses(path, [Forced(ids, list(range(1, len(ids)))) for ids in each]) for each in (texts, held_out))

@@ -52,9 +52,14 @@ SCORE_NAMES: dict[Onto, str] = {"source": "merged", "dequantised": "merged onto 
 
 
 def proof_checks(
-    tokenizer: Any, engine: llamacpp.Engine, rows: Sequence[Row], questions: Sequence[list[Message]], stops: Sequence[int]
+    tokenizer: Any,
+    engine: llamacpp.Engine,
+    rows: Sequence[Row],
+    questions: Sequence[list[Message]],
+    stops: Sequence[int],
+    own: Sequence[Prompt],
 ) -> list[Check]:
-    """Whether a loaded GGUF reads, is asked and ends as training did.
+    """Whether a loaded GGUF reads, is asked and ends as training did. `own`: `own_prompts`.
 
     BOS counts once: compared are the ids that the model reads, those that llama.cpp adds among them.
     """
@@ -71,20 +76,22 @@ def proof_checks(
                     yield whole, seen + said, engine.tokenize(whole)
 
     def prompts() -> Iterator[tuple[str, list[int], list[int]]]:
-        for messages in (*questions, *conversations(renders(tokenizer), taken_for_control)):
+        for messages in questions:
             text = render(tokenizer, messages, ask=True)
             yield text, token_ids(tokenizer, text), engine.prompt_ids(messages)
+        for prompt in own:
+            if prompt.messages is not None:
+                yield prompt.text, prompt.ids, engine.prompt_ids(prompt.messages)
 
-    taken_for_control = _taken_for_control(tokenizer, engine)
     endless = [token for token in stops if not engine.stops_at(token)]
     names = tokenizer.convert_ids_to_tokens(list(stops))
     return [
-        same_ids("token ids", ((t, token_ids(tokenizer, t), engine.tokenize(t)) for t in HARD_TEXTS), "hard texts"),
+        same_ids("token ids", ((p.text, p.ids, engine.tokenize(p.text)) for p in own if p.messages is None), "hard texts"),
         same_ids("training ids", training(), "prompts and answers of training rows"),
         same_ids("prompts", prompts(), "prompts"),
         *(
             not_made(f"prompts that hold {word}", "training reads it as text, llama.cpp as one control token, which is accepted")
-            for word in taken_for_control
+            for word in _taken_for_control(tokenizer, engine)
         ),
         failed("stops", f"llama.cpp goes on after {', '.join(tokenizer.convert_ids_to_tokens(endless))}")
         if endless
@@ -109,7 +116,7 @@ def end_of_sequence(path: Path, tokenizer: Any, stops: Sequence[int]) -> Check:
     return passed(name, words[0])
 
 
-def _prompts(tokenizer: Any, engine: llamacpp.Engine) -> list[Prompt]:
+def own_prompts(tokenizer: Any, engine: llamacpp.Engine) -> list[Prompt]:
     """Texts and conversations of ftkit's own, as training reads them: what the file is held against once it is elsewhere."""
     prompts = [Prompt(None, text, token_ids(tokenizer, text)) for text in HARD_TEXTS]
     for messages in conversations(renders(tokenizer), _taken_for_control(tokenizer, engine)):
@@ -140,7 +147,8 @@ def _make(job: Job, folder: Path, merged: Made[Merged], asked: Made[Asked], conv
     job.reporter.step(f"proving {path.name} against the trained model")
     questions, tokenizer = read_questions(asked).questions, tokenizer_of(job, merged.folder / MODEL)
     with llamacpp.load(path, ship.num_ctx) as engine:
-        checks = proof_checks(tokenizer, engine, read_data(job).train, questions, merged.result.stops)
+        prompts = own_prompts(tokenizer, engine)
+        checks = proof_checks(tokenizer, engine, read_data(job).train, questions, merged.result.stops, prompts)
         checks.append(end_of_sequence(path, tokenizer, merged.result.stops))
         for check in checks:
             if check.outcome == "failed":
@@ -148,7 +156,7 @@ def _make(job: Job, folder: Path, merged: Made[Merged], asked: Made[Asked], conv
         answers = engine.answer(
             questions, ship.max_new_tokens, answer_reader(tokenizer), label=f"asking {path.name}", reporter=job.reporter
         )
-        prompts, texts = _prompts(tokenizer, engine), [engine.tokenize(text, begins=True) for text in HARD_TEXTS]
+        texts = [engine.tokenize(text, begins=True) for text in HARD_TEXTS]
     measure_form(job, folder, SHIPPED, path, asked.folder)
     given = _losses(job, path, [Forced(ids, list(range(1, len(ids)))) for ids in texts])
     rows = _losses(job, path, behaviour.read_rows(asked.folder)[: ship.record_rows])

@@ -20,7 +20,7 @@ from ftkit.data.rows import IGNORED, Row
 from ftkit.data.turns import answer_reader, question, turns_of
 from ftkit.engines import hf, llamacpp
 from ftkit.gguf import files as gguf
-from ftkit.line.prove import proof_checks
+from ftkit.line.prove import own_prompts, proof_checks
 from ftkit.machine.llama_cpp import need_converter
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
@@ -41,7 +41,8 @@ def converted(folder: Path, path: Path) -> Path:
 
 def checks(tokenizer: Any, path: Path, stops: list[int]) -> dict[str, Check]:
     with llamacpp.load(path, 512) as engine:
-        return {check.name: check for check in proof_checks(tokenizer, engine, ROWS, [ROWS[0].question], stops)}
+        own = own_prompts(tokenizer, engine)
+        return {check.name: check for check in proof_checks(tokenizer, engine, ROWS, [ROWS[0].question], stops, own)}
 
 
 @pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.name)
@@ -94,7 +95,7 @@ def test_what_a_recipe_makes_of_a_template_is_so_in_llama_cpp(
     rows = [*ROWS, Row(({"role": "system", "content": "Be brief."}, *ROWS[1].messages), 3)]
     sealed = hf.load_tokenizer(model)
     with llamacpp.load(converted(model, tmp_path / "m.gguf"), 512) as engine:
-        found = proof_checks(sealed, engine, rows, [question(sealed, row) for row in rows], ends)
+        found = proof_checks(sealed, engine, rows, [question(sealed, row) for row in rows], ends, own_prompts(sealed, engine))
     assert {check.name for check in found if check.outcome != "passed"} <= {"prompts that hold </s>"}
     prompt = template.render(sealed, rows[2].question, ask=True)
     assert "Be brief." in prompt

@@ -17,7 +17,7 @@ import shipped
 from ftkit.check import Check
 from ftkit.engines import llamacpp
 from ftkit.errors import ModelError
-from ftkit.line.prove import end_of_sequence, proof_checks
+from ftkit.line.prove import end_of_sequence, own_prompts, proof_checks
 from ftkit.proof import record, verify
 from ftkit.proof.record import PROBES, RECORD, read_record
 
@@ -82,7 +82,7 @@ def test_a_fault_on_the_way_is_caught(
 def proven(path: Path, words: Any) -> dict[str, Check]:
     questions = [row.question for row in shipped.ROWS]
     with llamacpp.load(path, 512) as engine:
-        checks = proof_checks(words, engine, shipped.ROWS, questions, shipped.stops(words))
+        checks = proof_checks(words, engine, shipped.ROWS, questions, shipped.stops(words), own_prompts(words, engine))
     return {check.name: check for check in (*checks, end_of_sequence(path, words, shipped.stops(words)))}
 
 
