@@ -7,15 +7,17 @@ import os
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from ftkit.data.rows import Example, Pair, Row
 from ftkit.files import cache_folder
 
 IN_MEMORY_BYTES = 64 << 20  # of rows; more of them go into a file without a name
 EXAMPLES_WRITTEN_TOGETHER = 1000
+E = TypeVar("E", Example, Pair)
 
 
 class _Lines:
@@ -75,29 +77,87 @@ def store_rows(rows: Iterable[Row]) -> StoredRows:
     return StoredRows(lines, array("q", map(lines.add, values)))
 
 
+class _Writer:
+    """An Arrow file that examples are written into, some together."""
+
+    def __init__(self, path: Path, kind: type[Example | Pair]) -> None:
+        import pyarrow as pa
+
+        numbers = pa.list_(pa.int32())
+        self._schema = pa.schema({each.name: numbers for each in fields(kind)})
+        self._waiting: list[Example | Pair] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = pa.OSFile(str(path), "wb")
+        self._stream = pa.ipc.new_stream(self._file, self._schema)
+
+    def add(self, example: Example | Pair) -> None:
+        self._waiting.append(example)
+        if len(self._waiting) == EXAMPLES_WRITTEN_TOGETHER:
+            self._write()
+
+    def size_bytes(self) -> int:
+        """What is in the file."""
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        try:
+            self._write()
+            self._stream.close()
+        finally:
+            self._file.close()
+
+    def _write(self) -> None:
+        import pyarrow as pa
+
+        columns = {name: [getattr(example, name) for example in self._waiting] for name in self._schema.names}
+        self._stream.write_batch(pa.RecordBatch.from_pydict(columns, self._schema))
+        self._waiting = []
+
+
 def store_examples(examples: Iterable[Example | Pair], path: Path, kind: type[Example | Pair] = Example) -> Any:
     """A `datasets.Dataset` with a column for each field, int32, mapped from an Arrow file at `path`, which is written anew."""
-    import pyarrow as pa
+    with closing(_Writer(path, kind)) as writer:
+        for example in examples:
+            writer.add(example)
+    return stored_examples(path)
+
+
+def stored_examples(path: Path) -> Any:
+    """The `datasets.Dataset` of a file that was written here."""
     from datasets import Dataset
 
-    numbers = pa.list_(pa.int32())
-    schema = pa.schema({each.name: numbers for each in fields(kind)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        waiting: list[Example | Pair] = []
-        for example in examples:
-            waiting.append(example)
-            if len(waiting) == EXAMPLES_WRITTEN_TOGETHER:
-                writer.write_batch(_batch(waiting, schema))
-                waiting = []
-        writer.write_batch(_batch(waiting, schema))
     return Dataset.from_file(str(path))
 
 
-def _batch(examples: Sequence[Example | Pair], schema: Any) -> Any:
-    import pyarrow as pa
+def storing(examples: Iterable[E], path: Path, kind: type[Example | Pair], max_length: int, most_bytes: int) -> Iterator[E]:
+    """Examples as they come, which are written to `path` on the way, cut as training reads them.
 
-    return pa.RecordBatch.from_pydict({name: [getattr(example, name) for example in examples] for name in schema.names}, schema)
+    The file is left out where it would grow beyond `most_bytes`, or the disk refuses: whoever wants it writes it anew.
+    """
+    writer: _Writer | None = _Writer(path, kind)
+
+    def done(*, drop: bool) -> None:
+        nonlocal writer
+        if writer:
+            ended, writer = writer, None
+            try:
+                ended.close()
+            except OSError:
+                drop = True
+            if drop:
+                path.unlink(missing_ok=True)
+
+    for example in examples:
+        if writer and (trained := example.cut(max_length)):
+            try:
+                writer.add(trained)
+                full = writer.size_bytes() > most_bytes
+            except OSError:
+                full = True
+            if full:
+                done(drop=True)
+        yield example
+    done(drop=False)
 
 
 def token_counts(dataset: Any) -> list[int]:

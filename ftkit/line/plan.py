@@ -12,8 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ftkit.data.lengths import Tally, TokenCounts, count_tokens, tally
-from ftkit.data.mask import learnt, refuse_nothing_to_learn
+from ftkit.data.lengths import Tally, TokenCounts, count_tokens
+from ftkit.data.mask import refuse_nothing_to_learn
 from ftkit.data.read import only_held_out
 from ftkit.data.rows import IGNORED, Example, Pair, Row
 from ftkit.data.template import render, renders, token_ids
@@ -22,6 +22,7 @@ from ftkit.engines import hf
 from ftkit.errors import DoesNotFitError, ModelError, RecipeError
 from ftkit.line.job import Job, Rows, base_folder, computes_on, dtype_on, read_data, tokenizer_of
 from ftkit.line.step import Step, write_json
+from ftkit.line.tokens import count
 from ftkit.machine.device import Device, best_dtype
 from ftkit.machine.device import choose as choose_device
 from ftkit.memory.model import load_config
@@ -139,7 +140,7 @@ class _Looked:
         return list(self.tallies[0].kept) if self.tallies else []
 
 
-def _look(job: Job) -> _Looked:
+def _look(job: Job, folder: Path | None = None) -> _Looked:
     recipe = job.recipe
     rows = read_data(job) if job.data else None  # a fault in the data is found first
     opened = open_config(job.source, job.reporter)
@@ -147,7 +148,7 @@ def _look(job: Job) -> _Looked:
     if job.begins_with:
         _refuse_another_base(job, job.begins_with, opened.folder)
     config = load_config(opened.folder, trust_remote_code=recipe.trust_remote_code)
-    tallies = _count(job, opened, rows, config) if rows else ()
+    tallies = _count(job, opened, rows, config, folder) if rows else ()
     length = max((length for counted in tallies for length in counted.kept), default=recipe.training.max_length)
     labelled = max((counted.most_learnt for counted in tallies), default=length)
     _check_config(config, recipe, length)
@@ -175,7 +176,7 @@ def every_gpu(job: Job) -> list[CardFit]:
 
 
 def _make(job: Job, folder: Path) -> Chosen:
-    recipe, device, looked = job.recipe, job.device, _look(job)
+    recipe, device, looked = job.recipe, job.device, _look(job, folder)
     length, labelled, tallies = looked.length, looked.labelled, looked.tallies
     job.reporter.step(f"tracing a training step of {looked.config.model_type} at {length} tokens")
     dtype = dtype_on(device, recipe, looked.config.model_type)
@@ -267,7 +268,7 @@ def _measuring(job: Job, length: int, labelled: int) -> Measure | None:
     return measure
 
 
-def _count(job: Job, opened: Source, rows: Rows, config: Any) -> tuple[Tally, ...]:
+def _count(job: Job, opened: Source, rows: Rows, config: Any, folder: Path | None) -> tuple[Tally, ...]:
     """The dataset in tokens, (training, validation), each row looked at as the trainer sees it.
 
     Nothing where only a config is there: it has no tokenizer.
@@ -276,10 +277,9 @@ def _count(job: Job, opened: Source, rows: Rows, config: Any) -> tuple[Tally, ..
         job.reporter.warn("the tokens of the dataset are not counted: a config has no tokenizer; all rows are taken as training.max_length")
         return ()
     assert opened.folder
-    tokenizer, max_length = tokenizer_of(job, opened.folder, base=True), job.recipe.training.max_length
+    tokenizer = tokenizer_of(job, opened.folder, base=True)
     job.reporter.step("counting the dataset's tokens")
-    objective = job.recipe.training.objective
-    counted = tuple(tally(learnt(tokenizer, part, objective), max_length) for part in (rows.train, rows.validation))
+    counted = count(job, tokenizer, rows, folder)
     _say_what_became_of_the_rows(job, tokenizer, rows, sum(len(part.lengths) for part in counted))
     refuse_nothing_to_learn(*(len(part.kept) for part in counted))
     _refuse_ids_beyond(config.get_text_config().vocab_size, tokenizer, max(part.highest_id for part in counted))

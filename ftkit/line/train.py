@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.data.manner import calling_of
-from ftkit.data.mask import KINDS, cut, learnt
+from ftkit.data.mask import cut, learnt
 from ftkit.data.rows import CALLS, Message, Row
 from ftkit.data.stops import configured_stops, stops
-from ftkit.data.store import store_examples
 from ftkit.data.template import is_dated, render, renders, token_ids
 from ftkit.data.turns import expected, question, turns_of
 from ftkit.engines import hf, llamacpp
@@ -23,6 +22,7 @@ from ftkit.errors import FtkitError, ModelError, RecipeError, ToolMissingError, 
 from ftkit.line.job import Job, Rows, base_folder, computes_on, open_base, read_data, tokenizer_of
 from ftkit.line.plan import PLAN, expected_answers, recorded, training_inputs
 from ftkit.line.step import Made, Step, fingerprint_of
+from ftkit.line.tokens import take
 from ftkit.machine import device, ranks
 from ftkit.merge.deltas import changes_of, refuse_what_cannot_be_merged
 from ftkit.plan import measured
@@ -76,7 +76,7 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     planned = last.memory
     opened, rows = open_base(job), read_data(job)
     assert opened.folder
-    tokenizer, max_length = tokenizer_of(job, opened.folder, base=True), recipe.training.max_length
+    tokenizer = tokenizer_of(job, opened.folder, base=True)
     if is_dated(tokenizer.chat_template):
         reporter.note(f"the chat template writes today's date: it is {recipe.data.date}, here and in the shipped file (data.date)")
     if opened.gguf:
@@ -97,13 +97,7 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     stage = stage_of(folder) if is_remote(folder) else None
     if stage:
         reporter.note(f"{job.run.folder} lies on a mounted drive: checkpoints are written to {stage} first, then copied and verified")
-    parts, objective = {"train": rows.train, "validation": rows.validation}, recipe.training.objective
-    learnt_from, checked = (
-        store_examples(
-            cut(learnt(tokenizer, part, objective), max_length), (stage or folder) / EXAMPLES / f"{name}.arrow", KINDS[objective]
-        )
-        for name, part in parts.items()
-    )
+    learnt_from, checked = take(job, tokenizer, rows, (stage or folder) / EXAMPLES)
     missed = partial(_remember_miss, job, planned, settings)
     begins_with = job.begins_with.path if job.begins_with else None
     ranks.tell(_Shared(folder, stage, opened.folder, settings))
