@@ -57,12 +57,12 @@ def stops(words: Any) -> list[int]:
     return [words.eos_token_id]
 
 
-def make_file(path: Path, words: Any) -> Path:
+def make_file(path: Path, words: Any, *, seed: int = 0, size: int = 64) -> Path:
     """A Llama of two layers with random weights, as llama.cpp's converter would write it."""
     import gguf
     import numpy as np
 
-    size, layers, random = 64, 2, np.random.default_rng(0)
+    layers, random = 2, np.random.default_rng(seed)
     vocabulary = [word for word, _ in sorted(words.get_vocab().items(), key=lambda entry: entry[1])]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(2048)

@@ -88,12 +88,13 @@ def _verify_file(path: Path, record: Path, *, as_json: bool) -> None:
 def _judge_again(what: Path, settings: Sequence[str], run_dir: Path | None, *, as_json: bool) -> None:
     from ftkit.cli.common import open_job
     from ftkit.line import line
-    from ftkit.line.prove import limits_of
+    from ftkit.line.prove import how_to_pass, limits_of
 
     job = open_job(what, None, tuple(settings), None, None, run_dir, None)
-    checks, run = line.judge_again(job).checks, job.run.folder
+    proof, run = line.judge_again(job), job.run.folder
+    checks = proof.checks
     _show(f"What {run} recorded, at the limits of today", checks, as_json, {"run": str(run), "limits": limits_of(job.recipe)})
-    _end(checks, f"{run} does not pass at these limits", "a finer type, or more to be lost: ftkit ship says which would pass")
+    _end(checks, f"{run} does not pass at these limits", how_to_pass(proof))
 
 
 def _show(title: str, checks: Sequence[Check], as_json: bool, more: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from ftkit.line.transfer import TRANSFER, Transferred, adapter_of
 from ftkit.machine.llama_cpp import LORA_CONVERTER, need_converter
 from ftkit.model.source import weight_files
 from ftkit.plan.cost import LOOKED_AT_BYTES, of_adapting
-from ftkit.proof.behaviour import judge_distance, judge_gain, least_kept
+from ftkit.proof.behaviour import GAIN, Behaviour, judge_distance, judge_gain, least_kept
 from ftkit.units import bytes_text
 
 FORM = "adapter"  # its name among the forms of the model
@@ -143,19 +143,34 @@ def served(job: Job, made: Made[Adapted], folder: Path) -> ServedAdapter:
     return ServedAdapter(path, adapted.bytes, shlex.join(map(str, told)), None if job.source.gguf else job.source.reference)
 
 
-def judge_adapter(job: Job, asked: Made[Asked], made: Made[Adapted]) -> list[Check]:
-    """Hold base and adapter against the trained model, by what was recorded. Raises ProofError where they fail."""
+def adapter_checks(job: Job, asked: Made[Asked], made: Made[Adapted]) -> list[Check]:
+    """Base and adapter against the trained model, by what was recorded."""
     adapted, keep = made.result, job.recipe.ship.keep
     if adapted.why_not:
-        return [not_made(f"{FORM}: gain kept", adapted.why_not)]
-    forms = {**behaviour.read(asked.folder), **behaviour.read(made.folder)}
-    checks = [
+        return [not_made(f"{FORM}: {GAIN}", adapted.why_not)]
+    forms = _forms(asked, made)
+    return [
         Check(f"{FORM}: {check.name}", check.outcome, f"with {adapted.base}: {check.detail}")
         for check in (judge_gain(forms, FORM, keep), judge_distance(forms, FORM, keep))
     ]
+
+
+def judge_adapter(job: Job, asked: Made[Asked], made: Made[Adapted]) -> list[Check]:
+    """The same checks. Raises ProofError where one fails."""
+    checks = adapter_checks(job, asked, made)
     if failing := next((check for check in checks if check.outcome == "failed"), None):
+        kept = kept_beside(asked, made)
         raise ProofError(
-            f"{adapted.path.name} beside its base does not answer as the trained model. {failing.words}",
-            f"ship without it: --set ship.adapter=false; or allow it: --set ship.keep={math.floor(max(0, least_kept(forms, FORM)))}",
+            f"{made.result.path.name} beside its base does not answer as the trained model. {failing.words}",
+            "ship without it: --set ship.adapter=false" + (f"; or allow it: --set ship.keep={math.floor(kept)}" if kept >= 0 else ""),
         )
     return checks
+
+
+def kept_beside(asked: Made[Asked], made: Made[Adapted]) -> float:
+    """The `ship.keep` that base and adapter would pass with."""
+    return least_kept(_forms(asked, made), FORM)
+
+
+def _forms(asked: Made[Asked], made: Made[Adapted]) -> dict[str, Behaviour]:
+    return {**behaviour.read(asked.folder), **behaviour.read(made.folder)}

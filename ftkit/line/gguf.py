@@ -10,8 +10,8 @@ from typing import Any
 
 from ftkit.data.template import begins_with_bos, render
 from ftkit.engines import llamacpp
-from ftkit.errors import ToolMissingError
-from ftkit.files import link
+from ftkit.errors import RunError, ToolMissingError
+from ftkit.files import file_fingerprint, link
 from ftkit.gguf.files import CONVERTER_TYPES, Corrections, GgufFile, convert, correct, quantize, read_back, template_in
 from ftkit.gguf.imatrix import importance
 from ftkit.gguf.types import CONVERTED
@@ -94,9 +94,20 @@ GGUF = Step(
 
 @dataclass(frozen=True)
 class Importance:
-    """An importance matrix, its path from the step's folder."""
+    """An importance matrix, its path from the step's folder, and what it is known by; None: measured by an earlier ftkit."""
 
     path: Path
+    sha256: str | None = None
+
+
+def matrix_of(made: Made[Importance]) -> Path:
+    """The matrix of this model. Raises RunError where another was put in its place: rows of another model's weights matter otherwise."""
+    path = made.folder / made.result.path
+    if made.result.sha256 not in (None, file_fingerprint(path) if path.is_file() else ""):
+        raise RunError(
+            f"{path} is not the importance matrix that was measured on this model.", "measure it again: ftkit ship --from imatrix"
+        )
+    return path
 
 
 def _imatrix(job: Job, folder: Path, converted: Made[Converted], merged: Made[Merged]) -> Importance:
@@ -106,7 +117,7 @@ def _imatrix(job: Job, folder: Path, converted: Made[Converted], merged: Made[Me
     rows = train.take(random.Random(job.recipe.training.seed).sample(range(len(train)), len(train)))
     texts = (row.messages[0]["content"] if row.is_text else render(tokenizer, row.messages, ask=False) for row in rows)
     importance(finest, texts, path, program, job.reporter)
-    return Importance(Path(path.name))
+    return Importance(Path(path.name), file_fingerprint(path))
 
 
 def _has_imatrix(job: Job) -> bool:
@@ -155,7 +166,7 @@ def _quantise(job: Job, folder: Path, converted: Made[Converted], *others: Made[
         program = find_program("llama-quantize", job.llama_cpp_dir)
         assert program  # else the step does not apply
         matrix = made.get(IMATRIX.name)
-        imatrix = matrix.folder / matrix.result.path if matrix else None
+        imatrix = matrix_of(matrix) if matrix else None
         again = job.recipe.ship.allow_requantize
         quantize(converted.folder / finest.path, path, wanted, program, job.reporter, imatrix=imatrix, again=again)
     return _read(path, wanted, tokenizer_of(job, model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,16 @@ from ftkit.data.lengths import TokenCounts
 from ftkit.engines import ollama
 from ftkit.errors import DoesNotFitError, NameTakenError, ProofError, RecipeError, RunError, ToolMissingError
 from ftkit.gguf.files import GgufFile
-from ftkit.line.adapter import ADAPTER, ServedAdapter, adapter_files, judge_adapter, refuse_adapter, served
+from ftkit.line.adapter import (
+    ADAPTER,
+    ServedAdapter,
+    adapter_checks,
+    adapter_files,
+    judge_adapter,
+    kept_beside,
+    refuse_adapter,
+    served,
+)
 from ftkit.line.adopt import ADOPT, Adopted, refuse, trained_by
 from ftkit.line.adopt import sizes as adopted_sizes
 from ftkit.line.ask import ASK, refuse_rule
@@ -25,7 +35,7 @@ from ftkit.line.plan import PLAN, recorded
 from ftkit.line.prove import PROOF, PROVE, Form, Proof, judge, judged, loses_gain
 from ftkit.line.reask import REASK
 from ftkit.line.record import hand_over
-from ftkit.line.register import REGISTER, refuse_anothers_name, register_shipped, write_modelfile
+from ftkit.line.register import REGISTER, refuse_anothers_name, register_shipped, served_again, write_modelfile
 from ftkit.line.shortage import Shortage, refuse_shortages, shortages
 from ftkit.line.step import Made, Step, ensure, find, fingerprint_of
 from ftkit.line.train import TRAIN, Trained, goes_on_smaller, train_beside
@@ -296,11 +306,19 @@ def judge_again(job: Job) -> Proof:
     Raises RunError where nothing of this recipe was proven.
     """
     job = _as_made(job)
-    made = {step.name: find(job, step) for step in (ASK, GGUF, QUANTISE, CLOSE, PROVE) if step.applies(job)}
+    of_file: tuple[Step[Any], ...] = (ASK, GGUF, QUANTISE, CLOSE, PROVE)
+    made = {step.name: find(job, step) for step in of_file if step.applies(job)}
     if missing := next((name for name, found in made.items() if not found), None):
         raise RunError(f"{job.run.folder} holds no proof of this recipe: `{missing}` is not done.", "ftkit ship")
     asked, converted, *later, proven = (found for found in made.values() if found)
-    return judged(job, asked, proven, shipping(job, converted, *later))[0]
+    proof = judged(job, asked, proven, shipping(job, converted, *later))
+    checks, limits = [*proof.checks, *served_again(job, asked, proven)], dict(proof.would_pass)
+    if adapted := find(job, ADAPTER) if ADAPTER.applies(job) else None:
+        beside = adapter_checks(job, asked, adapted)
+        checks += beside
+        if any(check.outcome == "failed" for check in beside):
+            limits["ship.keep"] = min(limits.get("ship.keep", 100), math.floor(kept_beside(asked, adapted)))
+    return replace(proof, checks=checks, would_pass=limits)
 
 
 def choose_type(job: Job) -> tuple[Job, tuple[Weighed, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,7 +27,7 @@ from ftkit.line.reask import REASK, AskedMerged
 from ftkit.line.step import Made, Step, find, write_json
 from ftkit.model.source import open_gguf
 from ftkit.plan.cost import of_proving
-from ftkit.proof.behaviour import GAIN, Behaviour, Kept, gain_kept, judge_distance, judge_gain, least_kept
+from ftkit.proof.behaviour import DISTANCE, GAIN, Behaviour, Kept, gain_kept, judge_distance, judge_gain, least_kept
 from ftkit.proof.compare import same_ids
 from ftkit.proof.gate import ANSWERS as ANSWERS_CHECK
 from ftkit.proof.gate import judge_answers
@@ -230,13 +230,11 @@ class Proof:
     forms: dict[str, Form]
     same_answers: Score | None  # of the trained model and the shipped file; None where the trained model could not be asked
     examples: list[dict[str, str]]
+    would_pass: dict[str, int] = field(default_factory=dict)  # limits at which what failed would pass, by key; below 0: at none
 
 
-def judged(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping) -> tuple[Proof, dict[str, Behaviour]]:
-    """Score the recorded answers by `evaluate` and hold them against the recipe's limits: nothing is loaded, asked again or written.
-
-    The proof, and what was measured of each form.
-    """
+def judged(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping) -> Proof:
+    """Score the recorded answers by `evaluate` and hold them against the recipe's limits: nothing is loaded, asked again or written."""
     ship, rule, quantization = job.recipe.ship, job.recipe.evaluate, shipped.file.quantization
     first, after = read_questions(asked), read_answers(proven)["shipped"]
     given: dict[str, list[str]] = {name: first.answers[name] for name in ("before", "trained") if name in first.answers}
@@ -271,7 +269,37 @@ def judged(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping
         for q, e, b, a in zip(first.questions, first.expected, before, after, strict=True)
     ]
     known = _forms(forms, outside, pairs)
-    return Proof([*proven.result.checks, *checks], words(rule), scores, known, alike, examples), forms
+    allowed = _would_pass(checks, quantization, scores, forms, pairs, by_loss=job.recipe.training.objective == "sft")
+    return Proof([*proven.result.checks, *checks], words(rule), scores, known, alike, examples, allowed)
+
+
+def _would_pass(
+    checks: Sequence[Check],
+    shipped: str,
+    scores: Mapping[str, Score],
+    forms: Mapping[str, Behaviour],
+    pairs: Mapping[str, Behaviour],
+    *,
+    by_loss: bool,
+) -> dict[str, int]:
+    """The limits at which all that failed would pass."""
+    failing, limits, kept = {check.name for check in checks if check.outcome == "failed"}, {}, []
+    if ANSWERS_CHECK in failing:
+        limits["ship.max_loss_points"] = math.ceil(scores["trained"].percent - scores[shipped].percent)
+    if failing & {GAIN, DISTANCE}:
+        kept.append(least_kept(forms, shipped, by_loss=by_loss))
+    if PREFERENCES in failing:
+        kept.append(margin_kept(pairs, shipped) or 0)
+    if kept:
+        limits["ship.keep"] = math.floor(min(kept))
+    return limits
+
+
+def how_to_pass(proof: Proof) -> str:
+    """What to do about checks that failed: for a hint."""
+    settings = " ".join(f"--set {key}={value}" for key, value in proof.would_pass.items() if min(proof.would_pass.values()) >= 0)
+    finer = "a finer type loses less: --set ship.quantization=Q8_0"
+    return f"{finer}; or allow it: {settings}" if settings else finer
 
 
 def limits_of(recipe: Recipe) -> dict[str, Any]:
@@ -282,8 +310,8 @@ def limits_of(recipe: Recipe) -> dict[str, Any]:
 
 def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping) -> Proof:
     """What `judged` says; written to proof.json, or where it fails to failed-proof.json, and then ProofError is raised."""
-    run, quantization = job.run, shipped.file.quantization
-    proof, forms = judged(job, asked, proven, shipped)
+    run = job.run
+    proof = judged(job, asked, proven, shipped)
     failing = next((check for check in proof.checks if check.outcome == "failed"), None)
     path = run.folder / FAILED_PROOF if failing else proven.folder / PROOF
     for old in (run.folder / FAILED_PROOF, proven.folder / PROOF):
@@ -291,18 +319,8 @@ def judge(job: Job, asked: Made[Asked], proven: Made[Proven], shipped: Shipping)
     write_json(path, {"file": shipped.path.name, **limits_of(job.recipe), **asdict(proof)})
     run.record(proof={"step": proven.fingerprint, "checks": [asdict(check) for check in proof.checks]})
     if failing:
-        if failing.name == ANSWERS_CHECK:
-            scores = proof.scores
-            allow = f"ship.max_loss_points={math.ceil(scores['trained'].percent - scores[quantization].percent)}"
-        elif failing.name == PREFERENCES:
-            pairs = {**behaviour.read(asked.folder / PAIRS), quantization: behaviour.read(proven.folder / PAIRS)[SHIPPED]}
-            allow = f"ship.keep={math.floor(max(0, margin_kept(pairs, quantization) or 0))}"
-        else:
-            by_loss = job.recipe.training.objective == "sft"
-            allow = f"ship.keep={math.floor(max(0, least_kept(forms, quantization, by_loss=by_loss)))}"
         raise ProofError(
-            f"{shipped.path.name} answers worse than the trained model: {failing.detail}. All answers: {path}",
-            f"a finer type loses less: --set ship.quantization=Q8_0; or allow it: --set {allow}",
+            f"{shipped.path.name} answers worse than the trained model: {failing.detail}. All answers: {path}", how_to_pass(proof)
         )
     return proof
 

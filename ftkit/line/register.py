@@ -99,7 +99,11 @@ def register_shipped(
     if digest and recorded.get("digest") == digest and recorded.get("shipped") == mark and "answers" in recorded:
         judged = _judge(job, recorded["answers"], asked, proven)  # again: by another rule, the answers are the same
         if judged.outcome == "failed":
-            raise ProofError(f"{judged.name}: {judged.detail}", "score by another rule: --set evaluate.by=…; or ship without: --no-ollama")
+            raise ProofError(
+                f"{judged.name}: {judged.detail}",
+                "allow more to be lost: --set ship.max_loss_points=…; score by another rule: --set evaluate.by=…; or ship without: "
+                "--no-ollama",
+            )
         return name, [judged if entry["name"] == SERVED else Check(**entry) for entry in recorded["checks"]]
     if ollama.models_folder() is None:
         reporter.note(f"Ollama is on another machine: whether its disk takes {bytes_text(shipped.path.stat().st_size)} was not looked at")
@@ -158,6 +162,14 @@ def _ask(job: Job, client: Any, name: str, asked: Made[Asked], tokenizer: Any, b
     served = score(read_questions(asked).expected[:OLLAMA_ROWS], given, job.recipe.evaluate)
     job.reporter.note(f"Ollama answers {served.right} of {served.rows} held-out questions right")
     return given
+
+
+def served_again(job: Job, asked: Made[Asked], proven: Made[Proven]) -> list[Check]:
+    """The check of the answers that Ollama gave to what shipped last, at today's limits; none where it was not asked."""
+    index = job.run.manifest()
+    recorded, last = index.get("ollama", {}), index.get("shipped", {})
+    asked_last = recorded.get("answers") and recorded.get("shipped") == last.get("mark")
+    return [_judge(job, recorded["answers"], asked, proven)] if asked_last else []
 
 
 def _judge(job: Job, given: Sequence[str], asked: Made[Asked], proven: Made[Proven]) -> Check:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SAMPLES = 2000  # of rows, drawn with replacement, for an interval
-GAIN = "gain kept"
+GAIN, DISTANCE = "gain kept", "distance from the trained model"  # the checks' names
 POSITIONS = 32  # of an answer, of which the KL is kept for each: the first
 LEAST = 1e-2  # nats a token between base and trained model, in loss or in KL: less is lost and found by rounding
 
@@ -30,6 +30,7 @@ class Behaviour:
     divergence: list[float]  # KL(trained ‖ this) over the whole vocabulary
     agreed: list[int]  # tokens at which the likeliest is the trained model's
     divergence_at: list[float] = field(default_factory=list)  # sums over those rows, at each of the first POSITIONS tokens
+    odds: list[list[float]] = field(default_factory=list)  # log-odds of what the answer says, of each token; none of an earlier ftkit's
 
     @property
     def loss_a_token(self) -> float:
@@ -134,7 +135,7 @@ def judge_distance(forms: Mapping[str, Behaviour], shipped: str, least: float) -
 
     Gain can be kept by a model that went too far, as one with its adapter merged twice: this sees it.
     """
-    name = "distance from the trained model"
+    name = DISTANCE
     if missing := missing_form(forms, shipped):
         return not_made(name, missing)
     whole, left = forms["before"].divergence_a_token, forms[shipped].divergence_a_token
