@@ -44,14 +44,32 @@ class Tiny:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    import torch
-
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A model, and its file."""
     folder = tmp_path_factory.mktemp("model")
     convertible.make("llama", folder)
-    model: Any = hf.load_model(folder, None, dtype="float32", cuda=False)
+    gguf.convert(folder, folder / "base.gguf", "F32", need_converter())
+    return hf.load_model(folder, None, dtype="float32", cuda=False), folder / "base.gguf"
+
+
+@pytest.fixture(scope="module")
+def tiny(base: tuple[Any, Path]) -> Tiny:
+    """Trained by an adapter, in its place a few weights of each layer."""
+    model, file = base
+    return train(model, file, {f"blk.{n}.ffn_down.weight": layer.mlp.down_proj.weight for n, layer in enumerate(model.model.layers)})
+
+
+@pytest.fixture(scope="module")
+def with_saved(base: tuple[Any, Path]) -> Tiny:
+    """Trained by its embedding and head, as `modules_to_save` saves them."""
+    model, file = base
+    return train(model, file, {"token_embd.weight": model.model.embed_tokens.weight, "output.weight": model.lm_head.weight})
+
+
+def train(model: Any, file: Path, changed: dict[str, Any]) -> Tiny:
+    import torch
+
     before = list(logits.of_model(model, ROWS))
-    changed = {f"blk.{n}.ffn_down.weight": layer.mlp.down_proj.weight for n, layer in enumerate(model.model.layers)}
     first = {name: weight.detach().clone() for name, weight in changed.items()}
     torch.manual_seed(1)
     optimizer = torch.optim.AdamW(changed.values(), lr=3e-3)
@@ -61,13 +79,30 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
             torch.nn.functional.cross_entropy(found, torch.tensor(said)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(folder)
-    gguf.convert(folder, folder / "trained.gguf", "F32", need_converter())
     kept = list(logits.of_model(model, ROWS))
     added = {name: (weight.detach() - first[name]).numpy() for name, weight in changed.items()}
+    for name, weight in changed.items():
+        weight.data.copy_(first[name])
+    model.zero_grad()
     torch.manual_seed(2)
     other = torch.randn(model.model.embed_tokens.weight.shape).mul_(0.05).numpy()
-    return Tiny(measure(before, SAID, kept), measure(kept, SAID), kept, folder / "trained.gguf", added, other)
+    trained = changed_file(file, lambda tensors: add(tensors, added), file.with_name(f"{len(added)}.gguf"))
+    return Tiny(measure(before, SAID, kept), measure(kept, SAID), kept, trained, added, other)
+
+
+def add(tensors: dict[str, Any], added: dict[str, Any], times: float = 1) -> None:
+    for name, numbers in added.items():
+        tensors[name] += times * numbers
+
+
+def changed_file(file: Path, change: Callable[[dict[str, Any]], None], path: Path) -> Path:
+    from gguf import GGUFReader
+
+    shutil.copyfile(file, path)
+    reader = GGUFReader(path, "r+")
+    change({tensor.name: tensor.data for tensor in reader.tensors})
+    reader.data.flush()
+    return path
 
 
 def test_llama_cpp_says_what_transformers_says(tiny: Tiny) -> None:
@@ -83,18 +118,15 @@ def test_llama_cpp_says_what_transformers_says(tiny: Tiny) -> None:
 
 
 def twice(tensors: dict[str, Any], tiny: Tiny) -> None:
-    for name, added in tiny.added.items():
-        tensors[name] += added
+    add(tensors, tiny.added)
 
 
 def too_weak(tensors: dict[str, Any], tiny: Tiny) -> None:
-    for name, added in tiny.added.items():
-        tensors[name] += (RANK**-0.5 - 1) * added
+    add(tensors, tiny.added, RANK**-0.5 - 1)
 
 
 def not_merged(tensors: dict[str, Any], tiny: Tiny) -> None:
-    for name, added in tiny.added.items():
-        tensors[name] -= added
+    add(tensors, tiny.added, -1)
 
 
 def anothers_embeddings(tensors: dict[str, Any], tiny: Tiny) -> None:
@@ -112,17 +144,21 @@ def a_bit_flipped(tensors: dict[str, Any], _: Tiny) -> None:
 
 @pytest.mark.parametrize("sabotage", [twice, too_weak, not_merged, anothers_embeddings, rows_permuted, a_bit_flipped])
 def test_a_fault_is_seen(sabotage: Callable[[dict[str, Any], Tiny], None], tiny: Tiny, tmp_path: Path) -> None:
-    from gguf import GGUFReader
-
-    path = tmp_path / "wrong.gguf"
-    shutil.copyfile(tiny.file, path)
-    reader = GGUFReader(path, "r+")
-    sabotage({tensor.name: tensor.data for tensor in reader.tensors}, tiny)
-    reader.data.flush()
+    path = changed(tiny, sabotage, tmp_path)
     form, told = tiny.judge(path)
     assert "failed" in told.values(), (form.loss_a_token, form.divergence_a_token)
     least = least_kept({"before": tiny.before, "trained": tiny.trained, "F32": form}, "F32")
     assert least < KEEP
+
+
+def changed(tiny: Tiny, change: Callable[[dict[str, Any], Tiny], None], folder: Path) -> Path:
+    return changed_file(tiny.file, lambda tensors: change(tensors, tiny), folder / "changed.gguf")
+
+
+def test_embeddings_that_were_trained_and_not_saved_are_seen(with_saved: Tiny, tmp_path: Path) -> None:
+    assert set(with_saved.judge(with_saved.file)[1].values()) == {"passed"}
+    _, told = with_saved.judge(changed(with_saved, not_merged, tmp_path))
+    assert set(told.values()) == {"failed"}
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
