@@ -25,6 +25,7 @@ from ftkit.line.job import Job, Onto, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.reask import REASK, AskedMerged
 from ftkit.line.step import Made, Step, find, write_json
+from ftkit.line.strength import strength
 from ftkit.model.source import open_gguf
 from ftkit.plan.cost import of_proving
 from ftkit.proof.behaviour import DISTANCE, GAIN, Behaviour, Kept, gain_kept, judge_distance, judge_gain, least_kept
@@ -36,6 +37,7 @@ from ftkit.proof.preference import judge_preference, margin_kept, preferred
 from ftkit.proof.probes import CONTROL_WORDS, HARD_TEXTS, conversations
 from ftkit.proof.record import PROBES, GivenIds, Probes, Prompt, write_probes
 from ftkit.proof.score import Score, same, score, words
+from ftkit.proof.strength import NAME as STRENGTH
 from ftkit.proof.verify import losses, this_engine
 from ftkit.recipe import ASKED_MEANWHILE, Recipe
 
@@ -46,6 +48,7 @@ HINTS = {
     "training ids": "train again with these library versions, or use the model's original safetensors as the base",
     "prompts": "its chat template renders differently in llama.cpp: report this with the model's name",
     "stops": "an answer would not end: report this with the model's name",
+    STRENGTH: "merge again into the base as it was: ftkit ship --from merge; and see that the base does not hold the adapter already",
     "end of sequence": "an answer would end too early: report this with the model's name",
 }
 SCORE_NAMES: dict[Onto, str] = {"source": "merged", "dequantised": "merged onto the dequantised base"}
@@ -150,6 +153,7 @@ def _make(job: Job, folder: Path, merged: Made[Merged], asked: Made[Asked], conv
         prompts = own_prompts(tokenizer, engine)
         checks = proof_checks(tokenizer, engine, read_data(job).train, questions, merged.result.stops, prompts)
         checks.append(end_of_sequence(path, tokenizer, merged.result.stops))
+        checks += filter(None, [strength(job, converted.folder / converted.result.files[0].path, path)])
         for check in checks:
             if check.outcome == "failed":
                 raise ProofError(f"{path.name} is not the model that was trained. {check.words}", HINTS[check.name])

@@ -1,0 +1,128 @@
+"""Whether what ships holds what the adapter changes once: by the file's numbers, the base's and the adapter's own, not by the merge's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftkit.check import Check, not_made
+from ftkit.line.adopt import trained_by
+from ftkit.line.job import Job, base_folder
+from ftkit.line.step import find
+from ftkit.line.transfer import TRANSFER, adapter_of
+from ftkit.model.adapter import load_settings, load_tensors
+from ftkit.model.open import bytes_to_fetch
+from ftkit.model.source import header, open_gguf, weight_files
+from ftkit.proof.strength import NAME, Share, judge_strength, share, together
+
+if TYPE_CHECKING:
+    import torch
+
+PREFIX = "base_model.model."
+LORA, SAVED = "adapters", "modules that were trained whole"
+MOST_TENSORS, MOST_ELEMENTS = 8, 1 << 18  # of each kind, evenly through the layers, and of each its first rows
+REORDERED = ("attn_q.", "attn_k.", "attn_qkv.")  # llama.cpp has their rows in another order for some architectures
+
+
+def strength(job: Job, converted: Path, shipped: Path) -> Check | None:
+    """Of the finest file that was converted, and of the one that ships; None where no adapter was merged. Nothing is fetched for it."""
+    trained = find(job, trained_by(job))
+    fitted = find(job, TRANSFER) if TRANSFER.applies(job) else None
+    if not trained or not (adapter := adapter_of(trained, fitted)).is_dir():
+        return None
+    if bytes_to_fetch(job.source):
+        return not_made(NAME, "the base's weights are not here any more")
+    base = base_folder(job)
+    return judge_strength(shares(converted, base, adapter), {} if shipped == converted else shares(shipped, base, adapter))
+
+
+def shares(path: Path, base: Path, adapter: Path) -> dict[str, Share]:
+    """Of a file, a model's folder and what was merged into it: by adapters, and in modules that were trained whole."""
+    from safetensors import safe_open
+
+    reader, shards = open_gguf(path), {name: shard for shard in weight_files(base) for name in header(shard)}
+    tensors, groups = {str(tensor.name): tensor for tensor in reader.tensors}, dict[str, Share]()
+    for what, changes in _changes(adapter, reader, tensors).items():
+        named = [(name, there, change) for name, there, change in changes if name in shards]
+        found: list[Share] = []
+        for name, there, change in named[:: -(-len(named) // MOST_TENSORS)] if named else ():
+            with safe_open(shards[name], "pt") as file:
+                own = file.get_slice(name)
+                shape = tuple(own.get_shape())
+                if tuple(map(int, tensors[there].shape[::-1])) != shape:
+                    continue
+                rows = max(1, min(shape[0], MOST_ELEMENTS // shape[1]))
+                before = own[:rows].float()
+            changed, numbers = change(before), _numbers(tensors[there], rows)
+            known = changed is not None and numbers is not None
+            if known and (one := share(numbers, before.double().numpy(), changed.double().numpy())):
+                found.append(one)
+        if found:
+            groups[what] = together(found)
+    return groups
+
+
+def _changes(adapter: Path, reader: Any, tensors: dict[str, Any]) -> dict[str, list[tuple[str, str, Any]]]:
+    """By kind: (the base's name of a tensor, the file's, what is added to its first rows), in order of the layers."""
+    settings, held, names = load_settings(adapter), load_tensors(adapter), _names(reader)
+    found: dict[str, list[tuple[str, str, Any]]] = {LORA: [], SAVED: []}
+    for name, tensor in held.items():
+        module = name.removeprefix(PREFIX)
+        if module.endswith(".lora_A.weight"):
+            path = module.removesuffix(".lora_A.weight")
+            if f"{PREFIX}{path}.lora_magnitude_vector" in held or (other := held.get(f"{PREFIX}{path}.lora_B.weight")) is None:
+                continue  # DoRA's lengths change the rest of the weight too
+            kind, added = LORA, _product(tensor, other, _scaling(settings, path, len(tensor)))
+        elif module.endswith(".weight") and "lora_" not in module and "token_adapter" not in module:
+            path, kind, added = module.removesuffix(".weight"), SAVED, _difference(tensor)
+        else:
+            continue
+        there = f"{names.get_name(path)}.weight" if names else ""
+        if there in tensors and not there.rpartition("blk.")[2].partition(".")[2].startswith(REORDERED):
+            found[kind].append((f"{path}.weight", there, added))
+    return found
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, scaling: float) -> Any:
+    def added(before: torch.Tensor) -> torch.Tensor | None:
+        rows: torch.Tensor = b[: len(before)].float() @ a.float() * scaling
+        return rows if rows.shape == before.shape else None
+
+    return added
+
+
+def _difference(saved: torch.Tensor) -> Any:
+    def added(before: torch.Tensor) -> torch.Tensor | None:
+        rows = saved[: len(before)].float()
+        return rows - before if rows.shape == before.shape else None
+
+    return added
+
+
+def _scaling(settings: Any, path: str, r: int) -> float:
+    """By which an adapter's product is multiplied, as PEFT says it."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = settings.alpha_pattern or {}
+    alpha = patterns.get(get_pattern_key(patterns.keys(), path), settings.lora_alpha)
+    return float(alpha) / (r**0.5 if settings.use_rslora else r)
+
+
+def _names(reader: Any) -> Any:
+    """What llama.cpp calls the layers of a file's architecture; None where gguf does not know it."""
+    import gguf
+
+    name = str(reader.get_field("general.architecture").contents())
+    architecture = next((arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name), None)
+    layers = reader.get_field(f"{name}.block_count")
+    return gguf.get_tensor_name_map(architecture, int(layers.contents())) if architecture is not None and layers else None
+
+
+def _numbers(tensor: Any, rows: int) -> Any:
+    """A tensor's first rows in float64; None of a type that gguf does not read."""
+    import gguf
+
+    try:
+        return gguf.dequantize(tensor.data[:rows], tensor.tensor_type).astype("float64")
+    except NotImplementedError:
+        return None

@@ -1,0 +1,126 @@
+"""How often an adapter stands in a file's weights: once, whatever was rounded; and each fault of a merge by its own words."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import convertible
+import pytest
+import tiny
+
+from ftkit.check import Check
+from ftkit.gguf.files import convert
+from ftkit.line.strength import LORA, SAVED, shares
+from ftkit.machine.llama_cpp import need_converter
+from ftkit.proof.strength import judge_strength
+
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
+
+RANK = 4
+LAYERS = {
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+Tensors = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Made:
+    base: Path
+    adapter: Path
+    file: Path  # of the base
+    added: Tensors  # by the adapter, as PEFT computes it
+    saved: Tensors  # what is added to modules that were trained whole
+
+    def merged(self, path: Path, times: float = 1, saved: float = 1, also: Callable[[Tensors], None] = lambda _: None) -> Path:
+        from gguf import GGUFReader
+
+        shutil.copyfile(self.file, path)
+        reader = GGUFReader(path, "r+")
+        tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+        for changes, factor in ((self.added, times), (self.saved, saved)):
+            for name, change in changes.items():
+                tensors[name] += factor * change
+        also(tensors)
+        reader.data.flush()
+        return path
+
+    def check(self, converted: Path, shipped: Path | None = None) -> Check:
+        return judge_strength(shares(converted, self.base, self.adapter), shares(shipped, self.base, self.adapter) if shipped else {})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("made")
+    convertible.make("llama", folder / "base")
+    convert(folder / "base", folder / "base.gguf", "F32", need_converter())
+    settings = {"modules_to_save": ["embed_tokens", "lm_head"], "alpha_pattern": {"v_proj": 2}, "use_rslora": True}
+    adapted = tiny.make_adapter(folder / "base", folder / "lora", **settings)
+    layers = adapted.get_base_model().model.layers
+    added = {
+        f"blk.{n}.{theirs}.weight": layer.get_submodule(ours).get_delta_weight("default").detach().numpy()
+        for n, layer in enumerate(layers)
+        for theirs, ours in LAYERS.items()
+    }
+    file = folder / "lora" / "adapter_model.safetensors"
+    tensors, saved = load_file(file), {}
+    for theirs, ours in (("token_embd", "model.embed_tokens"), ("output", "lm_head")):
+        change = torch.randn(tensors[f"base_model.model.{ours}.weight"].shape).mul_(0.01)
+        tensors[f"base_model.model.{ours}.weight"] += change
+        saved[f"{theirs}.weight"] = change.numpy()
+    save_file(tensors, file, {"format": "pt"})
+    return Made(folder / "base", folder / "lora", folder / "base.gguf", added, saved)
+
+
+def rounded(tensors: Tensors) -> None:
+    from gguf import GGMLQuantizationType, dequantize, quantize
+
+    for tensor in tensors.values():
+        if tensor.ndim > 1:
+            tensor[:] = dequantize(quantize(tensor, GGMLQuantizationType.Q4_0), GGMLQuantizationType.Q4_0)
+
+
+def test_a_right_merge_holds_it_once(made: Made, tmp_path: Path) -> None:
+    right, shipped = made.merged(tmp_path / "f32.gguf"), made.merged(tmp_path / "q4.gguf", also=rounded)
+    assert set(shares(right, made.base, made.adapter)) == {LORA, SAVED}
+    check = made.check(right, shipped)
+    assert check.outcome == "passed", check.detail
+    assert check.detail.startswith("adapters: 1.00 × what training changed (8 tensors); modules that were trained whole: 1.00 ×")
+
+
+@pytest.mark.parametrize(
+    ("times", "saved", "said"),
+    [
+        (2, 1, "adapters: 2.00 × what training changed (8 tensors), as if it were merged more than once"),
+        (RANK**-0.5, 1, "adapters: 0.50 × what training changed (8 tensors), as if it were scaled otherwise"),
+        (RANK**0.5, 1, "adapters: 2.00 × "),
+        (0, 1, "adapters: 0.00 × what training changed (8 tensors), as if it were left out"),
+        (1, 0, "modules that were trained whole: 0.00 × what training changed (2 tensors), as if it were left out"),
+    ],
+    ids=["twice", "by the root too little", "by the root too much", "not at all", "embeddings not saved"],
+)
+def test_a_fault_of_the_merge_is_named(times: float, saved: float, said: str, made: Made, tmp_path: Path) -> None:
+    check = made.check(made.merged(tmp_path / "wrong.gguf", times, saved))
+    assert (check.outcome, check.detail[: len(said)]) == ("failed", said)
+
+
+def test_a_quantised_file_that_holds_it_twice_is_named_too(made: Made, tmp_path: Path) -> None:
+    check = made.check(made.merged(tmp_path / "right.gguf"), made.merged(tmp_path / "twice.gguf", 2, also=rounded))
+    assert (check.outcome, check.detail[:23]) == ("failed", "adapters in what ships:")
+
+
+def test_another_base_has_no_share_in_it(made: Made, tmp_path: Path) -> None:
+    import numpy as np
+
+    def another(tensors: Tensors) -> None:
+        for tensor in tensors.values():
+            tensor[:] = np.random.default_rng(0).normal(0, 0.05, tensor.shape)
+
+    assert made.check(made.merged(tmp_path / "another.gguf", also=another)).outcome == "not made"
