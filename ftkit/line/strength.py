@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,11 @@ from ftkit.proof.strength import NAME, Share, judge_strength, share, together
 if TYPE_CHECKING:
     import torch
 
+Rows = Callable[["torch.Tensor"], "torch.Tensor | None"]  # a weight's first rows, as they are once merged; None: it has others
 PREFIX = "base_model.model."
 LORA, SAVED = "adapters", "modules that were trained whole"
 MOST_TENSORS, MOST_ELEMENTS = 8, 1 << 18  # of each kind, evenly through the layers, and of each its first rows
+LEAST_SAVED = 4e-3  # of a module's length: what is saved beside an adapter and was not trained is rounded at most
 REORDERED = ("attn_q.", "attn_k.", "attn_qkv.")  # llama.cpp has their rows in another order for some architectures
 
 
@@ -52,51 +55,55 @@ def shares(path: Path, base: Path, adapter: Path) -> dict[str, Share]:
                 if tuple(map(int, tensors[there].shape[::-1])) != shape:
                     continue
                 rows = max(1, min(shape[0], MOST_ELEMENTS // shape[1]))
-                before = own[:rows].float()
-            changed, numbers = change(before), _numbers(tensors[there], rows)
-            known = changed is not None and numbers is not None
-            if known and (one := share(numbers, before.double().numpy(), changed.double().numpy())):
+                before = own[:rows]
+            after, numbers = change(before.float()), _numbers(tensors[there], rows)
+            if after is None or numbers is None:
+                continue
+            base_numbers = before.double().numpy()
+            merged = after.to(before.dtype).double().numpy()  # in 16 bits much of a gentle change is rounded away, and is no fault
+            if one := share(numbers, base_numbers, merged - base_numbers):
                 found.append(one)
         if found:
             groups[what] = together(found)
     return groups
 
 
-def _changes(adapter: Path, reader: Any, tensors: dict[str, Any]) -> dict[str, list[tuple[str, str, Any]]]:
-    """By kind: (the base's name of a tensor, the file's, what is added to its first rows), in order of the layers."""
+def _changes(adapter: Path, reader: Any, tensors: dict[str, Any]) -> dict[str, list[tuple[str, str, Rows]]]:
+    """By kind: (the base's name of a tensor, the file's, what becomes of its first rows), in order of the layers."""
     settings, held, names = load_settings(adapter), load_tensors(adapter), _names(reader)
-    found: dict[str, list[tuple[str, str, Any]]] = {LORA: [], SAVED: []}
+    found: dict[str, list[tuple[str, str, Rows]]] = {LORA: [], SAVED: []}
     for name, tensor in held.items():
         module = name.removeprefix(PREFIX)
         if module.endswith(".lora_A.weight"):
             path = module.removesuffix(".lora_A.weight")
             if f"{PREFIX}{path}.lora_magnitude_vector" in held or (other := held.get(f"{PREFIX}{path}.lora_B.weight")) is None:
                 continue  # DoRA's lengths change the rest of the weight too
-            kind, added = LORA, _product(tensor, other, _scaling(settings, path, len(tensor)))
+            kind, change = LORA, _with_product(tensor, other, _scaling(settings, path, len(tensor)))
         elif module.endswith(".weight") and "lora_" not in module and "token_adapter" not in module:
-            path, kind, added = module.removesuffix(".weight"), SAVED, _difference(tensor)
+            path, kind, change = module.removesuffix(".weight"), SAVED, _instead(tensor)
         else:
             continue
         there = f"{names.get_name(path)}.weight" if names else ""
         if there in tensors and not there.rpartition("blk.")[2].partition(".")[2].startswith(REORDERED):
-            found[kind].append((f"{path}.weight", there, added))
+            found[kind].append((f"{path}.weight", there, change))
     return found
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, scaling: float) -> Any:
-    def added(before: torch.Tensor) -> torch.Tensor | None:
-        rows: torch.Tensor = b[: len(before)].float() @ a.float() * scaling
-        return rows if rows.shape == before.shape else None
+def _with_product(a: torch.Tensor, b: torch.Tensor, scaling: float) -> Rows:
+    def merged(before: torch.Tensor) -> torch.Tensor | None:
+        added = b[: len(before)].float() @ a.float() * scaling
+        return before + added if added.shape == before.shape else None
 
-    return added
+    return merged
 
 
-def _difference(saved: torch.Tensor) -> Any:
-    def added(before: torch.Tensor) -> torch.Tensor | None:
+def _instead(saved: torch.Tensor) -> Rows:
+    def merged(before: torch.Tensor) -> torch.Tensor | None:
         rows = saved[: len(before)].float()
-        return rows - before if rows.shape == before.shape else None
+        known = rows.shape == before.shape and (rows - before).norm() > LEAST_SAVED * before.norm()
+        return rows if known else None
 
-    return added
+    return merged
 
 
 def _scaling(settings: Any, path: str, r: int) -> float:

@@ -66,9 +66,7 @@ def _transferred(job: Job, folder: Path, trained: Made[Any], asked: Made[Any]) -
     model = hf.load_adapted(
         base, trained.folder / ADAPTER, "lora", dtype=dtype, cuda=cuda, trust_remote_code=recipe.trust_remote_code, learns=True
     )
-    learning = [
-        Trained(parameter, RATE_SHARE * recipe.training.peak_learning_rate) for parameter in model.parameters() if parameter.requires_grad
-    ]
+    learning = [Trained(parameter, RATE_SHARE * recipe.training.peak_learning_rate) for parameter in model.parameters() if parameter.requires_grad]
 
     def measured() -> float:
         return mean_divergence(logits.of_model(model, [lesson.answer for lesson in checks]), checks)

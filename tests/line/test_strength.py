@@ -124,3 +124,23 @@ def test_another_base_has_no_share_in_it(made: Made, tmp_path: Path) -> None:
             tensor[:] = np.random.default_rng(0).normal(0, 0.05, tensor.shape)
 
     assert made.check(made.merged(tmp_path / "another.gguf", also=another)).outcome == "not made"
+
+
+def test_what_sixteen_bits_round_away_is_no_fault(made: Made, tmp_path: Path) -> None:
+    """An adapter so gentle that most of the base's numbers stay as they were."""
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    gentle = Path(shutil.copytree(made.adapter, tmp_path / "gentle"))
+    tensors = {name: tensor / (100 if "lora_B" in name else 1) for name, tensor in load_file(gentle / "adapter_model.safetensors").items()}
+    save_file({name: tensor for name, tensor in tensors.items() if "lora_" in name}, gentle / "adapter_model.safetensors", {"format": "pt"})
+
+    def in_sixteen_bits(tensors: Tensors) -> None:
+        for name in made.added:
+            tensors[name][:] = torch.from_numpy(np.array(tensors[name])).to(torch.bfloat16).float().numpy()
+
+    once, twice = (made.merged(tmp_path / f"{n}.gguf", n / 100, 0, in_sixteen_bits) for n in (1, 2))
+    kept = [shares(path, made.base, gentle)[LORA].times for path in (once, twice)]
+    assert kept[0] == pytest.approx(1, abs=0.01)
+    assert kept[1] > 1.8
