@@ -3,8 +3,9 @@
     python benchmarks/ship.py BASE ADAPTER [--type Q4_K_M] [--rounds 3] [--folder DIR]
 
 By hand are PEFT's merge_and_unload, llama.cpp's converter and llama-quantize, one after the other, with the same programs. BASE is a
-model's folder or a GGUF file. Wall and processor time, the peak of resident memory of all processes together (mapped pages counted),
-and of what lies on the disk, both looked at every 50 ms; what is read is in the page cache from the first round on.
+model's folder or a GGUF file. Wall and processor time, the peak of resident memory of all processes together (mapped pages counted, and
+pages that several share once in `own`, in each process in `resident`), and of what lies on the disk, looked at ten times a second; what is
+read is in the page cache from the first round on.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Taken:
     stages: dict[str, float] = field(default_factory=dict)  # seconds
     processor_seconds: float = 0.0
     resident_bytes: int = 0
+    own_bytes: int = 0  # shared pages counted once
     disk_bytes: int = 0
 
 
@@ -79,14 +81,16 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         me = psutil.Process()
-        while not self.done.wait(0.05):
-            resident = 0
+        while not self.done.wait(0.1):
+            resident, own = 0, 0
             for process in me.children(recursive=True):
                 try:
-                    resident += process.memory_info().rss
+                    memory = process.memory_full_info()
                 except psutil.Error:  # it ended
                     continue
+                resident, own = resident + memory.rss, own + memory.pss
             self.taken.resident_bytes = max(self.taken.resident_bytes, resident)
+            self.taken.own_bytes = max(self.taken.own_bytes, own)
             self.taken.disk_bytes = max(self.taken.disk_bytes, sum(_size(path) for path in self.folder.rglob("*")))
 
     def __enter__(self) -> None:
@@ -163,7 +167,7 @@ def main() -> int:
             stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in taken.stages.items())
             print(
                 f"{number + 1}  {name:8} {sum(taken.stages.values()):6.1f} s wall ({stages})  {taken.processor_seconds:6.1f} s processor  "
-                f"{taken.resident_bytes / MIB:6.0f} MiB resident  {taken.disk_bytes / MIB:6.0f} MiB disk  "
+                f"{taken.own_bytes / MIB:6.0f} MiB own, {taken.resident_bytes / MIB:.0f} resident  {taken.disk_bytes / MIB:6.0f} MiB disk  "
                 f"-> {made.bytes / MIB:.1f} MiB in {made.tensors} tensors",
                 flush=True,
             )

@@ -7,7 +7,7 @@ import os
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -134,7 +134,7 @@ def storing(examples: Iterable[E], path: Path, kind: type[Example | Pair], max_l
 
     The file is left out where it would grow beyond `most_bytes`, or the disk refuses: whoever wants it writes it anew.
     """
-    writer: _Writer | None = _Writer(path, kind)
+    writer: _Writer | None = None
 
     def done(*, drop: bool) -> None:
         nonlocal writer
@@ -147,17 +147,23 @@ def storing(examples: Iterable[E], path: Path, kind: type[Example | Pair], max_l
             if drop:
                 path.unlink(missing_ok=True)
 
-    for example in examples:
-        if writer and (trained := example.cut(max_length)):
-            try:
-                writer.add(trained)
-                full = writer.size_bytes() > most_bytes
-            except OSError:
-                full = True
-            if full:
-                done(drop=True)
-        yield example
-    done(drop=False)
+    with suppress(OSError):
+        writer = _Writer(path, kind)
+    whole = False
+    try:
+        for example in examples:
+            if writer and (trained := example.cut(max_length)):
+                try:
+                    writer.add(trained)
+                    full = writer.size_bytes() > most_bytes
+                except OSError:
+                    full = True
+                if full:
+                    done(drop=True)
+            yield example
+        whole = True
+    finally:
+        done(drop=not whole)
 
 
 def token_counts(dataset: Any) -> list[int]:
