@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit import patches
+from ftkit.close.packed import Blocks, PackedWeight
 from ftkit.engines import hf
+from ftkit.engines.logits import Forced
 from ftkit.errors import ModelError, first_line
 from ftkit.model.source import from_files, open_gguf
+from ftkit.plan.cost import ClosingWay, Way, closing_ways
 
 if TYPE_CHECKING:
     import torch
+    from gguf import GGUFReader
     from transformers import PreTrainedModel
 
 EXACT = {"float32": 1e-6, "bfloat16": 2**-7}  # how far a number of the file may be from the model's, in units of the largest
@@ -35,22 +40,42 @@ class Lossless:
         return float((self.parameter.detach() + self.offset).abs().mean())
 
 
-def load_student(path: Path, model: Path, *, bfloat16: bool, cuda: bool, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model that a GGUF of `model` holds, its weights dequantised by transformers.
+def ways_of(path: Path, rows: Sequence[Forced], *, bfloat16: bool, cuda: bool) -> tuple[ClosingWay, ...]:
+    """How the weights of a file can be computed with to learn from these rows, and what that takes, the fastest first."""
+    tensors = open_gguf(path).tensors
+    return closing_ways(
+        {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in tensors},
+        {tensor.name: tensor.tensor_type.name for tensor in tensors},
+        length=max((len(row.ids) for row in rows), default=1),
+        rows=len(rows),
+        compute_bytes=2 if bfloat16 else 4,
+        on_cuda=cuda,
+    )
 
-    Raises ModelError where transformers does not read this architecture's files, DoesNotFitError where memory runs out.
+
+def load_student(
+    path: Path, model: Path, way: Way = "dequantised", *, bfloat16: bool, cuda: bool, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model that a GGUF of `model` holds: its weights dequantised by transformers, or packed.
+
+    Raises ModelError where transformers does not read this architecture's files, or they cannot be computed with packed,
+    DoesNotFitError where memory runs out.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     try:
-        config = AutoConfig.from_pretrained(model, **from_files(trust_remote_code))
-        with patches.applied("reading GGUF files"):
-            student: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), config=config, dtype=dtype,
-                **({"device_map": {"": 0}} if cuda else {}), **from_files(trust_remote_code),
-            )  # fmt: skip
+        config = AutoConfig.from_pretrained(model, **from_files(trust_remote_code)).get_text_config()  # a GGUF holds no pictures
+        if way != "dequantised":
+            student = _packed(path, config, dtype, way, cuda=cuda, trust_remote_code=trust_remote_code)
+        else:
+            with patches.applied("reading GGUF files"):
+                student, info = AutoModelForCausalLM.from_pretrained(
+                    str(path.parent), gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), config=config, dtype=dtype,
+                    output_loading_info=True, **({"device_map": {"": 0}} if cuda else {}), **from_files(trust_remote_code),
+                )  # fmt: skip
+            _fill(student, path, info["missing_keys"])
     except (
         ValueError,
         LookupError,
@@ -70,6 +95,124 @@ def load_student(path: Path, model: Path, *, bfloat16: bool, cuda: bool, trust_r
     return student.requires_grad_(False).eval()
 
 
+def _packed(path: Path, config: Any, dtype: torch.dtype, way: Way, *, cuda: bool, trust_remote_code: bool) -> PreTrainedModel:
+    """The same with weights left packed, on the GPU or in the mapped file; tables of tokens in the file, whose rows are looked up.
+
+    Names, and what llama.cpp's converter did to a tensor that has to be undone, are those of transformers' own loader: run on the
+    numbers of a weight's rows, it tells their order.
+    """
+    import gguf
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers import modeling_gguf_pytorch_utils as loader
+
+    patches.require("computing with packed weights")
+    device, reader = torch.device("cuda", 0) if cuda else torch.device("cpu"), open_gguf(path)
+    architecture = gguf_architecture(reader)
+    if re.sub("[-_]", "", architecture) not in (re.sub("[-_]", "", known) for known in loader.GGUF_SUPPORTED_ARCHITECTURES):
+        raise ValueError(f"GGUF model with architecture {architecture} is not supported yet")
+    with init_empty_weights():
+        student: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, experts_implementation="eager", trust_remote_code=trust_remote_code
+        )
+    processor = loader.TENSOR_PROCESSORS.get(architecture, loader.TensorProcessor)(config=config.to_dict())
+    names = loader.get_gguf_hf_weights_map(student, processor, architecture)
+    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    packed: dict[str, PackedWeight] = {}
+    for tensor in sorted(reader.tensors, key=lambda tensor: str(tensor.name)):  # of experts the gate comes before the up
+        name = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
+        if name is None:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        module = student.get_submodule(owner)
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        if len(shape) > 1 and tensor.tensor_type != gguf.GGMLQuantizationType.F32:
+            data = mapped[tensor.data_offset :][: tensor.n_bytes].reshape(*shape[:-1], -1)
+            kept = data if way == "mapped" or isinstance(module, torch.nn.Embedding) else data.to(device)
+            part, order = Blocks(kept, int(tensor.tensor_type)), _order(processor, tensor.name, shape)
+            before = packed[name].parts if name in packed else ()
+            packed[name] = PackedWeight((*before, part), shape[-1], device, dtype, order)
+        else:
+            values = processor.process(weights=gguf.dequantize(tensor.data, tensor.tensor_type), name=tensor.name).weights
+            _put(module, leaf, torch.from_numpy(values.copy()).to(device, dtype))
+    for name, weight in packed.items():
+        owner, _, leaf = name.rpartition(".")
+        _put(student.get_submodule(owner), leaf, weight)
+    for name, source in student.all_tied_weights_keys.items():
+        if name not in packed and source in packed:
+            owner, _, leaf = name.rpartition(".")
+            table = packed[source]
+            parts = [replace(part, data=part.data if way == "mapped" else part.data.to(device)) for part in table.parts]
+            _put(student.get_submodule(owner), leaf, PackedWeight(parts, table.columns, device, dtype, table.order))
+    if missing := [name for name, parameter in student.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"it holds nothing for {missing[0]}")
+    for module in student.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    with torch.no_grad():
+        student(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))  # what cannot be computed with packed weights says so
+    return student
+
+
+def _fill(student: PreTrainedModel, path: Path, missing: Collection[str]) -> None:
+    """What is in a file, and transformers' loader does not find: it looks for Gemma 4's scales of layers without a suffix."""
+    import gguf
+    import torch
+
+    reader = open_gguf(path)
+    names, tensors = _gguf_names(reader, student), {tensor.name: tensor for tensor in reader.tensors}
+    for name in missing:
+        if tensor := tensors.get(f"{names.get_name(name)}.weight"):
+            owner, _, leaf = name.rpartition(".")
+            there = getattr(student.get_submodule(owner), leaf)
+            values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+            _put(student.get_submodule(owner), leaf, values.to(there.device, there.dtype))
+
+
+def _gguf_names(reader: GGUFReader, student: PreTrainedModel) -> Any:
+    """The map from transformers' names to llama.cpp's."""
+    import gguf
+
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == gguf_architecture(reader))
+    return gguf.get_tensor_name_map(architecture, student.config.get_text_config().num_hidden_layers)
+
+
+def _order(processor: Any, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """Which row of the file each of the model's rows is; None: they are the same. Raises ValueError where more than rows change."""
+    import numpy as np
+    import torch
+
+    if len(shape) > 2:  # experts: their gate and up become one, which is known by the name
+        return None
+    numbers = np.broadcast_to(np.arange(shape[0], dtype=np.int32)[:, None], shape)
+    made = processor.process(weights=numbers, name=name)
+    if made.weights is numbers and made.name == name:
+        return None
+    if made.name != name or made.weights.shape != shape or (made.weights != made.weights[:, :1]).any():
+        raise ValueError(f"of {name} more is changed than the order of rows")
+    return torch.from_numpy(made.weights[:, 0].astype(np.int64))
+
+
+def _put(module: Any, leaf: str, value: Any) -> None:
+    """A parameter or buffer of the model, or what stands where one stood. Raises ValueError where the shape is another."""
+    import torch
+
+    if (there := getattr(module, leaf)).shape != value.shape:
+        raise ValueError(f"{type(module).__name__}.{leaf} is {tuple(there.shape)}, not {tuple(value.shape)}")
+    if isinstance(value, PackedWeight):
+        delattr(module, leaf)
+        object.__setattr__(module, leaf, value)
+    else:
+        setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False) if leaf in module._parameters else value)
+
+
+def gguf_architecture(reader: GGUFReader) -> str:
+    """As llama.cpp names it."""
+    field = reader.get_field("general.architecture")
+    return str(field.contents()) if field else ""
+
+
 def lossless(student: PreTrainedModel, path: Path) -> list[Lossless]:
     """The vectors of the file in float32 – norms and biases – that are the model's own, number for number.
 
@@ -79,10 +222,7 @@ def lossless(student: PreTrainedModel, path: Path) -> list[Lossless]:
     import torch
 
     reader = open_gguf(path)
-    field = reader.get_field("general.architecture")
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if field and name == field.contents())
-    names = gguf.get_tensor_name_map(architecture, student.config.get_text_config().num_hidden_layers)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    names, tensors = _gguf_names(reader, student), {tensor.name: tensor for tensor in reader.tensors}
     found = []
     for name, parameter in student.named_parameters():
         owner, _, kind = name.rpartition(".")
@@ -103,9 +243,33 @@ def running(student: PreTrainedModel) -> Iterator[None]:
     """A student of 16 bits computes with its float32 vectors beside them."""
     import torch
 
-    kind = next(parameter.dtype for parameter in student.parameters() if len(parameter.shape) > 1)
-    with torch.autocast(student.device.type, torch.bfloat16, enabled=kind == torch.bfloat16):
+    with torch.autocast(student.device.type, torch.bfloat16, enabled=student.config.dtype == torch.bfloat16):
         yield
+
+
+@contextmanager
+def learning(student: PreTrainedModel) -> Iterator[None]:
+    """A student of packed weights keeps of each layer what goes into it, and computes the rest again for the gradients.
+
+    The layers alone are told that they train: what they are made of goes on without dropout.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in student.modules() if isinstance(module, GradientCheckpointingLayer)] if is_packed(student) else []
+    if layers:
+        student.activation_checkpointing_enable({"use_reentrant": False})
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def is_packed(student: PreTrainedModel) -> bool:
+    """Whether it computes with weights as the file has them."""
+    return any(isinstance(part, PackedWeight) for module in student.modules() for part in vars(module).values())
 
 
 def write_back(path: Path, trained: Sequence[Lossless], target: Path) -> None:

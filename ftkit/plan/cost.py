@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,7 @@ from ftkit.gguf.types import (
     tensor_bytes,
     tensor_types,
 )
+from ftkit.memory.kernels import CONTEXT_BYTES
 from ftkit.memory.model import Inventory
 from ftkit.recipe import Ship
 
@@ -34,11 +35,23 @@ QUANTIZE_BYTES = 16 << 20
 LLAMA_CPP_BYTES = 100 << 20  # compute buffers; 41 MiB for SmolLM2-135M, 86 MiB for a Llama of 1 B parameters
 LOGITS_BYTES = 256 << 20  # of the trained model on held-out answers, at most: line/behaviour.py
 LOOKED_AT_BYTES = 1 << 30  # of a base's F16 file that is made only to look at its adapter: line/adapter.py
+LIKELIEST = 256  # tokens whose probabilities are kept of a distribution: close/closing.py
+CLOSING_ROWS_A_STEP = 8
+CLOSING_PLACES = 160  # of a row, at most, that are looked at: 128 of its answer (line/behaviour.py), 32 of its prompt
+# closing_ways, in numbers of float32: of the head at a place and of layers at a token, for each number that weights make of it. Live
+# tensors of SmolLM2-135M, by torch's profiler: 3.0, 1.3 that a layer keeps and 2.1 within the one that is computed again.
+HEAD, LAYER_KEEPS, IN_A_LAYER = 4, 2, 4
+VECTORS = 7  # of a vector: its values now, at the check and of the best, its gradient, AdamW's two, a copy
+VOCABULARY_BYTES = 2000  # of a token, as gguf's reader holds the vocabulary
+EXPERTS_A_TOKEN = 8
+DEQUANTISED_AT_ONCE = {"cpu": 16 << 20, "cuda": 256 << 20}  # close/packed.py: of 1/2 and 8 Mi elements, with what lies between
 CHECKPOINTS_KEPT = 3  # the best, the last, and while it is written one more: save_total_limit=2 in train/arguments.py
 TRAIN = "train"
 Place = Literal["the run folder", "Ollama's models"]
 RUN_FOLDER: Place = "the run folder"
 OLLAMAS_MODELS: Place = "Ollama's models"
+Way = Literal["dequantised", "packed", "mapped"]  # how a quantised file's weights are computed with
+WAYS: dict[Way, str] = {"dequantised": "in full", "packed": "packed on the GPU", "mapped": "packed in the mapped file"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,8 @@ class Sizes:
     compute_bytes: int  # of an element of the format that the model is asked in: 2 or 4
     vram_bytes: int | None  # of the GPU that is trained on; None: the CPU
     training_bytes: int  # training's peak on its device
+    ram_bytes: int | None = None  # of this machine; None: enough
+    closing_bytes: int = 4  # of an element of the format that a file is closed in: 4, or with bfloat16 on a GPU 2
 
     @property
     def model_bytes(self) -> int:
@@ -157,13 +172,90 @@ def of_quantising(sizes: Sizes) -> tuple[Cost, ...]:
 
 
 def of_closing(sizes: Sizes) -> tuple[Cost, ...]:
-    """The file's weights in the format that is computed in, and of a training step all but its own weights: never more rows at once."""
+    """By the first way that the memory of this machine has room for; where it has room for none, by the last, which then is refused."""
     if not sizes.ship.closing_steps:
         return ()
-    on_cuda, file = sizes.vram_bytes is not None, sizes.file_bytes(sizes.ship.quantization)
-    peak = sizes.training_bytes - sizes.counted.weights_bytes + sizes.compute_bytes * sizes.counted.parameters
-    ram, vram, read = FTKIT_BYTES + (0 if on_cuda else peak), peak if on_cuda else 0, sizes.model_bytes + 4 * file
-    return (Cost(f"close {sizes.ship.quantization}", ram, vram, file, RUN_FOLDER, read, needed=False),)
+    kind, file = sizes.ship.quantization, sizes.file_bytes(sizes.ship.quantization)
+    ways = closing_ways(
+        sizes.gguf.tensors,
+        tensor_types(sizes.gguf, kind),
+        length=sizes.length,
+        rows=CLOSING_ROWS_A_STEP * sizes.ship.closing_steps,
+        compute_bytes=sizes.closing_bytes,
+        on_cuda=sizes.vram_bytes is not None,
+    )
+    fits = fitting(ways, sizes.ram_bytes, sizes.vram_bytes)
+    way = fits or ways[-1]
+    name, disk, read = f"close {kind}", file + readings_bytes(CLOSING_ROWS_A_STEP * sizes.ship.closing_steps), sizes.model_bytes + 4 * file
+    name += "" if way is ways[0] else f", its weights {WAYS[way.name]}"
+    pages = file if way.name == "mapped" else 0  # each row reads them all
+    ram = way.ram_bytes + (pages if fits else 0)
+    return (Cost(name, ram, way.device_bytes, disk, RUN_FOLDER, read, needed=not fits),)
+
+
+@dataclass(frozen=True)
+class ClosingWay:
+    """How a file's weights are computed with while it is closed, and what that takes.
+
+    RAM without pages mapped from the file, which the system can drop: with less it is slower.
+    """
+
+    name: Way
+    device_bytes: int  # on the GPU; 0 without one
+    ram_bytes: int
+
+
+def closing_ways(
+    tensors: Mapping[str, tuple[int, ...]], types: Mapping[str, str], *, length: int, rows: int, compute_bytes: int, on_cuda: bool
+) -> tuple[ClosingWay, ...]:
+    """Each way of a file, the fastest first: its tensors' shapes and types; the longest row, in tokens; how many are learnt from.
+
+    One row at a time is computed: of the head, at the places that are looked at, the vocabulary; of layers, what goes through their
+    weights, of all where these are in full, else of one, and of each other what went in. With SmolLM2-135M on a CPU, rows of 128 and
+    512 tokens, 77 to 95 % of this was measured (benchmarks/closing.py).
+    """
+    elements = {name: math.prod(shape) for name, shape in tensors.items()}
+    embedding, largest = tensors["token_embd.weight"], max(elements.values())
+    hidden, vocabulary = embedding[-1], embedding[0]
+    widths: dict[str, int] = {}
+    for name, shape in tensors.items():
+        if (found := re.match(r"blk\.\d+\.", name)) and len(shape) > 1:
+            experts = min(EXPERTS_A_TOKEN, shape[0]) if len(shape) > 2 else 1
+            widths[found[0]] = widths.get(found[0], 0) + experts * shape[-2]
+    wide = [4 * length * (width + 2 * hidden) for width in widths.values()]
+    head = 4 * HEAD * min(length, CLOSING_PLACES) * vocabulary
+    vectors = 4 * VECTORS * sum(size for name, size in elements.items() if len(tensors[name]) == 1)
+    ram = FTKIT_BYTES + LLAMA_CPP_BYTES + VOCABULARY_BYTES * vocabulary + readings_bytes(rows)
+    at_once, went_in = DEQUANTISED_AT_ONCE["cuda" if on_cuda else "cpu"], len(widths) * compute_bytes * length * hidden
+    in_turn = head + vectors + at_once + went_in + IN_A_LAYER * max(wide)
+    whole = head + vectors + compute_bytes * sum(elements.values()) + LAYER_KEEPS * sum(wide)
+    # transformers' loader: the tensors before they are the model's, and the largest in float32, twice
+    loading = 8 * largest + compute_bytes * sum(elements.values())
+    if not on_cuda:
+        return ClosingWay("dequantised", 0, ram + max(whole, loading)), ClosingWay("mapped", 0, ram + in_turn)
+    on_device = {
+        name: tensor_bytes(shape, types[name])
+        for name, shape in tensors.items()
+        if name not in EMBEDDINGS or (name == EMBEDDINGS[0] and "output.weight" not in tensors)
+    }
+    return (
+        ClosingWay("dequantised", CONTEXT_BYTES + whole, ram + loading),
+        ClosingWay("packed", CONTEXT_BYTES + in_turn + sum(on_device.values()), ram),
+        ClosingWay("mapped", CONTEXT_BYTES + in_turn, ram),
+    )
+
+
+def fitting(ways: Sequence[ClosingWay], ram_bytes: int | None, vram_bytes: int | None) -> ClosingWay | None:
+    """The first that there is room for; what is not known is large enough."""
+    return next(
+        (way for way in ways if way.ram_bytes <= (ram_bytes or math.inf) and way.device_bytes <= (vram_bytes or math.inf)),
+        None,
+    )
+
+
+def readings_bytes(rows: int) -> int:
+    """What the models said at the places of so many rows, kept while a file is closed: a number and a token for each of the likeliest."""
+    return 8 * LIKELIEST * CLOSING_PLACES * rows
 
 
 def of_proving(sizes: Sizes) -> tuple[Cost, ...]:

@@ -1,0 +1,168 @@
+"""Weights that stay packed: dequantised as gguf does it, computed with as if they were in full, for logits and gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import architectures
+import convertible
+import pytest
+
+from ftkit.close import packed, student
+from ftkit.close.closing import Lesson, distribution, mean_divergence
+from ftkit.close.packed import PackedWeight, dequantise
+from ftkit.close.student import Lossless, learning, load_student, lossless, running
+from ftkit.engines import logits
+from ftkit.engines.logits import Forced
+from ftkit.errors import ModelError
+from ftkit.gguf import files as gguf
+from ftkit.line.close import MOST_APART
+from ftkit.machine.llama_cpp import need_converter
+
+ROW = Forced([2, *((7 * n) % 250 + 6 for n in range(30))], list(range(3, 31)))
+KINDS = ("F32", "F16", "BF16", "Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "IQ1_S", "IQ2_XS", "IQ3_S",
+         "IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0")  # fmt: skip
+
+
+def test_every_type_is_dequantised_as_gguf_does_it() -> None:
+    import gguf
+    import numpy as np
+    import torch
+
+    torch.manual_seed(0)
+    for name in KINDS:
+        kind = gguf.GGMLQuantizationType[name]
+        elements, size = gguf.GGML_QUANT_SIZES[kind]
+        rows = torch.randint(0, 256, (6, 512 // elements * size), dtype=torch.uint8)
+        with np.errstate(all="ignore"):  # random scales may be none
+            found, wanted = dequantise(rows, int(kind)), gguf.dequantize(rows.numpy(), kind)
+        assert found.dtype == torch.float32
+        assert np.array_equal(found.numpy(), wanted.reshape(6, 512), equal_nan=True), name
+        assert np.isfinite(wanted).any(), name
+
+
+def file_of(folder: Path, quantization: str = "Q8_0") -> Path:
+    gguf.convert(folder, folder / "m.gguf", quantization, need_converter())
+    return folder / "m.gguf"
+
+
+def gradients(model: Any, vectors: list[Lossless]) -> tuple[Any, list[Any]]:
+    """Logits of a row, and what a loss of them asks of each vector."""
+    import torch
+
+    for vector in vectors:
+        vector.parameter.requires_grad_()
+    with learning(model), running(model):
+        found = model(input_ids=torch.tensor([ROW.ids]), use_cache=False).logits[0].float()
+    found.log_softmax(-1)[:, 5].sum().backward()
+    return found.detach(), [vector.parameter.grad for vector in vectors]
+
+
+def compare(folder: Path, path: Path, *, bfloat16: bool = False, within: float = 1e-5) -> Any:
+    """Both ways of a file: equal in logits and gradients. The packed one."""
+    import torch
+
+    whole, kept = (load_student(path, folder, way, bfloat16=bfloat16, cuda=False) for way in ("dequantised", "mapped"))
+    vectors = [lossless(model, path) for model in (whole, kept)]
+    assert [vector.name for vector in vectors[0]] == [vector.name for vector in vectors[1]]
+    (one, asked), (other, asked_too) = (gradients(model, found) for model, found in zip((whole, kept), vectors, strict=True))
+    assert float((one - other).abs().max()) <= within * float(one.abs().max())
+    assert any(found is not None for found in asked)
+    for wanted, found in zip(asked, asked_too, strict=True):
+        assert (wanted is None) == (found is None)
+        assert wanted is None or torch.allclose(wanted, found, rtol=0, atol=10 * within * float(wanted.abs().max()))
+    large = {id(part) for module in kept.modules() for part in vars(module).values() if isinstance(part, PackedWeight)}
+    assert len(large) == sum(len(parameter.shape) > 1 for parameter in whole.parameters()) + (whole.config.tie_word_embeddings is True)
+    return kept
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    folder = tmp_path_factory.mktemp("llama")
+    model = convertible.make("llama", folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if len(parameter.shape) > 1 else 1)  # so that places differ in what they say
+    model.save_pretrained(folder)
+    return file_of(folder)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_packed_student_is_the_dequantised_one(llama: Path, bfloat16: bool) -> None:
+    kept = compare(llama.parent, llama, bfloat16=bfloat16, within=2**-6 if bfloat16 else 1e-5)
+    assert not [name for name, parameter in kept.named_parameters() if len(parameter.shape) > 1]
+
+
+def test_some_rows_at_a_time_are_the_same(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(packed.ELEMENTS_AT_ONCE, "cpu", 5 * 128)  # of the narrowest weight, five rows
+    compare(llama.parent, llama)
+
+
+def apart(path: Path) -> float:
+    """Between the file in llama.cpp and packed in torch, as closing looks at it."""
+    (there,) = logits.of_file(path, [ROW])
+    here = logits.of_model(load_student(path, path.parent, "mapped", bfloat16=False, cuda=False), [ROW])
+    return mean_divergence(here, [Lesson(ROW, distribution(there))])
+
+
+def test_weights_that_are_read_in_a_wrong_order_are_seen(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert apart(llama) < MOST_APART / 10
+    with monkeypatch.context() as swapped:
+        swapped.setattr(packed, "dequantise", lambda data, kind: dequantise(data, kind).roll(32, -1))  # each block in its neighbour's place
+        assert apart(llama) > MOST_APART
+    with monkeypatch.context() as swapped:
+        swapped.setattr(student, "_order", lambda *_: None)  # queries and keys as llama.cpp turns them
+        assert apart(llama) > MOST_APART
+
+
+def test_what_cannot_be_computed_with_is_refused_by_name(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PackedWeight, "COMPUTED", {})
+    with pytest.raises(ModelError, match="packed weights are not computed with by embedding"):
+        load_student(llama, llama.parent, "mapped", bfloat16=False, cuda=False)
+
+
+def test_what_is_missing_in_the_file_is_named(llama: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    shutil.copytree(llama.parent, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"holds nothing for model\.layers\.6\."):
+        load_student(tmp_path / "m" / "m.gguf", tmp_path / "m", "mapped", bfloat16=False, cuda=False)
+
+
+BY_NAME = {architecture.name: architecture for architecture in architectures.ARCHITECTURES}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["Qwen 2", "Qwen 3, experts", "Gemma 3, with a tower", "Phi 3"])
+def test_a_family_is_the_same_packed(name: str, tmp_path: Path) -> None:
+    folder = architectures.make_model(BY_NAME[name], tmp_path)
+    compare(folder, file_of(folder))
+
+
+@pytest.mark.e2e
+def test_mistral_is_read_packed_though_transformers_does_not_name_its_tensors(tmp_path: Path) -> None:
+    path = file_of(architectures.make_model(BY_NAME["Mistral"], tmp_path))
+    with pytest.raises(ModelError, match="mistral"):
+        load_student(path, tmp_path, bfloat16=False, cuda=False)
+    assert apart(path) < MOST_APART / 10
+
+
+@pytest.mark.e2e
+def test_scales_of_gemma_4s_layers_are_in_both(tmp_path: Path) -> None:
+    """transformers 5.23 leaves them at one, as if they were not in the file."""
+    import torch
+
+    model = convertible.make("gemma4 with a tower", tmp_path)
+    for layer in model.model.language_model.layers:
+        layer.layer_scalar.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    path = file_of(tmp_path)
+    kept = compare(tmp_path, path)
+    assert {float(layer.layer_scalar) for layer in kept.model.layers} == {0.5}
+    assert torch.is_tensor(kept.model.layers[0].layer_scalar)
