@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from ftkit.close.closing import OUTSIDE_ROWS_A_STEP, ROWS_A_STEP, Lesson, close, distribution
+from ftkit.close.closing import OUTSIDE_ROWS_A_STEP, RATE, ROWS_A_STEP, Lesson, Trained, close, distribution
 from ftkit.close.student import load_student, lossless, ways_of
 from ftkit.engines import logits
 from ftkit.engines.logits import Forced
@@ -61,7 +61,8 @@ def main() -> None:
     loaded, after_loading = time.monotonic(), dict(peaks.bytes)
     vectors = lossless(student, asked.file)
     worked = time.process_time()
-    close(student, vectors, lessons[:ROWS_A_STEP], lessons[ROWS_A_STEP:], asked.steps, lambda: 0.0, 1.0)
+    learning = [Trained(vector.parameter, RATE * vector.scale) for vector in vectors]
+    close(student, learning, lessons[:ROWS_A_STEP], lessons[ROWS_A_STEP:], asked.steps, lambda: 0.0, 1.0)
     seconds = (time.monotonic() - loaded) / asked.steps
     planned = next(way for way in ways_of(asked.file, rows, bfloat16=cuda, cuda=cuda) if way.name == asked.way)
     told = {

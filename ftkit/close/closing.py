@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ftkit.close.student import running
+from ftkit.close.student import learning, running
 from ftkit.engines.logits import Forced
+from ftkit.plan.cost import CLOSING_ROWS_A_STEP, LIKELIEST
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from transformers import PreTrainedModel
 
-LIKELIEST = 256  # tokens whose probabilities are kept of a distribution, and that of all others together
-ROWS_A_STEP = 8
+ROWS_A_STEP = CLOSING_ROWS_A_STEP
 RATE = 7e-3  # of the mean size of a vector's numbers, by AdamW a step
 WARM_UP = 5
 PROMPT_WEIGHT = 0.2
@@ -48,14 +48,14 @@ def distribution(logits: np.ndarray[Any, Any]) -> Distribution:
     likeliest, ids = given.topk(min(LIKELIEST, given.shape[1]), sorted=False)
     likeliest = (likeliest - given.logsumexp(-1, keepdim=True)).double()
     rest = (1 - likeliest.exp().sum(-1)).clamp_min(1e-12).log()
-    return Distribution(ids, likeliest.float(), rest.float())
+    return Distribution(ids.int(), likeliest.float(), rest.float())
 
 
 def divergence(logits: torch.Tensor, towards: Distribution) -> torch.Tensor:
     """KL(towards ‖ logits) at each place, the tokens beyond the likeliest taken together: never more than the whole."""
     import torch
 
-    known = logits.float().log_softmax(-1).gather(-1, towards.ids.to(logits.device))
+    known = logits.float().log_softmax(-1).gather(-1, towards.ids.to(logits.device).long())
     rest = torch.log1p(-known.exp().sum(-1).clamp_max(1 - 1e-6))
     likeliest, other = towards.likeliest.to(logits.device), towards.rest.to(logits.device)
     return (likeliest.exp() * (likeliest - known)).sum(-1) + other.exp() * (other - rest)
@@ -87,6 +87,19 @@ def mean_divergence(logits: Iterable[np.ndarray[Any, Any]], lessons: Sequence[Le
     return sum(sums) / sum(len(lesson.answer.places) for lesson in lessons)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """A closing at one of its checks: it goes on from here as if it had never ended."""
+
+    step: int
+    best: float  # what `measured` said of the best
+    best_step: int
+    worse: int  # checks since then
+    values: list[torch.Tensor]  # of what is trained
+    best_values: list[torch.Tensor]
+    optimizer: dict[int, dict[str, torch.Tensor]]  # AdamW's state of each that had a gradient
+
+
 def close(
     student: PreTrainedModel,
     trained: Sequence[Trained],
@@ -98,6 +111,8 @@ def close(
     *,
     seed: int = 0,
     told: Callable[[int, float], None] = lambda *_: None,
+    begun: Progress | None = None,
+    keep: Callable[[Progress], None] = lambda _: None,
 ) -> tuple[int, float]:
     """Train some parameters of a model; (steps of the best, what `measured` said of it), whose values they then have.
 
@@ -105,37 +120,66 @@ def close(
 
     `measured`: how far the student is from where it should be, on rows that are not learnt; asked every few steps. `first`: what it
     said before. Closing ends early where two checks after one another are no better than the best.
+
+    `keep` is given each check, `begun` is the last that was kept.
     """
     import torch
 
-    best, best_step, best_values = first, 0, [one.parameter.detach().clone() for one in trained]
-    groups = [{"params": [one.parameter.requires_grad_()], "lr": one.rate} for one in trained]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: min(1.0, (n + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, n / steps)))
-    )
-    order, worse = random.Random(seed), 0
+    parameters = [one.parameter.requires_grad_() for one in trained]
+    optimizer = torch.optim.AdamW([{"params": [parameter]} for parameter in parameters], weight_decay=0.0)
+    now = begun or Progress(0, first, 0, 0, _copies(parameters), _copies(parameters), {})
+    _set(parameters, now.values)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": now.optimizer})
+    order = random.Random(seed)
     answers, others = _shuffled(lessons, order), _shuffled(outside, order)
     for step in range(1, steps + 1):
-        for lesson in islice(answers, ROWS_A_STEP):
-            _loss(student, lesson).div(ROWS_A_STEP).backward()  # type: ignore[no-untyped-call]
-        for lesson in islice(others, OUTSIDE_ROWS_A_STEP):
-            _loss(student, lesson).mul(OUTSIDE_WEIGHT / OUTSIDE_ROWS_A_STEP).backward()  # type: ignore[no-untyped-call]
+        learnt, beside = list(islice(answers, ROWS_A_STEP)), list(islice(others, OUTSIDE_ROWS_A_STEP))
+        if step <= now.step:
+            continue  # the rows of steps that were done
+        if now.worse == 2:
+            break
+        with learning(student):
+            for lesson in learnt:
+                _loss(student, lesson).div(ROWS_A_STEP).backward()  # type: ignore[no-untyped-call]
+            for lesson in beside:
+                _loss(student, lesson).mul(OUTSIDE_WEIGHT / OUTSIDE_ROWS_A_STEP).backward()  # type: ignore[no-untyped-call]
+        for group, one in zip(optimizer.param_groups, trained, strict=True):
+            group["lr"] = one.rate * _share(step, steps)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
         if step % CHECKED_EVERY == 0 or step == steps:
-            now = measured()
-            told(step, now)
-            worse = 0 if now < best else worse + 1
-            if now < best:
-                best, best_step, best_values = now, step, [one.parameter.detach().clone() for one in trained]
-            if worse == 2:
-                break
+            found, values = measured(), _copies(parameters)
+            better = found < now.best
+            now = Progress(
+                step,
+                found if better else now.best,
+                step if better else now.best_step,
+                0 if better else now.worse + 1,
+                values,
+                values if better else now.best_values,
+                optimizer.state_dict()["state"],
+            )
+            keep(now)
+            told(step, found)
+    _set(parameters, now.best_values)
+    return now.best_step, now.best
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the rate: it rises for some steps, and falls to nothing along a cosine."""
+    return min(1.0, step / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - 1) / steps)))
+
+
+def _copies(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def _set(parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    import torch
+
     with torch.no_grad():
-        for one, value in zip(trained, best_values, strict=True):
-            one.parameter.copy_(value)
-    return best_step, best
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
 
 
 def _shuffled(lessons: Sequence[Lesson], order: random.Random) -> Iterator[Lesson]:

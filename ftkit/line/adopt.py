@@ -17,6 +17,7 @@ from ftkit.gguf.types import gguf_model
 from ftkit.line.job import Job, base_folder, computes_on, open_base, tokenizer_of
 from ftkit.line.step import Made, Step
 from ftkit.line.train import TRAIN
+from ftkit.machine import device
 from ftkit.memory.model import Skeleton, load_config
 from ftkit.memory.sizes import DTYPE_BYTES
 from ftkit.merge.deltas import changes_of
@@ -226,7 +227,11 @@ def sizes(job: Job) -> Sizes | None:
         counted = replace(counted, method=method, **held)
     gguf = gguf_model({tensor.name: tensor.shape for tensor in skeleton.tensors}, config)
     vram_bytes = job.device.total_bytes if cuda else None
-    return Sizes(gguf, counted, job.recipe.ship, job.recipe.training.max_length, DTYPE_BYTES[dtype], vram_bytes, 0)
+    return Sizes(
+        *(gguf, counted, job.recipe.ship, job.recipe.training.max_length, DTYPE_BYTES[dtype], vram_bytes, 0),
+        ram_bytes=device.processor().total_bytes,
+        closing_bytes=2 if cuda and dtype == "bfloat16" else 4,
+    )
 
 
 def trained_tokenizer(job: Job, trained: Made[Any]) -> Any:

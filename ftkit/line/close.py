@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftkit.close.closing import RATE, ROWS_A_STEP, Lesson, Trained, close, distribution, mean_divergence
-from ftkit.close.student import load_student, lossless, running, write_back
+from ftkit.close.kept import keep, last, readings
+from ftkit.close.student import load_student, lossless, running, ways_of, write_back
 from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
-from ftkit.errors import DoesNotFitError, ModelError, ToolFailedError
+from ftkit.errors import DoesNotFitError, InterruptedRunError, ModelError, ToolFailedError
 from ftkit.gguf.files import GgufFile
 from ftkit.line.adopt import ADOPT, trained_model
 from ftkit.line.ask import ASK
@@ -33,7 +35,14 @@ from ftkit.line.job import Job, computes_on, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step
 from ftkit.line.train import TRAIN
-from ftkit.plan.cost import of_closing
+from ftkit.machine import device
+from ftkit.plan.cost import WAYS, Way, fitting, of_closing
+from ftkit.plan.plan import without_margin
+from ftkit.run import CHECKPOINTS
+from ftkit.units import bytes_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROMPT_TOKENS = 32  # of each row that are looked at, evenly; of an answer as many as elsewhere
 OUTSIDE_ROWS = 96
@@ -58,6 +67,8 @@ def _close(
     shipped = shipping(job, converted, *later)
     try:
         return _closed(job, folder, trained, asked, merged, converted, shipped)
+    except KeyboardInterrupt:
+        raise InterruptedRunError("Interrupted.", "the same command goes on with the closing, from its last check") from None
     except (ModelError, DoesNotFitError, ToolFailedError) as error:
         job.reporter.warn(f"{shipped.path.name} is not closed: {error.message}")
         return Closed(None, 0, 0, None, None, error.message)
@@ -66,7 +77,7 @@ def _close(
 def _closed(
     job: Job, folder: Path, trained: Made[Any], asked: Made[Any], merged: Made[Merged], converted: Made[Converted], shipped: Shipping
 ) -> Closed:
-    recipe, (cuda, dtype), path = job.recipe, computes_on(job, hf.model_type(merged.folder / MODEL)), shipped.path
+    recipe, path = job.recipe, shipped.path
     choice, tokenizer = asked.folder / CHOICE, tokenizer_of(job, merged.folder / MODEL)
     rows = read_rows(choice)
     checks = [Lesson(row, distribution(found)) for row, found in zip(rows, trained_logits(choice, rows), strict=False)]
@@ -74,18 +85,21 @@ def _closed(
         raise ModelError("The trained model was not looked at token by token.", "look again: ftkit ship --from ask")
     _, others = choice_and_others(job, read_data(job))
     answers = given_rows(tokenizer, others, recipe.training.max_length, recipe.ship.closing_steps * ROWS_A_STEP)
-    teacher = trained_model(job, trained)
-    told = with_bar(job, "reading answers as trained", answers, logits.of_model(teacher, answers))
-    lessons = [Lesson(row, distribution(found)) for row, found in zip(answers, told, strict=True)]
-    del teacher
+    kept = folder / CHECKPOINTS
+    begun = last(kept)
+    told = readings(kept / "answers", answers, partial(_as_trained, job, trained))
     hf.release_memory()
+    lessons = [Lesson(row, found) for row, found in zip(answers, told, strict=True)]
     before = mean_divergence(logits.of_file(path, [lesson.answer for lesson in checks]), checks)
-    student = load_student(
-        path, merged.folder / MODEL, bfloat16=cuda and dtype == "bfloat16", cuda=cuda, trust_remote_code=recipe.trust_remote_code
-    )
+    student, way = _student(job, path, merged.folder / MODEL, answers, begun[1] if begun else None)
     vectors = lossless(student, path)
     if not vectors:
         raise ModelError(f"no norm or bias of {path.name} is known in transformers.", "ship it as it is: ship.closing_steps=0")
+
+    if begun and [value.shape for value in begun[0].values] == [vector.parameter.shape for vector in vectors]:
+        job.reporter.note(f"closing goes on from step {begun[0].step}")
+    else:
+        begun = None
 
     def measured() -> float:
         with running(student):
@@ -93,21 +107,23 @@ def _closed(
 
     if abs((first := measured()) - before) > MOST_APART:
         raise ModelError(f"transformers reads {path.name} otherwise than llama.cpp.", "ship it as it is: ship.closing_steps=0")
-    prompts = [_prompt(row) for row in answers]
+    prompts = {n: prompt for n, row in enumerate(answers) if (prompt := _prompt(row)).places}
     with running(student):
-        lessons = [
-            replace(lesson, prompt=prompt, prompted=distribution(found)) if prompt.places else lesson
-            for lesson, prompt, found in zip(
-                lessons, prompts, with_bar(job, "reading prompts", prompts, logits.of_model(student, prompts)), strict=False
-            )
-        ]
-    outside = _outside(job, tokenizer, converted)
+        reads = partial(_read, job, "reading prompts", partial(logits.of_model, student))
+        for (n, prompt), found in zip(prompts.items(), readings(kept / "prompts", list(prompts.values()), reads), strict=True):
+            lessons[n] = replace(lessons[n], prompt=prompt, prompted=found)
+    outside = _outside(job, tokenizer, converted, kept / "outside")
     numbers, steps = sum(vector.parameter.numel() for vector in vectors), recipe.ship.closing_steps
     job.reporter.step(f"closing {path.name}: {numbers:,} numbers of {len(vectors)} vectors, at most {steps} steps")
     with job.reporter.bar("closing", steps) as bar:
         trained_ones = [Trained(vector.parameter, RATE * vector.scale) for vector in vectors]
         learn = partial(close, student, trained_ones, lessons, outside, steps, measured, first)
-        done, _ = learn(seed=recipe.training.seed, told=lambda step, _: bar.update(step))
+        done, _ = learn(
+            seed=recipe.training.seed,
+            told=lambda step, _: bar.update(step),
+            begun=begun[0] if begun else None,
+            keep=lambda progress: keep(kept, progress, way),
+        )
     target = folder / path.name
     write_back(path, vectors, target)
     after = mean_divergence(logits.of_file(target, [lesson.answer for lesson in checks]), checks)
@@ -117,15 +133,54 @@ def _closed(
     return Closed(replace(shipped.file, path=Path(target.name)), len(vectors), done, before, after, None)
 
 
-def _outside(job: Job, tokenizer: Any, converted: Made[Converted]) -> list[Lesson]:
+def _student(job: Job, path: Path, model: Path, rows: Sequence[Forced], begun: Way | None) -> tuple[PreTrainedModel, Way]:
+    """The file in torch, its weights as it was begun, else in the first way that this machine's memory has room for; said.
+
+    Where one cannot be had, the next is. Raises DoesNotFitError where there is room for none, ModelError where none can be had.
+    """
+    on, (cuda, dtype) = device.choose(), computes_on(job, hf.model_type(model))
+    bfloat16 = cuda and dtype == "bfloat16"
+    ways = ways_of(path, rows, bfloat16=bfloat16, cuda=cuda)
+    chosen = next((way for way in ways if way.name == begun), None) or fitting(
+        ways, device.processor().free_bytes, without_margin(on.free_bytes) if cuda else None
+    )
+    if not chosen:
+        least = ways[-1]
+        needed = f"{bytes_text(least.ram_bytes)} of RAM" + (f" and {bytes_text(least.device_bytes)} of {on.name}" if cuda else "")
+        raise DoesNotFitError(f"closing {path.name} needs {needed}.", "ship it as it is: ship.closing_steps=0")
+    for way in ways[ways.index(chosen) :]:
+        if way is not ways[0]:
+            needed = bytes_text(ways[0].device_bytes or ways[0].ram_bytes)
+            job.reporter.note(f"closing {path.name} with its weights {WAYS[way.name]}; dequantised it takes {needed}")
+        try:
+            trust = job.recipe.trust_remote_code
+            return load_student(path, model, way.name, bfloat16=bfloat16, cuda=cuda, trust_remote_code=trust), way.name
+        except (ModelError, DoesNotFitError) as error:
+            if way is ways[-1]:
+                raise
+            job.reporter.note(f"{error.message} It is tried with its weights {WAYS[ways[ways.index(way) + 1].name]}")
+            hf.release_memory()
+    raise AssertionError
+
+
+def _read(job: Job, label: str, read: Callable[[Sequence[Forced]], Iterator[Any]], rows: Sequence[Forced]) -> Iterator[Any]:
+    return with_bar(job, label, rows, read(rows))
+
+
+def _as_trained(job: Job, trained: Made[Any], rows: Sequence[Forced]) -> Iterator[Any]:
+    """The trained model is loaded where it is asked."""
+    yield from with_bar(job, "reading answers as trained", rows, logits.of_model(trained_model(job, trained), rows))
+
+
+def _outside(job: Job, tokenizer: Any, converted: Made[Converted], kept: Path) -> list[Lesson]:
     """Text of nobody's task as the merge reads it, in 16 bits where this machine's memory holds them; none, which is said, where it
     holds no file of the merge."""
     if not (file := converted.result.in_memory()):
         job.reporter.warn("the merged model is larger than this machine's memory: closing does not look at text outside the task")
         return []
     rows = outside_rows(tokenizer, OUTSIDE_ROWS, after=OUTSIDE_CHARACTERS, every=4)
-    told = with_bar(job, "reading text outside the task", rows, logits.of_file(converted.folder / file.path, rows))
-    return [Lesson(row, distribution(found)) for row, found in zip(rows, told, strict=True)]
+    reads = partial(_read, job, "reading text outside the task", partial(logits.of_file, converted.folder / file.path))
+    return [Lesson(row, found) for row, found in zip(rows, readings(kept, rows, reads), strict=True)]
 
 
 def _prompt(row: Forced) -> Forced:
@@ -144,6 +199,7 @@ CLOSE: Step[Closed] = Step(
     follows_from=lambda job: [job.recipe.ship.quantization, job.recipe.ship.closing_steps],
     costs=of_closing,
     make=_close,
+    resumable=True,
     applies=lambda job: job.recipe.ship.closing_steps > 0,
     keep=True,
 )

@@ -11,7 +11,7 @@ from ftkit.engines.ollama import models_folder
 from ftkit.errors import DoesNotFitError
 from ftkit.files import size_bytes
 from ftkit.line.job import Job
-from ftkit.machine.device import processor
+from ftkit.machine.device import Device, processor
 from ftkit.model.hub import hub_cache
 from ftkit.plan.cost import OLLAMAS_MODELS, RUN_FOLDER, TRAIN, Cost, disk_by_place
 from ftkit.units import bytes_text
@@ -57,6 +57,8 @@ def shortages(job: Job, costs: Sequence[Cost], fetch_bytes: int, *, begun: Path 
             found.append(Shortage(" and ".join(str(folder) for folder, _, _ in entries), None, size, free))
     if hungry := ram_shortage(costs, processor().total_bytes):
         found.append(hungry)
+    if job.device.kind == "cuda" and (hungry := vram_shortage(costs, job.device)):
+        found.append(hungry)
     return found
 
 
@@ -66,10 +68,21 @@ def ram_shortage(costs: Sequence[Cost], total_bytes: int) -> Shortage | None:
     return Shortage("RAM", hungry.name, hungry.peak_ram_bytes, total_bytes) if hungry.peak_ram_bytes > total_bytes else None
 
 
+def vram_shortage(costs: Sequence[Cost], card: Device) -> Shortage | None:
+    """The step after training that needs more of the GPU's memory than there is, if one does."""
+    hungry = max((cost for cost in costs if cost.name != TRAIN and cost.needed), key=lambda cost: cost.vram_bytes)
+    return Shortage(card.name, hungry.name, hungry.vram_bytes, card.total_bytes) if hungry.vram_bytes > card.total_bytes else None
+
+
 def refuse_shortages(found: Sequence[Shortage]) -> None:
     """Raise DoesNotFitError before long work whose result could not be shipped from here."""
     if found:
         raise DoesNotFitError(
             f"This machine is too small for what follows: {'; '.join(shortage.words for shortage in found)}.",
-            "free some space, put the run elsewhere with --run-dir, or --set a smaller model",
+            "free some space, put the run elsewhere with --run-dir, or --set a smaller model"
+            + ("; to ship the file as it was quantised: --set ship.closing_steps=0" if any(_closes(one) for one in found) else ""),
         )
+
+
+def _closes(shortage: Shortage) -> bool:
+    return (shortage.step or "").startswith("close ")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ftkit.data.lengths import Batching
 from ftkit.gguf.types import GgufModel, gguf_sizes
-from ftkit.machine.device import Device
+from ftkit.machine.device import Device, processor
 from ftkit.memory.model import Inventory
 from ftkit.memory.replay import Peak, Timeline
 from ftkit.memory.sizes import DTYPE_BYTES
@@ -99,7 +99,11 @@ class MemoryPlan:
         """What the costs of the steps follow from."""
         vram_bytes = self.device.total_bytes if self.device.kind == "cuda" else None
         compute_bytes = DTYPE_BYTES[self.compute_dtype]
-        return Sizes(self.gguf, self.chosen.inventory, ship, self.max_length, compute_bytes, vram_bytes, self.chosen.peak.device_bytes)
+        return Sizes(
+            *(self.gguf, self.chosen.inventory, ship, self.max_length, compute_bytes, vram_bytes, self.chosen.peak.device_bytes),
+            ram_bytes=processor().total_bytes,
+            closing_bytes=2 if self.device.kind == "cuda" and self.compute_dtype == "bfloat16" else 4,
+        )
 
     def beside_tensors(self, fit: Candidate) -> dict[str, int]:
         """What the device holds at the peak beside the step's tensors; with them it is `device_bytes`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import convertible
 import pytest
 
-from ftkit.close.closing import Lesson, close, distribution, divergence, mean_divergence
+from ftkit.close import closing, kept
+from ftkit.close.closing import RATE, Lesson, Progress, Trained, close, distribution, divergence, mean_divergence
 from ftkit.close.student import Lossless, load_student, lossless, write_back
 from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
@@ -72,7 +74,7 @@ def test_closing_brings_the_file_nearer_and_changes_its_vectors_alone(made: Made
     measured = lambda: mean_divergence(logits.of_model(student, asked), checked)  # noqa: E731
     first = measured()
     assert first == pytest.approx(before, rel=0.1)
-    steps, _ = close(student, vectors, learnt, learnt[:2], 40, measured, first)
+    steps, _ = close(student, trained(vectors), learnt, learnt[:2], 40, measured, first)
     assert steps > 0
     write_back(made.file, vectors, tmp_path / "closed.gguf")
     after = mean_divergence(logits.of_file(tmp_path / "closed.gguf", asked), checked)
@@ -89,8 +91,84 @@ def test_no_worse_values_are_kept(made: Made) -> None:
     vectors = lossless(student, made.file)
     first = [vector.parameter.detach().clone() for vector in vectors]
     asked = iter([2.0, 3.0])
-    assert close(student, vectors, made.lessons, [], 40, lambda: next(asked), 1.0) == (0, 1.0)
+    assert close(student, trained(vectors), made.lessons, [], 40, lambda: next(asked), 1.0) == (0, 1.0)
     assert all((vector.parameter == old).all() for vector, old in zip(vectors, first, strict=True))
+
+
+def trained(vectors: list[Lossless]) -> list[Trained]:
+    return [Trained(vector.parameter, RATE * vector.scale) for vector in vectors]
+
+
+def learnt(made: Made, folder: Path, *, interrupted_at: int | None = None) -> tuple[list[Any], tuple[int, float], list[int]]:
+    """Six steps, checked at every second; what the vectors then are, what is said of the best, and the checks that were made."""
+    student, checks = load_student(made.file, made.folder, "mapped", bfloat16=False, cuda=False), list[int]()
+    vectors, begun = lossless(student, made.file), kept.last(folder)
+    asked = [lesson.answer for lesson in made.lessons[:2]]
+    measured = lambda: mean_divergence(logits.of_model(student, asked), made.lessons[:2])  # noqa: E731
+
+    def keep(progress: Progress) -> None:
+        kept.keep(folder, progress, "mapped")
+        checks.append(progress.step)
+        if progress.step == interrupted_at:
+            raise KeyboardInterrupt
+
+    begun_at = begun[0] if begun else None
+    done = close(student, trained(vectors), made.lessons[2:], made.lessons[:2], 6, measured, measured(), seed=1, begun=begun_at, keep=keep)
+    return [vector.parameter.detach().clone() for vector in vectors], done, checks
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closing, "CHECKED_EVERY", 2)
+
+
+def test_an_interrupted_closing_ends_as_an_undisturbed_one(made: Made, often: None, tmp_path: Path) -> None:
+    import torch
+
+    wanted, done, checks = learnt(made, tmp_path / "undisturbed")
+    assert (checks, done[0] > 0) == ([2, 4, 6], True)
+    with pytest.raises(KeyboardInterrupt):
+        learnt(made, tmp_path / "interrupted", interrupted_at=4)
+    (left,) = (tmp_path / "interrupted").iterdir()
+    assert left.name == "checkpoint-4"
+    found, done_too, checks = learnt(made, tmp_path / "interrupted")
+    assert (checks, done_too) == ([6], done)
+    assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
+    for file in left.parent.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    assert kept.last(left.parent) is None
+
+
+def test_what_was_read_is_not_read_again(tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+
+    rows, asked = [Forced([n, *range(n + 2)], list(range(1, n + 2))) for n in range(40)], list[int]()
+
+    def read(some: Sequence[Forced], most: int = 99) -> Iterator[Any]:
+        for row in some:
+            if len(asked) == most:
+                raise KeyboardInterrupt
+            asked.append(row.ids[0])
+            yield np.random.default_rng(row.ids[0]).normal(size=(len(row.places), 300)).astype(np.float32)
+
+    wanted = kept.readings(tmp_path / "whole", rows, read)
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        kept.readings(tmp_path / "part", rows, lambda some: read(some, 35))
+    for again in range(2):
+        asked.clear()
+        found = kept.readings(tmp_path / "part", rows, read)
+        assert asked == ([] if again else list(range(32, 40)))
+        for one, other in zip(wanted, found, strict=True):
+            assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("ids", "likeliest", "rest"))
+    half = tmp_path / "part" / "1.safetensors"
+    half.write_bytes(half.read_bytes()[:1000])
+    kept.readings(tmp_path / "part", rows, read)
+    assert asked == list(range(16, 40))
+    asked.clear()
+    kept.readings(tmp_path / "part", rows[1:], read)
+    assert asked == list(range(1, 40))
 
 
 def test_a_vector_that_is_not_the_models_is_left_alone(made: Made) -> None:

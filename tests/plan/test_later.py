@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,14 @@ import pytest
 import tiny
 from conftest import REPOSITORY
 
+from ftkit.errors import DoesNotFitError
 from ftkit.gguf import files as gguf_files
 from ftkit.gguf.files import QUANTIZE_BUFFER_BYTES
 from ftkit.gguf.types import CONVERTED, HEADER_BYTES_A_TOKEN, gguf_bytes, gguf_model, gguf_sizes, tensor_bytes, tensor_types
 from ftkit.line.line import LINE
 from ftkit.line.train import TRAIN
 from ftkit.machine import llama_cpp
+from ftkit.machine.device import Device
 from ftkit.memory.model import load_config, meta_model
 from ftkit.merge.stream import LEAST_ROWS, ROWS_ELEMENTS
 from ftkit.model.locate import locate
@@ -29,9 +32,11 @@ from ftkit.plan.cost import (
     FTKIT_BYTES,
     LLAMA_CPP_BYTES,
     QUANTIZE_BYTES,
+    WAYS,
     Cost,
     Sizes,
     converter_bytes,
+    of_closing,
     quantize_bytes,
 )
 from ftkit.recipe import QUANTIZATIONS, Recipe
@@ -343,3 +348,47 @@ def test_asking_is_no_reason_to_refuse() -> None:
     short = ram_shortage(steps, 3 << 30)
     assert short
     assert (short.step, short.what) == ("convert to Q8_0", "RAM")  # what makes a file does refuse
+
+
+def closed(ram_bytes: int, vram_bytes: int | None = None) -> Cost:
+    """What closing a Q4_K_M file of Llama 3.1's 8 billion parameters costs a machine."""
+    made = shapes(vocabulary=128256, hidden=4096, intermediate=14336, layers=32, keys=1024)
+    counted: Any = SimpleNamespace(method="qlora", parameters=sum(map(math.prod, made.values())))
+    llama = config(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)
+    recipe = Recipe.model_validate({"model": "m", "ship": {"quantization": "Q4_K_M", "closing_steps": 60}})
+    sizes = Sizes(gguf_model(made, llama), counted, recipe.ship, 512, 2, vram_bytes, 0, ram_bytes, 2 if vram_bytes else 4)
+    (cost,) = of_closing(sizes)
+    return cost
+
+
+def test_a_file_is_closed_by_the_way_that_there_is_room_for() -> None:
+    whole, card, small, packed = closed(64 << 30), closed(64 << 30, 24 << 30), closed(8 << 30, 6 << 30), closed(8 << 30, 4 << 30)
+    weights, file = 8_030_261_248, 4_920_000_000  # a Q4_K_M of Llama 3.1 8B, to be downloaded
+    assert (whole.name, card.name) == ("close Q4_K_M", "close Q4_K_M")
+    assert whole.peak_ram_bytes > 4 * weights
+    assert 2 * weights < card.vram_bytes < 24 << 30
+    assert small.name == f"close Q4_K_M, its weights {WAYS['packed']}"
+    assert packed.name == f"close Q4_K_M, its weights {WAYS['mapped']}"
+    assert file * 0.9 < small.vram_bytes < 6 << 30
+    assert packed.vram_bytes < 3 << 30
+    on_cpu = closed(16 << 30)
+    assert on_cpu.name == f"close Q4_K_M, its weights {WAYS['mapped']}"
+    assert file < on_cpu.peak_ram_bytes < 9 << 30
+    assert not any(cost.needed for cost in (whole, card, small, packed, on_cpu))
+
+
+def test_closing_is_refused_before_the_long_work_where_no_way_fits() -> None:
+    from ftkit.line.shortage import ram_shortage, refuse_shortages, vram_shortage
+
+    hungry, other = closed(1 << 30), Cost("merge", 0, 0, 0, "the run folder", 0)
+    short = ram_shortage([hungry, other], 1 << 30)
+    assert short
+    assert (short.step, hungry.needed) == (hungry.name, True)
+    with pytest.raises(DoesNotFitError, match=r"`close Q4_K_M.*of RAM") as caught:
+        refuse_shortages([short])
+    assert "ship.closing_steps=0" in str(caught.value.hint)
+    card = Device("cuda", "A card", 1 << 30, 1 << 30)
+    starved = vram_shortage([closed(64 << 30, 1 << 30), other], card)
+    assert starved
+    assert starved.what == "A card"
+    assert vram_shortage([closed(64 << 30, 24 << 30), other], replace(card, total_bytes=24 << 30)) is None
