@@ -39,6 +39,9 @@ class Distribution:
     likeliest: torch.Tensor
     rest: torch.Tensor
 
+    def __getitem__(self, places: slice) -> Distribution:
+        return Distribution(self.ids[places], self.likeliest[places], self.rest[places])
+
 
 def distribution(logits: np.ndarray[Any, Any]) -> Distribution:
     """Of logits (places, vocabulary)."""
@@ -113,6 +116,7 @@ def close(
     told: Callable[[int, float], None] = lambda *_: None,
     begun: Progress | None = None,
     keep: Callable[[Progress], None] = lambda _: None,
+    recompute: bool = False,
 ) -> tuple[int, float]:
     """Train some parameters of a model; (steps of the best, what `measured` said of it), whose values they then have.
 
@@ -121,7 +125,8 @@ def close(
     `measured`: how far the student is from where it should be, on rows that are not learnt; asked every few steps. `first`: what it
     said before. Closing ends early where two checks after one another are no better than the best.
 
-    `keep` is given each check, `begun` is the last that was kept.
+    `keep` is given each check, `begun` is the last that was kept. `recompute`: of each layer only what goes into it is kept for the
+    gradients, as with packed weights anyway.
     """
     import torch
 
@@ -138,7 +143,7 @@ def close(
             continue  # the rows of steps that were done
         if now.worse == 2:
             break
-        with learning(student):
+        with learning(student, recompute=recompute):
             for lesson in learnt:
                 _loss(student, lesson).div(ROWS_A_STEP).backward()  # type: ignore[no-untyped-call]
             for lesson in beside:

@@ -62,8 +62,8 @@ def _mark(rows: Sequence[Forced]) -> dict[str, Any]:
     return {"rows": fingerprint([astuple(row) for row in rows])}
 
 
-def keep(folder: Path, progress: Progress, way: Way) -> None:
-    """The state of a check in the place of the one before, and how the weights were computed with."""
+def keep(folder: Path, progress: Progress, way: Way | None = None) -> None:
+    """The state of a check in the place of the one before, and how a file's weights were computed with."""
     tensors = {f"values.{n}": value for n, value in enumerate(progress.values)}
     tensors |= {f"best.{n}": value.clone() for n, value in enumerate(progress.best_values)}  # may be the same tensors
     tensors |= {f"optimizer.{n}.{name}": value for n, state in progress.optimizer.items() for name, value in state.items()}
@@ -76,7 +76,7 @@ def keep(folder: Path, progress: Progress, way: Way) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def last(folder: Path) -> tuple[Progress, Way] | None:
+def last(folder: Path) -> tuple[Progress, Way | None] | None:
     """The last check that was kept, and its way."""
     steps = [int(path.name.removeprefix(CHECKPOINT)) for path in folder.glob(f"{CHECKPOINT}*") if path.name[len(CHECKPOINT) :].isdecimal()]
     for step in sorted(steps, reverse=True):

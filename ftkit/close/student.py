@@ -248,14 +248,18 @@ def running(student: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def learning(student: PreTrainedModel) -> Iterator[None]:
-    """A student of packed weights keeps of each layer what goes into it, and computes the rest again for the gradients.
+def learning(student: PreTrainedModel, *, recompute: bool = False) -> Iterator[None]:
+    """A student of packed weights, or to `recompute`, keeps of each layer what goes into it, and computes the rest again for the gradients.
 
     The layers alone are told that they train: what they are made of goes on without dropout.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in student.modules() if isinstance(module, GradientCheckpointingLayer)] if is_packed(student) else []
+    layers = (
+        [module for module in student.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if recompute or is_packed(student)
+        else []
+    )
     if layers:
         student.activation_checkpointing_enable({"use_reentrant": False})
     for layer in layers:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,6 +151,17 @@ def out_of_memory(error: BaseException, what: str) -> DoesNotFitError | None:
     return DoesNotFitError(
         f"{where} has too little free memory to {what}: {first_line(error)[:200]}", "see what is needed, and what fits: ftkit plan"
     )
+
+
+@contextmanager
+def room_to(what: str) -> Iterator[None]:
+    """Where a library has no memory left for `what`, raise DoesNotFitError that says so."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if refused := out_of_memory(error, what):
+            raise refused from None
+        raise
 
 
 def release_memory() -> None:

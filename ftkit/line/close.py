@@ -5,33 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit.close.closing import RATE, ROWS_A_STEP, Lesson, Trained, close, distribution, mean_divergence
+from ftkit.close.closing import RATE, Lesson, Trained, close, mean_divergence
 from ftkit.close.kept import keep, last, readings
 from ftkit.close.student import load_student, lossless, running, ways_of, write_back
 from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import DoesNotFitError, InterruptedRunError, ModelError, ToolFailedError
 from ftkit.gguf.files import GgufFile
-from ftkit.line.adopt import ADOPT, trained_model
+from ftkit.line.adopt import ADOPT
 from ftkit.line.ask import ASK
-from ftkit.line.behaviour import (
-    CHOICE,
-    OUTSIDE_CHARACTERS,
-    choice_and_others,
-    given_rows,
-    outside_rows,
-    read_rows,
-    trained_logits,
-    with_bar,
-)
 from ftkit.line.gguf import GGUF, QUANTISE, Converted
-from ftkit.line.job import Job, computes_on, read_data, tokenizer_of
+from ftkit.line.job import Job, computes_on, tokenizer_of
+from ftkit.line.lessons import as_trained, checks_as_trained, outside, prompt, read, rows_to_learn
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step
 from ftkit.line.train import TRAIN
@@ -44,8 +35,6 @@ from ftkit.units import bytes_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROMPT_TOKENS = 32  # of each row that are looked at, evenly; of an answer as many as elsewhere
-OUTSIDE_ROWS = 96
 MOST_APART = 0.1  # KL a token between the file in llama.cpp, which also rounds activations, and in transformers
 
 
@@ -66,7 +55,8 @@ def _close(
 ) -> Closed:
     shipped = shipping(job, converted, *later)
     try:
-        return _closed(job, folder, trained, asked, merged, converted, shipped)
+        with hf.room_to(f"close {shipped.path.name}"):
+            return _closed(job, folder, trained, asked, merged, converted, shipped)
     except KeyboardInterrupt:
         raise InterruptedRunError("Interrupted.", "the same command goes on with the closing, from its last check") from None
     except (ModelError, DoesNotFitError, ToolFailedError) as error:
@@ -78,16 +68,10 @@ def _closed(
     job: Job, folder: Path, trained: Made[Any], asked: Made[Any], merged: Made[Merged], converted: Made[Converted], shipped: Shipping
 ) -> Closed:
     recipe, path = job.recipe, shipped.path
-    choice, tokenizer = asked.folder / CHOICE, tokenizer_of(job, merged.folder / MODEL)
-    rows = read_rows(choice)
-    checks = [Lesson(row, distribution(found)) for row, found in zip(rows, trained_logits(choice, rows), strict=False)]
-    if not checks:
-        raise ModelError("The trained model was not looked at token by token.", "look again: ftkit ship --from ask")
-    _, others = choice_and_others(job, read_data(job))
-    answers = given_rows(tokenizer, others, recipe.training.max_length, recipe.ship.closing_steps * ROWS_A_STEP)
-    kept = folder / CHECKPOINTS
+    tokenizer, kept = tokenizer_of(job, merged.folder / MODEL), folder / CHECKPOINTS
+    checks, answers = checks_as_trained(asked), rows_to_learn(job, tokenizer, recipe.ship.closing_steps)
     begun = last(kept)
-    told = readings(kept / "answers", answers, partial(_as_trained, job, trained))
+    told = readings(kept / "answers", answers, partial(as_trained, job, trained))
     hf.release_memory()
     lessons = [Lesson(row, found) for row, found in zip(answers, told, strict=True)]
     before = mean_divergence(logits.of_file(path, [lesson.answer for lesson in checks]), checks)
@@ -107,17 +91,17 @@ def _closed(
 
     if abs((first := measured()) - before) > MOST_APART:
         raise ModelError(f"transformers reads {path.name} otherwise than llama.cpp.", "ship it as it is: ship.closing_steps=0")
-    prompts = {n: prompt for n, row in enumerate(answers) if (prompt := _prompt(row)).places}
+    prompts = {n: asked_with for n, row in enumerate(answers) if (asked_with := prompt(row)).places}
     with running(student):
-        reads = partial(_read, job, "reading prompts", partial(logits.of_model, student))
-        for (n, prompt), found in zip(prompts.items(), readings(kept / "prompts", list(prompts.values()), reads), strict=True):
-            lessons[n] = replace(lessons[n], prompt=prompt, prompted=found)
-    outside = _outside(job, tokenizer, converted, kept / "outside")
+        reads = partial(read, job, "reading prompts", partial(logits.of_model, student))
+        for (n, row), found in zip(prompts.items(), readings(kept / "prompts", list(prompts.values()), reads), strict=True):
+            lessons[n] = replace(lessons[n], prompt=row, prompted=found)
+    others = _outside(job, tokenizer, converted, kept / "outside")
     numbers, steps = sum(vector.parameter.numel() for vector in vectors), recipe.ship.closing_steps
     job.reporter.step(f"closing {path.name}: {numbers:,} numbers of {len(vectors)} vectors, at most {steps} steps")
     with job.reporter.bar("closing", steps) as bar:
         trained_ones = [Trained(vector.parameter, RATE * vector.scale) for vector in vectors]
-        learn = partial(close, student, trained_ones, lessons, outside, steps, measured, first)
+        learn = partial(close, student, trained_ones, lessons, others, steps, measured, first)
         done, _ = learn(
             seed=recipe.training.seed,
             told=lambda step, _: bar.update(step),
@@ -163,31 +147,12 @@ def _student(job: Job, path: Path, model: Path, rows: Sequence[Forced], begun: W
     raise AssertionError
 
 
-def _read(job: Job, label: str, read: Callable[[Sequence[Forced]], Iterator[Any]], rows: Sequence[Forced]) -> Iterator[Any]:
-    return with_bar(job, label, rows, read(rows))
-
-
-def _as_trained(job: Job, trained: Made[Any], rows: Sequence[Forced]) -> Iterator[Any]:
-    """The trained model is loaded where it is asked."""
-    yield from with_bar(job, "reading answers as trained", rows, logits.of_model(trained_model(job, trained), rows))
-
-
 def _outside(job: Job, tokenizer: Any, converted: Made[Converted], kept: Path) -> list[Lesson]:
-    """Text of nobody's task as the merge reads it, in 16 bits where this machine's memory holds them; none, which is said, where it
-    holds no file of the merge."""
+    """As the merge reads it, in 16 bits where this machine's memory holds them; none, which is said, where it holds no file of it."""
     if not (file := converted.result.in_memory()):
         job.reporter.warn("the merged model is larger than this machine's memory: closing does not look at text outside the task")
         return []
-    rows = outside_rows(tokenizer, OUTSIDE_ROWS, after=OUTSIDE_CHARACTERS, every=4)
-    reads = partial(_read, job, "reading text outside the task", partial(logits.of_file, converted.folder / file.path))
-    return [Lesson(row, found) for row, found in zip(rows, readings(kept, rows, reads), strict=True)]
-
-
-def _prompt(row: Forced) -> Forced:
-    """Of a row whose answer is given, some tokens that are none of it."""
-    answer = set(row.places)
-    places = [n for n in range(1, len(row.ids)) if n not in answer]
-    return Forced(row.ids, places[:: max(1, -(-len(places) // PROMPT_TOKENS))])
+    return outside(job, tokenizer, partial(logits.of_file, converted.folder / file.path), kept)
 
 
 CLOSE: Step[Closed] = Step(

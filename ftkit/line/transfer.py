@@ -6,22 +6,26 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftkit.close.closing import Lesson, Trained, close, distribution, mean_divergence
+from ftkit.close.closing import Lesson, Trained, close, mean_divergence
+from ftkit.close.kept import keep, last, readings
 from ftkit.engines import hf, logits
-from ftkit.errors import DoesNotFitError, ModelError
+from ftkit.engines.logits import Forced
+from ftkit.errors import DoesNotFitError, InterruptedRunError, ModelError
 from ftkit.line.adopt import ADAPTER, ADOPT, trained_tokenizer
 from ftkit.line.ask import ASK
-from ftkit.line.behaviour import OUTSIDE_CHARACTERS, outside_rows
 from ftkit.line.job import Job, base_folder, computes_on
-from ftkit.line.lessons import OUTSIDE_ROWS, checks_as_trained, rows_as_trained
+from ftkit.line.lessons import as_trained, checks_as_trained, outside, prompt, rows_to_learn
 from ftkit.line.step import Made, Step
 from ftkit.line.train import TRAIN
 from ftkit.model.given import ADAPTER_WEIGHTS
 from ftkit.plan.cost import of_transferring
+from ftkit.run import CHECKPOINTS
 
 RATE_SHARE = 0.5  # of the rate that it was trained at
 
@@ -52,7 +56,10 @@ def _make(job: Job, folder: Path, trained: Made[Any], asked: Made[Any]) -> Trans
     if job.recipe.training.method == "lora":
         return Transferred(0, None, None, "it learnt on the source already")
     try:
-        return _transferred(job, folder, trained, asked)
+        with hf.room_to("fit the adapter to the source"):
+            return _transferred(job, folder, trained, asked)
+    except KeyboardInterrupt:
+        raise InterruptedRunError("Interrupted.", "the same command goes on with fitting the adapter, from its last check") from None
     except (ModelError, DoesNotFitError) as error:
         job.reporter.warn(f"the adapter is merged as it was trained: {error.message}")
         return Transferred(0, None, None, error.message)
@@ -60,31 +67,55 @@ def _make(job: Job, folder: Path, trained: Made[Any], asked: Made[Any]) -> Trans
 
 def _transferred(job: Job, folder: Path, trained: Made[Any], asked: Made[Any]) -> Transferred:
     recipe, steps, tokenizer = job.recipe, job.recipe.ship.transfer_steps, trained_tokenizer(job, trained)
-    checks, lessons = checks_as_trained(asked), rows_as_trained(job, trained, tokenizer, steps, prompts=True)
+    checks, kept = checks_as_trained(asked), folder / CHECKPOINTS
+    begun, lessons = last(kept), _lessons(job, trained, rows_to_learn(job, tokenizer, steps), kept / "rows")
+    hf.release_memory()
     base = base_folder(job)
     cuda, dtype = computes_on(job, hf.model_type(base))
-    model = hf.load_adapted(
-        base, trained.folder / ADAPTER, "lora", dtype=dtype, cuda=cuda, trust_remote_code=recipe.trust_remote_code, learns=True
-    )
-    learning = [Trained(parameter, RATE_SHARE * recipe.training.peak_learning_rate) for parameter in model.parameters() if parameter.requires_grad]
+    how: dict[str, Any] = {"dtype": dtype, "cuda": cuda, "trust_remote_code": recipe.trust_remote_code}
+    model = hf.load_adapted(base, trained.folder / ADAPTER, "lora", **how, learns=True)
+    rate = RATE_SHARE * recipe.training.peak_learning_rate
+    learning = [Trained(parameter, rate) for parameter in model.parameters() if parameter.requires_grad]
 
     def measured() -> float:
         return mean_divergence(logits.of_model(model, [lesson.answer for lesson in checks]), checks)
 
-    rows = outside_rows(tokenizer, OUTSIDE_ROWS, after=OUTSIDE_CHARACTERS, every=4)
-    with model.disable_adapter():  # what is nobody's task is read as the source reads it
-        outside = [Lesson(row, distribution(found)) for row, found in zip(rows, logits.of_model(model, rows), strict=True)]
     first, numbers = measured(), sum(one.parameter.numel() for one in learning)
+    with model.disable_adapter():  # what is nobody's task is read as the source reads it
+        others = outside(job, tokenizer, partial(logits.of_model, model), kept / "outside")
     job.reporter.step(f"fitting the adapter to the 16-bit source: {numbers:,} numbers, at most {steps} steps")
     with job.reporter.bar("fitting", steps) as bar:
-        done, last = close(
-            model, learning, lessons, outside, steps, measured, first, seed=recipe.training.seed, told=lambda step, _: bar.update(step)
+        done, after = close(
+            model,
+            learning,
+            lessons,
+            others,
+            steps,
+            measured,
+            first,
+            seed=recipe.training.seed,
+            told=lambda step, _: bar.update(step),
+            begun=begun[0] if begun else None,
+            keep=partial(keep, kept),
+            recompute=True,
         )
     if not done:
         return Transferred(0, first, None, f"{steps} steps on the source made it no better: KL a token {first:.3g}")
+    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
     shutil.copytree(trained.folder / ADAPTER, folder / ADAPTER)
     _write(model, folder / ADAPTER / ADAPTER_WEIGHTS)
-    return Transferred(done, first, last, None)
+    return Transferred(done, first, after, None)
+
+
+def _lessons(job: Job, trained: Made[Any], rows: Sequence[Forced], kept: Path) -> list[Lesson]:
+    """Rows with what the trained model says at the tokens of their answers and prompts."""
+    prompts = [prompt(row) for row in rows]
+    both = [Forced(row.ids, [*row.places, *asked.places]) for row, asked in zip(rows, prompts, strict=True)]
+    told = readings(kept, both, partial(as_trained, job, trained))
+    return [
+        Lesson(row, found[: len(row.places)], asked, found[len(row.places) :]) if asked.places else Lesson(row, found)
+        for row, asked, found in zip(rows, prompts, told, strict=True)
+    ]
 
 
 def _write(model: Any, path: Path) -> None:
@@ -109,6 +140,7 @@ TRANSFER = Step(
     follows_from=lambda job: [job.recipe.ship.transfer_steps],
     costs=of_transferring,
     make=_make,
+    resumable=True,
     applies=lambda job: bool(job.recipe.ship.transfer_steps) and job.recipe.training.method != "full" and job.onto == "source",
     keep=True,
 )
