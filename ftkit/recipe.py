@@ -302,6 +302,9 @@ class Ship(Group):
     record_rows: Annotated[int, Field(ge=0, le=64)] = Field(
         default=0, description="held-out rows that go into the record beside the shipped file, as token ids"
     )
+    keep_source: bool = Field(
+        default=False, description="fetch a hub model that the merge alone reads into the hub's cache, and not one file at a time"
+    )
     allow_requantize: bool = Field(default=False, description="make another type of a GGUF that is quantised already")
     system: str | None = None
     num_ctx: Annotated[int, Field(ge=8)] = 4096

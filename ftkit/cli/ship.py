@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ftkit.line.job import Job
-    from ftkit.line.line import Shipped, State
+    from ftkit.line.line import Room, Shipped, State
     from ftkit.line.prove import Form
     from ftkit.proof.score import Score
 
@@ -52,6 +52,9 @@ html_option = click.option(
 @job_options
 @click.option("--data", metavar="FILE", help="Rows that it was trained on, or like them; as data.train.")
 @click.option("--test", metavar="FILE", help="Rows that it is asked, and did not see; as data.test.")
+@click.option(
+    "--keep-source", is_flag=True, help="Keep what is fetched of a hub model for the merge in the hub's cache; as ship.keep_source."
+)
 @ollama_option
 @yes_option
 @part_options
@@ -60,6 +63,7 @@ def command(
     what: str,
     data: str | None,
     test: str | None,
+    keep_source: bool,
     as_json: bool,
     use_ollama: bool | None,
     replace_model: bool,
@@ -82,6 +86,7 @@ def command(
     check_page(html, only=only, dry_run=dry_run)
     run_dir = options.pop("run_dir")
     changed = [(key, absolute(path)) for key, path in (("data.train", data), ("data.test", test)) if path] + overrides(**options)
+    changed += [("ship.keep_source", True)] if keep_source else []
     job, new_recipe = entry.enter(what, changed, run_dir=run_dir, reporter=ConsoleReporter())
 
     def whole() -> None:
@@ -115,7 +120,8 @@ def walk(job: Job, whole: Callable[[], None], *, only: str | None, first: str | 
     if sum(map(bool, (only, first, dry_run))) > 1:
         raise RecipeError("Give one of --only, --from and --dry-run.")
     if dry_run:  # nothing is written, the run's folder neither
-        show_states(list(line.states(job)), as_json)
+        states = list(line.states(job))
+        show_states(states, line.room(job, states), job.source.reference, as_json)
         return
     with job.run:
         if first:
@@ -130,8 +136,8 @@ def walk(job: Job, whole: Callable[[], None], *, only: str | None, first: str | 
         say(f"{'Made' if made.fresh else 'Up to date:'} {made.name} in {made.folder}, {seconds_text(made.seconds)}.")
 
 
-def show_states(states: list[State], as_json: bool) -> None:
-    """Every step, whether it is done, and what it costs."""
+def show_states(states: list[State], room: Room, base: str, as_json: bool) -> None:
+    """Every step, whether it is done, and what it costs; what is to be fetched of the base, and the room that all takes."""
     from ftkit.cli.console import print_json, print_table, say
     from ftkit.units import bytes_text
 
@@ -140,7 +146,7 @@ def show_states(states: list[State], as_json: bool) -> None:
             {"step": s.step.name, "does": s.step.does, "done": s.done is not None, "costs": [asdict(cost) for cost in s.costs]}
             for s in states
         ]
-        print_json({"steps": entries})
+        print_json({"steps": entries, "fetch": asdict(room.fetch), "disk_bytes": {str(path): size for path, size in room.disk.items()}})
         return
     rows = []
     for state in states:
@@ -151,6 +157,12 @@ def show_states(states: list[State], as_json: bool) -> None:
     print_table("The line", ["step", "", "", "RAM", "VRAM", "disk", "read"], rows, figures=False)
     if any(state.step.name == "plan" for state in states) and not any(state.costs for state in states):
         say("\nWhat it costs is known once it is planned: ftkit plan")
+    if fetch := room.fetch if room.fetch.files else None:
+        files = f"{bytes_text(fetch.bytes)} of {base}, {fetch.files} file{'s' * (fetch.files > 1)}"
+        one = f"one at a time, {bytes_text(fetch.at_once_bytes)} at most: each is merged, then removed (--keep-source keeps them)"
+        say(f"\nTo fetch: {files}, {one if fetch.at_once_bytes else 'which the hub’s cache keeps'}.")
+    if room.disk:
+        say(f"Disk, at most: {', '.join(f'{bytes_text(size)} in {path}' for path, size in room.disk.items())}.")
 
 
 def show(job: Job, shipped: Shipped, as_json: bool, html: Path | None = None) -> None:

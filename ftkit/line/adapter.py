@@ -20,12 +20,12 @@ from ftkit.line.adopt import ADOPT, trained_by, trained_tokenizer
 from ftkit.line.ask import ASK, Asked
 from ftkit.line.behaviour import measure_file
 from ftkit.line.gguf import corrections_of
-from ftkit.line.job import Job, base_folder, tokenizer_of
+from ftkit.line.job import Job, base_folder, config_folder, tokenizer_of
 from ftkit.line.step import Made, Step, find
 from ftkit.line.train import TRAIN
 from ftkit.line.transfer import TRANSFER, Transferred, adapter_of
 from ftkit.machine.llama_cpp import LORA_CONVERTER, need_converter
-from ftkit.model.source import weight_files
+from ftkit.model.open import weight_bytes
 from ftkit.plan.cost import LOOKED_AT_BYTES, of_adapting
 from ftkit.proof.behaviour import GAIN, Behaviour, judge_distance, judge_gain, least_kept
 from ftkit.units import bytes_text
@@ -49,7 +49,7 @@ class Adapted:
 
 def _make(job: Job, folder: Path, trained: Made[Any], asked: Made[Asked], fitted: Made[Transferred] | None = None) -> Adapted:
     """Raises ModelError for what a GGUF LoRA cannot hold, and for an adapter that is not of the base."""
-    script, base = need_converter(job.llama_cpp_dir, LORA_CONVERTER), base_folder(job)
+    script, base = need_converter(job.llama_cpp_dir, LORA_CONVERTER), config_folder(job)
     path = folder / f"{job.recipe.ship.name.replace(':', '-')}-lora.gguf"
     with_code = job.recipe.trust_remote_code
     made = convert_adapter(adapter_of(trained, fitted), base, path, script, trust_remote_code=with_code, reporter=job.reporter)
@@ -58,13 +58,13 @@ def _make(job: Job, folder: Path, trained: Made[Any], asked: Made[Asked], fitted
         template = path.with_suffix(".jinja")
         write_atomically(template, tokenizer.chat_template.encode())
     ends = stops(tokenizer, configured_stops(base))
-    size, corrections, why_not = sum(file.stat().st_size for file in weight_files(base)), Corrections(), None
+    size, corrections, why_not = weight_bytes(job.source), Corrections(), None
     name: str | None = None
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         file = job.source.gguf
         if not file and size <= LOOKED_AT_BYTES:
             file, name = Path(temporary) / "base-F16.gguf", "an F16 file of the base"
-            convert(base, file, "F16", need_converter(job.llama_cpp_dir), job.reporter)
+            convert(base_folder(job), file, "F16", need_converter(job.llama_cpp_dir), job.reporter)
         if file:
             name, corrections = name or job.source.reference, corrections_of(file, tokenizer, ends)
             behaviour.write(folder, {FORM: measure_file(job, file, asked.folder, path)})

@@ -14,7 +14,7 @@ from ftkit.engines import hf, llamacpp
 from ftkit.errors import ModelError, RecipeError
 from ftkit.files import link
 from ftkit.gguf.types import gguf_model
-from ftkit.line.job import Job, base_folder, computes_on, open_base, tokenizer_of
+from ftkit.line.job import Job, base_folder, computes_on, config_folder, tokenizer_of
 from ftkit.line.step import Made, Step
 from ftkit.line.train import TRAIN
 from ftkit.machine import device
@@ -25,7 +25,7 @@ from ftkit.model.adapter import embedding_rows
 from ftkit.model.dequantise import rebuilt_tokenizer
 from ftkit.model.given import ADAPTER_CONFIG, ADAPTER_WEIGHTS, UNQUANTISED, Given, Kind, config_of, four_bits, quantised_by, tokenizer_files
 from ftkit.model.locate import locate
-from ftkit.model.open import open_config, open_weights
+from ftkit.model.open import open_config, open_shards, open_weights
 from ftkit.model.source import open_gguf, weight_files
 from ftkit.plan.cost import Sizes
 from ftkit.proof.compare import same_ids
@@ -79,12 +79,10 @@ def _make(job: Job, folder: Path) -> Adopted:
 
 def _adapter(job: Job, given: Given, folder: Path) -> None:
     """Its own files are copied, since they are small. Whether it can be merged into the base is found here, not after asking."""
-    config = open_config(job.source, job.reporter).folder
-    assert config
-    if (method := quantised_by(config_of(config))) is not None:
+    base = config_folder(job)
+    if (method := quantised_by(config_of(base))) is not None:
         raise four_bits(str(job.recipe.trained), job.source.reference, f"is quantised ({method})")
-    base = open_base(job).folder
-    assert base
+    shapes = {name: shape for shard in open_shards(job.source, job.reporter) for name, shape in shard.shapes.items()}
     adapter = folder / ADAPTER
     adapter.mkdir()
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
@@ -93,7 +91,7 @@ def _adapter(job: Job, given: Given, folder: Path) -> None:
         job.reporter.note(f"it was trained on {given.base}, in 4 bits: so it is asked, on {job.source.reference} in 4 bits")
     _lay_out_tokenizer(job, given.path, base, folder / TOKENIZER)
     try:
-        changes_of(base, adapter, trust_remote_code=job.recipe.trust_remote_code)
+        changes_of(base, adapter, shapes, trust_remote_code=job.recipe.trust_remote_code)
     except ModelError as error:
         raise ModelError(error.message, f"{error.hint}; for another base: --base REF") from None
 
@@ -156,7 +154,7 @@ def _checkpoint(job: Job, given: Given, folder: Path) -> None:
                 f"{given.path} has no tokenizer.", "name the model that it was trained from, whose tokenizer it then has: --base REF"
             )
         job.reporter.note(f"{given.path.name} has no tokenizer: it gets that of {job.source.reference}")
-        for file in tokenizer_files(base_folder(job)):
+        for file in tokenizer_files(config_folder(job)):
             shutil.copyfile(file, folder / MODEL / file.name)
 
 
@@ -236,7 +234,7 @@ def sizes(job: Job) -> Sizes | None:
 
 def trained_tokenizer(job: Job, trained: Made[Any]) -> Any:
     """The tokenizer that was trained with, its template as the recipe has it."""
-    return _tokenizer(job, trained.folder) if job.given else tokenizer_of(job, base_folder(job), base=True)
+    return _tokenizer(job, trained.folder) if job.given else tokenizer_of(job, config_folder(job), base=True)
 
 
 def trained_model(job: Job, trained: Made[Any]) -> Any:

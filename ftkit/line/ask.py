@@ -30,7 +30,7 @@ from ftkit.line.behaviour import (
     pair_rows,
     write,
 )
-from ftkit.line.job import Job, base_folder, computes_on, read_data
+from ftkit.line.job import Job, base_folder, computes_on, config_folder, read_data
 from ftkit.line.plan import expected_answers
 from ftkit.line.step import Made, Step, write_json
 from ftkit.line.train import TRAIN
@@ -87,7 +87,7 @@ def _ask(job: Job, folder: Path, trained: Made[Any]) -> Asked:
     """
     recipe, data = job.recipe, read_data(job)
     full = recipe.training.method == "full"
-    cuda, dtype = computes_on(job, hf.model_type(trained.folder / MODEL if full else base_folder(job)))
+    cuda, dtype = computes_on(job, hf.model_type(trained.folder / MODEL if full else config_folder(job)))
     tokenizer = trained_tokenizer(job, trained)
     rows, length = [row for row in data.test if not row.is_text], recipe.training.max_length
     given = {

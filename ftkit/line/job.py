@@ -20,9 +20,11 @@ from ftkit.machine.llama_cpp import named_llama_cpp
 from ftkit.model.adapter import settings_of
 from ftkit.model.dataset import HubData, fetch_dataset, locate_dataset
 from ftkit.model.given import Given, look_at
+from ftkit.model.hub import missing_weights
 from ftkit.model.locate import locate
-from ftkit.model.open import open_weights
+from ftkit.model.open import open_config, open_weights, weight_bytes
 from ftkit.model.source import Source
+from ftkit.plan.cost import LOOKED_AT_BYTES
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Dtype, Recipe, load_recipe, make_recipe
 from ftkit.run import MANIFEST, Run
@@ -199,6 +201,39 @@ def base_folder(job: Job) -> Path:
     folder = open_base(job).folder
     assert folder
     return folder
+
+
+def config_folder(job: Job) -> Path:
+    """A folder with the base's config and tokenizer; its weights need not be here."""
+    folder = open_config(job.source, job.reporter).folder
+    assert folder
+    return folder
+
+
+@dataclass(frozen=True)
+class ToFetch:
+    """What the steps to come fetch of the base's weights from the hub."""
+
+    files: int
+    bytes: int
+    at_once_bytes: int  # that the run's folder holds while they are merged: the largest file. 0: all go into the hub's cache, and stay
+
+
+def base_to_fetch(job: Job) -> ToFetch:
+    """Of a base that is not here whole. One file at a time where the merge alone reads it; else as a whole, once.
+
+    Raises ModelError where the hub cannot be asked.
+    """
+    if job.source.kind != "hub" or not (missing := missing_weights(open_config(job.source))):
+        return ToFetch(0, 0, 0)
+    ship, finished = job.recipe.ship, job.run.finished
+    trains, asks = not job.given and not finished("train"), bool(job.data) and not finished("ask")
+    looks = ship.adapter and not finished("adapter") and weight_bytes(job.source) <= LOOKED_AT_BYTES
+    loads = trains or asks or looks or (ship.closing_steps and not finished("close"))
+    if not loads and finished("merge"):
+        return ToFetch(0, 0, 0)
+    one_at_a_time = not (loads or ship.keep_source or job.onto == "dequantised")  # of which a weight may stand in several files
+    return ToFetch(len(missing), sum(missing.values()), max(missing.values()) if one_at_a_time else 0)
 
 
 def tokenizer_of(job: Job, folder: Path, *, base: bool = False) -> Any:

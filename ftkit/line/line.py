@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -29,14 +29,14 @@ from ftkit.line.ask import ASK, refuse_rule
 from ftkit.line.choose import WEIGH, Weighed, candidates, is_smallest, of_type, trials
 from ftkit.line.close import CLOSE, Closed, shipping
 from ftkit.line.gguf import GGUF, IMATRIX, QUANTISE, refuse_missing_imatrix
-from ftkit.line.job import Job, Onto
+from ftkit.line.job import Job, Onto, ToFetch, base_to_fetch
 from ftkit.line.merge import MERGE
 from ftkit.line.plan import PLAN, recorded
 from ftkit.line.prove import PROOF, PROVE, Form, Proof, judge, judged, loses_gain
 from ftkit.line.reask import REASK
 from ftkit.line.record import hand_over
 from ftkit.line.register import REGISTER, refuse_anothers_name, register_shipped, served_again, write_modelfile
-from ftkit.line.shortage import Shortage, refuse_shortages, shortages
+from ftkit.line.shortage import Shortage, disk_by_folder, refuse_shortages, shortages
 from ftkit.line.step import Made, Step, ensure, find, fingerprint_of
 from ftkit.line.train import TRAIN, Trained, goes_on_smaller, train_beside
 from ftkit.line.transfer import TRANSFER
@@ -79,7 +79,7 @@ def plan(job: Job) -> Planned:
     memory, fetch_bytes = made.memory.today(job.device.free_bytes, speed), bytes_to_fetch(job.source)
     costs = costs_of(job, memory)
     begun = job.run.partial(TRAIN.name, fingerprint_of(job, TRAIN))
-    return Planned(memory, made.tokens, costs, fetch_bytes, tuple(shortages(job, costs, fetch_bytes, begun=begun)))
+    return Planned(memory, made.tokens, costs, fetch_bytes, tuple(shortages(job, costs, ToFetch(0, fetch_bytes, 0), begun=begun)))
 
 
 def costs_of(job: Job, memory: MemoryPlan) -> tuple[Cost, ...]:
@@ -108,6 +108,8 @@ def _refuse_given(job: Job) -> None:
 def adopt(job: Job) -> Made[Adopted]:
     """Look through what was trained elsewhere, and take it into the run. Raises ModelError for what could not be shipped."""
     refuse(job)
+    if not find(job, ADOPT):
+        _refuse_small_machine(job)
     return ensure(job, ADOPT)
 
 
@@ -261,13 +263,17 @@ def _refuse_what_cannot_ship(job: Job, use_ollama: bool | None, replace_model: b
     if use_ollama:
         with ollama.connect(job.reporter) as client:
             refuse_anothers_name(job, client, replace_model)
-    if job.run.finished(PROVE.name):
-        return
+    if not job.run.finished(PROVE.name):
+        _refuse_small_machine(job)
+
+
+def _refuse_small_machine(job: Job) -> None:
+    """Raise DoesNotFitError where what follows on the training has no room."""
     if job.given and (sizes := _sizes(job)):
         costs = [cost for step in LINE if step.applies(job) for cost in _costs(job, step, sizes)]
-        refuse_shortages(shortages(job, costs, bytes_to_fetch(job.source)))
+        refuse_shortages(shortages(job, costs, base_to_fetch(job)))
     elif planned := recorded(job.run):
-        refuse_shortages(shortages(job, costs_of(job, planned.memory), 0, trained=True))
+        refuse_shortages(shortages(job, costs_of(job, planned.memory), base_to_fetch(job), trained=True))
 
 
 def refuse_missing_tools(job: Job) -> None:
@@ -394,6 +400,19 @@ def states(job: Job) -> Iterator[State]:
         if step.applies(job):
             at = asked if step is PLAN else job  # it is made before a type is chosen
             yield State(step, find(at, step) if step.make else None, _costs(job, step, sizes) if sizes else ())
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the steps that are to do fetch, and the most bytes that they write into each folder; none where costs are not known."""
+
+    fetch: ToFetch
+    disk: dict[Path, int]
+
+
+def room(job: Job, states: Sequence[State]) -> Room:
+    fetch, costs = base_to_fetch(job), [cost for state in states if not state.done for cost in state.costs]
+    return Room(fetch, disk_by_folder(job, costs, fetch, trained=is_trained(job)))
 
 
 def _sizes(job: Job) -> Sizes | None:

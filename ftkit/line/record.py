@@ -25,7 +25,7 @@ from ftkit.files import cache_folder, disk_fault, file_fingerprint, sync_folder,
 from ftkit.gguf.says import says, tensors, types_of
 from ftkit.line.choose import Weighed
 from ftkit.line.close import Closed, Shipping
-from ftkit.line.job import Job, base_folder, tokenizer_of
+from ftkit.line.job import Job, base_folder, config_folder, tokenizer_of
 from ftkit.line.merge import MODEL, Merged
 from ftkit.line.prove import Proof, Proven, limits_of
 from ftkit.line.step import Made
@@ -260,7 +260,7 @@ def _base_words(job: Job, hashes: Mapping[str, str]) -> dict[str, Any]:
         "kind": source.kind,
         "revision": source.fingerprint if source.kind == "hub" else None,
         "sha256": {name.removeprefix("base/"): hashes[name] for name in _base(job)},
-        "licence": licence_of(source.gguf) if source.gguf else licence_beside(base_folder(job)),
+        "licence": licence_of(source.gguf) if source.gguf else licence_beside(config_folder(job)),
     }
 
 

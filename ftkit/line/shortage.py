@@ -10,10 +10,10 @@ from pathlib import Path
 from ftkit.engines.ollama import models_folder
 from ftkit.errors import DoesNotFitError
 from ftkit.files import size_bytes
-from ftkit.line.job import Job
+from ftkit.line.job import Job, ToFetch
 from ftkit.machine.device import Device, processor
 from ftkit.model.hub import hub_cache
-from ftkit.plan.cost import OLLAMAS_MODELS, RUN_FOLDER, TRAIN, Cost, disk_by_place
+from ftkit.plan.cost import MERGE, OLLAMAS_MODELS, RUN_FOLDER, TRAIN, Cost, disk_by_place
 from ftkit.units import bytes_text
 
 
@@ -34,21 +34,17 @@ class Shortage:
         return f"the steps to come write {needed} to {self.what}, where {available} are free"
 
 
-def shortages(job: Job, costs: Sequence[Cost], fetch_bytes: int, *, begun: Path | None = None, trained: bool = False) -> list[Shortage]:
-    """Of the steps after the plan; `trained`: of those after training alone. `fetch_bytes` go into the hub's cache before.
+def shortages(job: Job, costs: Sequence[Cost], fetch: ToFetch, *, begun: Path | None = None, trained: bool = False) -> list[Shortage]:
+    """Of the steps after the plan; `trained`: of those after training alone.
 
     What a training that was `begun` in this folder has written already is not needed once more.
     """
     found = []
     held = size_bytes(begun) if begun and begun.is_dir() else 0
     by_disk: dict[int, list[tuple[Path, Path, int]]] = {}  # a folder, what is there already of its path, bytes
-    sizes = disk_by_place(costs, trained=trained)
-    for folder, size in (
-        (hub_cache(), 0 if trained else fetch_bytes),
-        (job.run.folder, max(0, sizes[RUN_FOLDER] - held)),
-        (models_folder(), sizes[OLLAMAS_MODELS]),
-    ):
-        if folder and size:  # None: another machine's
+    for folder, size in disk_by_folder(job, costs, fetch, trained=trained).items():
+        size -= min(size, held) if folder == job.run.folder else 0
+        if size:
             there = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
             by_disk.setdefault(there.stat().st_dev, []).append((folder, there, size))
     for entries in by_disk.values():
@@ -60,6 +56,16 @@ def shortages(job: Job, costs: Sequence[Cost], fetch_bytes: int, *, begun: Path 
     if job.device.kind == "cuda" and (hungry := vram_shortage(costs, job.device)):
         found.append(hungry)
     return found
+
+
+def disk_by_folder(job: Job, costs: Sequence[Cost], fetch: ToFetch, *, trained: bool = False) -> dict[Path, int]:
+    """The most bytes that the steps write into each folder. A file of the base that is fetched for the merge alone is gone after it."""
+    sizes = disk_by_place(costs, trained=trained)
+    merging = fetch.at_once_bytes + sum(cost.disk_bytes for cost in costs if cost.name == MERGE)
+    found = {hub_cache(): 0 if fetch.at_once_bytes else fetch.bytes, job.run.folder: max(sizes[RUN_FOLDER], merging)}
+    if models := models_folder():  # None: another machine's
+        found[models] = sizes[OLLAMAS_MODELS]
+    return {folder: size for folder, size in found.items() if size}
 
 
 def ram_shortage(costs: Sequence[Cost], total_bytes: int) -> Shortage | None:

@@ -51,7 +51,7 @@ class Step(Generic[R]):
     costs: Callable[[Sizes], tuple[Cost, ...]] = lambda _: ()
     make: Callable[..., R] | None  # (job, folder, *finished steps of `after` and `needs`); writes into the folder. None: Ollama keeps it
     applies: Callable[[Job], bool] = _always  # whether this job has the step at all
-    resumable: bool = False  # what a killed run left is gone on with
+    resumable: Callable[[Job], bool] = lambda _: False  # whether what a killed run left is gone on with
     keep: bool = False  # took long: stays when it is made with other settings
 
 
@@ -84,7 +84,7 @@ def ensure(job: Job, step: Step[R]) -> Made[R]:
         _inputs(job, step),
         make,
         after={made.name: made.fingerprint for made in before},
-        resumable=step.resumable,
+        resumable=step.resumable(job),
         keep=step.keep,
     )
     return _made(step, found)

@@ -248,7 +248,7 @@ TRAIN = Step(
     costs=of_training,
     make=_make,
     applies=lambda job: job.given is None,
-    resumable=True,
+    resumable=lambda _: True,
     keep=True,
 )
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit import patches
 from ftkit.errors import ModelError, first_line
-from ftkit.memory.model import inject, load_config, quantized_layers
+from ftkit.memory.model import inject, load_config, meta_model, quantized_layers
 from ftkit.merge.kinds import Change, factors_of, turned
 from ftkit.model.adapter import WITH_PEFT, load_settings, load_tensors, written_turned
 from ftkit.model.four_bits import fused_experts
-from ftkit.model.source import from_files, shapes_of
+from ftkit.model.source import Shapes, shapes_of
 from ftkit.recipe import Lora
 
 if TYPE_CHECKING:
@@ -77,22 +77,25 @@ class Changes:
 
     deltas: dict[str, Delta]  # by the tensor's name
     config: dict[str, Any] = field(default_factory=dict)  # keys of the text model's config.json that are others
+    let_go: Callable[[], None] = lambda: None  # of what was read of the adapter's file, which is mapped
 
 
-def model_of(base: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def model_of(base: Path, shapes: Shapes | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a folder on the meta device, as transformers loads it: it knows by which names its weights were there.
 
+    `shapes`: of the weights, where they are not all in the folder. Of their files the headers alone are read.
     Raises ModelError where it cannot be loaded, is quantised, or lacks a weight.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    import torch
 
-    load_config(base, trust_remote_code=trust_remote_code)
+    config = load_config(base, trust_remote_code=trust_remote_code)
+    weights = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in (shapes or shapes_of(base)).items()}
     try:
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
-            base, device_map="meta", use_safetensors=True, output_loading_info=True, **from_files(trust_remote_code)
+        kind = type(meta_model(config, trust_remote_code=trust_remote_code))
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(
+            None, config=config, state_dict=weights, device_map="meta", output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"transformers cannot load {base}: {first_line(error)}.", "fetch or copy the model again, whole") from None
     model, info = loaded
     if lost := sorted(map(str, info["missing_keys"])):
@@ -124,12 +127,17 @@ class Weights:
         )
 
 
-def changes_of(base: Path, adapter: Path, *, trust_remote_code: bool = False) -> Changes:
-    """Every weight that the adapter in a folder changes. Raises ModelError as `changes` does, and for an adapter that is not whole."""
+def changes_of(base: Path, adapter: Path, shapes: Shapes | None = None, *, trust_remote_code: bool = False) -> Changes:
+    """Every weight that the adapter in a folder changes. `shapes`: of the base's weights, where they are not all in its folder.
+
+    Raises ModelError as `changes` does, and for an adapter that is not whole.
+    """
     from peft import get_peft_model, get_peft_model_state_dict
 
-    settings, tensors = load_settings(adapter), load_tensors(adapter)
-    model = model_of(base, trust_remote_code=trust_remote_code)
+    settings, mapped = load_settings(adapter), load_tensors(adapter)
+    tensors: dict[str, torch.Tensor] = mapped
+    shapes = shapes or shapes_of(base)
+    model = model_of(base, shapes, trust_remote_code=trust_remote_code)
     tokens = _resize(model, tensors)
     weights = Weights.of(model)
     with warnings.catch_warnings():
@@ -140,14 +148,15 @@ def changes_of(base: Path, adapter: Path, *, trust_remote_code: bool = False) ->
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ModelError(f"PEFT cannot put the adapter in {adapter} on {base}: {first_line(error)}", TRAINED_BASE) from None
         _refuse_other_tensors(weights, get_peft_model_state_dict(adapted, save_embedding_layers=False), tensors)
-    found = changes(adapted, weights, tensors, base)
+    found = changes(adapted, weights, tensors, base, shapes)
     if tokens:
         whole = {delta.parameter for delta in found.deltas.values() if delta.change.instead is not None}
         for end in weights.ends:
             if not whole & next((names for names in weights.tied if end in names), {end}):
                 raise ModelError(f"The adapter has embeddings of {tokens} tokens, and no {end} of as many.", TRAINED_BASE)
         found.config["vocab_size"] = tokens
-    return found
+    mapped.let_go()
+    return replace(found, let_go=mapped.let_go)
 
 
 def _resize(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> int | None:
@@ -208,10 +217,11 @@ def refuse_what_cannot_be_merged(base: Path, lora: Lora, *, trust_remote_code: b
     """
     from peft import get_peft_model_state_dict
 
-    model = model_of(base, trust_remote_code=trust_remote_code)
+    shapes = shapes_of(base)
+    model = model_of(base, shapes, trust_remote_code=trust_remote_code)
     weights = Weights.of(model)
     adapted = inject(model, lora)
-    found = changes(adapted, weights, get_peft_model_state_dict(adapted, save_embedding_layers=False), base)
+    found = changes(adapted, weights, get_peft_model_state_dict(adapted, save_embedding_layers=False), base, shapes)
     for head in weights.ends[1:]:
         if any(delta.parameter == head and delta.change.factors for delta in found.deltas.values()):
             name = head.removesuffix(".weight")
@@ -220,13 +230,13 @@ def refuse_what_cannot_be_merged(base: Path, lora: Lora, *, trust_remote_code: b
             )
 
 
-def changes(adapted: Any, weights: Weights, tensors: Mapping[str, torch.Tensor], base: Path) -> Changes:
+def changes(adapted: Any, weights: Weights, tensors: Mapping[str, torch.Tensor], base: Path, shapes: Shapes) -> Changes:
     """What an adapter on a meta model, of these tensors, changes in the checkpoint of `base`, by PEFT's layers and transformers' names.
 
     Raises ModelError for a weight that the checkpoint does not have, and for one that the model uses in two places and that
     cannot become two.
     """
-    model, shapes = adapted.get_base_model(), shapes_of(base)
+    model = adapted.get_base_model()
     by_parameter = _by_parameter(adapted, tensors)
     untied = _untie(model, weights, by_parameter)
     found: dict[str, Delta] = {}

@@ -32,7 +32,7 @@ class Factors:
         """Those of some rows of one expert, which are counted through all of them."""
         rows = self.left.shape[1]
         expert = int(numbers[0]) // rows
-        return self.left[expert][numbers % rows], self.right[expert]
+        return self.left[expert][numbers % rows].float(), self.right[expert].float()
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def factors_of(module: Any, held: Mapping[str, torch.Tensor]) -> Factors:
     kind = type(module).__name__
     if kind not in KINDS:
         raise ModelError(f"The adapter has a {kind} layer, which this merge does not do.", WITH_PEFT)
-    return KINDS[kind](module, {name: tensor.float() for name, tensor in held.items()})
+    return KINDS[kind](module, held)
 
 
 def turned(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:

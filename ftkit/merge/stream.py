@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import mmap
+import os
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from ftkit.errors import ModelError
-from ftkit.merge.deltas import Delta, changes_of
+from ftkit.merge.deltas import Changes, Delta, changes_of
 from ftkit.model.given import tokenizer_files
-from ftkit.model.source import INDEX, drop_code, header, weight_files
+from ftkit.model.source import INDEX, Shard, drop_code, header, shards_of, weight_files
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Dtype
 
@@ -23,9 +27,12 @@ if TYPE_CHECKING:
 
 
 Base = Literal["source", "dequantised"]
-ROWS_ELEMENTS = 1 << 20  # numbers that are changed at once: few enough to stay in a processor's cache
+ROWS_ELEMENTS = 1 << 20  # numbers of A × B that are computed at once
 LEAST_ROWS = 256  # and no fewer rows: a few are multiplied by other kernels, which round otherwise than those of the whole
+AT_ONCE_ELEMENTS = 1 << 17  # that are added and rounded at once: few enough to stay in a processor's cache
 AT_ONCE_BYTES = 1 << 18  # read or written by one call; with 8 MB, or begun within a page, writing took two to five times as long
+BUFFERS = 3  # one is computed, two are written or wait for that
+NOT_IN_SYSTEM = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ def merge(
     onto: Base = "source",
     dtype: Dtype = "bfloat16",
     with_code: bool = False,
+    shards: Sequence[Shard] | None = None,
+    fetch: Callable[[str], Path] | None = None,
     reporter: Reporter = SILENT,
 ) -> MergeResult:
     """Write `folder`: the model of `base` with the adapter merged in, config and tokenizer beside it.
@@ -55,36 +64,38 @@ def merge(
     Some rows are held at a time, and the adapter: each file is read once and written once, from its beginning to its end.
     `onto="dequantised"` first passes each W that was in 4 bits through NF4 and back, as the adapter saw it in training
     (`dtype` says in which format it was quantised), and holds such a W whole (of experts in one weight, all of a layer).
+    Of `shards` – the base's weight files, where they are not all in its folder – one that is not here comes by `fetch`, when its turn
+    is, and is removed once it is merged; with that it has its name in `folder`, and is not fetched again when the merge was interrupted.
     Python code of the base is taken along `with_code` alone: without it no config names any, so that no program looks for it.
     Raises ModelError where the adapter uses what this merge does not do or fits no tensor of the base, where a file of the
     base is cut short, and where a number of the result would be none.
     """
-    changes = changes_of(base, adapter, trust_remote_code=with_code)
+    shards = shards or shards_of(base)
+    shapes = {name: shape for shard in shards for name, shape in shard.shapes.items()}
+    changes = changes_of(base, adapter, shapes, trust_remote_code=with_code)
     deltas = changes.deltas
     tokenizer = _tokenizer_files(adapter) if "vocab_size" in changes.config else []
-    files = {shard: sorted(header(shard).items(), key=lambda entry: int(entry[1]["begin"])) for shard in weight_files(base)}
-    quantised = _Quantised(files, deltas, dtype) if onto == "dequantised" else None
+    quantised = _Quantised(shards, deltas, dtype) if onto == "dequantised" else None
     done, written, added = 0, 0, dict[str, str]()
     with reporter.bar("merging", len(deltas)) as bar:
-        for shard, entries in files.items():
-            here, size = dict(entries), shard.stat().st_size
-            own = [deltas[name] for name in here if name in deltas]
-            new = [delta for delta in deltas.values() if delta.tensor not in here and delta.source in here]  # a head that was tied
+        for shard in shards:
+            own = [deltas[name] for name in shard.shapes if name in deltas]
+            new = [delta for delta in deltas.values() if delta.tensor not in shard.shapes and delta.source in shard.shapes]  # a tied head
             added |= dict.fromkeys((delta.tensor for delta in new), shard.name)
-            with open(shard, "rb") as source, open(folder / shard.name, "wb", buffering=2 * AT_ONCE_BYTES) as out:
-                if new or any(list(delta.stored) != here[delta.tensor]["shape"] for delta in own):
-                    out.write(_header(source, deltas, new))
-                for delta in [*own, *new]:
-                    entry = here[delta.source]
-                    _copy(source, out, (entry["begin"] if delta.tensor in here else size) - source.tell())
-                    source.seek(entry["begin"])
-                    whole = quantised.restored(delta) if quantised and delta.quantized else None
-                    _change(delta, entry["dtype"], source, out, whole)
-                    source.seek(entry["end"] if delta.tensor in here else size)
-                    done += 1
-                    bar.update(done)
-                _copy(source, out, size - source.tell())
-                written += out.tell()
+            target, partial = folder / shard.name, folder / f".{shard.name}.partial"
+            if shard.path or not target.is_file():
+                assert shard.path or fetch
+                path = shard.path or fetch(shard.name)  # type: ignore[misc]
+                with open(path, "rb", buffering=0) as source, _Output(partial) as out:
+                    for number, _ in enumerate(_merge_file(source, out, own, new, changes, quantised), done + 1):
+                        bar.update(number)
+                    if not shard.path:
+                        out.sync()  # then its name says that it need not be fetched again
+                partial.replace(target)
+                if not shard.path:
+                    path.unlink()
+            done, written = done + len(own) + len(new), written + target.stat().st_size
+            bar.update(done)
     for file in [*base.iterdir(), *tokenizer]:
         if file.suffix in (".json", ".jinja", ".model", ".txt", *([".py"] if with_code else [])) and file.is_file():
             shutil.copyfile(file, folder / file.name)
@@ -92,7 +103,26 @@ def merge(
         _settle(folder, changes.config, added)
     if not with_code:
         drop_code(folder)
-    return MergeResult(onto, done, sum(map(len, files.values())) + len(added), written)
+    return MergeResult(onto, done, len(shapes) + len(added), written)
+
+
+def _merge_file(
+    source: BinaryIO, out: _Output, own: Sequence[Delta], new: Sequence[Delta], changes: Changes, quantised: _Quantised | None
+) -> Iterator[None]:
+    """Write a file of the source once more, changed, from its beginning to its end; one step a tensor that is changed."""
+    entries, size = header(Path(source.name)), os.fstat(source.fileno()).st_size
+    own = sorted(own, key=lambda delta: int(entries[delta.tensor]["begin"]))
+    if new or any(list(delta.stored) != entries[delta.tensor]["shape"] for delta in own):
+        out.write(memoryview(_header(source, changes.deltas, new)))
+    for delta in [*own, *new]:
+        entry, in_place = entries[delta.source], delta.tensor in entries
+        out.copy(source, (entry["begin"] if in_place else size) - source.tell())
+        source.seek(entry["begin"])
+        whole = quantised.restored(delta) if quantised and delta.quantized else None
+        _change(delta, entry["dtype"], source, out, whole, changes.let_go)
+        source.seek(entry["end"] if in_place else size)
+        yield
+    out.copy(source, size - source.tell())
 
 
 def _tokenizer_files(adapter: Path) -> list[Path]:
@@ -139,80 +169,144 @@ def _settle(folder: Path, changed: Mapping[str, Any], added: Mapping[str, str]) 
         path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _copy(source: BinaryIO, out: BinaryIO, size_bytes: int) -> None:
-    """What follows in one file, into another."""
-    part = memoryview(bytearray(min(size_bytes, AT_ONCE_BYTES)))
-    for begin in range(0, size_bytes, AT_ONCE_BYTES):
-        piece = part[: size_bytes - begin]
-        _read(source, piece)
-        out.write(piece)
+class _Output:
+    """A file that a thread of its own writes, so that what follows is computed meanwhile.
+
+    In pieces of AT_ONCE_BYTES that begin where a page does: others take two to five times as long.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb", buffering=2 * AT_ONCE_BYTES)  # noqa: SIM115
+        self._thread, self._writing = ThreadPoolExecutor(1), deque[Future[None]]()
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._thread.shutdown()
+            if not kind:
+                self._wait()
+        finally:
+            self._file.close()
+
+    def write(self, data: memoryview) -> None:
+        """Take what is to be written. It must stay as it is until BUFFERS - 1 others were taken."""
+        self._wait(BUFFERS - 2)
+        self._writing.append(self._thread.submit(self._write, data))
+
+    def _write(self, data: memoryview) -> None:
+        for begin in range(0, len(data), AT_ONCE_BYTES):
+            self._file.write(data[begin : begin + AT_ONCE_BYTES])
+
+    def _wait(self, writing: int = 0) -> None:
+        while len(self._writing) > writing:
+            self._writing.popleft().result()
+
+    def copy(self, source: BinaryIO, size_bytes: int) -> None:
+        """What follows in one file, as it is: by the system itself where it can."""
+        self._wait()
+        size_bytes -= self._copy_in_system(source, size_bytes)
+        part = memoryview(bytearray(min(size_bytes, AT_ONCE_BYTES)))
+        for begin in range(0, size_bytes, AT_ONCE_BYTES):
+            piece = part[: size_bytes - begin]
+            _read(source, piece)
+            self._file.write(piece)
+
+    def _copy_in_system(self, source: BinaryIO, size_bytes: int) -> int:
+        """Bytes that were copied: none for a few, or where the system has no such call or not for these two files; whole pages."""
+        if size_bytes < AT_ONCE_BYTES or not hasattr(os, "copy_file_range"):
+            return 0
+        self._file.flush()
+        begin, done = self._file.tell(), 0
+        wanted = size_bytes - (begin + size_bytes) % mmap.PAGESIZE
+        while done < wanted:
+            try:
+                copied = os.copy_file_range(source.fileno(), self._file.fileno(), wanted - done)
+            except OSError as error:
+                if error.errno not in NOT_IN_SYSTEM:
+                    raise
+                break
+            if not copied:
+                raise _cut_short(source)
+            done += copied
+        self._file.seek(begin + done)
+        return done
+
+    def sync(self) -> None:
+        """Have it on the disk."""
+        self._wait()
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 def _read(source: BinaryIO, into: memoryview) -> None:
     """Fill `into` with what follows. Raises ModelError where the file ends before."""
-    for begin in range(0, len(into), AT_ONCE_BYTES):
-        piece = into[begin : begin + AT_ONCE_BYTES]
-        if source.readinto(piece) != len(piece):  # type: ignore[attr-defined]
+    done = 0
+    while done < len(into):
+        if not (read := source.readinto(into[done : done + AT_ONCE_BYTES])):  # type: ignore[attr-defined]
             raise _cut_short(source)
-
-
-def _write(out: BinaryIO, data: memoryview) -> None:
-    for begin in range(0, len(data), AT_ONCE_BYTES):
-        out.write(data[begin : begin + AT_ONCE_BYTES])
+        done += read
 
 
 def _cut_short(source: BinaryIO) -> ModelError:
     return ModelError(f"{source.name} ends before its last tensor.", "fetch or copy the model again, whole")
 
 
-def _change(delta: Delta, dtype: str, source: BinaryIO, out: BinaryIO, whole: torch.Tensor | None) -> None:
+def _change(delta: Delta, dtype: str, source: BinaryIO, out: _Output, whole: torch.Tensor | None, let_go: Callable[[], None]) -> None:
     """Write the tensor that begins here in the source, changed. `whole`: what is there in its place, in the tensor's shape."""
     import torch
 
     kind = _dtype(dtype, source)
     scale, tokens = _lengths(delta, kind, source, whole), _tokens(delta)
-    rounded: torch.Tensor | None = None
+    rounded: deque[torch.Tensor] = deque(maxlen=BUFFERS)  # the oldest comes first, and is written already
     for matrix, first, part in _rows(delta, kind, source, whole):
         if scale:
             scale(matrix, first, part)
         if tokens:
             tokens(matrix, first, part)
-        if rounded is None or len(rounded) < len(part):
-            rounded = torch.empty(len(part), part.shape[1], dtype=kind)
-        written = rounded[: len(part)].copy_(part)
+        room = rounded[0] if len(rounded) == BUFFERS and len(rounded[0]) >= len(part) else torch.empty(part.shape, dtype=kind)
+        rounded.append(room)
+        written = room[: len(part)].copy_(part)
         if not math.isfinite(written.sum(dtype=torch.float32 if kind == torch.float16 else None)):  # one that is none makes all none
             raise ModelError(
                 f"Merged, {delta.tensor} would hold NaN or Inf.",
                 "take an earlier checkpoint of the adapter: its numbers are too large; or copy the base again: it may be damaged",
             )
-        _write(out, written.view(torch.uint8).flatten().numpy().data)
+        out.write(written.view(torch.uint8).flatten().numpy().data)
+        let_go()
 
 
 def _rows(delta: Delta, kind: torch.dtype, source: BinaryIO, whole: torch.Tensor | None) -> Iterator[tuple[int, int, torch.Tensor]]:
     """(matrix, first row in it, rows): W + delta in float32, some rows at a time, each valid until the next."""
     import torch
 
-    columns, done = delta.shape[-1], 0
+    columns, done = delta.shape[-1], 0  # rows
     height = delta.shape[-2] if delta.transposed else delta.rows.shape[1]
     at_once = max(LEAST_ROWS, ROWS_ELEMENTS // columns)
     most = min(height, 2 * at_once)
-    read, product = bytearray(most * columns * kind.itemsize), torch.empty(most, columns)
+    few = max(1, AT_ONCE_ELEMENTS // columns)
+    read, product = bytearray(few * columns * kind.itemsize), torch.empty(most, columns)
     for matrix, numbers in enumerate(delta.rows):
         factors, begin = delta.factors(numbers), 0
         while begin < height:
             rows = at_once if height - begin >= 2 * at_once else height - begin
-            there = delta.instead(numbers, begin, begin + rows)
-            if there is None or delta.copied:
-                part = memoryview(read)[: rows * columns * kind.itemsize]
-                _read(source, part)
-                own = torch.frombuffer(part, dtype=kind).view(rows, columns) if whole is None else whole[done : done + rows]
-                there = own if there is None else torch.where((own.to(there.dtype) == there).all(1, keepdim=True), own, there)
             if factors:
                 left, right, scaling = factors
-                torch.mm(left[begin : begin + rows], right, out=product[:rows]).mul_(scaling).add_(there)
-            else:
-                product[:rows].copy_(there)
-            yield matrix, begin, product[:rows]
+                torch.mm(left[begin : begin + rows], right, out=product[:rows])
+            for first in range(0, rows, few):
+                last = min(rows, first + few)
+                there = delta.instead(numbers, begin + first, begin + last)
+                if there is None or delta.copied:
+                    part = memoryview(read)[: (last - first) * columns * kind.itemsize]
+                    _read(source, part)
+                    own = torch.frombuffer(part, dtype=kind).view(-1, columns) if whole is None else whole[done + first : done + last]
+                    there = own if there is None else torch.where((own.to(there.dtype) == there).all(1, keepdim=True), own, there)
+                if factors:
+                    product[first:last].mul_(scaling).add_(there)
+                else:
+                    product[first:last].copy_(there)
+                yield matrix, begin + first, product[first:last]
             begin, done = begin + rows, done + rows
 
 
@@ -285,8 +379,9 @@ def _dtype(name: str, source: BinaryIO) -> torch.dtype:
 class _Quantised:
     """The weights of a base as 4-bit loading gives them back, each held until its last tensor is written."""
 
-    def __init__(self, files: Mapping[Path, Sequence[tuple[str, Any]]], deltas: Mapping[str, Delta], dtype: Dtype) -> None:
-        self._files = {name: shard for shard, entries in files.items() for name, _ in entries}
+    def __init__(self, shards: Sequence[Shard], deltas: Mapping[str, Delta], dtype: Dtype) -> None:
+        """Of shards that are all here: a weight may stand in several."""
+        self._files = {name: shard.path for shard in shards if shard.path for name in shard.shapes}
         self._deltas, self._dtype = deltas, dtype
         self._held: dict[str, torch.Tensor] = {}  # weights of the model, restored
         self._left = Counter(delta.parameter for delta in deltas.values())  # tensors of each that are still to come

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import ModelError, RecipeError, first_line
+from ftkit.model.source import header
 from ftkit.recipe import Lora
 
 if TYPE_CHECKING:
@@ -108,14 +110,36 @@ def _load_config(adapter: Path) -> dict[str, Any]:
     return config
 
 
-def load_tensors(adapter: Path) -> dict[str, torch.Tensor]:
-    """An adapter's tensors by their names in its file, mapped.
+class Tensors(dict[str, Any]):
+    """An adapter's tensors by their names in its file, which is mapped: what is read of it counts as this process's memory."""
 
-    Raises ModelError where it cannot be read, has pickles alone, or numbers that are none.
-    """
+    def __init__(self, path: Path) -> None:
+        """Raises as safetensors does, which says whether the file is whole."""
+        import torch
+        from safetensors import safe_open
+
+        known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        with safe_open(path, "pt"):
+            entries = header(path)
+        with open(path, "rb") as file:
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        for name, entry in entries.items():
+            if entry["dtype"] not in known:
+                raise ValueError(f"{name} is in {entry['dtype']}")
+            kind = known[entry["dtype"]]
+            flat = torch.frombuffer(self._mapped, dtype=kind, count=math.prod(entry["shape"]), offset=entry["begin"])
+            self[name] = flat.view(entry["shape"])
+
+    def let_go(self) -> None:
+        """Of the pages that were read, which the system reads again when they are. Nothing is written into a tensor."""
+        if hasattr(self._mapped, "madvise"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def load_tensors(adapter: Path) -> Tensors:
+    """An adapter's tensors. Raises ModelError where it cannot be read, has pickles alone, or numbers that are none."""
     import torch
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     path = adapter / "adapter_model.safetensors"
     if not path.is_file() and (adapter / "adapter_model.bin").is_file():
@@ -124,16 +148,18 @@ def load_tensors(adapter: Path) -> dict[str, torch.Tensor]:
             "convert it once, where it is trusted: PeftModel.from_pretrained(base, FOLDER).save_pretrained(NEW_FOLDER)",
         )
     try:
-        tensors = load_file(path)
+        tensors = Tensors(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"The adapter in {adapter} cannot be read: {error!r}.", AGAIN) from None
-    tensors = {name: tensor for name, tensor in tensors.items() if not WRITTEN_TWICE.search(name)}
+    for name in list(filter(WRITTEN_TWICE.search, tensors)):
+        del tensors[name]
     for name, tensor in tensors.items():
-        parts = torch.split(tensor.flatten(), 1 << 20)
-        if not all(math.isfinite(part.sum(dtype=torch.float64)) for part in parts):  # one that is none makes the sum none
-            raise ModelError(
-                f"The adapter's {name} holds NaN or Inf.", "its training diverged: take an earlier checkpoint, or train it again"
-            )
+        for part in tensor.flatten().split(1 << 20):
+            if not math.isfinite(part.sum(dtype=torch.float64)):  # one that is none makes the sum none
+                raise ModelError(
+                    f"The adapter's {name} holds NaN or Inf.", "its training diverged: take an earlier checkpoint, or train it again"
+                )
+            tensors.let_go()
     return tensors
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ftkit.errors import ModelError, first_line
-from ftkit.model.source import Source, indexed_files, only_pickles
+from ftkit.files import file_fingerprint
+from ftkit.model.source import Shapes, Source, indexed_files, only_pickles
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
 
 CONFIG_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
@@ -33,10 +38,16 @@ def hub_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
+def weight_names(opened: Source) -> list[str]:
+    """Of the files that transformers loads: those in the index, or the one, be they here or not."""
+    assert opened.folder
+    return indexed_files(opened.folder) or ["model.safetensors"]
+
+
 def missing_weights(opened: Source) -> dict[str, int]:
     """Name and bytes of each weight file that is not in the cache. Raises ModelError where the hub has no such file."""
     assert opened.folder
-    names = indexed_files(opened.folder) or ["model.safetensors"]
+    names = weight_names(opened)
     missing = [name for name in names if not (opened.folder / name).is_file()]
     if not missing:
         return {}
@@ -45,7 +56,7 @@ def missing_weights(opened: Source) -> dict[str, int]:
         if any(name.endswith(".bin") for name in sizes):
             raise only_pickles(opened.reference)
         raise ModelError(f"{opened.reference} has no {absent[0]}.", "give a model with its weights in safetensors files")
-    return {name: sizes[name] for name in missing}
+    return {name: sizes[name].size for name in missing}
 
 
 def names_of(source: Source) -> set[str]:
@@ -53,11 +64,47 @@ def names_of(source: Source) -> set[str]:
     return set(_files(source))
 
 
-def _files(source: Source) -> dict[str, int]:
+def _files(source: Source) -> dict[str, RepoFile]:
     from huggingface_hub import get_cached_repo_tree
 
     with hub_errors(source.reference):
-        return {file.path: file.size for file in get_cached_repo_tree(source.reference.partition("@")[0], revision=source.fingerprint)}
+        return {file.path: file for file in get_cached_repo_tree(source.reference.partition("@")[0], revision=source.fingerprint)}
+
+
+def shapes_at_hub(source: Source, name: str) -> Shapes:
+    """Of the tensors in a safetensors file of the source's commit: its header alone is fetched. Raises ModelError where it has none."""
+    from huggingface_hub import HfApi, errors
+
+    with hub_errors(source.reference):
+        try:
+            found = HfApi().parse_safetensors_file_metadata(source.reference.partition("@")[0], name, revision=source.fingerprint)
+        except errors.SafetensorsParsingError as error:
+            raise _damaged(source, name, first_line(error)) from None
+    return {tensor: tuple(said.shape) for tensor, said in found.tensors.items()}
+
+
+def fetch_file(source: Source, name: str, folder: Path) -> Path:
+    """One file of the source's commit, in `folder` and not in the hub's cache. What is there whole already is not fetched again.
+
+    Raises ModelError where its size or its SHA-256 is not what the hub's list says.
+    """
+    import huggingface_hub
+
+    listed = _files(source)[name]
+    with hub_errors(source.reference, keeps_in=folder):
+        path = Path(
+            huggingface_hub.hf_hub_download(source.reference.partition("@")[0], name, revision=source.fingerprint, local_dir=folder)
+        )
+    size, wanted = path.stat().st_size, listed.lfs and listed.lfs.sha256
+    if size != listed.size or (wanted and file_fingerprint(path) != wanted):
+        path.unlink()
+        has = f"{size:,} bytes instead of {listed.size:,}" if size != listed.size else "another SHA-256"
+        raise _damaged(source, name, f"fetched, it has {has} than the hub's list says")
+    return path
+
+
+def _damaged(source: Source, name: str, why: str) -> ModelError:
+    return ModelError(f"{name} of {source.reference} is damaged: {why}.", "give the same command again, which fetches it anew")
 
 
 def fetch(source: Source, patterns: Sequence[str], without: Sequence[str] = ()) -> Path:
@@ -75,8 +122,8 @@ def fetch(source: Source, patterns: Sequence[str], without: Sequence[str] = ()) 
 
 
 @contextmanager
-def hub_errors(reference: str, kind: str = "model") -> Iterator[None]:
-    """Say huggingface_hub's errors as ModelError, each with the way out. `kind`: model or dataset."""
+def hub_errors(reference: str, kind: str = "model", *, keeps_in: Path | None = None) -> Iterator[None]:
+    """Say huggingface_hub's errors as ModelError, each with the way out. `kind`: model or dataset; `keeps_in`: in place of its cache."""
     from huggingface_hub import constants, errors, is_offline_mode
 
     repository, _, revision = reference.partition("@")
@@ -120,8 +167,10 @@ def hub_errors(reference: str, kind: str = "model") -> Iterator[None]:
             ) from None
         if isinstance(cause, OSError) and cause.strerror:
             raise ModelError(
-                f"{reference} cannot be kept in {constants.HF_HUB_CACHE}: {cause.strerror}.",
-                "make space there, or set HF_HOME to another folder",
+                f"{reference} cannot be kept in {keeps_in or constants.HF_HUB_CACHE}: {cause.strerror}.",
+                "make space there, or put the run elsewhere with --run-dir"
+                if keeps_in
+                else "make space there, or set HF_HOME to another folder",
             ) from None
         raise ModelError(
             f"{reference} cannot be fetched from {constants.ENDPOINT}: {first_line(cause)}",

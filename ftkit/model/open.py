@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from ftkit.errors import ModelError
 from ftkit.model.dequantise import dequantise
-from ftkit.model.hub import CONFIG_FILES, fetch, missing_weights
-from ftkit.model.source import INDEX, Source, indexed_files
+from ftkit.model.hub import CONFIG_FILES, fetch, missing_weights, shapes_at_hub, weight_names
+from ftkit.model.source import INDEX, Shard, Source, indexed_files, shards_of, weight_files
 from ftkit.progress import SILENT, Reporter
 from ftkit.units import bytes_text
 
@@ -53,6 +53,29 @@ def _open_hub_weights(source: Source, reporter: Reporter) -> Source:
         reporter.step(f"fetching the weights of {source.reference}: {size} in {len(missing)} file{'s' * (len(missing) > 1)}")
         fetch(source, list(missing))
     return opened
+
+
+def open_shards(source: Source, reporter: Reporter = SILENT) -> list[Shard]:
+    """The weight files of a source, of which those of the hub need not be here: of one that is not, the header alone is fetched."""
+    if source.kind != "hub":
+        folder = open_weights(source, reporter).folder
+        assert folder
+        return shards_of(folder)
+    opened = open_config(source)
+    assert opened.folder
+    missing = missing_weights(opened)
+    here = {shard.name: shard for shard in shards_of(opened.folder, [name for name in weight_names(opened) if name not in missing])}
+    away = {name: Shard(name, size, shapes_at_hub(opened, name), None) for name, size in missing.items()}
+    return [shard for _, shard in sorted({**here, **away}.items())]
+
+
+def weight_bytes(source: Source) -> int:
+    """Of the weight files, be they here or not."""
+    opened = open_config(source)
+    assert opened.folder
+    missing = missing_weights(opened) if source.kind == "hub" else {}
+    names = weight_names(opened) if source.kind == "hub" else [path.name for path in weight_files(opened.folder)]
+    return sum(missing[name] if name in missing else (opened.folder / name).stat().st_size for name in names)
 
 
 def bytes_to_fetch(source: Source) -> int:

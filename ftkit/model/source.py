@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 INDEX = "model.safetensors.index.json"  # which file holds which tensor, where there are several
+MOST_HEADER_BYTES = 100_000_000  # as safetensors itself has it
 CONVERT_PICKLES = "convert them once: https://huggingface.co/spaces/safetensors/convert"
 
 
@@ -44,23 +46,50 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names] if names else sorted(folder.glob("*.safetensors"))
 
 
-def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of a model's weight files."""
+
+    name: str
+    size_bytes: int
+    shapes: Shapes
+    path: Path | None  # None: it is not here, and fetched when its turn comes
+
+
+def shards_of(folder: Path, names: Sequence[str] | None = None) -> list[Shard]:
+    """The weight files of a folder, or some of them. Raises ModelError for one that is damaged or cut short."""
+    shards = []
+    for path in weight_files(folder) if names is None else [folder / name for name in names]:
+        entries, size = header(path), path.stat().st_size
+        if size != max((entry["end"] for entry in entries.values()), default=size):
+            raise ModelError(f"{path} does not end with its last tensor.", "fetch or copy the model again, whole")
+        shards.append(Shard(path.name, size, {name: tuple(entry["shape"]) for name, entry in entries.items()}, path))
+    return shards
+
+
+def shapes_of(folder: Path) -> Shapes:
     """The shape of every tensor in a model's files, from their headers."""
-    shapes = {}
-    for path in weight_files(folder):
-        for name, entry in header(path).items():
-            shapes[name] = tuple(entry["shape"])
-    return shapes
+    return {name: shape for shard in shards_of(folder) for name, shape in shard.shapes.items()}
 
 
 def header(path: Path) -> dict[str, Any]:
-    """What a safetensors file says of its tensors: after eight bytes of length JSON, whose offsets count from behind it (here: from 0)."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries: dict[str, Any] = json.loads(file.read(length))
-    entries.pop("__metadata__", None)
-    for entry in entries.values():
-        entry["begin"], entry["end"] = (8 + length + offset for offset in entry["data_offsets"])
+    """What a safetensors file says of its tensors: after eight bytes of length JSON, whose offsets count from behind it (here: from 0).
+
+    Raises ModelError where it is none.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries: dict[str, Any] = json.loads(file.read(min(length, MOST_HEADER_BYTES)))
+        entries.pop("__metadata__", None)
+        for entry in entries.values():
+            entry["begin"], entry["end"] = (8 + length + offset for offset in entry["data_offsets"])
+            entry["shape"] = [int(size) for size in entry["shape"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ModelError(f"{path} is no whole safetensors file.", "fetch or copy the model again, whole") from None
     return entries
 
 

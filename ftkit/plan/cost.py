@@ -46,7 +46,7 @@ VOCABULARY_BYTES = 2000  # of a token, as gguf's reader holds the vocabulary
 EXPERTS_A_TOKEN = 8
 DEQUANTISED_AT_ONCE = {"cpu": 16 << 20, "cuda": 256 << 20}  # close/packed.py: of 1/2 and 8 Mi elements, with what lies between
 CHECKPOINTS_KEPT = 3  # the best, the last, and while it is written one more: save_total_limit=2 in train/arguments.py
-TRAIN = "train"
+TRAIN, MERGE = "train", "merge"
 Place = Literal["the run folder", "Ollama's models"]
 RUN_FOLDER: Place = "the run folder"
 OLLAMAS_MODELS: Place = "Ollama's models"
@@ -137,7 +137,7 @@ def of_merging(sizes: Sizes) -> tuple[Cost, ...]:
     if sizes.counted.method == "full":
         return (Cost("copy the trained model", FTKIT_BYTES, 0, sizes.model_bytes, RUN_FOLDER, sizes.model_bytes),)
     ram, read = FTKIT_BYTES + merge_bytes(sizes.gguf, sizes.counted), sizes.model_bytes + adapter_file_bytes(sizes.counted)
-    return (Cost("merge", ram, 0, sizes.model_bytes, RUN_FOLDER, read),)
+    return (Cost(MERGE, ram, 0, sizes.model_bytes, RUN_FOLDER, read),)
 
 
 def of_converting(sizes: Sizes, *quantizations: str) -> tuple[Cost, ...]:

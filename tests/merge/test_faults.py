@@ -115,8 +115,8 @@ def as_uint8(tensor: Any) -> Any:
 
 
 BASES = {
-    "cut short": (cut, "cannot load"),
-    "overwritten": (overwrite, "cannot load"),
+    "cut short": (cut, "does not end with its last tensor"),
+    "overwritten": (overwrite, "is no whole safetensors file"),
     "without an adapted tensor": (without(Q_PROJ), f"lack {Q_PROJ}"),
     "without another tensor": (without("model.norm.weight"), "lack model.norm.weight"),
     "of another shape": (a_tensor(lambda tensor: tensor[:-1].contiguous()), "cannot load"),
