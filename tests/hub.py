@@ -122,9 +122,10 @@ class _Handler(BaseHTTPRequestHandler):
         if wanted:
             content = content[: int(wanted[2]) + 1] if wanted[2] else content
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{size}"
-        if name in repository.damaged and not (wanted and wanted[2]):
+        of_header = wanted and wanted[2]
+        if name in repository.damaged and not of_header:
             content = bytes(len(content) - 1) + b"!"
-        dies = self.command == "GET" and repository.dying.get(name, 0) > 0
+        dies = self.command == "GET" and repository.dying.get(name, 0) > 0 and not of_header
         if dies:
             repository.dying[name] -= 1
             self.close_connection = True

@@ -15,7 +15,6 @@ from ftkit.model.source import header
 from ftkit.recipe import Lora
 
 if TYPE_CHECKING:
-    import torch
     from peft import LoraConfig
 
 

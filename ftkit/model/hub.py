@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ftkit.errors import ModelError, first_line
 from ftkit.files import file_fingerprint
 from ftkit.model.source import Shapes, Source, indexed_files, only_pickles
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoFile
 
 CONFIG_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
@@ -56,7 +53,7 @@ def missing_weights(opened: Source) -> dict[str, int]:
         if any(name.endswith(".bin") for name in sizes):
             raise only_pickles(opened.reference)
         raise ModelError(f"{opened.reference} has no {absent[0]}.", "give a model with its weights in safetensors files")
-    return {name: sizes[name].size for name in missing}
+    return {name: sizes[name] for name in missing}
 
 
 def names_of(source: Source) -> set[str]:
@@ -64,11 +61,11 @@ def names_of(source: Source) -> set[str]:
     return set(_files(source))
 
 
-def _files(source: Source) -> dict[str, RepoFile]:
+def _files(source: Source) -> dict[str, int]:
     from huggingface_hub import get_cached_repo_tree
 
     with hub_errors(source.reference):
-        return {file.path: file for file in get_cached_repo_tree(source.reference.partition("@")[0], revision=source.fingerprint)}
+        return {file.path: file.size for file in get_cached_repo_tree(source.reference.partition("@")[0], revision=source.fingerprint)}
 
 
 def shapes_at_hub(source: Source, name: str) -> Shapes:
@@ -86,21 +83,25 @@ def shapes_at_hub(source: Source, name: str) -> Shapes:
 def fetch_file(source: Source, name: str, folder: Path) -> Path:
     """One file of the source's commit, in `folder` and not in the hub's cache. What is there whole already is not fetched again.
 
-    Raises ModelError where its size or its SHA-256 is not what the hub's list says.
+    Raises ModelError where its size or its SHA-256 is not what the hub says.
     """
     import huggingface_hub
 
-    listed = _files(source)[name]
+    repository, size = source.reference.partition("@")[0], _files(source)[name]
     with hub_errors(source.reference, keeps_in=folder):
-        path = Path(
-            huggingface_hub.hf_hub_download(source.reference.partition("@")[0], name, revision=source.fingerprint, local_dir=folder)
-        )
-    size, wanted = path.stat().st_size, listed.lfs and listed.lfs.sha256
-    if size != listed.size or (wanted and file_fingerprint(path) != wanted):
+        path = Path(huggingface_hub.hf_hub_download(repository, name, revision=source.fingerprint, local_dir=folder))
+        said = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, name, revision=source.fingerprint)).etag
+    there = path.stat().st_size
+    if there != size or (is_sha256(said) and file_fingerprint(path) != said):
         path.unlink()
-        has = f"{size:,} bytes instead of {listed.size:,}" if size != listed.size else "another SHA-256"
-        raise _damaged(source, name, f"fetched, it has {has} than the hub's list says")
+        has = f"{there:,} bytes instead of {size:,}" if there != size else "another SHA-256 than the hub says"
+        raise _damaged(source, name, f"what came has {has}")
     return path
+
+
+def is_sha256(etag: str | None) -> bool:
+    """Whether the hub names a file by its SHA-256, as it does those that are too large for git."""
+    return etag is not None and re.fullmatch(r"[0-9a-f]{64}", etag) is not None
 
 
 def _damaged(source: Source, name: str, why: str) -> ModelError:
