@@ -8,9 +8,8 @@ import math
 import mmap
 import os
 import shutil
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -31,7 +30,6 @@ ROWS_ELEMENTS = 1 << 20  # numbers of A × B that are computed at once
 LEAST_ROWS = 256  # and no fewer rows: a few are multiplied by other kernels, which round otherwise than those of the whole
 AT_ONCE_ELEMENTS = 1 << 17  # that are added and rounded at once: few enough to stay in a processor's cache
 AT_ONCE_BYTES = 1 << 18  # read or written by one call; with 8 MB, or begun within a page, writing took two to five times as long
-BUFFERS = 3  # one is computed, two are written or wait for that
 NOT_IN_SYSTEM = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
@@ -86,11 +84,12 @@ def merge(
             if shard.path or not target.is_file():
                 assert shard.path or fetch
                 path = shard.path or fetch(shard.name)  # type: ignore[misc]
-                with open(path, "rb", buffering=0) as source, _Output(partial) as out:
+                with open(path, "rb", buffering=0) as source, open(partial, "wb", buffering=2 * AT_ONCE_BYTES) as out:
                     for number, _ in enumerate(_merge_file(source, out, own, new, changes, quantised), done + 1):
                         bar.update(number)
                     if not shard.path:
-                        out.sync()  # then its name says that it need not be fetched again
+                        out.flush()
+                        os.fsync(out.fileno())  # then its name says that it need not be fetched again
                 partial.replace(target)
                 if not shard.path:
                     path.unlink()
@@ -107,22 +106,22 @@ def merge(
 
 
 def _merge_file(
-    source: BinaryIO, out: _Output, own: Sequence[Delta], new: Sequence[Delta], changes: Changes, quantised: _Quantised | None
+    source: BinaryIO, out: BinaryIO, own: Sequence[Delta], new: Sequence[Delta], changes: Changes, quantised: _Quantised | None
 ) -> Iterator[None]:
     """Write a file of the source once more, changed, from its beginning to its end; one step a tensor that is changed."""
     entries, size = header(Path(source.name)), os.fstat(source.fileno()).st_size
     own = sorted(own, key=lambda delta: int(entries[delta.tensor]["begin"]))
     if new or any(list(delta.stored) != entries[delta.tensor]["shape"] for delta in own):
-        out.write(memoryview(_header(source, changes.deltas, new)))
+        out.write(_header(source, changes.deltas, new))
     for delta in [*own, *new]:
         entry, in_place = entries[delta.source], delta.tensor in entries
-        out.copy(source, (entry["begin"] if in_place else size) - source.tell())
+        _copy(source, out, (entry["begin"] if in_place else size) - source.tell())
         source.seek(entry["begin"])
         whole = quantised.restored(delta) if quantised and delta.quantized else None
         _change(delta, entry["dtype"], source, out, whole, changes.let_go)
         source.seek(entry["end"] if in_place else size)
         yield
-    out.copy(source, size - source.tell())
+    _copy(source, out, size - source.tell())
 
 
 def _tokenizer_files(adapter: Path) -> list[Path]:
@@ -169,75 +168,34 @@ def _settle(folder: Path, changed: Mapping[str, Any], added: Mapping[str, str]) 
         path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-class _Output:
-    """A file that a thread of its own writes, so that what follows is computed meanwhile.
+def _copy(source: BinaryIO, out: BinaryIO, size_bytes: int) -> None:
+    """What follows in one file, into another: by the system itself where it can."""
+    size_bytes -= _copy_in_system(source, out, size_bytes)
+    part = memoryview(bytearray(min(size_bytes, AT_ONCE_BYTES)))
+    for begin in range(0, size_bytes, AT_ONCE_BYTES):
+        piece = part[: size_bytes - begin]
+        _read(source, piece)
+        out.write(piece)
 
-    In pieces of AT_ONCE_BYTES that begin where a page does: others take two to five times as long.
-    """
 
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb", buffering=2 * AT_ONCE_BYTES)  # noqa: SIM115
-        self._thread, self._writing = ThreadPoolExecutor(1), deque[Future[None]]()
-
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+def _copy_in_system(source: BinaryIO, out: BinaryIO, size_bytes: int) -> int:
+    """Bytes that were copied, up to the end of a page; none of a few, nor where the system has no such call or not for these two files."""
+    if size_bytes < 2 * AT_ONCE_BYTES or not hasattr(os, "copy_file_range"):
+        return 0
+    out.flush()
+    done, wanted = 0, size_bytes - (out.tell() + size_bytes) % mmap.PAGESIZE
+    while done < wanted:
         try:
-            self._thread.shutdown()
-            if not kind:
-                self._wait()
-        finally:
-            self._file.close()
-
-    def write(self, data: memoryview) -> None:
-        """Take what is to be written. It must stay as it is until BUFFERS - 1 others were taken."""
-        self._wait(BUFFERS - 2)
-        self._writing.append(self._thread.submit(self._write, data))
-
-    def _write(self, data: memoryview) -> None:
-        for begin in range(0, len(data), AT_ONCE_BYTES):
-            self._file.write(data[begin : begin + AT_ONCE_BYTES])
-
-    def _wait(self, writing: int = 0) -> None:
-        while len(self._writing) > writing:
-            self._writing.popleft().result()
-
-    def copy(self, source: BinaryIO, size_bytes: int) -> None:
-        """What follows in one file, as it is: by the system itself where it can."""
-        self._wait()
-        size_bytes -= self._copy_in_system(source, size_bytes)
-        part = memoryview(bytearray(min(size_bytes, AT_ONCE_BYTES)))
-        for begin in range(0, size_bytes, AT_ONCE_BYTES):
-            piece = part[: size_bytes - begin]
-            _read(source, piece)
-            self._file.write(piece)
-
-    def _copy_in_system(self, source: BinaryIO, size_bytes: int) -> int:
-        """Bytes that were copied: none for a few, or where the system has no such call or not for these two files; whole pages."""
-        if size_bytes < AT_ONCE_BYTES or not hasattr(os, "copy_file_range"):
-            return 0
-        self._file.flush()
-        begin, done = self._file.tell(), 0
-        wanted = size_bytes - (begin + size_bytes) % mmap.PAGESIZE
-        while done < wanted:
-            try:
-                copied = os.copy_file_range(source.fileno(), self._file.fileno(), wanted - done)
-            except OSError as error:
-                if error.errno not in NOT_IN_SYSTEM:
-                    raise
-                break
-            if not copied:
-                raise _cut_short(source)
-            done += copied
-        self._file.seek(begin + done)
-        return done
-
-    def sync(self) -> None:
-        """Have it on the disk."""
-        self._wait()
-        self._file.flush()
-        os.fsync(self._file.fileno())
+            copied = os.copy_file_range(source.fileno(), out.fileno(), wanted - done)
+        except OSError as error:
+            if error.errno not in NOT_IN_SYSTEM:
+                raise
+            break
+        if not copied:
+            raise _cut_short(source)
+        done += copied
+    out.seek(0, os.SEEK_END)
+    return done
 
 
 def _read(source: BinaryIO, into: memoryview) -> None:
@@ -253,21 +211,21 @@ def _cut_short(source: BinaryIO) -> ModelError:
     return ModelError(f"{source.name} ends before its last tensor.", "fetch or copy the model again, whole")
 
 
-def _change(delta: Delta, dtype: str, source: BinaryIO, out: _Output, whole: torch.Tensor | None, let_go: Callable[[], None]) -> None:
+def _change(delta: Delta, dtype: str, source: BinaryIO, out: BinaryIO, whole: torch.Tensor | None, let_go: Callable[[], None]) -> None:
     """Write the tensor that begins here in the source, changed. `whole`: what is there in its place, in the tensor's shape."""
     import torch
 
     kind = _dtype(dtype, source)
     scale, tokens = _lengths(delta, kind, source, whole), _tokens(delta)
-    rounded: deque[torch.Tensor] = deque(maxlen=BUFFERS)  # the oldest comes first, and is written already
+    rounded: torch.Tensor | None = None
     for matrix, first, part in _rows(delta, kind, source, whole):
         if scale:
             scale(matrix, first, part)
         if tokens:
             tokens(matrix, first, part)
-        room = rounded[0] if len(rounded) == BUFFERS and len(rounded[0]) >= len(part) else torch.empty(part.shape, dtype=kind)
-        rounded.append(room)
-        written = room[: len(part)].copy_(part)
+        if rounded is None or len(rounded) < len(part):
+            rounded = torch.empty(part.shape, dtype=kind)
+        written = rounded[: len(part)].copy_(part)
         if not math.isfinite(written.sum(dtype=torch.float32 if kind == torch.float16 else None)):  # one that is none makes all none
             raise ModelError(
                 f"Merged, {delta.tensor} would hold NaN or Inf.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,6 +18,7 @@ from ftkit.errors import ModelError
 from ftkit.merge import stream
 from ftkit.merge.deltas import refuse_what_cannot_be_merged
 from ftkit.merge.stream import merge
+from ftkit.model.source import header
 from ftkit.recipe import Lora
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
@@ -146,6 +149,36 @@ def test_what_could_not_be_merged_is_refused_before_it_is_trained(
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     with pytest.raises(ModelError, match=words) if words else nullcontext():
         refuse_what_cannot_be_merged(tmp_path / "base", Lora(target_modules=targets))
+
+
+@pytest.mark.parametrize("system", ["copies", "copies little at once", "has no such call", "refuses these files"])
+def test_what_no_adapter_changes_is_copied_byte_for_byte(system: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the system where it can, by pieces where it cannot."""
+    from safetensors.torch import load_file
+
+    tiny.make_adapter(base, tmp_path / "adapter", target_modules=["v_proj"])
+    monkeypatch.setattr(stream, "AT_ONCE_BYTES", 1000)
+    copied, copy = [], getattr(os, "copy_file_range", None)
+
+    def counted(source: int, out: int, count: int) -> int:
+        assert copy
+        if system == "refuses these files":
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        copied.append(copy(source, out, min(count, 5000) if system == "copies little at once" else count))
+        return copied[-1]
+
+    if copy and system == "has no such call":
+        monkeypatch.delattr(os, "copy_file_range")
+    elif copy:
+        monkeypatch.setattr(os, "copy_file_range", counted)
+    (tmp_path / "merged").mkdir()
+    merge(base, tmp_path / "adapter", tmp_path / "merged")
+    ours, theirs = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "merged", base))
+    entries = header(base / "model.safetensors")
+    assert len(ours) == len(theirs)
+    assert all((ours[e["begin"] : e["end"]] == theirs[e["begin"] : e["end"]]) != ("v_proj" in name) for name, e in entries.items())
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == entries.keys()
+    assert (sum(copied) > len(theirs) // 2) == (copy is not None and system.startswith("copies"))
 
 
 def test_shards_are_merged_and_another_layout_beside_them_is_left(base: Path, tmp_path: Path) -> None:
