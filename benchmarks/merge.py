@@ -1,6 +1,6 @@
 """Time and memory of the merge beside `cp`, on a made checkpoint of an 8B's shapes; and of PEFT's, at a size that it can.
 
-    python benchmarks/merge.py [--gib 16] [--folder DIR] [--rank 16] [--large 2.8e9] [--peft]
+    python benchmarks/merge.py [--gib 16] [--folder DIR] [--rank 16] [--large 2.8e9] [--saved] [--peft]
 
 Layers of Llama-3.1-8B's shapes fill as much as is asked for, beside one tensor of `--large` elements that no adapter changes. Both the copy
 and the merge read files that are in the page cache as far as they fit, in turns, and end with what they wrote on the disk.
@@ -53,9 +53,7 @@ def make_base(folder: Path, layers: int, large_elements: int) -> None:
         "lm_head.weight": random(32000, hidden),
         "model.norm.weight": random(hidden),
     }
-    parts = [ends]
-    if large_elements:  # as a per-layer table is: in the file, and not adapted
-        parts.append({"model.table.weight": random(large_elements // 1024, 1024)})
+    parts = [ends, {}]
     for first in range(0, layers, SHARD_LAYERS):
         parts.append({})
         for n in range(first, min(layers, first + SHARD_LAYERS)):
@@ -63,26 +61,46 @@ def make_base(folder: Path, layers: int, large_elements: int) -> None:
             parts[-1] |= {f"model.layers.{n}.{name}.weight": ((hidden,),) for name in ("input_layernorm", "post_attention_layernorm")}  # type: ignore[misc]
     for n, part in enumerate(parts):
         name = f"model-{n + 1:05d}-of-{len(parts):05d}.safetensors"
-        save_file(
-            {key: random(*value[0]) if isinstance(value, tuple) else value for key, value in part.items()}, folder / name, {"format": "pt"}
-        )
+        if n == 1:  # as a per-layer table is: in the file, and not adapted
+            part["model.table.weight"] = None
+            write_table(folder / name, "model.table.weight", large_elements // 1024, noise.view(torch.uint8).numpy().tobytes())
+        else:
+            made = {key: random(*value[0]) if isinstance(value, tuple) else value for key, value in part.items()}
+            save_file(made, folder / name, {"format": "pt"})
         weight_map |= dict.fromkeys(part, name)
         part.clear()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
 
 
-def make_adapter(base: Path, folder: Path, rank: int) -> None:
+def write_table(path: Path, name: str, rows: int, noise: bytes) -> None:
+    """A safetensors file of one tensor, which no memory has to hold."""
+    size = 2 * rows * 1024
+    header = json.dumps({name: {"dtype": "BF16", "shape": [rows, 1024], "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for begin in range(0, size, len(noise)):
+            file.write(noise[: size - begin])
+
+
+def make_adapter(base: Path, folder: Path, rank: int, saved: bool) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import save_file
 
     from ftkit.merge.deltas import model_of
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"] if saved else None,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     adapted = get_peft_model(model_of(base), config)
     config.save_pretrained(folder)
     torch.manual_seed(1)
     tensors = {name.replace(".default", ""): torch.randn(p.shape) * 0.01 for name, p in adapted.named_parameters() if "lora_" in name}
+    if saved:
+        for name in ("model.embed_tokens", "lm_head"):
+            tensors[f"base_model.model.{name}.weight"] = torch.randn(32000, 4096)
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
@@ -137,6 +155,7 @@ def main() -> int:
     asked.add_argument("--folder", type=Path)
     asked.add_argument("--rank", type=int, default=16)
     asked.add_argument("--large", type=float, default=2.8e9, help="elements of a tensor that no adapter changes")
+    asked.add_argument("--saved", action="store_true", help="an adapter that brings embedding and head whole, 1 GB in float32")
     asked.add_argument("--rounds", type=int, default=3)
     asked.add_argument("--peft", action="store_true", help="merge with PEFT too, which holds the whole model")
     options = asked.parse_args()
@@ -146,7 +165,7 @@ def main() -> int:
         base, adapter = folder / "base", folder / "adapter"
         base.mkdir()
         make_base(base, layers, int(options.large))
-        make_adapter(base, adapter, options.rank)
+        make_adapter(base, adapter, options.rank, options.saved)
         size = sum(file.stat().st_size for file in base.iterdir())
         print(f"{size / GIB:.1f} GiB in {layers} layers, rank {options.rank}, a tensor of {options.large:.2g} elements beside them")
         imports, idle = in_a_process(IMPORTS)
