@@ -229,10 +229,12 @@ def base_to_fetch(job: Job) -> ToFetch:
     ship, finished = job.recipe.ship, job.run.finished
     trains, asks = not job.given and not finished("train"), bool(job.data) and not finished("ask")
     looks = ship.adapter and not finished("adapter") and weight_bytes(job.source) <= LOOKED_AT_BYTES
-    loads = trains or asks or looks or (ship.closing_steps and not finished("close"))
+    closes = (ship.closing_steps and not finished("close")) or (ship.transfer_steps and not finished("transfer"))
+    loads = trains or asks or looks or closes
     if not loads and finished("merge"):
         return ToFetch(0, 0, 0)
-    one_at_a_time = not (loads or ship.keep_source or job.onto == "dequantised")  # of which a weight may stand in several files
+    by_file = job.recipe.training.method != "full" and job.onto == "source"  # what is dequantised may stand in several files
+    one_at_a_time = by_file and not (loads or ship.keep_source)
     return ToFetch(len(missing), sum(missing.values()), max(missing.values()) if one_at_a_time else 0)
 
 

@@ -85,9 +85,7 @@ def _make(job: Job, folder: Path, trained: Made[Any], fitted: Made[Transferred] 
 
 def _one_at_a_time(job: Job) -> bool:
     """Whether files of the source are fetched, merged and let go one after the other: then a merge that was stopped goes on."""
-    if job.recipe.training.method == "full" or (job.given and job.given.kind != "adapter") or find(job, MERGE):
-        return False
-    return base_to_fetch(job).at_once_bytes > 0
+    return not find(job, MERGE) and base_to_fetch(job).at_once_bytes > 0
 
 
 def _refuse_full_disk(target: Path, shards: Sequence[Shard]) -> None:
