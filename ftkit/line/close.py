@@ -164,7 +164,7 @@ CLOSE: Step[Closed] = Step(
     follows_from=lambda job: [job.recipe.ship.quantization, job.recipe.ship.closing_steps],
     costs=of_closing,
     make=_close,
-    resumable=True,
+    resumable=lambda _: True,
     applies=lambda job: job.recipe.ship.closing_steps > 0,
     keep=True,
 )

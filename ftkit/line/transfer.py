@@ -140,7 +140,7 @@ TRANSFER = Step(
     follows_from=lambda job: [job.recipe.ship.transfer_steps],
     costs=of_transferring,
     make=_make,
-    resumable=True,
+    resumable=lambda _: True,
     applies=lambda job: bool(job.recipe.ship.transfer_steps) and job.recipe.training.method != "full" and job.onto == "source",
     keep=True,
 )
