@@ -129,6 +129,7 @@ class Training(Group):
     per_device_train_batch_size: Annotated[int, Field(ge=1)] | None = Field(default=None, description="left out: the plan chooses")
     gradient_checkpointing: bool | None = Field(default=None, description="left out: the plan chooses")
     packing: bool = Field(default=False, description="rows end to end in one, without padding, where that is proved to change nothing")
+    fsdp: bool = Field(default=False, description="processes that train together share the weights out, in place of each holding all")
     evaluations_per_epoch: Annotated[float, Field(gt=0)] = 1.0
     early_stopping_patience: Annotated[int, Field(ge=1)] = 3
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0

@@ -91,10 +91,13 @@ def load_tokenizer(folder: Path, settings: ChatSettings | None = None, *, trust_
     return tokenizer  # type: ignore[no-any-return]
 
 
-def load_model(folder: Path, method: Method | None, *, dtype: Dtype, cuda: bool, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    folder: Path, method: Method | None, *, dtype: Dtype, cuda: bool, trust_remote_code: bool = False, shared_out: bool = False
+) -> PreTrainedModel:
     """The base model as `method` trains it, or (None) as it is asked: frozen weights in the compute format.
 
-    `full` gets float32 weights, since what is trained is kept in float32.
+    `full` gets float32 weights, since what is trained is kept in float32. What will be `shared_out` among GPUs stays in RAM until
+    then, but for what is quantised on the GPU.
     """
     import torch
     from safetensors import SafetensorError
@@ -103,8 +106,8 @@ def load_model(folder: Path, method: Method | None, *, dtype: Dtype, cuda: bool,
     kept = torch.float32 if method == "full" else getattr(torch, dtype)
     settings: dict[str, Any] = {"dtype": kept, "use_safetensors": True, **from_files(trust_remote_code)}
     if method == "qlora":
-        settings["quantization_config"] = nf4_config(kept, left_alone(model_type(folder)))
-    if cuda:
+        settings["quantization_config"] = nf4_config(kept, left_alone(model_type(folder)), shared_out=shared_out)
+    if cuda and (method == "qlora" or not shared_out):
         settings["device_map"] = {"": ranks.local_rank()}
     patched = patches.applied("loading in 4 bits") if method == "qlora" else nullcontext()
     try:

@@ -117,9 +117,11 @@ def train(job: Job) -> Made[Trained]:
     """Train as planned. Raises DoesNotFitError before anything is loaded, InterruptedRunError on Ctrl-C."""
     _refuse_given(job)
     refuse_adapter(job)
-    if ranks.world_size() > 1:
+    trained = is_trained(job)
+    if ranks.world_size() > 1 or not trained:
         ranks.refuse(job.recipe, len(device.find_gpus()))
-    if is_trained(job):
+    ranks.share_weights(job.recipe)
+    if trained:
         ranks.tell(None)  # there is nothing to train
         return ensure(job, TRAIN)  # up to date: nothing has to fit any more
     refuse_missing_reporters(job.recipe.training.report_to)
@@ -158,6 +160,7 @@ def refuse_ram_for_all(memory: MemoryPlan) -> None:
 def help_to_train(job: Job) -> None:
     """What a process does that is not the first: it waits for its plan, and trains with it. Nothing is written or said here."""
     ranks.refuse(job.recipe, len(device.find_gpus()))
+    ranks.share_weights(job.recipe)
     train_beside(replace(job, reporter=SILENT))
 
 

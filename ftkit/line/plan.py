@@ -93,7 +93,7 @@ def training_inputs(job: Job) -> list[Any]:
         },
         *([job.chat_template] if job.chat_template else []),
         {
-            **_said(recipe.training, TRAINING_KEYS, {"save_minutes", "report_to", "packing", "adapter"}),
+            **_said(recipe.training, TRAINING_KEYS, {"save_minutes", "report_to", "packing", "fsdp", "adapter"}),
             "learning_rate": recipe.training.peak_learning_rate,
         },
         _said(recipe.lora, LORA_KEYS),

@@ -67,6 +67,7 @@ def _settings(job: Job, planned: MemoryPlan, base: Path) -> Settings:
         longest_tokens=planned.max_length if fit.max_tokens else None,
         most_learnt_tokens=round(planned.labelled_share * planned.max_length),
         packing=fit.packing,
+        fsdp=ranks.shares_weights(job.recipe),
     )
 
 
@@ -93,7 +94,8 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     together = f", split among {count} processes" if count > 1 else ""
     reporter.step(f"training ({recipe.training.method}, {batches}{together}, learning rate {recipe.training.peak_learning_rate:g})")
     if count > 1:
-        reporter.note("each process holds the whole model: the planned memory is of each; what it sees of each row is not kept")
+        held = "the processes share the weights out (FSDP)" if settings.fsdp else "each process holds the whole model"
+        reporter.note(f"{held}: the planned memory is of each; what it sees of each row is not kept")
     stage = stage_of(folder) if is_remote(folder) else None
     if stage:
         reporter.note(f"{job.run.folder} lies on a mounted drive: checkpoints are written to {stage} first, then copied and verified")

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from ftkit.recipe import Recipe
 
 T = TypeVar("T")
-SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # what accelerate sets for its own launcher's choices
+# What accelerate is told of FSDP, before the processes join: that it is version 2, and that rank 0 is given whole tensors on its CPU.
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 PATIENCE = timedelta(days=7)  # the first one may plan and render for long; of a process that died, the launcher ends the others
 
 
@@ -35,6 +36,15 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def shares_weights(recipe: Recipe) -> bool:
+    """Whether the processes share the weights out (FSDP): the recipe says so, or accelerate's own launcher was told to."""
+    return world_size() > 1 and (recipe.training.fsdp or _is_set("ACCELERATE_USE_FSDP"))
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes")
+
+
 def refuse_command(name: str) -> None:
     """Raise RecipeError for a command that several processes would run over each other."""
     if world_size() > 1 and name != "train":
@@ -48,13 +58,15 @@ def refuse(recipe: Recipe, gpus: int) -> None:
     """Raise RecipeError for what several processes do not train, or not yet. `gpus`: those of this machine; 0: the CPU trains."""
     count, training = world_size(), recipe.training
     if count == 1:
+        if training.fsdp:
+            raise RecipeError(
+                "training.fsdp: one process has nobody to share the weights with.",
+                f"torchrun --nproc-per-node {max(2, gpus)} -m ftkit train, or --set training.fsdp=false",
+            )
         return
     alone = "train in one process: ftkit train"
-    for name, what in SHARDED.items():
-        if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
-            raise RecipeError(
-                f"{what} is not supported: each process holds the whole model.", "choose plain multi-GPU training in `accelerate config`"
-            )
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise RecipeError("DeepSpeed is not supported.", "choose FSDP, or plain multi-GPU training, in `accelerate config`")
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise RecipeError("torch.compile (dynamo) is not supported.", "choose none in `accelerate config`")
     if int(os.environ.get("LOCAL_WORLD_SIZE", count)) != count:
@@ -75,6 +87,34 @@ def refuse(recipe: Recipe, gpus: int) -> None:
             f"evaluate.every: answers are asked in one process while training, and {count} were started.",
             f"--set evaluate.every=0, or {alone}",
         )
+    if shares_weights(recipe):
+        _refuse_to_share(recipe)
+
+
+def _refuse_to_share(recipe: Recipe) -> None:
+    """Raise RecipeError for what FSDP does not train, or what was not tried with it."""
+    whole = "--set training.fsdp=false"
+    if _is_set("FSDP_OFFLOAD_PARAMS"):
+        raise RecipeError("FSDP with weights offloaded to RAM is not supported.", "choose no offloading in `accelerate config`")
+    if recipe.training.optim != "adamw_torch":
+        raise RecipeError(
+            f"training.optim: {recipe.training.optim} cannot be shared out: bitsandbytes steps on whole tensors alone.",
+            f"--set training.optim=adamw_torch, or {whole}",
+        )
+    if recipe.training.compute_dtype == "float16":
+        raise RecipeError("training.compute_dtype: float16's loss scaling is not supported with FSDP.", whole)
+    for key in ("use_dora", "modules_to_save", "target_parameters"):
+        if getattr(recipe.lora, key):
+            raise RecipeError(f"lora.{key}: is not supported with FSDP.", f"leave it out, or {whole}")
+
+
+def share_weights(recipe: Recipe) -> None:
+    """Where weights are shared out, tell accelerate, before this process joins the others. Its launcher's own settings are not read."""
+    if not shares_weights(recipe):
+        return
+    for name in [name for name in os.environ if name.startswith("FSDP_")]:
+        del os.environ[name]
+    os.environ.update(FSDP)
 
 
 def _join() -> None:

@@ -37,11 +37,12 @@ def fused_experts(model: PreTrainedModel) -> Iterator[tuple[Any, str, str]]:
                 yield module, name, whole
 
 
-def nf4_config(dtype: Any, left_alone: list[str] | None = None) -> Any:
+def nf4_config(dtype: Any, left_alone: list[str] | None = None, *, shared_out: bool = False) -> Any:
     """4-bit NF4 with double quantisation, of fused experts too, computing in `dtype`.
 
-    `left_alone`: layers; None: those that transformers chooses.
+    `left_alone`: layers; None: those that transformers chooses. To be `shared_out` (FSDP), bytes stand in numbers of `dtype`.
     """
+    import torch
     from transformers import BitsAndBytesConfig
 
     _register()
@@ -50,6 +51,7 @@ def nf4_config(dtype: Any, left_alone: list[str] | None = None) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if shared_out else torch.uint8,
         llm_int8_skip_modules=left_alone,
     )
     config.quant_method = _METHOD

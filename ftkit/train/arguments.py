@@ -12,6 +12,7 @@ from ftkit.train.answers import RIGHT
 
 MIN_LR_RATE = 0.1  # of the highest rate: where cosine_with_min_lr ends
 DECAY_SHARE = 0.1  # of all steps: the last, in which warmup_stable_decay falls
+SHARED_OUT = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}  # a decoder layer at a time
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Settings:
     longest_tokens: int | None = None  # of the longest row; shorter ones go together in its room. None: as many rows always
     most_learnt_tokens: int = 0  # of a row
     packing: bool = False
+    fsdp: bool = False  # several processes share the weights out
 
     @property
     def max_tokens(self) -> int | None:
@@ -53,8 +55,11 @@ def arguments(training: Training, settings: Settings, rows: int, checkpoints: Pa
         "per_device_train_batch_size": settings.per_device_train_batch_size,
         "per_device_eval_batch_size": settings.per_device_train_batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        # accelerate 1.15's, of FSDP, draws another dropout as it recomputes, and hides adapters from PEFT.
         "activation_checkpointing": settings.gradient_checkpointing,  # transformers 5.23 renamed it
         "activation_checkpointing_kwargs": {"use_reentrant": False} if settings.gradient_checkpointing else None,
+        "fsdp": settings.fsdp or None,
+        "fsdp_config": SHARED_OUT if settings.fsdp else None,
         "learning_rate": training.peak_learning_rate,
         "lr_scheduler_type": training.lr_scheduler_type,
         "lr_scheduler_kwargs": course.get(training.lr_scheduler_type, {}),

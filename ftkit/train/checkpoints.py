@@ -15,6 +15,7 @@ from ftkit.progress import SILENT, Reporter
 
 TRAINER_STATE = "trainer_state.json"  # of a checkpoint; the trainer writes it last
 WATCHED = "watched.json"  # beside it, ftkit's own and written after it: what was seen of the training, size and SHA-256 of each file
+FSDP_OPTIMIZER = "optimizer.bin"  # as accelerate calls it; the trainer's own is optimizer.pt
 CONTROL, STOPPER = "TrainerControl", "EarlyStoppingCallback"  # what the trainer calls them in its state
 
 
@@ -95,8 +96,13 @@ def evaluated(state: Mapping[str, Any], metric: str) -> dict[int, float]:
     return {entry["step"]: entry[metric] for entry in state["log_history"] if metric in entry}
 
 
-def refuse_world_size(checkpoint: Path, world_size: int = 1) -> None:
-    """Raise RunError for a checkpoint that another number of processes wrote: each kept its own random state in it."""
+def refuse_world(checkpoint: Path, world_size: int = 1, *, fsdp: bool = False) -> None:
+    """Raise RunError for a checkpoint that another number of processes wrote, each its own random state, or with other optimizer files."""
+    if fsdp != (checkpoint / FSDP_OPTIMIZER).exists():
+        raise RunError(
+            f"{checkpoint} was written {'without' if fsdp else 'with'} FSDP, and training would go on {'with' if fsdp else 'without'} it.",
+            f"--set training.fsdp={'false' if fsdp else 'true'}, or begin again: rm -r '{checkpoint.parent}'",
+        )
     wrote = max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
     if wrote != world_size:
         raise RunError(

@@ -32,25 +32,36 @@ def in_micro_batches(kind: Any, settings: Settings) -> Any:
                 num_items_in_batch = (
                     num_items_in_batch / count if has_rows else torch.full_like(num_items_in_batch, math.inf, dtype=torch.float64)
                 )
-            for part, is_last in self.micro_batches(inputs):
-                with nullcontext() if is_last else self.accelerator.no_sync(model):
-                    losses.append(super().training_step(model, part, num_items_in_batch))
+            parts = list(self.micro_batches(inputs))
+            for n, (part, counts) in enumerate(parts, 1):
+                # Gradients that are shared out go to their owners at once: whole ones of all weights are what does not fit.
+                with nullcontext() if n == len(parts) or settings.fsdp else self.accelerator.no_sync(model):
+                    items = num_items_in_batch if counts else torch.full_like(num_items_in_batch, math.inf, dtype=torch.float64)
+                    losses.append(super().training_step(model, part, items))
             return torch.stack(losses).sum()
 
         def micro_batches(self, inputs: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
-            """Those of the step's rows that this process takes, and whether it is the last."""
+            """Those of the step's rows that this process takes, and whether each counts.
+
+            With weights that are shared out each pass is one of all processes: who has fewer repeats the last, for the others.
+            """
             counts = torch.stack([inputs["attention_mask"].sum(1), (inputs["labels"] != IGNORED).sum(1)])
             lengths, learnt = counts.tolist()  # at once: it waits for a GPU
-            own = share(len(lengths), ranks.rank(), ranks.world_size())
-            found = _split([lengths[row] for row in own], [learnt[row] for row in own], settings, packed=self.packing)
-            for n, places in enumerate(found, 1):
-                rows = [own[place] for place in places]
+            all_of = range(ranks.world_size()) if settings.fsdp else [ranks.rank()]
+            shares = {rank: share(len(lengths), rank, ranks.world_size()) for rank in all_of}
+            splits = {
+                rank: _split([lengths[row] for row in own], [learnt[row] for row in own], settings, packed=self.packing)
+                for rank, own in shares.items()
+            }
+            own, found, most = shares[ranks.rank()], splits[ranks.rank()], max(map(len, splits.values()))
+            for n in range(most):
+                rows = [own[place] for place in found[min(n, len(found) - 1)]]
                 if self.packing:
                     part = pack([{name: inputs[name][row, : lengths[row]].tolist() for name in ("input_ids", "labels")} for row in rows])
                 else:
                     longest = max(lengths[row] for row in rows)
                     part = {name: tensor[rows, :longest] for name, tensor in inputs.items()}
-                yield part, n == len(found)
+                yield part, n < len(found)
 
     return Trainer
 

@@ -59,7 +59,8 @@ def build_trainer(
     whole_steps = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
     told, dpo = arguments(recipe.training, settings, len(training), folder / CHECKPOINTS), recipe.training.objective == "dpo"
     config = preference_config(recipe, told) if dpo else SFTConfig(**{**told, **whole_steps})
-    model = hf.load_model(base, method, dtype=settings.dtype, cuda=settings.cuda, trust_remote_code=recipe.trust_remote_code)
+    remote = recipe.trust_remote_code
+    model = hf.load_model(base, method, dtype=settings.dtype, cuda=settings.cuda, trust_remote_code=remote, shared_out=settings.fsdp)
     text = model.config.get_text_config()
     if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
         text.num_experts = text.num_local_experts  # which TRL 1.16 asks Granite's for too, and it has the other name alone
@@ -81,6 +82,8 @@ def build_trainer(
         )
     if ranks.world_size() > 1:
         _alike_everywhere(trainer)
+    if settings.fsdp:
+        _share_out(trainer, settings)
     trainer.remove_callback(PrinterCallback)  # it writes every log entry to stdout, which carries results only
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL casts a 4-bit model's adapter to bfloat16, which loses small updates
@@ -107,6 +110,37 @@ def _alike_everywhere(trainer: Any) -> None:
     trainer.accelerator.prepare_data_loader = whole
     trainer.accelerator.gather_for_metrics = trainer.gather_function = alone
     trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # the buckets of gradients take no memory of their own
+
+
+def _share_out(trainer: Any, settings: Settings) -> None:
+    """Have accelerate share the weights out on a CPU too, sum gradients in float32, and gather of a model what is trained alone."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if not getattr(trainer.model, "_no_split_modules", None):
+        raise ModelError(
+            f"{trainer.model.config.model_type} names no layers (_no_split_modules) to share out one after the other with FSDP.",
+            "let each process hold all weights: --set training.fsdp=false",
+        )
+    state = trainer.accelerator.state
+    if not trainer.is_fsdp_enabled:  # accelerate 1.15 shares out among GPUs alone, and says nothing
+        PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+        trainer.is_fsdp_enabled = True
+    half = None if settings.dtype == "float32" else getattr(torch, settings.dtype)
+    # By itself it rounds the loss to 16 bits too, and the sum of the gradients.
+    state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+
+    tied = getattr(trainer.model, "all_tied_weights_keys", {})
+
+    def trained(model: Any, **_: Any) -> Any:
+        found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True))
+        return {name: tensor for name, tensor in found.items() if name not in tied}
+
+    trainer.accelerator.get_state_dict = trained
 
 
 def _adapter_settings(recipe: Recipe, model: Any, begins_with: Path | None) -> Any:

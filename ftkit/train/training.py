@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ftkit.data.store import token_counts
-from ftkit.engines.hf import release_memory
+from ftkit.engines.hf import load_model, release_memory
 from ftkit.errors import DoesNotFitError, RunError, TrainingDivergedError
 from ftkit.machine import ranks
 from ftkit.machine.device import choose as choose_device
@@ -31,7 +31,7 @@ from ftkit.train.checkpoints import (
     evaluated,
     last_checkpoint,
     mend,
-    refuse_world_size,
+    refuse_world,
     state_of,
     step_of,
 )
@@ -200,7 +200,7 @@ def _attempt(
     needed = recipe.training.metric_for_best_model == "right"
     resumed = last_checkpoint(checkpoints)
     if resumed:
-        refuse_world_size(resumed, ranks.world_size())
+        refuse_world(resumed, ranks.world_size(), fsdp=settings.fsdp)
     tokens_per_row = sum(token_counts(training)) / max(1, len(training))
     tokens_per_step = tokens_per_row * recipe.training.effective_batch_size
     watcher = make_watcher(reporter, tokens_per_step, recipe.training, read_watched(resumed), folder, settings)
@@ -221,7 +221,7 @@ def _attempt(
         torch.cuda.reset_peak_memory_stats()
     if resumed and over:
         reporter.note(f"all was trained before: taking up the checkpoint of step {step_of(resumed)}")
-        _take_up(trainer, resumed)
+        _take_up(trainer, resumed, settings)
     else:
         if resumed:
             reporter.note(f"resuming from step {step_of(resumed)}")
@@ -262,7 +262,7 @@ def _attempt(
             f"--set training.learning_rate={recipe.training.peak_learning_rate / 10:g}",
         )
     if ranks.is_first():
-        _keep(trainer, tokenizer, recipe.training.method == "full", folder, checkpoints, curve, drive)
+        _keep(trainer, tokenizer, recipe, settings, folder, checkpoints, curve, drive)
     watched, reading = (
         watcher.watched(trainer.state.global_step),
         read_curve(curve, recipe.training, stopped_early=trainer.state.global_step < trainer.args.max_steps),
@@ -289,19 +289,35 @@ def _attempt(
     )
 
 
-def _keep(trainer: Any, tokenizer: Any, full: bool, folder: Path, checkpoints: Path, curve: list[Point], drive: Drive | None) -> None:
-    """Write what was trained, and its curve."""
+def _keep(
+    trainer: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    settings: Settings,
+    folder: Path,
+    checkpoints: Path,
+    curve: list[Point],
+    drive: Drive | None,
+) -> None:
+    """Write what was trained, and its curve. What is shared out is whole in its checkpoint alone."""
     import torch
 
     if drive:
         drive.settle()
+    full, best = recipe.training.method == "full", checkpoints / f"checkpoint-{trainer.state.best_global_step}"
     target = folder / ("model" if full else "adapter")
     shutil.rmtree(target, ignore_errors=True)
+    model = trainer.model
     if full:
-        trainer.model.to(torch.bfloat16)
+        if settings.fsdp:
+            model = load_model(best, None, dtype="bfloat16", cuda=False, trust_remote_code=recipe.trust_remote_code)
+        model.to(torch.bfloat16)
         tokenizer.save_pretrained(target)
-    trainer.model.save_pretrained(target)
-    _refuse_other_weights(target, checkpoints / f"checkpoint-{trainer.state.best_global_step}")
+    if settings.fsdp and not full:
+        shutil.copytree(best, target, ignore=lambda _, names: [name for name in names if not name.startswith("adapter_")])
+    else:
+        model.save_pretrained(target)
+    _refuse_other_weights(target, best)
     (folder / "curve.json").write_text(json.dumps([asdict(point) for point in curve], indent=1) + "\n", encoding="utf-8")
 
 
@@ -339,12 +355,12 @@ def _go_on_from(checkpoint: Path, trainer: Any, stopper: Any, reporter: Reporter
     return bool(state["global_step"] >= trainer.args.max_steps or exhausted or (stopped and same))
 
 
-def _take_up(trainer: Any, checkpoint: Path) -> None:
-    """Bring the trainer to where `trainer.train` ended: its state, and the best weights."""
+def _take_up(trainer: Any, checkpoint: Path, settings: Settings) -> None:
+    """Bring the trainer to where `trainer.train` ended: its state, and the best weights, but for those that `_keep` takes from there."""
     from transformers import TrainerState
 
     trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
-    if trainer.state.best_model_checkpoint:
+    if trainer.state.best_model_checkpoint and not settings.fsdp:
         trainer._load_best_model()
 
 

@@ -1,4 +1,4 @@
-"""Training in several processes: the same as in one, one writer, resumed after a kill, and what is refused."""
+"""Training in several processes, of which each holds the weights or a share: the same as in one, resumed after a kill, and refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from typing import Any
 import psutil
 import pytest
 import tiny
+import torch
 from click.testing import Result
+from safetensors.torch import load_file
 
 from ftkit.machine import ranks
 from ftkit.train.micro_batches import share
@@ -53,14 +55,9 @@ def curve(run: Path) -> list[float]:
     return [point[name] for point in json.loads(found.read_text()) for name in ("loss", "validation_loss") if point[name] is not None]
 
 
-@pytest.mark.slow
-@pytest.mark.torch
-def test_two_processes_train_as_one_though_one_of_them_was_killed(project: Path, ftkit: Ftkit) -> None:
-    assert ftkit("train", project, "--run-dir", project / "one").exit_code == 0
-    run = project / "two"
-    (planned,) = (project / "one").glob("plan-*")
-    shutil.copytree(planned, run / planned.name)
-    broken = started(project, run, "training.save_minutes=1e-6")
+def kill_one_of_two(project: Path, run: Path, *settings: str) -> None:
+    """Train until there is a checkpoint, and then no more."""
+    broken = started(project, run, "training.save_minutes=1e-6", *settings)
     until = time.monotonic() + 120
     while not list(run.glob(".train-*.partial/checkpoints/checkpoint-2/watched.json")):
         assert time.monotonic() < until
@@ -70,6 +67,21 @@ def test_two_processes_train_as_one_though_one_of_them_was_killed(project: Path,
     second.send_signal(signal.SIGKILL)
     broken.communicate(timeout=120)
     assert broken.returncode
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    (file,) = run.glob("train-*/*/*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_two_processes_train_as_one_though_one_of_them_was_killed(project: Path, ftkit: Ftkit) -> None:
+    assert ftkit("train", project, "--run-dir", project / "one").exit_code == 0
+    run = project / "two"
+    (planned,) = (project / "one").glob("plan-*")
+    shutil.copytree(planned, run / planned.name)
+    kill_one_of_two(project, run)
     alone = ftkit("train", project, "--run-dir", run)
     assert (alone.exit_code, "written by 2 processes, and 1 would go on" in alone.stderr) == (1, True)
 
@@ -90,6 +102,33 @@ def test_two_processes_train_as_one_though_one_of_them_was_killed(project: Path,
     assert (done.returncode, "Up to date" in out) == (0, True), err
 
 
+@pytest.mark.slow
+@pytest.mark.torch
+def test_weights_that_are_shared_out_are_trained_and_kept_as_whole_ones(project: Path, ftkit: Ftkit) -> None:
+    """FSDP, one row at once: of 5 rows a step one process has 3 passes and the other 2. Killed and taken up again."""
+    lora = ["training.method=qlora", "training.per_device_train_batch_size=1", "training.gradient_checkpointing=true"]
+    full = ["training.method=full"]
+    for name, settings in (("qlora", lora), ("full", full)):
+        one, two = project / f"{name}-one", project / f"{name}-two"
+        assert ftkit("train", project, "--run-dir", one, *(word for s in settings for word in ("--set", s))).exit_code == 0
+        if name == "qlora":
+            kill_one_of_two(project, two, *settings, "training.fsdp=true")
+            whole = started(project, two, *settings)
+            assert "was written with FSDP" in whole.communicate(timeout=120)[1]
+            assert whole.returncode
+        again = started(project, two, *settings, "training.fsdp=true")
+        out, err = again.communicate(timeout=120)
+        assert again.returncode == 0, err
+        assert "share the weights out (FSDP)" in err
+        assert "Warning" not in err
+        assert ("resuming from step" in err) == (name == "qlora")
+        assert curve(two) == pytest.approx(curve(one), rel=1e-5)
+        wanted, found = trained(one), trained(two)
+        assert wanted.keys() == found.keys()
+        for tensor_name, tensor in wanted.items():
+            torch.testing.assert_close(found[tensor_name], tensor, rtol=0, atol=1e-6 if name == "qlora" else 2**-8)
+
+
 @pytest.mark.parametrize(("rows", "count"), [(8, 2), (7, 2), (5, 3), (3, 3)])
 def test_each_row_of_a_step_is_one_process_s(rows: int, count: int) -> None:
     shares = [share(rows, rank, count) for rank in range(count)]
@@ -103,7 +142,10 @@ def test_each_row_of_a_step_is_one_process_s(rows: int, count: int) -> None:
         ({"effective_batch_size": 2}, {}, 0, "--set training.effective_batch_size=3"),
         ({"packing": True}, {}, 0, "--set training.packing=false"),
         ({"objective": "dpo"}, {}, 0, "training.objective: dpo"),
-        ({}, {"ACCELERATE_USE_FSDP": "true"}, 0, "FSDP is not supported"),
+        ({"fsdp": True, "optim": "adamw_8bit"}, {}, 0, "training.optim: adamw_8bit"),
+        ({"fsdp": True, "compute_dtype": "float16"}, {}, 0, "float16"),
+        ({"optim": "lion_8bit"}, {"ACCELERATE_USE_FSDP": "true"}, 0, "training.optim: lion_8bit"),
+        ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, 0, "offloaded to RAM"),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, 0, "DeepSpeed is not supported"),
         ({}, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, 0, "torch.compile"),
         ({}, {"LOCAL_WORLD_SIZE": "2"}, 2, "Several machines"),
@@ -114,12 +156,19 @@ def test_what_several_processes_do_not_train_is_refused(
     settings: dict[str, Any], environment: dict[str, str], gpus: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny.recipe(Path("model"), **{"effective_batch_size": 8, **settings})
-    ranks.refuse(recipe, gpus)  # one process trains it
+    if not recipe.training.fsdp:
+        ranks.refuse(recipe, gpus)  # one process trains it
     for name, value in {"WORLD_SIZE": "3", **environment}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ranks.RecipeError) as refused:
         ranks.refuse(recipe, gpus)
     assert said in f"{refused.value.message} {refused.value.hint}"
+
+
+def test_one_process_shares_with_nobody() -> None:
+    with pytest.raises(ranks.RecipeError, match="nobody to share") as refused:
+        ranks.refuse(tiny.recipe(Path("model"), fsdp=True), 4)
+    assert "--nproc-per-node 4" in str(refused.value.hint)
 
 
 def test_other_commands_run_in_one_process(ftkit: Ftkit, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from ftkit.errors import InterruptedRunError, RunError
 from ftkit.files import file_fingerprint, size_bytes
 from ftkit.progress import SilentReporter
 from ftkit.run import Run
-from ftkit.train.checkpoints import STOPPER, TRAINER_STATE, WATCHED, damage, drop_broken_checkpoints, refuse_world_size, seal, state_of
+from ftkit.train.checkpoints import STOPPER, TRAINER_STATE, WATCHED, damage, drop_broken_checkpoints, refuse_world, seal, state_of
 from ftkit.train.training import train
 
 pytestmark = pytest.mark.torch
@@ -168,12 +168,12 @@ def test_early_stopping_and_callbacks_may_change_in_between(
 
 
 def test_a_checkpoint_of_another_number_of_processes_is_refused(checkpoint: Path) -> None:
-    refuse_world_size(checkpoint)
+    refuse_world(checkpoint)
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
     shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
     with pytest.raises(RunError, match="written by 2 processes, and 1 would go on"):
-        refuse_world_size(checkpoint)
-    refuse_world_size(checkpoint, 2)
+        refuse_world(checkpoint)
+    refuse_world(checkpoint, 2)
 
 
 @pytest.mark.slow
