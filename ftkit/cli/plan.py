@@ -189,7 +189,7 @@ def show(planned: Planned, training: Training) -> None:
     from ftkit.cli.console import print_table, say
     from ftkit.plan.cost import CHECKPOINTS_KEPT, checkpoint_bytes, disk_by_place
     from ftkit.plan.plan import MARGIN
-    from ftkit.report.words import reach, sixteen_bits, time_words, together
+    from ftkit.report.words import reach, sixteen_bits, time_words, together, together_words
     from ftkit.units import bytes_text, count_text
 
     memory, tokens = planned.memory, planned.tokens
@@ -200,7 +200,8 @@ def show(planned: Planned, training: Training) -> None:
         f"{'Fits' if chosen.fits else 'Does not fit'}: {counted.method} needs {bytes_text(peak.device_bytes)} of "
         f"{bytes_text(chosen.budget_bytes)} on {memory.device.name}, {bytes_text(abs(free))} "
         f"{'are left' if free >= 0 else 'are missing'} ({MARGIN:.0%} is kept free). "
-        f"Rows of {memory.max_length} tokens, {memory.compute_dtype}."
+        + (f"Each of {memory.shares} cards, which share the weights out (FSDP): computed, not traced. " if memory.shares > 1 else "")
+        + f"Rows of {memory.max_length} tokens, {memory.compute_dtype}."
     )
     say(
         f"Batch {chosen.per_device_train_batch_size} × accumulation {chosen.gradient_accumulation_steps}, gradient checkpointing "
@@ -229,6 +230,8 @@ def show(planned: Planned, training: Training) -> None:
         say(f"Training: {memory.work.steps:,} steps, {memory.work.epochs:g} epochs, {count_text(memory.work.tokens)} tokens.")
     if told := time_words(memory):
         say(f"Time: {told}.")
+    if more := together_words(memory):
+        say(f"More cards: {more}.")
     say(f"\nThe peak: {peak.phase}")
     for line in bar_lines(memory):
         say(line)

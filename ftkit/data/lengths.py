@@ -110,11 +110,13 @@ def batching(
     return Batching(batch, sum(lengths), sum(padded_tokens(order, batch)), sum(grouped), rows * max_length, tuple(grouped))
 
 
-def grouped_batch_tokens(lengths: Sequence[int], batch: int, effective_batch: int, seed: int, max_tokens: int | None = None) -> list[int]:
+def grouped_batch_tokens(
+    lengths: Sequence[int], batch: int, effective_batch: int, seed: int, max_tokens: int | None = None, processes: int = 1
+) -> list[int]:
     """Tokens of each micro-batch of an epoch, padding included, as the trainer puts rows of like length together.
 
     `batch` rows at once or, with `max_tokens`, as `micro_batches` has them. The order is that of the first epoch; training shuffles
-    anew each epoch.
+    anew each epoch. Of several `processes`, that take a step's rows in turns, those of the first, which has the longest.
     """
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -123,6 +125,7 @@ def grouped_batch_tokens(lengths: Sequence[int], batch: int, effective_batch: in
         return []
     order = get_length_grouped_indices(lengths, effective_batch, generator=torch.Generator().manual_seed(seed))
     steps = [[lengths[row] for row in order[begin : begin + effective_batch]] for begin in range(0, len(order), effective_batch)]
+    steps = [step[::processes] for step in steps]
     if max_tokens is None:
         return [tokens for step in steps for tokens in padded_tokens(step, batch)]
     return [max(step[row] for row in rows) * len(rows) for step in steps for rows in micro_batches(step, max_tokens)]

@@ -23,7 +23,8 @@ from ftkit.errors import DoesNotFitError, ModelError, RecipeError
 from ftkit.line.job import Job, Rows, base_folder, computes_on, dtype_on, read_data, tokenizer_of
 from ftkit.line.step import Step, write_json
 from ftkit.line.tokens import count
-from ftkit.machine.device import Device, best_dtype
+from ftkit.machine import ranks
+from ftkit.machine.device import Device, best_dtype, find_gpus
 from ftkit.machine.device import choose as choose_device
 from ftkit.memory.model import load_config
 from ftkit.model.given import Given
@@ -119,7 +120,19 @@ def _follows_from(job: Job) -> list[Any]:
     versions = {name: version(name) for name in HOLDS_FOR}
     packed = ["packing"] if recipe.training.packing else []  # it changes nothing in what is learnt
     rule = recipe.evaluate.model_dump(exclude=ASKED_MEANWHILE)
-    return [*training_inputs(job), *packed, rule, recipe.ship.model_dump(), wanted, versions]
+    shares, cards = _cards(job)
+    together = [*(["fsdp", shares] if shares > 1 else []), *(["cards", cards] if cards > 2 else [])]
+    return [*training_inputs(job), *packed, *together, rule, recipe.ship.model_dump(), wanted, versions]
+
+
+def _cards(job: Job) -> tuple[int, int]:
+    """How many share the weights out, and of how many it is told what they would do together: those here, or two."""
+    recipe = job.recipe
+    here = 0 if recipe.budget.gpu or recipe.budget.vram else len(find_gpus())
+    cards = max(2, here)
+    if ranks.shares_weights(recipe):
+        return ranks.world_size(), cards
+    return (cards if recipe.training.fsdp else 1), cards
 
 
 def _extra_bytes(job: Job) -> int:
@@ -176,7 +189,7 @@ def every_gpu(job: Job) -> list[CardFit]:
 
 
 def _make(job: Job, folder: Path) -> Chosen:
-    recipe, device, looked = job.recipe, job.device, _look(job, folder)
+    recipe, device, looked, (shares, cards) = job.recipe, job.device, _look(job, folder), _cards(job)
     length, labelled, tallies = looked.length, looked.labelled, looked.tallies
     job.reporter.step(f"tracing a training step of {looked.config.model_type} at {length} tokens")
     dtype = dtype_on(device, recipe, looked.config.model_type)
@@ -190,7 +203,9 @@ def _make(job: Job, folder: Path) -> Chosen:
         dtype=dtype,
         extra_bytes=_extra_bytes(job),
         labelled_share=labelled / length,
-        measure=_measuring(job, length, labelled),
+        measure=None if shares > 1 else _measuring(job, length, labelled),
+        shares=shares,
+        cards=cards,
     )
     if recipe.training.packing and not memory.chosen.packing:
         job.reporter.warn("rows are not packed: the step of this model was measured, not traced, and with padded rows alone")

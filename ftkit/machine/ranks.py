@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # What accelerate is told of FSDP, before the processes join: that it is version 2, and that rank 0 is given whole tensors on its CPU.
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+# Keys that ask for what one process trains alone, and how they are left out.
+ALONE = {"training.objective": "", "training.packing": "--set training.packing=false,", "evaluate.every": "--set evaluate.every=0,"}
 PATIENCE = timedelta(days=7)  # the first one may plan and render for long; of a process that died, the launcher ends the others
 
 
@@ -78,34 +80,37 @@ def refuse(recipe: Recipe, gpus: int) -> None:
             f"training.effective_batch_size: {training.effective_batch_size} rows are fewer than {count} processes.",
             f"--set training.effective_batch_size={count}",
         )
-    if training.objective != "sft":
-        raise RecipeError(f"training.objective: {training.objective} is learnt in one process, and {count} were started.", alone)
-    if training.packing:
-        raise RecipeError(f"training.packing: rows are packed in one process, and {count} were started.", "--set training.packing=false")
-    if recipe.evaluate.every:
+    if name := one_process_alone(recipe):
         raise RecipeError(
-            f"evaluate.every: answers are asked in one process while training, and {count} were started.",
-            f"--set evaluate.every=0, or {alone}",
+            f"{name} is trained in one process, and {count} were started.", f"{ALONE[name]} or {alone}" if ALONE[name] else alone
         )
     if shares_weights(recipe):
-        _refuse_to_share(recipe)
+        if _is_set("FSDP_OFFLOAD_PARAMS"):
+            raise RecipeError("FSDP with weights offloaded to RAM is not supported.", "choose no offloading in `accelerate config`")
+        if why := why_not_shared(recipe):
+            raise RecipeError(f"{why}.", "leave it out, or let each process hold all weights: --set training.fsdp=false")
 
 
-def _refuse_to_share(recipe: Recipe) -> None:
-    """Raise RecipeError for what FSDP does not train, or what was not tried with it."""
-    whole = "--set training.fsdp=false"
-    if _is_set("FSDP_OFFLOAD_PARAMS"):
-        raise RecipeError("FSDP with weights offloaded to RAM is not supported.", "choose no offloading in `accelerate config`")
-    if recipe.training.optim != "adamw_torch":
-        raise RecipeError(
-            f"training.optim: {recipe.training.optim} cannot be shared out: bitsandbytes steps on whole tensors alone.",
-            f"--set training.optim=adamw_torch, or {whole}",
-        )
-    if recipe.training.compute_dtype == "float16":
-        raise RecipeError("training.compute_dtype: float16's loss scaling is not supported with FSDP.", whole)
-    for key in ("use_dora", "modules_to_save", "target_parameters"):
-        if getattr(recipe.lora, key):
-            raise RecipeError(f"lora.{key}: is not supported with FSDP.", f"leave it out, or {whole}")
+def one_process_alone(recipe: Recipe) -> str | None:
+    """Which key of a recipe asks for what several processes do not train."""
+    training = recipe.training
+    asked = {
+        "training.objective": training.objective != "sft",
+        "training.packing": training.packing,
+        "evaluate.every": recipe.evaluate.every,
+    }
+    return next((name for name, is_asked in asked.items() if is_asked), None)
+
+
+def why_not_shared(recipe: Recipe) -> str | None:
+    """What of a recipe FSDP does not train, or was not tried with."""
+    training = recipe.training
+    if training.optim != "adamw_torch":
+        return f"training.optim: {training.optim} cannot be shared out (FSDP), since bitsandbytes steps on whole tensors"
+    if training.compute_dtype == "float16":
+        return "training.compute_dtype: float16, with its loss scaling, is not supported with FSDP"
+    key = next((key for key in ("use_dora", "modules_to_save", "target_parameters") if getattr(recipe.lora, key)), None)
+    return f"lora.{key}: is not supported with FSDP" if key else None
 
 
 def share_weights(recipe: Recipe) -> None:

@@ -8,21 +8,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ftkit.data.lengths import PASS_TOKENS, RIDGE_TOKENS, batching, grouped_batch_tokens
+from ftkit.data.lengths import PASS_TOKENS, RIDGE_TOKENS, batching, grouped_batch_tokens, padded_tokens
 from ftkit.data.mask import KINDS
 from ftkit.errors import ModelError, RecipeError, UntracedError
 from ftkit.gguf.types import gguf_model
 from ftkit.machine.cards import speed_of
 from ftkit.machine.device import Device
+from ftkit.machine.ranks import one_process_alone, why_not_shared
 from ftkit.memory.kernels import CONTEXT_BYTES
-from ftkit.memory.model import Inventory, Skeleton
+from ftkit.memory.model import EXPERTS, Inventory, Skeleton
 from ftkit.memory.polynomial import StepMemory
 from ftkit.memory.replay import Peak, Timeline
 from ftkit.memory.settings import StepSettings
+from ftkit.memory.shared import shared_out
 from ftkit.plan import measured
 from ftkit.plan.by_measuring import Measure, choose_by_measuring, timeline_of
 from ftkit.plan.cost import FTKIT_BYTES
-from ftkit.plan.plan import METHODS, Candidate, MemoryPlan, Remedy, Workload, without_margin
+from ftkit.plan.plan import METHODS, Candidate, MemoryPlan, Remedy, Together, Workload, without_margin
 from ftkit.plan.speed import UNTOLD_TOKENS, Estimate, of_training
 from ftkit.recipe import Dtype, Recipe
 
@@ -50,8 +52,10 @@ class Planner:
         dtype: Dtype,
         extra_bytes: int = 0,
         labelled_share: float = 1.0,
+        shares: int = 1,
     ) -> None:
-        self.labelled_share = labelled_share
+        """`shares`: processes that share the weights out; what is planned is what each holds."""
+        self.labelled_share, self.shares = labelled_share, shares
         self.process_bytes = 0 if device.kind == "cuda" else FTKIT_BYTES
         self.extra_bytes = self.process_bytes + extra_bytes
         self.recipe, self.device, self.length, self.lengths = recipe, device, length, lengths
@@ -62,7 +66,7 @@ class Planner:
         self._memories: dict[str, StepMemory] = {}  # by the settings in words: a list of target modules has no hash
         self._peaks: dict[tuple[object, ...], Peak] = {}
         self._counted: dict[str, Inventory] = {}
-        self._passes: dict[int, list[int]] = {}
+        self._passes: dict[tuple[int, int], list[int]] = {}  # by batch and cards
         self.rows_alone = False  # whether the memory of micro-batches other than of the longest rows is not known
 
     def on(self, device: Device) -> Planner:
@@ -106,6 +110,10 @@ class Planner:
         settings = replace(self.settings(recipe, checkpointing), packed=packed)
         accumulates = recipe.training.effective_batch_size > batch
         extra = self.extra_of(recipe)
+        if self.shares > 1:
+            whole = self._replayed(settings, rows, length, True, None)
+            peak = shared_out(whole, self.skeleton, self.count(recipe), settings, self.shares)
+            return replace(peak, device_bytes=peak.device_bytes + extra)
         peak = self._replayed(settings, rows, length, accumulates, None)
         room = self.limit_bytes - extra
         if peak.device_bytes > room >= sum(part.bytes for part in peak.parts) + CONTEXT_BYTES:  # the allocator may yet make it fit
@@ -202,32 +210,60 @@ class Planner:
         tokens = sum(max(tokens, RIDGE_TOKENS) + beside for tokens in self._micro_batches(batch)) / rows
         return tokens * (CHECKPOINTING_COST if checkpointing else 1.0)
 
-    def _micro_batches(self, batch: int) -> list[int]:
-        """Tokens of each micro-batch of an epoch, padding included; without a dataset, of one with full rows."""
-        if batch not in self._passes:
-            training = self.recipe.training
-            passes = (
-                grouped_batch_tokens(self.lengths, batch, training.effective_batch_size, training.seed, self.max_tokens(self.recipe, batch))
-                if self.lengths
-                else [batch * self.length]
-            )
-            self._passes[batch] = [self.sequences * tokens for tokens in passes]
-        return self._passes[batch]
+    def _micro_batches(self, batch: int, cards: int = 1) -> list[int]:
+        """Tokens of each micro-batch of an epoch, padding included; without a dataset, of one with full rows.
 
-    def estimate(self, recipe: Recipe, fit: Candidate) -> Estimate | None:
-        """How long the training takes by this choice; None where the device's speed is not known. The step is traced."""
+        On several cards those of the one that has most to do; without a dataset, of one step.
+        """
+        if (batch, cards) not in self._passes:
+            training, most = self.recipe.training, self.max_tokens(self.recipe, batch)
+            if self.lengths:
+                passes = grouped_batch_tokens(self.lengths, batch, training.effective_batch_size, training.seed, most, cards)
+            else:
+                rows = batch if cards == 1 else -(-training.effective_batch_size // cards)
+                passes = padded_tokens([self.length] * rows, batch)
+            self._passes[batch, cards] = [self.sequences * tokens for tokens in passes]
+        return self._passes[batch, cards]
+
+    def together(self, recipe: Recipe, fit: Candidate, cards: int) -> Iterator[Together]:
+        """This choice on several cards of the kind: each holding all weights, whose gradients have their place all the time, and,
+        where that is possible, sharing them out."""
+        batch, checkpointing = fit.per_device_train_batch_size, fit.gradient_checkpointing
+        rows = -(-recipe.training.effective_batch_size // cards)
+        shapes = self.shapes(recipe, batch, self.length)
+        settings = self.settings(recipe, checkpointing)
+
+        def held(shares: int) -> int:
+            found = (self._replayed(replace(settings, packed=packed), most, length, True, None) for most, length, packed in shapes)
+            peak = max(found, key=lambda each: each.device_bytes)
+            peak = peak if shares == 1 else shared_out(peak, self.skeleton, fit.inventory, settings, shares)
+            return peak.device_bytes + self.extra_of(recipe)
+
+        time = self.estimate(recipe, fit, cards)
+        whole, seconds = held(1), (time.seconds_low, time.seconds_high) if time else (None, None)
+        exchanged = 2 * fit.inventory.gradient_bytes * (cards - 1) // cards  # in a ring: summed on the way there, told on the way back
+        yield Together(cards, False, rows, whole, whole <= self.limit_bytes, exchanged, *seconds)
+        if not why_not_shared(recipe) and self.dtype != "float16":
+            share = held(cards)
+            yield Together(cards, True, rows, share, share <= self.limit_bytes, None)
+
+    def estimate(self, recipe: Recipe, fit: Candidate, cards: int = 1) -> Estimate | None:
+        """How long the training takes by this choice; None where the device's speed is not known. The step is traced.
+
+        On several cards, without what they send to each other.
+        """
         speed = speed_of(self.device.name) if self.device.kind == "cuda" else None
         if not speed:
             return None
         batch = self.sequences * fit.per_device_train_batch_size
         counted = self.memory(self.settings(recipe, fit.gradient_checkpointing)).work(batch, self.length)
-        micro_batches = self._micro_batches(fit.per_device_train_batch_size)
+        micro_batches = self._micro_batches(fit.per_device_train_batch_size, cards)
         if self.lengths:
             todo = work(recipe, self.lengths)
             tokens, repeats, steps = todo.tokens, todo.epochs, float(todo.steps)
         else:
-            tokens, repeats = UNTOLD_TOKENS, UNTOLD_TOKENS / sum(micro_batches)
-            steps = repeats / fit.gradient_accumulation_steps
+            steps = UNTOLD_TOKENS / (self.sequences * recipe.training.effective_batch_size * self.length)
+            tokens, repeats = UNTOLD_TOKENS, steps * (1 if cards > 1 else fit.gradient_accumulation_steps)
         return of_training(speed, counted, batch * self.length, micro_batches, repeats, steps, fit.inventory, tokens)
 
     def choose(self, recipe: Recipe) -> tuple[Candidate, list[tuple[int, bool, int, bool]]]:
@@ -337,22 +373,31 @@ def make_plan(
     extra_bytes: int = 0,
     labelled_share: float = 1.0,
     measure: Measure | None = None,
+    shares: int = 1,
+    cards: int = 2,
 ) -> MemoryPlan:
     """Plan a run for rows of up to `length` tokens; `lengths` are those of the training rows, where there is a dataset.
 
     `labelled_share` is the largest share of a batch's tokens that is learnt, `extra_bytes` what an earlier probe of this
     model by this method on this device found beyond the trace.
+    `shares` as in `Planner`; it is told what `cards` of the kind would do together.
     Counts are of the model on the meta device, peaks of traced steps; of a step that cannot be traced they are measured, by
     `measure`, and nothing is said of other methods and lengths. Raises UntracedError where there is none, ModelError and
     RecipeError where the adapter's targets are wrong.
     """
-    planner = Planner(config, recipe, device, length, lengths, dtype=dtype, extra_bytes=extra_bytes, labelled_share=labelled_share)
+    planner = Planner(
+        config, recipe, device, length, lengths, dtype=dtype, extra_bytes=extra_bytes, labelled_share=labelled_share, shares=shares
+    )
     training = recipe.training
+    together: tuple[Together, ...] = ()
+    alone = why_alone(recipe, planner) if device.kind == "cuda" else None
     try:
         chosen, seen = planner.choose(recipe)
         timeline = planner.timeline(recipe, chosen)
         estimate = planner.estimate(recipe, chosen) if chosen.fits else None
         unknown = None if estimate else not_known(device) if chosen.fits else "it does not fit"
+        if device.kind == "cuda" and not alone:
+            together = tuple(planner.together(recipe, chosen, cards))
     except UntracedError:
         if not measure:
             raise
@@ -388,7 +433,19 @@ def make_plan(
         gguf=gguf_model({tensor.name: tensor.shape for tensor in planner.skeleton.tensors}, config),
         estimate=estimate,
         not_estimated_because=unknown,
+        together=together,
+        alone_because=alone,
+        shares=shares,
     )
+
+
+def why_alone(recipe: Recipe, planner: Planner) -> str | None:
+    """Why a second card would bring nothing."""
+    if recipe.training.effective_batch_size == 1:
+        return "a step has one row, which one card computes (training.effective_batch_size)"
+    if name := one_process_alone(recipe):
+        return f"{name} is learnt in one process"
+    return "a mixture of experts is trained in one process" if any(t.role == EXPERTS for t in planner.skeleton.tensors) else None
 
 
 def not_known(device: Device) -> str:

@@ -69,6 +69,20 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Together:
+    """The same training on several cards of the kind, a process each. Steps stay the same, and their rows are shared."""
+
+    cards: int
+    fsdp: bool  # the processes share the weights out; else each holds all
+    rows_a_step: int  # that one process computes, at most
+    device_bytes: int  # on each card; at most, where weights are shared out
+    fits: bool
+    exchanged_bytes: int | None  # that each process sends in a step; None where weights travel, as often as they are gathered
+    seconds_low: float | None = None  # without that; None where it is not known
+    seconds_high: float | None = None
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """The chosen fit, the same step under the three methods, and what would fit instead."""
 
@@ -89,6 +103,9 @@ class MemoryPlan:
     gguf: GgufModel  # as it will be converted
     estimate: Estimate | None = None  # how long it takes
     not_estimated_because: str | None = None
+    together: tuple[Together, ...] = ()  # each holding all weights, and sharing them out; none on a CPU
+    alone_because: str | None = None  # why several cards would not train it
+    shares: int = 1  # cards that share the weights out: all of this is of each
 
     @property
     def gguf_bytes(self) -> dict[str, int]:

@@ -23,6 +23,7 @@ KINDS = {
 PARTS = {
     "4-bit weights": ("weights", "#0072B2"), "weights": ("weights", "#0072B2"), "weights that stay 16-bit": ("weights", "#56B4E9"),
     "weights that stay 32-bit": ("weights", "#56B4E9"), "buffers": ("weights", "#A9D8F5"),
+    "weights gathered to compute": ("weights", "#2E8BC0"),
     "optimizer states": ("optimizer states", "#009E73"),
     "adapter": ("adapter", "#8FD9C0"), "gradients": ("gradients", "#7B4FA3"), "gradients in flight": ("gradients", "#BBA1D6"),
     "loss head": ("loss head", "#CC79A7"), "cuBLAS workspace": ("workspaces", "#8C8C8C"), "kernel workspaces": ("workspaces", "#A6A6A6"),

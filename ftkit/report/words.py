@@ -11,6 +11,7 @@ from ftkit.report.parts import METHOD_WORDS, NO_BREAK, kinds_of, place, share
 from ftkit.units import bytes_text, count_text, seconds_text, spanned_text
 
 NAMED = 6  # kinds of weights that no adapter reaches, the largest
+TOGETHER = "torchrun --nproc-per-node {} -m ftkit train"
 PHASES = {"forward": "forward", "loss": "loss", "backward pass of the loss": "loss", "backward": "backward", "optimizer": "optimizer"}
 
 
@@ -80,6 +81,37 @@ def time_words(plan: MemoryPlan) -> str:
     span = spanned_text(estimate.seconds_low, estimate.seconds_high)
     of = f"for {work.epochs:g} epoch{'s' if work.epochs != 1 else ''}" if work else f"for {count_text(estimate.tokens)} tokens in full rows"
     return f"about {span} {of} (estimate, by the speed of {plan.device.name})"
+
+
+def together_words(plan: MemoryPlan) -> str:
+    """What one more card of the kind would bring, or those that are here: time, or that it fits. Nothing on a CPU."""
+    if plan.alone_because:
+        return f"A second card would bring nothing: {plan.alone_because}"
+    whole = next((entry for entry in plan.together if not entry.fsdp), None)
+    shared = next((entry for entry in plan.together if entry.fsdp), None)
+    if not whole:
+        return ""
+    name, cards = plan.device.name, whole.cards
+    who = f"A second {name}" if cards == 2 else f"{cards} cards ({name})"
+    if not whole.fits:
+        if not shared:
+            return f"{who} would not make it fit: each holds all weights"
+        makes = "would make it fit" if shared.fits else "would not make it fit"
+        each = f"each holds at most {bytes_text(shared.device_bytes)}"
+        return f"{who} {makes}, the weights shared out: {each} (--set training.fsdp=true, {TOGETHER.format(cards)})"
+    alone = plan.estimate
+    if alone and whole.seconds_low is not None and whole.seconds_high is not None:
+        now, then = spanned_text(alone.seconds_low, alone.seconds_high), spanned_text(whole.seconds_low, whole.seconds_high)
+        brings = f"about {then} in place of {now} (estimate, without what they send)"
+    else:
+        brings = "less time, how much is not known"
+    rows = plan.chosen.per_device_train_batch_size * plan.chosen.gradient_accumulation_steps
+    sent = f", {bytes_text(whole.exchanged_bytes)} sent by each" if whole.exchanged_bytes is not None else ""
+    out = f", at most {bytes_text(shared.device_bytes)} with the weights shared out (training.fsdp)" if shared else ""
+    return (
+        f"{who} would bring {brings}: {whole.rows_a_step} of a step’s {rows} rows on each{sent}; each holds "
+        f"{bytes_text(whole.device_bytes)}{out} ({TOGETHER.format(cards)})"
+    )
 
 
 def peak_words(plan: MemoryPlan) -> str:
