@@ -133,6 +133,11 @@ def train(job: Job) -> Made[Trained]:
             f"{memory.device.name} has {bytes_text(fit.budget_bytes)}, of which {MARGIN:.0%} is kept free.",
             "see what would fit, each change computed: ftkit plan",
         )
+    if memory.shares > 1 and memory.compute_dtype == "float16":
+        raise RecipeError(
+            f"{memory.device.name} computes in float16, whose loss scaling is not supported with FSDP.",
+            "--set training.fsdp=false, or --set training.compute_dtype=float32",
+        )
     refuse_ram_for_all(memory)
     refuse_shortages(planned.shortages)
     if earlier := job.run.finished(TRAIN.name):
@@ -148,8 +153,16 @@ def train(job: Job) -> Made[Trained]:
 
 
 def refuse_ram_for_all(memory: MemoryPlan) -> None:
-    """Raise DoesNotFitError where RAM is planned for, and several processes would each take what is planned."""
+    """Raise DoesNotFitError where RAM is planned for, and several processes would each take what is planned; and where each loads
+    into it what GPUs then share out."""
     count, fit = ranks.world_size(), memory.chosen
+    if memory.shares > 1 and memory.device.kind == "cuda" and fit.inventory.method != "qlora":
+        needed, free = count * fit.inventory.weights_bytes, device.processor().free_bytes
+        if needed > free:
+            raise DoesNotFitError(
+                f"{count} processes load {bytes_text(needed)} of weights into RAM, to share them out, and {bytes_text(free)} are free.",
+                "take 4-bit weights, which are loaded on the GPUs: --set training.method=qlora",
+            )
     if memory.device.kind == "cpu" and count > 1 and count * fit.peak.device_bytes > fit.budget_bytes:
         raise DoesNotFitError(
             f"{count} processes need {bytes_text(count * fit.peak.device_bytes)} of RAM, and {bytes_text(fit.budget_bytes)} can be used.",

@@ -29,6 +29,7 @@ from ftkit.plan.speed import UNTOLD_TOKENS, Estimate, of_training
 from ftkit.recipe import Dtype, Recipe
 
 CHECKPOINTING_COST = 4 / 3  # one more forward pass beside one forward and a backward pass of twice its work
+MOST_CARDS = 8  # of one machine, that are looked at for sharing the weights out
 SHORTER_BY = 64  # tokens: the step in which a shorter length is looked for
 Shape = tuple[int, int, bool]  # of a micro-batch: rows, tokens of each with padding, and whether it is rows end to end in one
 
@@ -227,7 +228,7 @@ class Planner:
 
     def together(self, recipe: Recipe, fit: Candidate, cards: int) -> Iterator[Together]:
         """This choice on several cards of the kind: each holding all weights, whose gradients have their place all the time, and,
-        where that is possible, sharing them out."""
+        where that is possible, sharing them out, on as many as that takes."""
         batch, checkpointing = fit.per_device_train_batch_size, fit.gradient_checkpointing
         rows = -(-recipe.training.effective_batch_size // cards)
         shapes = self.shapes(recipe, batch, self.length)
@@ -244,8 +245,11 @@ class Planner:
         exchanged = 2 * fit.inventory.gradient_bytes * (cards - 1) // cards  # in a ring: summed on the way there, told on the way back
         yield Together(cards, False, rows, whole, whole <= self.limit_bytes, exchanged, *seconds)
         if not why_not_shared(recipe) and self.dtype != "float16":
-            share = held(cards)
-            yield Together(cards, True, rows, share, share <= self.limit_bytes, None)
+            looked_at = {count: held(count) for count in range(cards, max(cards, MOST_CARDS) + 1)}
+            enough = next((count for count, size in looked_at.items() if size <= self.limit_bytes), cards)
+            size = looked_at[enough]
+            rows = -(-recipe.training.effective_batch_size // enough)
+            yield Together(enough, True, rows, size, size <= self.limit_bytes, None)
 
     def estimate(self, recipe: Recipe, fit: Candidate, cards: int = 1) -> Estimate | None:
         """How long the training takes by this choice; None where the device's speed is not known. The step is traced.
@@ -394,8 +398,8 @@ def make_plan(
     try:
         chosen, seen = planner.choose(recipe)
         timeline = planner.timeline(recipe, chosen)
-        estimate = planner.estimate(recipe, chosen) if chosen.fits else None
-        unknown = None if estimate else not_known(device) if chosen.fits else "it does not fit"
+        estimate = planner.estimate(recipe, chosen) if chosen.fits and shares == 1 else None
+        unknown = None if estimate else not_known(device, shares) if chosen.fits else "it does not fit"
         if device.kind == "cuda" and not alone:
             together = tuple(planner.together(recipe, chosen, cards))
     except UntracedError:
@@ -448,8 +452,10 @@ def why_alone(recipe: Recipe, planner: Planner) -> str | None:
     return "a mixture of experts is trained in one process" if any(t.role == EXPERTS for t in planner.skeleton.tensors) else None
 
 
-def not_known(device: Device) -> str:
+def not_known(device: Device, shares: int = 1) -> str:
     """Why no time can be told before a training has run here."""
+    if shares > 1:
+        return "how fast cards send weights to each other is not estimated"
     if device.kind == "cpu":
         return "a processor's speed is not estimated"
     return f"the speed of {device.name} is not known"

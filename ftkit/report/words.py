@@ -92,25 +92,33 @@ def together_words(plan: MemoryPlan) -> str:
     if not whole:
         return ""
     name, cards = plan.device.name, whole.cards
-    who = f"A second {name}" if cards == 2 else f"{cards} cards ({name})"
+
+    def who(count: int) -> str:
+        kind = "such card" if name.startswith("a ") else name
+        return f"A second {kind}" if count == 2 else f"{count} of {'it' if name.startswith('a ') else name}"
+
+    if plan.shares > 1:
+        fits = "fits too, and is faster" if whole.fits else "does not fit"
+        return f"Without sharing each would hold {bytes_text(whole.device_bytes)}, which {fits} (--set training.fsdp=false)"
     if not whole.fits:
         if not shared:
-            return f"{who} would not make it fit: each holds all weights"
+            return f"{who(cards)} would not make it fit: each holds all weights"
         makes = "would make it fit" if shared.fits else "would not make it fit"
         each = f"each holds at most {bytes_text(shared.device_bytes)}"
-        return f"{who} {makes}, the weights shared out: {each} (--set training.fsdp=true, {TOGETHER.format(cards)})"
+        return f"{who(shared.cards)} {makes}, the weights shared out: {each} (--set training.fsdp=true, {TOGETHER.format(shared.cards)})"
     alone = plan.estimate
     if alone and whole.seconds_low is not None and whole.seconds_high is not None:
         now, then = spanned_text(alone.seconds_low, alone.seconds_high), spanned_text(whole.seconds_low, whole.seconds_high)
-        brings = f"about {then} in place of {now} (estimate, without what they send)"
+        brings = f"about {then} in place of {now} (estimate"
     else:
-        brings = "less time, how much is not known"
+        brings = "less time (how much is not known"
     rows = plan.chosen.per_device_train_batch_size * plan.chosen.gradient_accumulation_steps
-    sent = f", {bytes_text(whole.exchanged_bytes)} sent by each" if whole.exchanged_bytes is not None else ""
-    out = f", at most {bytes_text(shared.device_bytes)} with the weights shared out (training.fsdp)" if shared else ""
+    brings += f", without the {bytes_text(whole.exchanged_bytes or 0)} that each sends in a step)"
+    less = shared and shared.device_bytes < whole.device_bytes
+    out = f", or at most {bytes_text(shared.device_bytes)} with the weights shared out (training.fsdp)" if shared and less else ""
     return (
-        f"{who} would bring {brings}: {whole.rows_a_step} of a step’s {rows} rows on each{sent}; each holds "
-        f"{bytes_text(whole.device_bytes)}{out} ({TOGETHER.format(cards)})"
+        f"{who(cards)} would bring {brings}. Each computes {whole.rows_a_step} of a step’s {rows} rows, and holds "
+        f"{bytes_text(whole.device_bytes)}{out}: {TOGETHER.format(cards)}"
     )
 
 

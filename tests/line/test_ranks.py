@@ -113,9 +113,6 @@ def test_weights_that_are_shared_out_are_trained_and_kept_as_whole_ones(project:
         assert ftkit("train", project, "--run-dir", one, *(word for s in settings for word in ("--set", s))).exit_code == 0
         if name == "qlora":
             kill_one_of_two(project, two, *settings, "training.fsdp=true")
-            whole = started(project, two, *settings)
-            assert "was written with FSDP" in whole.communicate(timeout=120)[1]
-            assert whole.returncode
         again = started(project, two, *settings, "training.fsdp=true")
         err = again.communicate(timeout=120)[1]
         assert again.returncode == 0, err

@@ -174,6 +174,12 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(checkpoint: Path
     with pytest.raises(RunError, match="written by 2 processes, and 1 would go on"):
         refuse_world(checkpoint)
     refuse_world(checkpoint, 2)
+    with pytest.raises(RunError, match="written without FSDP, and training would go on with it"):
+        refuse_world(checkpoint, 2, fsdp=True)
+    (checkpoint / "optimizer.bin").touch()
+    refuse_world(checkpoint, 2, fsdp=True)
+    with pytest.raises(RunError, match="written with FSDP, and training would go on without it"):
+        refuse_world(checkpoint, 2)
 
 
 @pytest.mark.slow
