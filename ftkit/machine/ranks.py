@@ -15,7 +15,7 @@ T = TypeVar("T")
 # What accelerate is told of FSDP, before the processes join: that it is version 2, and that rank 0 is given whole tensors on its CPU.
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 # Keys that ask for what one process trains alone, and how they are left out.
-ALONE = {"training.objective": "", "training.packing": "--set training.packing=false,", "evaluate.every": "--set evaluate.every=0,"}
+ALONE = {"training.objective: dpo": "", "training.packing": "--set training.packing=false,", "evaluate.every": "--set evaluate.every=0,"}
 PATIENCE = timedelta(days=7)  # the first one may plan and render for long; of a process that died, the launcher ends the others
 
 
@@ -95,7 +95,7 @@ def one_process_alone(recipe: Recipe) -> str | None:
     """Which key of a recipe asks for what several processes do not train."""
     training = recipe.training
     asked = {
-        "training.objective": training.objective != "sft",
+        "training.objective: dpo": training.objective == "dpo",
         "training.packing": training.packing,
         "evaluate.every": recipe.evaluate.every,
     }
