@@ -59,7 +59,7 @@ def arguments(training: Training, settings: Settings, rows: int, checkpoints: Pa
         "activation_checkpointing": settings.gradient_checkpointing,  # transformers 5.23 renamed it
         "activation_checkpointing_kwargs": {"use_reentrant": False} if settings.gradient_checkpointing else None,
         "fsdp": settings.fsdp or None,
-        "fsdp_config": SHARED_OUT if settings.fsdp else None,
+        "fsdp_config": {**SHARED_OUT} if settings.fsdp else None,
         "learning_rate": training.peak_learning_rate,
         "lr_scheduler_type": training.lr_scheduler_type,
         "lr_scheduler_kwargs": course.get(training.lr_scheduler_type, {}),
