@@ -110,7 +110,7 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
         begins_with=begins_with,
     )
     shutil.rmtree(folder / EXAMPLES, ignore_errors=True)  # Windows keeps a mapped file
-    if result.tokens_per_second:
+    if result.tokens_per_second and count == 1:  # a plan's time is of one card
         _remember_speed(job, planned, result.tokens_per_second)
     peak = planned.chosen.peak
     return Trained(
@@ -260,6 +260,8 @@ def refuse_probe(job: Job) -> None:
     real, wanted = device.choose(), job.device
     if wanted.kind != real.kind or (real.kind == "cuda" and wanted.name != real.name):
         raise RecipeError(f"--probe runs on this machine's {real.name}; the plan is for {wanted.name}.", "leave --gpu and --vram out")
+    if job.recipe.training.fsdp:
+        raise RecipeError("--probe runs in one process, which shares no weights out.", "leave out --probe, or --set training.fsdp=false")
     if not job.data:
         raise RecipeError("--probe trains on real rows.", "name them: --data train.jsonl")
 

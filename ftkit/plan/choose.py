@@ -230,7 +230,9 @@ class Planner:
         """This choice on several cards of the kind: each holding all weights, whose gradients have their place all the time, and,
         where that is possible, sharing them out, on as many as that takes."""
         batch, checkpointing = fit.per_device_train_batch_size, fit.gradient_checkpointing
-        rows = -(-recipe.training.effective_batch_size // cards)
+        effective = recipe.training.effective_batch_size
+        cards = min(cards, effective)  # each wants a row
+        rows = -(-effective // cards)
         shapes = self.shapes(recipe, batch, self.length)
         settings = self.settings(recipe, checkpointing)
 
@@ -245,11 +247,10 @@ class Planner:
         exchanged = 2 * fit.inventory.gradient_bytes * (cards - 1) // cards  # in a ring: summed on the way there, told on the way back
         yield Together(cards, False, rows, whole, whole <= self.limit_bytes, exchanged, *seconds)
         if not why_not_shared(recipe) and self.dtype != "float16":
-            looked_at = {count: held(count) for count in range(cards, max(cards, MOST_CARDS) + 1)}
+            looked_at = {count: held(count) for count in range(cards, max(cards, min(MOST_CARDS, effective)) + 1)}
             enough = next((count for count, size in looked_at.items() if size <= self.limit_bytes), cards)
             size = looked_at[enough]
-            rows = -(-recipe.training.effective_batch_size // enough)
-            yield Together(enough, True, rows, size, size <= self.limit_bytes, None)
+            yield Together(enough, True, -(-effective // enough), size, size <= self.limit_bytes, None)
 
     def estimate(self, recipe: Recipe, fit: Candidate, cards: int = 1) -> Estimate | None:
         """How long the training takes by this choice; None where the device's speed is not known. The step is traced.
