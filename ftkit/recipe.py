@@ -22,10 +22,11 @@ ReportTo = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "cle
 Method = Literal["qlora", "lora", "full"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Objective = Literal["sft", "dpo"]
-# llama-quantize's names, without those that need an importance matrix or are no quantisation of a whole model.
+# llama-quantize's names, without Q1_0 and Q2_0, which it makes of no row that their own block does not divide.
 QUANTIZATIONS = (
     "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1",
-    "Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "IQ4_XS", "IQ4_NL", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
+    "Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "IQ4_XS", "IQ4_NL", "MXFP4_MOE", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS",
+    "IQ3_XXS", "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "TQ2_0", "TQ1_0", "IQ1_M", "IQ1_S",
 )  # fmt: skip
 SMALLEST = "smallest"  # type that keeps enough
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}(:[a-z0-9][a-z0-9._-]{0,79})?", re.IGNORECASE)

@@ -115,11 +115,13 @@ def walk(job: Job, whole: Callable[[], None], *, only: str | None, first: str | 
     from ftkit.cli.console import print_json, say
     from ftkit.errors import RecipeError
     from ftkit.line import line
+    from ftkit.line.gguf import refuse_type
     from ftkit.units import seconds_text
 
     if sum(map(bool, (only, first, dry_run))) > 1:
         raise RecipeError("Give one of --only, --from and --dry-run.")
     if dry_run:  # nothing is written, the run's folder neither
+        refuse_type(job)
         states = list(line.states(job))
         show_states(states, line.room(job, states), job.source.reference, as_json)
         return

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import ModelError
+from ftkit.gguf.types import block, default_type
 from ftkit.machine.call import call
 from ftkit.machine.llama_cpp import Found
 from ftkit.model.source import open_gguf, shapes_of
 from ftkit.progress import SILENT, Reporter
+from ftkit.recipe import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -116,10 +118,10 @@ def _name_spare_rows(path: Path) -> None:
     _rewrite(path, reader, new)
 
 
-def _takes(program: Found, option: str) -> bool:
-    """Whether this build of a program knows an option, as it says itself."""
+def takes(program: Found, option: str) -> bool:
+    """Whether this build of a program knows an option, or llama-quantize a type, as it says itself."""
     said = subprocess.run([program.path, "--help"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    return option.encode() in said.stdout + said.stderr
+    return re.search(rf"(?<!\S){re.escape(option)}(?!\w)", (said.stdout + said.stderr).decode(errors="replace")) is not None
 
 
 def quantize(
@@ -140,7 +142,7 @@ def quantize(
     reporter.step(f"quantising to {path.name}")
     how: list[str | Path] = ["--imatrix", imatrix.name] if imatrix else []  # its name alone: it ends up in the file
     how += ["--allow-requantize"] if again else []
-    how += ["--max-buffer-size", str(QUANTIZE_BUFFER_BYTES >> 20)] if _takes(program, "--max-buffer-size") else []
+    how += ["--max-buffer-size", str(QUANTIZE_BUFFER_BYTES >> 20)] if takes(program, "--max-buffer-size") else []
     call([program.path.resolve(), *how, source.resolve(), path.resolve(), quantization], cwd=imatrix.parent if imatrix else None)
 
 
@@ -164,7 +166,7 @@ def read_back(path: Path, quantization: str, chat_template: str | None) -> GgufF
         raise ModelError(f"{path.name} does not carry the model's chat template.", "report this with the model's name")
     elements = sum(int(tensor.n_elements) for tensor in reader.tensors)
     size = sum(int(tensor.n_bytes) for tensor in reader.tensors)
-    block = 256 if "_K" in quantization or quantization.startswith("IQ4_XS") else 32
+    elements_a_block = block(default_type(quantization))[0] if quantization in QUANTIZATIONS else 1
     return GgufFile(
         quantization=quantization,
         path=path,
@@ -172,7 +174,7 @@ def read_back(path: Path, quantization: str, chat_template: str | None) -> GgufF
         bits_per_weight=8 * size / elements,
         tensors=len(reader.tensors),
         fallback_tensors=sum(
-            len(tensor.shape) > 1 and bool(tensor.shape[0] % block)
+            len(tensor.shape) > 1 and bool(tensor.shape[0] % elements_a_block)
             for tensor in reader.tensors
             if quantization not in ("F32", "F16", "BF16")
         ),

@@ -19,8 +19,7 @@ ARCHITECTURES = {
 CONVERTED = ("F16", "BF16", "Q8_0")  # ftkit has the converter write these; llama-quantize makes the others of the F16 file
 NO_TEXT = re.compile(r"visual\.|vision[._]|audio[._]|projector\.")  # left out of the file: TextModel.filter_tensors
 
-# What follows is llama.cpp's src/llama-quant.cpp, for a file without an importance matrix, and without its rules for types
-# that the recipe does not know and for Falcon.
+# What follows is llama.cpp's src/llama-quant.cpp, without its rules for types that the recipe does not know and for Falcon.
 # tensor_allows_quantization: what keeps the type of the F16 file, beside tensors of one dimension and what is no weight
 KEPT = re.compile(
     r"_norm\.weight|ffn_gate_inp\.weight|altup|laurel|per_layer_model_proj|ssm_conv1d|shortconv\.conv\.weight|position_embd|token_types"
@@ -30,11 +29,29 @@ FLOAT32 = re.compile(r"_norm\.weight|ffn_gate_inp(_shexp)?\.weight|altup_(correc
 # tensor_get_category: the roles that a rule below treats apart
 ROLES = {
     "attn_qkv.weight": "attn_v", "attn_kv_b.weight": "attn_v", "attn_v.weight": "attn_v", "attn_k.weight": "attn_k",
-    "attn_output.weight": "attn_output", "ffn_down": "ffn_down",
+    "attn_q.weight": "attn_q", "attn_output.weight": "attn_output", "ffn_up": "ffn_up", "ffn_gate": "ffn_gate", "ffn_down": "ffn_down",
 }  # fmt: skip
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+# llama_ftype_get_default_type: the type that most tensors get, where it is not the name without its _S, _M or _L
+DEFAULTS = {
+    "IQ1_S": "IQ1_S", "IQ1_M": "IQ1_M", "IQ2_S": "IQ2_XS", "IQ2_M": "IQ2_S", "IQ3_XS": "IQ3_S", "IQ3_S": "IQ3_S", "IQ3_M": "IQ3_S",
+    "MXFP4_MOE": "MXFP4",
+}  # fmt: skip
+FEWEST_BITS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M")  # which have rules of their own
 # tensor_type_fallback: what a row that is no multiple of 256 gets instead
-FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+FALLBACKS = {
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
+    **dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+    "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+}  # fmt: skip
+# … and what the table of tokens gets, where it is not the head too
+EMBEDDED_AS = {
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS"), "Q2_K"),
+    **dict.fromkeys(("IQ2_S", "IQ2_M", "IQ3_XXS"), "IQ3_S"),
+    **dict.fromkeys(("TQ1_0", "TQ2_0"), "Q4_K"),
+}  # fmt: skip
+# tensor_requires_imatrix: types that llama-quantize does not make of a weight without an importance matrix
+WITHOUT_MATRIX_REFUSED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 
 Where = Callable[[int, int, "GgufModel"], bool]  # (layer, number of layers, model)
 
@@ -51,8 +68,16 @@ def _first_share(parts: int) -> Where:
     return lambda layer, layers, model: layer < layers // parts
 
 
+def _between_eighths(layer: int, layers: int, model: GgufModel) -> bool:
+    return layers // 8 <= layer < 7 * layers // 8
+
+
 def _grouped(layer: int, layers: int, model: GgufModel) -> bool:
     return model.queries_per_key >= 4
+
+
+def _grouped_or_experts(layer: int, layers: int, model: GgufModel) -> bool:
+    return model.queries_per_key >= 4 or model.experts >= 4
 
 
 def _use_more_bits(layer: int, layers: int, model: GgufModel) -> bool:
@@ -63,6 +88,38 @@ def _use_more_bits(layer: int, layers: int, model: GgufModel) -> bool:
 # llama_tensor_get_type_impl: by quantisation and role, the first rule that holds; else the type that the quantisation is named after
 Rules = tuple[tuple[Where, str], ...]
 RULES: dict[str, dict[str, Rules]] = {
+    **{
+        name: {
+            "attn_v": ((_grouped_or_experts, "Q4_K"), (_everywhere, more)),
+            "ffn_down": ((_first_share(8), more),),
+            "attn_output": ((_everywhere, output),),
+        }
+        for name, more, output in (
+            ("IQ1_S", "Q2_K", "IQ2_XXS"),
+            ("IQ1_M", "Q2_K", "IQ2_XXS"),
+            ("IQ2_XXS", "Q2_K", "IQ2_XXS"),
+            ("IQ2_XS", "Q2_K", "IQ2_XS"),
+            ("IQ2_S", "IQ3_S", "IQ3_S"),
+            ("IQ2_M", "IQ3_S", "IQ3_S"),
+        )
+    },
+    "IQ3_XXS": {
+        "attn_v": ((_grouped, "Q4_K"),),
+        "attn_k": ((_everywhere, "IQ2_S"),),
+        "attn_q": ((_everywhere, "IQ2_S"),),
+        "attn_output": ((_everywhere, "IQ3_S"),),
+    },
+    "IQ3_XS": {
+        "attn_v": ((_grouped, "Q4_K"),),
+        **dict.fromkeys(("attn_k", "attn_q"), ((_everywhere, "IQ3_XXS"),)),
+        **dict.fromkeys(("ffn_gate", "ffn_up"), ((_between_eighths, "IQ3_XXS"),)),
+    },
+    "IQ3_S": {"attn_v": ((_grouped, "Q4_K"),)},
+    "IQ3_M": {
+        **dict.fromkeys(("attn_v", "attn_output"), ((_everywhere, "Q4_K"),)),
+        "ffn_down": ((_first_share(8), "Q4_K"),),
+    },
+    "Q2_K_S": {"attn_v": ((_grouped, "Q4_K"),), "ffn_down": ((_first_share(8), "Q4_K"),)},
     "Q2_K": {
         "attn_v": ((_grouped, "Q4_K"), (_everywhere, "Q3_K")),
         "ffn_down": ((_everywhere, "Q3_K"),),
@@ -80,17 +137,27 @@ RULES: dict[str, dict[str, Rules]] = {
     "IQ4_XS": {"attn_v": ((_grouped, "Q5_K"),), "ffn_down": ((_first_share(8), "Q5_K"),)},
     "IQ4_NL": {"attn_v": ((_grouped, "Q5_K"),), "ffn_down": ((_first_share(8), "Q5_K"),)},
 }
-# … and for a mixture of exactly eight experts, instead of the rule above
-EIGHT_EXPERTS: dict[str, dict[str, Rules]] = {
-    quantization: {
-        "attn_v": ((_everywhere, "Q8_0"),),
-        "attn_k": ((_everywhere, "Q8_0"),),
-        "attn_output": ((_everywhere, "Q5_K"),)
-        if quantization in ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ4_XS", "IQ4_NL")
-        else (),
-    }
-    for quantization in QUANTIZATIONS
+# … with an importance matrix, instead of the rule above
+WITH_MATRIX: dict[str, dict[str, Rules]] = {
+    **{key: {"ffn_down": ()} for key in ("IQ4_XS", "IQ4_NL")},
+    "Q4_0": {"ffn_down": ((_first_share(8), "Q4_1"),)},
+    "Q5_0": {"ffn_down": ((_first_share(8), "Q5_1"),)},
 }
+# … and for a mixture of exactly eight experts
+FINER_OUTPUT = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ4_XS", "IQ4_NL", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M")
+EIGHT_EXPERTS: dict[str, dict[str, Rules]] = {
+    **{
+        quantization: {
+            "attn_v": ((_everywhere, "Q8_0"),),
+            "attn_k": ((_everywhere, "Q8_0"),),
+            "attn_output": ((_everywhere, "Q5_K"),) if quantization in FINER_OUTPUT else (),
+        }
+        for quantization in QUANTIZATIONS
+        if quantization not in (*FEWEST_BITS, "MXFP4_MOE")
+    },
+    **{key: {"attn_k": ((_everywhere, "Q4_K"),), "attn_output": ((_everywhere, "Q5_K"),)} for key in FEWEST_BITS},
+}
+EIGHT_EXPERTS["IQ3_M"]["ffn_down"] = ((_first_share(8), "Q4_K"), (_use_more_bits, "Q4_K"))
 
 
 @dataclass(frozen=True)
@@ -201,11 +268,28 @@ def _unused_keys(tensors: Mapping[str, tuple[int, ...]], text: Any) -> dict[str,
     }
 
 
-def tensor_types(model: GgufModel, quantization: str) -> dict[str, str]:
-    """The type of each tensor in the file, by its name, as the converter (CONVERTED) or llama-quantize chooses it."""
+def default_type(quantization: str) -> str:
+    """The type that a quantisation is named after: that of most of its tensors."""
+    return DEFAULTS.get(quantization, re.sub(r"_[SML]$", "", quantization))
+
+
+def needs_imatrix(quantization: str) -> bool:
+    """Whether llama-quantize asks for an importance matrix, of a model whose rows divide by 256."""
+    kinds = {default_type(quantization), *(kind for rules in RULES.get(quantization, {}).values() for _, kind in rules)}
+    return quantization == "Q2_K_S" or not kinds.isdisjoint(WITHOUT_MATRIX_REFUSED)
+
+
+def tensor_types(model: GgufModel, quantization: str, *, imatrix: bool = False) -> dict[str, str]:
+    """The type of each tensor in the file, by its name, as the converter (CONVERTED) or llama-quantize chooses it.
+
+    `imatrix`: with an importance matrix, which those that need one always have.
+    """
     if quantization in CONVERTED:
         return {name: converted_type(name, shape, quantization) for name, shape in model.tensors.items()}
-    default = quantization.removesuffix("_L").removesuffix("_M").removesuffix("_S")
+    default, fewest = default_type(quantization), quantization in FEWEST_BITS
+    rules = RULES.get(quantization, {})
+    rules = {**rules, **(WITH_MATRIX.get(quantization, {}) if imatrix else {})}
+    rules = {**rules, **(EIGHT_EXPERTS.get(quantization, {}) if model.experts == 8 else {})}
     roles = {name: next((role for part, role in ROLES.items() if part in name), "") for name in model.tensors}
     layers = {"attn_v": sum(role == "attn_v" for role in roles.values())}
     tied = "output.weight" not in model.tensors
@@ -218,20 +302,22 @@ def tensor_types(model: GgufModel, quantization: str) -> dict[str, str]:
             continue
         wanted = default
         if name == "output.weight" or (tied and name in EMBEDDINGS):
-            wanted = "Q6_K" if shape[-1] % _block(default)[0] == 0 else "Q8_0"
+            finer = "Q5_K" if fewest or quantization == "IQ3_XXS" else "Q6_K"
+            wanted = "Q8_0" if shape[-1] % block(default)[0] or default == "MXFP4" else finer
+        elif name in EMBEDDINGS:
+            wanted = EMBEDDED_AS.get(quantization, default)
         elif role:
-            layer = _layer(name) if role == "ffn_down" and model.experts > 1 else seen.get(role, 0)
+            layer = _layer(name) if role.startswith("ffn") and model.experts > 1 and not fewest else seen.get(role, 0)
             seen[role] = seen.get(role, 0) + 1
-            rules = RULES.get(quantization, {})
-            if model.experts == 8:
-                rules = {**rules, **EIGHT_EXPERTS[quantization]}
             place = layer, layers.get(role, model.num_hidden_layers), model
             wanted = next((chosen for where, chosen in rules.get(role, ()) if where(*place)), default)
-            if role == "attn_v" and model.is_70b and wanted in ("Q3_K", "Q4_K"):
+            if role == "attn_v" and model.is_70b and wanted in ("Q3_K", "Q4_K") and not fewest:
                 wanted = "Q5_K"
-        if shape[-1] % _block(wanted)[0]:
+        if default == "MXFP4" and len(shape) < 3:
+            wanted = "Q8_0"
+        if shape[-1] % block(wanted)[0]:
             wanted = FALLBACKS.get(wanted, wanted)
-        types[name] = "F16" if shape[-1] % _block(wanted)[0] else wanted
+        types[name] = "F16" if shape[-1] % block(wanted)[0] else wanted
     return types
 
 
@@ -239,7 +325,7 @@ def converted_type(name: str, shape: tuple[int, ...], wanted: str) -> str:
     """The converter's choice: conversion/base.py, `prepare_tensors`."""
     if len(shape) < 2 or not name.endswith(".weight") or FLOAT32.search(name):
         return "F32"
-    return "F16" if shape[-1] % _block(wanted)[0] else wanted
+    return "F16" if shape[-1] % block(wanted)[0] else wanted
 
 
 def _layer(name: str) -> int:
@@ -252,7 +338,7 @@ def _dimensions(shape: tuple[int, ...]) -> int:
     return next((len(shape) - n for n, size in enumerate(shape) if size > 1), 1)
 
 
-def _block(type_name: str) -> tuple[int, int]:
+def block(type_name: str) -> tuple[int, int]:
     """Elements and bytes of a block."""
     import gguf
 
@@ -261,16 +347,16 @@ def _block(type_name: str) -> tuple[int, int]:
 
 
 def tensor_bytes(shape: tuple[int, ...], type_name: str) -> int:
-    elements, size = _block(type_name)
+    elements, size = block(type_name)
     return math.prod(shape) // elements * size
 
 
-def gguf_bytes(model: GgufModel, quantization: str) -> int:
+def gguf_bytes(model: GgufModel, quantization: str, *, imatrix: bool = False) -> int:
     """Bytes of all tensors of the file of one type, as gguf's reader counts them.
 
     Left out: the header with names, metadata and vocabulary (HEADER_BYTES_A_TOKEN), and the padding of each tensor to 32 bytes.
     """
-    return sum(tensor_bytes(model.tensors[name], kind) for name, kind in tensor_types(model, quantization).items())
+    return sum(tensor_bytes(model.tensors[name], kind) for name, kind in tensor_types(model, quantization, imatrix=imatrix).items())
 
 
 def gguf_sizes(model: GgufModel) -> dict[str, int]:

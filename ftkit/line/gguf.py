@@ -10,11 +10,11 @@ from typing import Any
 
 from ftkit.data.template import begins_with_bos, render
 from ftkit.engines import llamacpp
-from ftkit.errors import RunError, ToolMissingError
+from ftkit.errors import RecipeError, RunError, ToolMissingError
 from ftkit.files import file_fingerprint, link
-from ftkit.gguf.files import CONVERTER_TYPES, Corrections, GgufFile, convert, correct, quantize, read_back, template_in
+from ftkit.gguf.files import CONVERTER_TYPES, Corrections, GgufFile, convert, correct, quantize, read_back, takes, template_in
 from ftkit.gguf.imatrix import importance
-from ftkit.gguf.types import CONVERTED
+from ftkit.gguf.types import CONVERTED, needs_imatrix
 from ftkit.line.adopt import trained_by
 from ftkit.line.job import Job, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
@@ -22,6 +22,7 @@ from ftkit.line.step import Made, Step, fingerprint_of
 from ftkit.machine.device import processor
 from ftkit.machine.llama_cpp import find_program, need_converter
 from ftkit.plan.cost import FTKIT_BYTES, of_converting, of_imatrix, of_quantising
+from ftkit.recipe import SMALLEST
 
 LLAMA_IMATRIX = "llama-imatrix"
 ALWAYS_MADE = ("F16", "Q8_0")  # by the converter, which needs no llama-quantize
@@ -125,6 +126,23 @@ def _has_imatrix(job: Job) -> bool:
     if not job.recipe.ship.imatrix or job.recipe.ship.quantization in CONVERTED:
         return False
     return bool(find_program(LLAMA_IMATRIX, job.llama_cpp_dir) or job.run.finished(IMATRIX.name, fingerprint_of(job, IMATRIX)))
+
+
+def refuse_type(job: Job) -> None:
+    """Raise RecipeError or ToolMissingError for a type that llama-quantize would not make: before the long work."""
+    ship, wanted = job.recipe.ship, job.recipe.ship.quantization
+    if wanted in (SMALLEST, *_there(job)) or _is_converted(job, wanted):
+        return
+    if needs_imatrix(wanted) and not ship.imatrix:
+        raise RecipeError(
+            f"{wanted} needs an importance matrix: without one llama-quantize does not round weights to so few bits.",
+            "have it measured: --set ship.imatrix=true; or take a type that needs none: --set ship.quantization=Q3_K_M",
+        )
+    program = find_program("llama-quantize", job.llama_cpp_dir)
+    if program and not takes(program, wanted):
+        raise ToolMissingError(
+            f"{program.path} does not make {wanted}.", "take a newer llama.cpp, or another type: --set ship.quantization=Q4_K_M"
+        )
 
 
 def refuse_missing_imatrix(job: Job) -> None:

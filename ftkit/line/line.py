@@ -28,7 +28,7 @@ from ftkit.line.adopt import sizes as adopted_sizes
 from ftkit.line.ask import ASK, refuse_rule
 from ftkit.line.choose import WEIGH, Weighed, candidates, is_smallest, of_type, trials
 from ftkit.line.close import CLOSE, Closed, shipping
-from ftkit.line.gguf import GGUF, IMATRIX, QUANTISE, refuse_missing_imatrix
+from ftkit.line.gguf import GGUF, IMATRIX, QUANTISE, refuse_missing_imatrix, refuse_type
 from ftkit.line.job import Job, Onto, ToFetch, base_to_fetch
 from ftkit.line.merge import MERGE
 from ftkit.line.plan import PLAN, recorded
@@ -72,6 +72,7 @@ def plan(job: Job) -> Planned:
     Raises ModelError, DataError and RecipeError; a plan that does not fit is a result, not an error.
     """
     _refuse_given(job)
+    refuse_type(job)
     ensure(job, PLAN)
     made = recorded(job.run)
     assert made
@@ -293,9 +294,10 @@ def _refuse_small_machine(job: Job) -> None:
 
 
 def refuse_missing_tools(job: Job) -> None:
-    """Raise ToolMissingError before long work whose result could not be converted."""
+    """Raise ToolMissingError before long work whose result could not be converted, RecipeError for a type that could not be made."""
     if not job.run.finished(GGUF.name) and not (job.given and job.given.kind == "gguf"):
         need_converter(job.llama_cpp_dir)
+    refuse_type(job)
     refuse_missing_imatrix(job)
 
 

@@ -99,7 +99,7 @@ class Sizes:
 
     def file_bytes(self, quantization: str) -> int:
         """A GGUF file of this type, header and all."""
-        return gguf_bytes(self.gguf, quantization) + HEADER_BYTES_A_TOKEN * self.gguf.vocab_size
+        return gguf_bytes(self.gguf, quantization, imatrix=self.ship.imatrix) + HEADER_BYTES_A_TOKEN * self.gguf.vocab_size
 
 
 def of_training(sizes: Sizes) -> tuple[Cost, ...]:

@@ -19,6 +19,7 @@ from ftkit import errors
 from ftkit.line.job import open_job
 from ftkit.line.plan import training_inputs
 from ftkit.line.register import refuse_anothers_name
+from ftkit.machine.llama_cpp import Found
 from ftkit.run import MANIFEST
 
 STEPS = ("plan", "train", "merge", "gguf", "prove")
@@ -189,6 +190,25 @@ def test_unknown_gpu(project: Project) -> None:
     said = project.refused(errors.RecipeError, "plan", project.recipe, "--gpu", "RTX 9999")
     assert "`RTX 9999` is no card that ftkit knows" in said
     assert "--vram" in said
+
+
+@pytest.mark.parametrize("command", [("plan",), ("train",), ("ship",), ("build",), ("build", "--dry-run")])
+def test_a_type_that_needs_an_importance_matrix(project: Project, command: tuple[str, ...]) -> None:
+    trained = ("train",) if command == ("ship",) else ()
+    if trained:
+        project.train()
+    said = project.refused(errors.RecipeError, *command, project.recipe, "--set", "ship.quantization=iq2_xs", steps=trained)
+    assert "IQ2_XS needs an importance matrix" in said
+    assert "--set ship.imatrix=true" in said
+
+
+def test_a_type_that_this_llama_quantize_does_not_make(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = project.folder / "old-llama-quantize"
+    program.write_text("#!/bin/sh\necho '   2  or  Q4_0    :  4.34G'; exit 1", encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setattr("ftkit.line.gguf.find_program", lambda name, folder=None: Found(program, "the test"))
+    said = project.refused(errors.ToolMissingError, "plan", project.recipe, "--set", "ship.quantization=TQ1_0")
+    assert f"{program} does not make TQ1_0" in said
 
 
 def test_ship_before_training(project: Project) -> None:

@@ -113,8 +113,8 @@ def test_some_rows_at_a_time_make_the_same_file(tmp_path: Path, monkeypatch: pyt
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert gguf._takes(program, "--max-buffer-size")
-    assert not gguf._takes(program, "--no-such-option")
+    assert gguf.takes(program, "--max-buffer-size")
+    assert not gguf.takes(program, "--no-such-option")
     for size in (1 << 30, 1 << 20):  # the whole of 8 MiB in float32, and an eighth of it
         monkeypatch.setattr(gguf, "QUANTIZE_BUFFER_BYTES", size)
         gguf.quantize(tmp_path / "F16.gguf", tmp_path / f"{size}.gguf", "Q4_K_M", program)

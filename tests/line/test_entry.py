@@ -141,7 +141,7 @@ def faulty(here: Path, case: str) -> tuple[str, dict[str, Any]]:
     elif case == "full":
         return "out/lora", {"training__method": "full"}
     elif case == "rare type":
-        gguf(here / "a.gguf", 19)
+        gguf(here / "a.gguf", 40)
         return "a.gguf", {}
     elif case == "name taken":
         (here / "lora.yaml").write_text("model: base\n", encoding="utf-8")
@@ -161,7 +161,7 @@ def faulty(here: Path, case: str) -> tuple[str, dict[str, Any]]:
         ("no base", ModelError, "does not say what it was trained on", "ftkit ship a --base REF"),
         ("base elsewhere", ModelError, "/content/base, which is not here", "ftkit ship a --base REF"),
         ("full", RecipeError, "is an adapter", "training.method=lora"),
-        ("rare type", ModelError, "IQ2_XXS, a type that ftkit does not know", "16-bit"),
+        ("rare type", ModelError, "Q1_0, a type that ftkit does not know", "16-bit"),
         ("name taken", RecipeError, "the recipe of something else", "--set ship.name="),
         ("bad name", RecipeError, "ship.name", "docs/recipe.md"),
         ("run alone", RunError, "its recipe is not at", "--run-dir"),

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from conftest import REPOSITORY
+from gguf import GGUFWriter
 
 from ftkit.errors import DoesNotFitError
 from ftkit.gguf import files as gguf_files
 from ftkit.gguf.files import QUANTIZE_BUFFER_BYTES
-from ftkit.gguf.types import CONVERTED, HEADER_BYTES_A_TOKEN, gguf_bytes, gguf_model, gguf_sizes, tensor_bytes, tensor_types
+from ftkit.gguf.types import (
+    CONVERTED,
+    HEADER_BYTES_A_TOKEN,
+    WITH_MATRIX,
+    GgufModel,
+    converted_type,
+    gguf_bytes,
+    gguf_model,
+    gguf_sizes,
+    needs_imatrix,
+    tensor_bytes,
+    tensor_types,
+)
 from ftkit.line.line import LINE
 from ftkit.line.train import TRAIN
 from ftkit.machine import llama_cpp
@@ -142,7 +158,7 @@ def test_rows_that_no_block_divides() -> None:
     assert types("Q8_0", shapes(hidden=72))["blk.0.attn_q.weight"] == "F16"
 
 
-def test_experts() -> None:
+def expert_shapes() -> dict[str, tuple[int, ...]]:
     made = shapes()
     for n in range(9):
         for name in ("gate_proj", "up_proj", "down_proj"):
@@ -150,6 +166,30 @@ def test_experts() -> None:
         made[f"model.layers.{n}.mlp.experts.gate_up_proj"] = (8, 2 * 512, 256)
         made[f"model.layers.{n}.mlp.experts.down_proj"] = (8, 256, 512)
         made[f"model.layers.{n}.mlp.gate.weight"] = (8, 256)
+    return made
+
+
+def test_the_types_of_the_fewest_bits() -> None:
+    found = types("IQ2_XS")
+    assert (found["token_embd.weight"], found["output.weight"]) == ("Q2_K", "Q5_K")
+    assert layers_with(found, "attn_v", "Q2_K") == list(range(9))
+    assert layers_with(found, "ffn_down", "Q2_K") == [0]  # 9 // 8
+    assert layers_with(found, "attn_q", "IQ2_XS") == list(range(9))
+    assert layers_with(types("IQ1_S"), "attn_output", "IQ2_XXS") == list(range(9))
+    assert layers_with(types("IQ3_XS"), "ffn_up", "IQ3_S") == [0, 7, 8]  # those between have fewer bits
+    assert types("IQ2_XS", shapes(hidden=288))["blk.1.attn_q.weight"] == "IQ4_NL"
+    experts = types("MXFP4_MOE", expert_shapes(), model_type="mixtral", num_local_experts=8)
+    assert {experts[f"blk.{n}.ffn_up_exps.weight"] for n in range(9)} == {"MXFP4"}
+    assert experts["blk.1.attn_q.weight"] == "Q8_0"
+    sizes = gguf_sizes(gguf_model(shapes(), config()))
+    assert sizes["IQ1_S"] == min(sizes.values())
+    assert [name for name in QUANTIZATIONS if needs_imatrix(name)] == [
+        "IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
+    ]  # fmt: skip
+
+
+def test_experts() -> None:
+    made = expert_shapes()
     found = types("Q4_K_M", made, model_type="mixtral", num_local_experts=8)
     assert {found[f"blk.{n}.ffn_{name}_exps.weight"] for n in range(9) for name in ("gate", "up")} == {"Q4_K"}
     assert layers_with(found, "ffn_down_exps", "Q6_K") == [0, 3, 6, 7, 8]
@@ -321,6 +361,75 @@ def test_a_random_model_to_the_byte(demo_run: Path, tmp_path: Path) -> None:
         else:
             gguf_files.quantize(tmp_path / "F16.gguf", path, quantization, program)
         assert read_types(path) == planned_types(folder, quantization)
+
+
+def write_f16(model: GgufModel, path: Path, *, heads: int, keys: int) -> None:
+    """A file with these tensors, all zero."""
+    writer = GGUFWriter(path, model.architecture)
+    for name in ("context_length", "embedding_length", "feed_forward_length"):
+        getattr(writer, f"add_{name}")(64)
+    writer.add_block_count(model.num_hidden_layers)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(keys)
+    writer.add_layer_norm_rms_eps(1e-5)
+    if model.experts:
+        writer.add_expert_count(model.experts)
+        writer.add_expert_used_count(2)
+    for name, shape in model.tensors.items():
+        writer.add_tensor(name, np.zeros(shape, np.float32 if converted_type(name, shape, "F16") == "F32" else np.float16))
+    finish(writer)
+
+
+def write_imatrix(model: GgufModel, path: Path) -> None:
+    """As llama-imatrix writes it: every column counts alike."""
+    writer = GGUFWriter(path, "")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["none"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    for name, shape in model.tensors.items():
+        if len(shape) > 1:
+            experts = shape[0] if len(shape) == 3 else 1
+            writer.add_tensor(f"{name}.in_sum2", np.ones((experts, shape[-1]), np.float32))
+            writer.add_tensor(f"{name}.counts", np.ones((experts, 1), np.float32))
+    finish(writer)
+
+
+def finish(writer: GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.e2e
+def test_every_type_as_llama_quantize_plans_it(tmp_path: Path) -> None:
+    """With an importance matrix and without: `--dry-run` tells the type of each tensor, and whether a matrix is wanted."""
+    program = llama_cpp.find_program("llama-quantize")
+    assert program
+    kinds = {
+        "tied": (gguf_model(shapes(layers=17, tied=True), config(num_hidden_layers=17, num_key_value_heads=1)), 1),
+        "narrow": (gguf_model(shapes(hidden=288), config(hidden_size=288)), 4),
+        "experts": (gguf_model(expert_shapes(), config(model_type="mixtral", num_local_experts=8)), 4),
+    }
+    for kind, (model, keys) in kinds.items():
+        path, matrix = tmp_path / f"{kind}.gguf", tmp_path / f"{kind}.imatrix"
+        write_f16(model, path, heads=4, keys=keys)
+        write_imatrix(model, matrix)
+        for quantization in QUANTIZATIONS:
+            needed = needs_imatrix(quantization)
+            for imatrix in (True,) if needed else (False, True) if quantization in WITH_MATRIX else (False,):
+                if quantization in CONVERTED:
+                    continue
+                how = ["--imatrix", str(matrix)] if imatrix else []
+                said = subprocess.run([program.path, "--dry-run", *how, path, quantization], capture_output=True, text=True, check=True)
+                found = re.findall(r"\] +(\S+) +- \[.*\], type = +(\w+), size = .*?(?:\((\w+)\))?\n", said.stdout + said.stderr)
+                told = {name: (new or old).upper() for name, old, new in found}
+                assert told == tensor_types(model, quantization, imatrix=imatrix), (kind, quantization, imatrix)
+        assert gguf_files.takes(program, quantization)
+    asked = subprocess.run([program.path, "--dry-run", tmp_path / "tied.gguf", "IQ2_XS"], capture_output=True, text=True, check=True)
+    assert "will require an imatrix" in asked.stdout + asked.stderr
+    assert not gguf_files.takes(program, "IQ9_S")
 
 
 def test_asking_is_no_reason_to_refuse() -> None:
