@@ -298,6 +298,9 @@ class Ship(Group):
     closing_steps: Annotated[int, Field(ge=0)] = Field(
         default=0, description="train norms and biases of the shipped file for at most so many steps, towards the trained model"
     )
+    bits_by_task: bool = Field(
+        default=False, description="give tensors whose rounding costs this task's answers most more bits, for at most 3 % more bytes"
+    )
     imatrix: bool = Field(default=False, description="measure on training rows and general text where llama-quantize must round least")
     adapter: bool = Field(default=False, description="also make the adapter a GGUF LoRA, to be served beside a GGUF of the base")
     test_rows: Annotated[int, Field(ge=1)] | None = Field(default=None, description="ask only so many held-out rows")

@@ -222,6 +222,8 @@ def show(job: Job, shipped: Shipped, as_json: bool, html: Path | None = None) ->
         say("")
         print_table("What each type keeps of the training, on the rows by which is chosen", ["", "size", "kept"], tried)
     say(f"\nMerged into {shipped.merged_onto}.")
+    if bits := shipped.bits:
+        say(f"Plain bits: {bits.why_not}." if bits.why_not else f"More bits for {bits.words}.")
     if closed := shipped.closed:
         done = f"{closed.vectors} norms and biases, {closed.steps} steps; KL a token {closed.before or 0:.2g} → {closed.after or 0:.2g}"
         say(f"Not closed: {closed.why_not}" if closed.why_not else f"Closed: {done}, on rows that it did not learn from.")

@@ -133,8 +133,11 @@ def quantize(
     *,
     imatrix: Path | None = None,
     again: bool = False,
+    types: Path | None = None,
 ) -> None:
     """llama-quantize from a 16-bit file, or `again` from one that is quantised, with an importance matrix or without.
+
+    `types`: a file that says which tensors get another type than they would (gguf/bits.py).
 
     Some rows of a tensor at a time, so that the largest, a table of tokens, needs no more memory than others; earlier builds of
     llama-quantize hold each whole. Raises ToolFailedError with its last lines.
@@ -142,6 +145,7 @@ def quantize(
     reporter.step(f"quantising to {path.name}")
     how: list[str | Path] = ["--imatrix", imatrix.name] if imatrix else []  # its name alone: it ends up in the file
     how += ["--allow-requantize"] if again else []
+    how += ["--tensor-type-file", types.resolve()] if types else []
     how += ["--max-buffer-size", str(QUANTIZE_BUFFER_BYTES >> 20)] if takes(program, "--max-buffer-size") else []
     call([program.path.resolve(), *how, source.resolve(), path.resolve(), quantization], cwd=imatrix.parent if imatrix else None)
 

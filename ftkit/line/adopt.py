@@ -55,11 +55,12 @@ def refuse(job: Job) -> None:
             f"ship the 16-bit file or folder; or this as it is: --set ship.quantization={given.quantization}; or, knowing that: "
             "--set ship.allow_requantize=true",
         )
-    if ship.closing_steps and given.kind == "gguf":
+    nearer = "closing_steps" if ship.closing_steps else "bits_by_task" if ship.bits_by_task else None
+    if nearer and given.kind == "gguf":
         raise RecipeError(
-            "ship.closing_steps: a GGUF has no trained model beside it to be closed towards.", "ship the folder that it was made of"
+            f"ship.{nearer}: a GGUF has no trained model beside it to be brought nearer to.", "ship the folder that it was made of"
         )
-    for key in ("transfer_steps", "closing_steps"):
+    for key in ("transfer_steps", "bits_by_task", "closing_steps"):
         if getattr(ship, key) and not {"train", "test"} <= job.data.keys():
             raise RecipeError(f"ship.{key}: it learns from some rows, and is judged on others.", "name both: --data FILE --test FILE")
 

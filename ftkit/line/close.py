@@ -20,6 +20,7 @@ from ftkit.errors import DoesNotFitError, InterruptedRunError, ModelError, ToolF
 from ftkit.gguf.files import GgufFile
 from ftkit.line.adopt import ADOPT
 from ftkit.line.ask import ASK
+from ftkit.line.bits import BITS, Bits
 from ftkit.line.gguf import GGUF, QUANTISE, Converted
 from ftkit.line.job import Job, computes_on, tokenizer_of
 from ftkit.line.lessons import as_trained, checks_as_trained, outside, prompt, read, rows_to_learn
@@ -160,7 +161,7 @@ CLOSE: Step[Closed] = Step(
     does="the file that ships, nearer to the trained model",
     command="ftkit ship",
     result=Closed,
-    after=(TRAIN, ADOPT, ASK, MERGE, GGUF, QUANTISE),
+    after=(TRAIN, ADOPT, ASK, MERGE, GGUF, QUANTISE, BITS),
     follows_from=lambda job: [job.recipe.ship.quantization, job.recipe.ship.closing_steps],
     costs=of_closing,
     make=_close,
@@ -179,15 +180,19 @@ class Shipping:
     step: str
     fingerprint: str  # of the step
     missing: str | None  # the wanted type, where llama-quantize is not here: then Q8_0 ships
+    bits: Bits | None = None  # None: not asked for
 
 
 def shipping(job: Job, converted: Made[Converted], *later: Made[Any]) -> Shipping:
-    """Which of the files ships: the closed one, else the type that is wanted, else Q8_0, or the file that came."""
+    """Which of the files ships: the closed one, else that with more bits by task, the type that is wanted, Q8_0, or the file that came."""
     made, wanted = {step.name: step for step in later}, job.recipe.ship.quantization
     step: Made[Any] = converted
     file = next((file for file in converted.result.files if file.quantization == wanted), converted.result.files[-1])
     if quantised := made.get(QUANTISE.name):
         step, file = quantised, quantised.result
+    if (bits := made.get(BITS.name)) and bits.result.file:
+        step, file = bits, bits.result.file
     if (closed := made.get(CLOSE.name)) and closed.result.file:
         step, file = closed, closed.result.file
-    return Shipping(step.folder / file.path, file, step.name, step.fingerprint, None if file.quantization == wanted else wanted)
+    missing = None if file.quantization == wanted else wanted
+    return Shipping(step.folder / file.path, file, step.name, step.fingerprint, missing, bits.result if bits else None)

@@ -78,6 +78,11 @@ def corrections_of(path: Path, tokenizer: Any, stops: Sequence[int]) -> Correcti
     )
 
 
+def read_made(job: Job, path: Path, quantization: str, model: Path) -> GgufFile:
+    """A file that was just made of a model's folder, checked; its path from its own folder."""
+    return _read(path, quantization, tokenizer_of(job, model))
+
+
 def _read(path: Path, quantization: str, tokenizer: Any) -> GgufFile:
     return replace(read_back(path, quantization, tokenizer.chat_template), path=Path(path.name))
 
@@ -131,7 +136,7 @@ def _has_imatrix(job: Job) -> bool:
 def refuse_type(job: Job) -> None:
     """Raise RecipeError or ToolMissingError for a type that llama-quantize would not make: before the long work."""
     ship, wanted = job.recipe.ship, job.recipe.ship.quantization
-    if wanted in (SMALLEST, *_there(job)) or _is_converted(job, wanted):
+    if wanted in _there(job) or _is_converted(job, wanted):
         return
     if needs_imatrix(wanted) and not ship.imatrix:
         raise RecipeError(
@@ -139,9 +144,14 @@ def refuse_type(job: Job) -> None:
             "have it measured: --set ship.imatrix=true; or take a type that needs none: --set ship.quantization=Q3_K_M",
         )
     program = find_program("llama-quantize", job.llama_cpp_dir)
-    if program and not takes(program, wanted):
+    if program and wanted != SMALLEST and not takes(program, wanted):
         raise ToolMissingError(
             f"{program.path} does not make {wanted}.", "take a newer llama.cpp, or another type: --set ship.quantization=Q4_K_M"
+        )
+    if program and ship.bits_by_task and not takes(program, "--tensor-type-file"):
+        raise ToolMissingError(
+            f"{program.path} does not know --tensor-type-file, which ship.bits_by_task needs.",
+            "take a newer llama.cpp, or the plain file: --set ship.bits_by_task=false",
         )
 
 
@@ -187,7 +197,7 @@ def _quantise(job: Job, folder: Path, converted: Made[Converted], *others: Made[
         imatrix = matrix_of(matrix) if matrix else None
         again = job.recipe.ship.allow_requantize
         quantize(converted.folder / finest.path, path, wanted, program, job.reporter, imatrix=imatrix, again=again)
-    return _read(path, wanted, tokenizer_of(job, model))
+    return read_made(job, path, wanted, model)
 
 
 def _is_quantised(job: Job) -> bool:

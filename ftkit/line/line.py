@@ -26,6 +26,7 @@ from ftkit.line.adapter import (
 from ftkit.line.adopt import ADOPT, Adopted, refuse, trained_by
 from ftkit.line.adopt import sizes as adopted_sizes
 from ftkit.line.ask import ASK, refuse_rule
+from ftkit.line.bits import BITS, Bits
 from ftkit.line.choose import WEIGH, Weighed, candidates, is_smallest, of_type, trials
 from ftkit.line.close import CLOSE, Closed, shipping
 from ftkit.line.gguf import GGUF, IMATRIX, QUANTISE, refuse_missing_imatrix, refuse_type
@@ -52,7 +53,7 @@ from ftkit.run import discard
 from ftkit.train.reporting import refuse_missing_reporters
 from ftkit.units import bytes_text
 
-LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ADOPT, ASK, TRANSFER, MERGE, GGUF, REASK, IMATRIX, QUANTISE, CLOSE, PROVE, ADAPTER, REGISTER)
+LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ADOPT, ASK, TRANSFER, MERGE, GGUF, REASK, IMATRIX, QUANTISE, BITS, CLOSE, PROVE, ADAPTER, REGISTER)
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,8 @@ class Shipped:
     same_answers: Score | None  # of the trained model and the shipped file; None where the trained model could not be asked
     examples: list[dict[str, str]]
     missing_quantization: str | None  # the wanted type, where llama-quantize is not here
-    closed: Closed | None  # None: not asked for
+    bits: Bits | None  # None: not asked for; so the next
+    closed: Closed | None
     adapter: ServedAdapter | None  # None: not asked for
     weighed: tuple[Weighed, ...]  # types that were tried, from small to large, where the smallest was to be found
     registered_as: str | None
@@ -219,7 +221,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
     if REASK.applies(job):
         ensure(job, REASK)
     job, weighed = choose_type(job)
-    later: list[Made[Any]] = [ensure(job, step) for step in (QUANTISE, CLOSE) if step.applies(job)]
+    later: list[Made[Any]] = [ensure(job, step) for step in (QUANTISE, BITS, CLOSE) if step.applies(job)]
     shipped = shipping(job, converted, *later)
     proven = ensure(job, PROVE)
     proof = judge(job, asked, proven, shipped)
@@ -257,6 +259,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
         examples=proof.examples[:3],
         missing_quantization=shipped.missing,
         weighed=weighed,
+        bits=shipped.bits,
         closed=closed,
         adapter=served(job, adapted, record.parent) if adapted else None,
         registered_as=registered,
@@ -330,7 +333,7 @@ def judge_again(job: Job) -> Proof:
     Raises RunError where nothing of this recipe was proven.
     """
     job = _as_made(job)
-    of_file: tuple[Step[Any], ...] = (ASK, GGUF, QUANTISE, CLOSE, PROVE)
+    of_file: tuple[Step[Any], ...] = (ASK, GGUF, QUANTISE, BITS, CLOSE, PROVE)
     made = {step.name: find(job, step) for step in of_file if step.applies(job)}
     if missing := next((name for name, found in made.items() if not found), None):
         raise RunError(f"{job.run.folder} holds no proof of this recipe: `{missing}` is not done.", "ftkit ship")
@@ -364,7 +367,7 @@ def choose_type(job: Job) -> tuple[Job, tuple[Weighed, ...]]:
         if ships:
             break
         job.reporter.note(f"{one.quantization} keeps {one.kept_percent:.1f} % of the training, wanted are {job.recipe.ship.keep:g} %")
-        of_file: tuple[Step[Any], ...] = (QUANTISE, CLOSE)
+        of_file: tuple[Step[Any], ...] = (QUANTISE, BITS, CLOSE)
         for step in of_file:
             if step.applies(tried) and (stale := find(tried, step)):
                 discard(stale.folder)

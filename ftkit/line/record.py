@@ -201,6 +201,7 @@ def _record(
             "scores": scores,
             "forms": forms,
             "weighed": [asdict(one) for one in weighed],
+            "bits_by_task": {key: value for key, value in asdict(shipped.bits).items() if key != "file"} if shipped.bits else None,
             "same_answers": asdict(proof.same_answers) if proof.same_answers else None,
         },
         beside={},

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ftkit.data.lengths import asked_together
+from ftkit.gguf.bits import MORE_BYTES, Tensor, finer_types
 from ftkit.gguf.files import QUANTIZE_BUFFER_BYTES
 from ftkit.gguf.types import (
     CONVERTED,
@@ -169,6 +170,21 @@ def of_quantising(sizes: Sizes) -> tuple[Cost, ...]:
         return of_converting(sizes, wanted)
     ram, disk = quantize_bytes(sizes.gguf, wanted), sizes.file_bytes(wanted)
     return (Cost(f"quantise to {wanted}", ram, 0, disk, RUN_FOLDER, sizes.file_bytes("F16")),)
+
+
+def of_bits(sizes: Sizes) -> tuple[Cost, ...]:
+    """A finer file to compare with, and the one that ships; in memory the weights of one, as many slopes, and a row's activations."""
+    wanted = sizes.ship.quantization
+    if not sizes.ship.bits_by_task or wanted in CONVERTED:
+        return ()
+    on_cuda, file = sizes.vram_bytes is not None, sizes.file_bytes(wanted)
+    types, shapes = tensor_types(sizes.gguf, wanted, imatrix=sizes.ship.imatrix), sizes.gguf.tensors
+    plain = {name: Tensor(kind, tensor_bytes(shapes[name], kind), shapes[name][-1]) for name, kind in types.items()}
+    finer = sum(tensor_bytes(shapes[name], kind) for name, kind in {**types, **finer_types(plain)}.items())
+    peak = sizes.training_bytes - sizes.counted.weights_bytes + 2 * sizes.compute_bytes * sizes.counted.parameters
+    ram, vram, disk = FTKIT_BYTES + (0 if on_cuda else peak), peak if on_cuda else 0, finer + round((1 + MORE_BYTES) * file)
+    read = 2 * sizes.file_bytes("F16") + 3 * file + finer
+    return (Cost(f"more bits for {wanted}", ram, vram, disk, RUN_FOLDER, read, needed=False),)
 
 
 def of_closing(sizes: Sizes) -> tuple[Cost, ...]:
