@@ -151,6 +151,16 @@ def record(path: Path) -> Record:
     )
 
 
+def split(path: Path, tensors: int = 8) -> list[Path]:
+    """The file as several of so many tensors, by gguf's own writer, and no longer as one."""
+    from gguf import GGUFWriter
+    from gguf.scripts.gguf_new_metadata import copy_with_new_metadata
+
+    copy_with_new_metadata(open_gguf(path), GGUFWriter(path, arch="llama", split_max_tensors=tensors), {}, [])
+    path.unlink()
+    return sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))
+
+
 # What can go wrong with a file on its way. Each takes the file and the tokenizer, and changes the file.
 Sabotage = Callable[[Path, Any], None]
 

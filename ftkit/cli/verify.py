@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -61,6 +62,8 @@ def find_file(what: Path, record: Path | None) -> tuple[Path, Path] | None:
         if not record.is_file():
             raise ModelError(f"{what} has no {RECORD}.", "give the folder that ftkit ship left, runs/RECIPE/shipped")
         what = what / Path(read_record(record)[0].file.name).name
+        if not what.is_file():  # it may have been split
+            what = next(iter(sorted(what.parent.glob(f"{glob.escape(what.stem)}-?????-of-?????.gguf"))), what)
         if not what.is_file():
             raise ModelError(f"{what} is not there, which {record.name} is the record of.", "give the file: ftkit verify FILE --record …")
         return what, record

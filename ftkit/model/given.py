@@ -189,7 +189,9 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def _gguf(path: Path) -> Given:
     from gguf import LlamaFileType
 
-    source, fields = locate(str(path), path.parent), open_gguf(path).fields
+    source = locate(str(path), path.parent)
+    path = source.gguf or path  # joined, where it is one of several files
+    fields = open_gguf(path).fields
 
     def value(name: str) -> Any:
         return fields[name].contents() if name in fields else None
@@ -201,7 +203,8 @@ def _gguf(path: Path) -> Given:
         )
     if (value("split.count") or 1) > 1:
         raise ModelError(
-            f"{path} is one of {value('split.count')} files of a model.", f"join them: llama-gguf-split --merge {path} JOINED.gguf"
+            f"{path} is one of {value('split.count')} files of a model, and its name does not say which.",
+            f"give all of them the names that they had: NAME-00001-of-{value('split.count'):05}.gguf",
         )
     if "tokenizer.ggml.tokens" not in fields:
         raise ModelError(f"{path} has no tokenizer.", "convert it again from a folder that has one; or ship that folder")

@@ -12,6 +12,7 @@ from ftkit.errors import ModelError, ToolMissingError
 from ftkit.files import file_fingerprint, fingerprint, user_path
 from ftkit.model.hub import locate_hub
 from ftkit.model.source import Source, only_pickles
+from ftkit.model.split import joined, parts_of
 
 HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[\w.-]+(@(?!.*\.\.)[\w.-]+(/[\w.-]+)*)?", re.ASCII | re.IGNORECASE)  # org/name, org/name@revision
 
@@ -75,6 +76,9 @@ def _locate_gguf(path: Path) -> Source:
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file.", "download it again: it may be an error page or cut short")
+    if parts := parts_of(path):
+        known = fingerprint([file_fingerprint(part) for part in parts])
+        return Source(str(path), "gguf", known, gguf=joined(parts, known))
     return Source(str(path), "gguf", file_fingerprint(path)[:16], gguf=path.resolve())
 
 

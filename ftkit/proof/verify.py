@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,9 +12,10 @@ from ftkit.check import Check, failed, not_made, passed
 from ftkit.engines import llamacpp, logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import ModelError, ToolFailedError, ToolMissingError
-from ftkit.files import file_fingerprint
+from ftkit.files import cache_folder, file_fingerprint, make_cache_folder
 from ftkit.gguf.says import compare_says, compare_tensors, compare_types, says, tensors, types_of
 from ftkit.model.source import open_gguf
+from ftkit.model.split import join, name_of_whole, parts_of
 from ftkit.progress import SILENT, Reporter
 from ftkit.proof.behaviour import log_probabilities
 from ftkit.proof.compare import same_ids
@@ -30,7 +32,21 @@ MOST_APART = 0.15
 
 
 def verify(path: Path, record_path: Path, reporter: Reporter = SILENT) -> list[Check]:
-    """Each check of a GGUF file against its record. Raises ModelError where the record cannot be read."""
+    """Each check of a GGUF file against its record; of one of several files, of the whole that they are.
+
+    Raises ModelError where the record cannot be read, or one of the files is missing.
+    """
+    if not (parts := parts_of(path)):
+        return _verify(path, path.parent, record_path, reporter)
+    with tempfile.TemporaryDirectory(dir=make_cache_folder(cache_folder())) as folder:
+        whole = Path(folder, name_of_whole(path))
+        reporter.step(f"joining {len(parts)} files")
+        join(parts, whole)
+        return _verify(whole, path.parent, record_path, reporter)
+
+
+def _verify(path: Path, folder: Path, record_path: Path, reporter: Reporter) -> list[Check]:
+    """`folder`: where what was handed on with the file is."""
     record, untouched = read_record(record_path)
     probes, why_none = probes_beside(record_path, record)
     reporter.step(f"reading {path.name}")
@@ -47,7 +63,7 @@ def verify(path: Path, record_path: Path, reporter: Reporter = SILENT) -> list[C
     checks += compare_says(record.says, says(reader))
     checks.append(compare_types(record.tensor_types, types_of(reader)))
     checks.append(compare_tensors(probes.tensors, tensors(reader)) if probes else not_made("tensors", why_none or ""))
-    checks += [_beside(path.with_name(name), sha256) for name, sha256 in record.beside.items() if name not in (CARD, PROBES)]
+    checks += [_beside(folder / name, sha256) for name, sha256 in record.beside.items() if name not in (CARD, PROBES)]
     del reader
     if not probes:
         return [*checks, *(not_made(name, why_none or "") for name in (IDS, PROMPTS, STOPS, TEXTS))]

@@ -37,6 +37,18 @@ def test_a_folder_a_file_and_a_run_are_the_same(ftkit: Ftkit, folder: Path) -> N
     assert f"ftkit verify {folder.parent}" in ftkit("status", folder.parent).stdout
 
 
+def test_a_file_that_was_split_is_looked_at_whole(ftkit: Ftkit, folder: Path, private_cache: Path) -> None:
+    first, middle, last = shipped.split(folder / shipped.FILE)
+    for what in (folder, first, last):
+        done = ftkit("verify", what, "--json")
+        assert (done.exit_code, json.loads(done.stdout)["outcome"]) == (0, "passed"), done.output
+    assert not list(private_cache.rglob("*.gguf"))  # the whole is not kept
+    middle.unlink()
+    done = ftkit("verify", first)
+    assert done.exit_code == 1
+    assert f"{middle.name} is not beside it" in done.stderr
+
+
 def test_a_fault_ends_with_6_and_names_the_checks(ftkit: Ftkit, folder: Path) -> None:
     shipped.a_bit_flipped(folder / shipped.FILE, None)
     done = ftkit("verify", folder)
