@@ -53,7 +53,23 @@ from ftkit.run import discard
 from ftkit.train.reporting import refuse_missing_reporters
 from ftkit.units import bytes_text
 
-LINE: tuple[Step[Any], ...] = (PLAN, TRAIN, ADOPT, ASK, TRANSFER, MERGE, GGUF, REASK, IMATRIX, QUANTISE, BITS, CLOSE, PROVE, ADAPTER, REGISTER)
+LINE: tuple[Step[Any], ...] = (
+    PLAN,
+    TRAIN,
+    ADOPT,
+    ASK,
+    TRANSFER,
+    MERGE,
+    GGUF,
+    REASK,
+    IMATRIX,
+    QUANTISE,
+    BITS,
+    CLOSE,
+    PROVE,
+    ADAPTER,
+    REGISTER,
+)
 
 
 @dataclass(frozen=True)
