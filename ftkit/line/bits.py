@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ftkit.close.closing import Lesson, distribution, mean_divergence
+from ftkit.close.closing import mean_divergence
 from ftkit.close.ranking import gains
 from ftkit.engines import hf, logits
 from ftkit.errors import DoesNotFitError, ModelError, ToolFailedError
@@ -19,9 +19,9 @@ from ftkit.gguf.bits import MORE_BYTES, finer_types, tensors_in, type_file, wort
 from ftkit.gguf.files import GgufFile, quantize
 from ftkit.gguf.types import CONVERTED
 from ftkit.line.ask import ASK
-from ftkit.line.behaviour import CHOICE, read_rows, trained_logits
 from ftkit.line.gguf import GGUF, IMATRIX, QUANTISE, Converted, read_made
 from ftkit.line.job import Job, computes_on
+from ftkit.line.lessons import checks_as_trained
 from ftkit.line.merge import MERGE, MODEL
 from ftkit.line.step import Made, Step, fingerprint_of
 from ftkit.machine.llama_cpp import find_program
@@ -60,9 +60,7 @@ def _bits(job: Job, folder: Path, *before: Made[Any]) -> Bits:
 
 
 def _raised(job: Job, folder: Path, plain: Path, made: Mapping[str, Made[Any]]) -> Bits:
-    model, choice, converted = made[MERGE.name].folder / MODEL, made[ASK.name].folder / CHOICE, made[GGUF.name]
-    rows = read_rows(choice)
-    lessons = [Lesson(row, distribution(found)) for row, found in zip(rows, trained_logits(choice, rows), strict=False)]
+    model, converted, lessons = made[MERGE.name].folder / MODEL, made[GGUF.name], checks_as_trained(made[ASK.name])
     if len(lessons) < LEAST_ROWS:
         raise ModelError(f"{len(lessons)} rows are too few to rank by some and judge by others; {LEAST_ROWS} are enough.")
     rank, judge = lessons[::2], lessons[1::2]

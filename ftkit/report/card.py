@@ -73,6 +73,7 @@ def _values(record: Record) -> dict[str, Any]:
         "licence_file": plain(base["licence"].get("file", "")),
         "method": settings["training"]["method"],
         "merged_onto": plain(record.merged_onto),
+        "bits": _bits(proof.get("bits_by_task")),
         "closed": _closed(record.closed),
         "trained": plain(_training(record.trained)),
         "trained_files": [[plain(name), digest] for name, digest in record.trained["sha256"].items()],
@@ -111,6 +112,15 @@ def _training(trained: Mapping[str, Any]) -> str:
     if "steps" not in trained:
         return ""
     return f"{trained['steps']} steps, the best {trained['best_step']}; {trained['trained_tokens']} tokens; {trained['verdict']}"
+
+
+def _bits(bits: Mapping[str, Any] | None) -> str:
+    if not bits or bits["why_not"]:
+        return ""
+    figures = f"KL a token {bits['plain'] or 0:.2g} → {bits['by_task'] or 0:.2g}, on rows that did not choose them"
+    return (
+        f"{bits['tensors']} of its tensors have more bits than its type gives them, where rounding cost the task's answers most: {figures}."
+    )
 
 
 def _closed(closed: Mapping[str, Any] | None) -> str:

@@ -56,6 +56,14 @@ def test_a_base_that_is_no_hub_model_is_named_in_the_text_alone(record: Record) 
     assert "its files do not say" in body
 
 
+def test_more_bits_are_said_where_they_ship(record: Record) -> None:
+    bits = {"tensors": 7, "more_percent": 2.9, "plain": 0.048, "by_task": 0.034, "why_not": None}
+    said = "7 of its tensors have more bits than its type gives them, where rounding cost the task's answers most: KL a token 0.048 → 0.034"
+    assert said in card(replace(record, proof={**record.proof, "bits_by_task": bits}))
+    assert "more bits" not in card(replace(record, proof={**record.proof, "bits_by_task": {**bits, "why_not": "it is no nearer"}}))
+    assert "more bits" not in card(record)  # of an earlier ftkit
+
+
 def test_texts_from_elsewhere_stay_texts(record: Record) -> None:
     named = [block.content for block in tokens(parts(card(record))[1]) if block.type == "inline"]
     settings = {**record.settings, "ship": {**record.settings["ship"], "system": f"{HOSTILE}\n````\n# out"}, "model": HOSTILE}
