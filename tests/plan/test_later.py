@@ -266,6 +266,17 @@ def test_the_later_steps_and_what_they_write() -> None:
     assert steps("lora")["merge"].disk_bytes == steps("full")["copy the trained model"].disk_bytes == checkpoint
 
 
+def test_more_bits_by_task_are_counted() -> None:
+    made, model = steps(bits_by_task=True), gguf_model(shapes(), config())
+    assert list(made).index("more bits for Q4_K_M") == list(made).index("quantise to Q4_K_M") + 1
+    types = {name: {"Q4_K": "Q5_K", "Q6_K": "Q8_0"}.get(kind, kind) for name, kind in tensor_types(model, "Q4_K_M").items()}
+    finer = sum(tensor_bytes(model.tensors[name], kind) for name, kind in types.items())
+    assert made["more bits for Q4_K_M"].disk_bytes == finer + round(1.03 * made["quantise to Q4_K_M"].disk_bytes)
+    weights = 2 * sum(map(math.prod, shapes().values()))  # and as much of slopes, in place of those of training
+    assert made["more bits for Q4_K_M"].peak_ram_bytes == FTKIT_BYTES + 2 * weights - WEIGHTS
+    assert list(steps(quantization="Q8_0", bits_by_task=True)) == list(steps(quantization="Q8_0"))
+
+
 def test_the_adapter_beside_its_base_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     made = steps(adapter=True)
     assert list(made)[-2:] == ["adapter as GGUF", "register in Ollama"]
