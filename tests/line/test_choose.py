@@ -33,8 +33,8 @@ def test_the_smallest_type_that_keeps_enough_ships(
         "data": {"test": "test.jsonl"},
         "training": {"method": "lora", "max_steps": 12, "effective_batch_size": 2, "max_length": 128, "learning_rate": 2e-2},
         "ship": {
-            "name": "tiny", "quantization": "smallest", "imatrix": True, "max_new_tokens": 4, "test_rows": 2, "num_ctx": 512,
-            "max_loss_points": 100,
+            "name": "tiny", "quantization": "smallest", "imatrix": True, "bits_by_task": True, "max_new_tokens": 4, "test_rows": 2,
+            "num_ctx": 512, "max_loss_points": 100,
         },
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
@@ -54,6 +54,8 @@ def test_the_smallest_type_that_keeps_enough_ships(
         assert all(state.costs for state in line.states(job) if state.step.name in ("quantise", "prove"))  # of the largest that is tried
     chosen = ship(50)
     *smaller, last = chosen.weighed
+    assert chosen.bits
+    assert "rows are too few" in str(chosen.bits.why_not)  # so that the plain file ships
     assert [tried.quantization for tried in chosen.weighed] == list(TRIED[: len(chosen.weighed)])
     assert last.kept_percent is not None
     assert last.kept_percent >= 50 > max((tried.kept_percent or 0 for tried in smaller), default=0)
