@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from ftkit.data.mask import tokenise
 from ftkit.data.rows import Row
 from ftkit.engines import hf
 from ftkit.files import file_fingerprint
+from ftkit.progress import SilentReporter
 from ftkit.train.training import train
 
 KILLS = 20
+PACKED = replace(tiny.SETTINGS, longest_tokens=128, most_learnt_tokens=128, packing=True)
 # Where a checkpoint is written, moved or removed: (audit event, what its arguments name).
 MOMENTS = [
     ("os.mkdir", "checkpoint-"), ("open", "adapter_config.json"), ("open", "tokenizer_config.json"), ("open", "trainer_state.json"),
@@ -34,14 +37,19 @@ MOMENTS = [
 ]  # fmt: skip
 
 
-def trained(model: Path, folder: Path, before: Callable[[], None] = lambda: None) -> None:
+class Packs(SilentReporter):
+    def warn(self, text: str) -> None:
+        assert "rows are not packed" not in text, text
+
+
+def trained(model: Path, folder: Path, packing: bool, before: Callable[[], None] = lambda: None) -> None:
     """Eight steps, each with a checkpoint, of which two are evaluated in an epoch of five."""
     torch.set_num_threads(1)
     tokenizer = hf.load_tokenizer(model)
     rows = list(tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(conversations(), 1)]))
     recipe = tiny.recipe(model, method="lora", max_steps=8, evaluations_per_epoch=2, save_minutes=1e-6, early_stopping_patience=2)
     before()
-    train(recipe, tiny.SETTINGS, model, tokenizer, rows[2:], rows[:2], folder)
+    train(recipe, PACKED if packing else tiny.SETTINGS, model, tokenizer, rows[2:], rows[:2], folder, Packs())
 
 
 def killed_at(event: str, name: str) -> None:
@@ -72,13 +80,13 @@ def forked(work: Callable[[], None], seconds: float | None = None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main(folder: Path, seed: int) -> None:
+def main(folder: Path, seed: int, packing: bool) -> None:
     draw = random.Random(seed)  # noqa: S311
     model = folder / "model"
     assert forked(lambda: tiny.make_model(model) and None) == 0
     (folder / "whole").mkdir()
     began = time.monotonic()
-    assert forked(lambda: trained(model, folder / "whole")) == 0
+    assert forked(lambda: trained(model, folder / "whole", packing)) == 0
     whole_seconds = time.monotonic() - began
     (folder / "killed").mkdir()
     ends, reached = [], []
@@ -86,7 +94,7 @@ def main(folder: Path, seed: int) -> None:
     while len(ends) < KILLS:
         moment = moments.pop() if moments and len(ends) % 2 else None
         seconds = None if moment else draw.uniform(0.2, 0.8) * whole_seconds
-        code = forked(lambda at=moment: trained(model, folder / "killed", lambda: killed_at(*at) if at else None), seconds)  # type: ignore[misc]
+        code = forked(lambda at=moment: trained(model, folder / "killed", packing, lambda: killed_at(*at) if at else None), seconds)  # type: ignore[misc]
         if code == -signal.SIGKILL:
             ends.append(" ".join(moment) if moment else f"{seconds:.2f} s")
         else:
@@ -96,9 +104,9 @@ def main(folder: Path, seed: int) -> None:
         if reached[-1] == 8:  # from the beginning again, so that each part of a training is hit
             done = folder / f"done-{len(reached)}"
             (folder / "killed").rename(done)
-            assert forked(lambda done=done: trained(model, done)) == 0  # type: ignore[misc]
+            assert forked(lambda done=done: trained(model, done, packing)) == 0  # type: ignore[misc]
             (folder / "killed").mkdir()
-    assert forked(lambda: trained(model, folder / "killed")) == 0
+    assert forked(lambda: trained(model, folder / "killed", packing)) == 0
     adapters = [path / "adapter" / "adapter_model.safetensors" for path in (*folder.glob("done-*"), folder / "killed")]
     print(
         json.dumps(
@@ -112,4 +120,4 @@ def main(folder: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), "packing" in sys.argv[3:])

@@ -184,18 +184,19 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(checkpoint: Path
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_twenty_kills_change_no_bit(tmp_path: Path, report_figures: Callable[[str], None]) -> None:
+@pytest.mark.parametrize("rows", ["padded", "packing"])
+def test_twenty_kills_change_no_bit(rows: str, tmp_path: Path, report_figures: Callable[[str], None]) -> None:
     """Half of them at random moments, half in the middle of writing and removing checkpoints."""
     paths = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "tests")))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(REPOSITORY / "tests" / "train" / "killed.py"), str(tmp_path), "1"]
+    command = [sys.executable, str(REPOSITORY / "tests" / "train" / "killed.py"), str(tmp_path), "1", rows]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found["ends"]) == 20
     assert set(found["killed"]) == {found["whole"]}
     report_figures(
-        f"20 kills ({', '.join(found['ends'])}), {len(found['killed'])} trainings ended: each with the undisturbed one's adapter"
+        f"{rows}: 20 kills ({', '.join(found['ends'])}), {len(found['killed'])} trainings ended: each with the undisturbed one's adapter"
     )
 
 
