@@ -18,8 +18,8 @@ import tiny
 from click.testing import CliRunner, Result
 
 from ftkit.cli import main
-from ftkit.data.mask import tokenise
-from ftkit.data.rows import Example, Row
+from ftkit.data.mask import learnt, tokenise
+from ftkit.data.rows import Example, Pair, Row
 from ftkit.engines import hf
 
 REPOSITORY = Path(__file__).parent.parent
@@ -93,6 +93,20 @@ def tokenizer(model: Path) -> Any:
 def examples(tokenizer: Any) -> list[Example]:
     """The conversations, as they are trained on."""
     return list(tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(conversations(), 1)]))
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer: Any) -> list[Pair]:
+    """Twelve polite answers against curt ones, to questions of several lengths, as they are learnt from."""
+    return list(learnt(tokenizer, preferences(), "dpo"))
+
+
+def preferences(count: int = 12) -> list[Row]:
+    questions = [{"role": "user", "content": f"What is {n} plus {'1' * (1 + n % 5)}?"} for n in range(count)]
+    answers = [[{"role": "assistant", "content": text} for text in (f"It is {n}, with pleasure.", f"{n}!")] for n in range(1, count + 1)]
+    return [
+        Row((asked, chosen), n, rejected=rejected) for n, (asked, (chosen, rejected)) in enumerate(zip(questions, answers, strict=True), 1)
+    ]
 
 
 @pytest.fixture

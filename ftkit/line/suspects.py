@@ -18,7 +18,7 @@ from ftkit.data.survey import pieces, question_key
 from ftkit.data.turns import expected, question
 from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
-from ftkit.errors import RunError
+from ftkit.errors import RecipeError, RunError
 from ftkit.line.adopt import trained_model
 from ftkit.line.behaviour import with_bar
 from ftkit.line.job import Job, base_folder, data_paths, read_data, tokenizer_of
@@ -60,6 +60,11 @@ def find_suspects(job: Job) -> tuple[Suspects, list[Suspect]]:
     """What the step recorded, made where it is not there. The run must be open. Raises RunError where this recipe was not trained."""
     if job.given:
         raise RunError("What another tool trained leaves nothing to see of its rows.", "train it here: ftkit train")
+    if job.recipe.training.objective == "dpo":
+        raise RecipeError(
+            "training.objective: of preferences no row is called mislabelled: what they teach is a difference, and no label.",
+            "what is odd in the pairs: ftkit data",
+        )
     if not find(job, TRAIN):
         raise RunError(
             f"{job.run.folder} holds no training of the recipe and the data as they are now.",

@@ -95,7 +95,6 @@ def one_process_alone(recipe: Recipe) -> str | None:
     """Which key of a recipe asks for what several processes do not train."""
     training = recipe.training
     asked = {
-        "training.objective: dpo": training.objective == "dpo",
         "training.packing": training.packing,
         "evaluate.every": recipe.evaluate.every,
     }
@@ -105,6 +104,8 @@ def one_process_alone(recipe: Recipe) -> str | None:
 def why_not_shared(recipe: Recipe) -> str | None:
     """What of a recipe FSDP does not train, or was not tried with."""
     training = recipe.training
+    if training.objective == "dpo":
+        return "training.objective: dpo is not supported with FSDP"
     if training.optim != "adamw_torch":
         return f"training.optim: {training.optim} cannot be shared out (FSDP), since bitsandbytes steps on whole tensors"
     if training.compute_dtype == "float16":

@@ -66,6 +66,57 @@ def in_micro_batches(kind: Any, settings: Settings) -> Any:
     return Trainer
 
 
+PAIRS_SHARE = "pairs_share"  # beside the tensors of a micro-batch of pairs: how much of the step's loss is its own
+
+
+def pairs_in_micro_batches(kind: Any, settings: Settings) -> Any:
+    """As `in_micro_batches`, of DPOTrainer, whose batch holds the chosen sequences of all pairs and then the rejected ones.
+
+    TRL's loss is the mean over a micro-batch's pairs: each part counts by how many it holds, so that an epoch's last step, too, has
+    the gradient of all its pairs together.
+    """
+    import torch
+
+    class Trainer(kind):  # type: ignore[misc]
+        def training_step(self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Any:
+            losses, shares = [], []
+            for part, is_last in self.micro_batches(inputs):
+                shares.append(part[PAIRS_SHARE])
+                with nullcontext() if is_last else self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, part))
+            self.sum_up(shares)
+            return torch.stack(losses).sum()
+
+        def sum_up(self, shares: list[float]) -> None:
+            """Have one of TRL's figures of the step's pairs in place of one for each micro-batch of this process."""
+            told = {name: values for name, values in self._metrics["train"].items() if name.startswith("rewards/")}
+            own = [sum(share * value for share, value in zip(shares, values[-len(shares) :], strict=True)) for values in told.values()]
+            together = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "mean").tolist()
+            for values, value in zip(told.values(), together, strict=True):
+                values[-len(shares) :] = [value]
+
+        def micro_batches(self, inputs: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
+            """Those of the step's pairs that this process takes, and whether it is the last."""
+            lengths = inputs["attention_mask"].sum(1).tolist()
+            pairs, size, count = len(lengths) // 2, settings.per_device_train_batch_size, ranks.world_size()
+            own = share(pairs, ranks.rank(), count)
+            has_pairs = ranks.rank() < pairs  # another's goes through one that has none, and counts for nothing
+            for begin in range(0, len(own), size):
+                part = own[begin : begin + size]
+                both = [*part, *(pair + pairs for pair in part)]
+                longest = max(lengths[row] for row in both)
+                found = {name: tensor[both, :longest] if tensor.dim() > 1 else tensor[part] for name, tensor in inputs.items()}
+                weight = len(part) / pairs * count if has_pairs else 0.0  # gradients are averaged over the processes
+                yield {**found, PAIRS_SHARE: weight}, begin + size >= len(own)
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+            if PAIRS_SHARE not in inputs:  # an evaluation's
+                return super().compute_loss(model, inputs, *arguments, **options)
+            return inputs.pop(PAIRS_SHARE) * super().compute_loss(model, inputs, *arguments, **options)
+
+    return Trainer
+
+
 def share(rows: int, rank: int, count: int) -> list[int]:
     """Which of a step's rows are a process's: one in so many, as they come by length. The first, where there are too few."""
     return list(range(rank, rows, count)) or [0]

@@ -7,6 +7,7 @@ from typing import Any
 
 from ftkit import patches
 from ftkit.data.store import token_counts
+from ftkit.engines import hf
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Recipe
 
@@ -75,17 +76,27 @@ def _with_reference(trainer: Any, dataset: Any, tell: Any) -> Any:
     order = sorted(range(len(dataset)), key=lambda n: lengths[n])
     found: list[list[float]] = [[] for _ in order]
     model.eval()
-    batch = trainer.args.per_device_train_batch_size
-    for begin in range(0, len(order), batch):
-        rows = order[begin : begin + batch]
+    batch, done = trainer.args.per_device_eval_batch_size, 0
+
+    def scores(rows: list[int]) -> Any:
         inputs = {name: tensor.to(model.device) for name, tensor in trainer.data_collator([dataset[row] for row in rows]).items()}
         answers = inputs.pop("completion_mask")
         labels = inputs["input_ids"].masked_fill(answers == 0, -100)
         with patches.applied("training", "running adapters"), torch.no_grad(), trainer.accelerator.autocast():
-            scored = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(dim=1)
+            return model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(dim=1)
+
+    while rows := order[done : done + batch]:
+        try:
+            scored = scores(rows)
+        except (RuntimeError, MemoryError) as error:
+            if batch == 1 or not hf.out_of_memory(error, "train"):
+                raise
+            batch //= 2  # for these rows; that a step fits is for the step to say
+            continue
         for row, *values in zip(rows, *(half.tolist() for half in scored.chunk(2)), strict=True):
             found[row] = values
-        tell(begin + len(rows))
+        done += len(rows)
+        tell(done)
     columns = dict(zip(REFERENCE, map(list, zip(*found, strict=True)), strict=True))
     return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
 

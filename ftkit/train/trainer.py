@@ -21,7 +21,7 @@ from ftkit.recipe import Recipe
 from ftkit.run import CHECKPOINTS
 from ftkit.train.answers import Scorer
 from ftkit.train.arguments import Settings, arguments
-from ftkit.train.micro_batches import in_micro_batches
+from ftkit.train.micro_batches import in_micro_batches, pairs_in_micro_batches
 from ftkit.train.preference import go_on_with, preference_config, preference_trainer, refer
 
 if TYPE_CHECKING:
@@ -57,8 +57,9 @@ def build_trainer(
     method = recipe.training.method
     rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     whole_steps = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
-    told, dpo = arguments(recipe.training, settings, len(training), folder / CHECKPOINTS), recipe.training.objective == "dpo"
-    config = preference_config(recipe, told) if dpo else SFTConfig(**{**told, **whole_steps})
+    told = {**arguments(recipe.training, settings, len(training), folder / CHECKPOINTS), **whole_steps}
+    dpo = recipe.training.objective == "dpo"
+    config = preference_config(recipe, told) if dpo else SFTConfig(**told)
     remote = recipe.trust_remote_code
     model = hf.load_model(base, method, dtype=settings.dtype, cuda=settings.cuda, trust_remote_code=remote, shared_out=settings.fsdp)
     text = model.config.get_text_config()
@@ -70,8 +71,8 @@ def build_trainer(
             "train in one process: ftkit train",
         )
     with adaptable(model):
-        kind = _reproducible(preference_trainer(), scorer) if dpo else in_micro_batches(_reproducible(SFTTrainer, scorer), settings)
-        trainer = kind(
+        split = pairs_in_micro_batches if dpo else in_micro_batches
+        trainer = split(_reproducible(preference_trainer() if dpo else SFTTrainer, scorer), settings)(
             model=model,
             args=config,
             train_dataset=dataset_of(training),
@@ -81,7 +82,7 @@ def build_trainer(
             callbacks=list(callbacks),
         )
     if ranks.world_size() > 1:
-        _alike_everywhere(trainer)
+        _alike_everywhere(trainer, dpo=dpo)
     if settings.fsdp:
         _share_out(trainer, settings)
     trainer.remove_callback(PrinterCallback)  # it writes every log entry to stdout, which carries results only
@@ -95,7 +96,7 @@ def build_trainer(
     return trainer
 
 
-def _alike_everywhere(trainer: Any) -> None:
+def _alike_everywhere(trainer: Any, *, dpo: bool) -> None:
     """Each process is given every batch whole: of a step it takes its share itself (micro_batches), and evaluates all, as one would."""
     from accelerate.data_loader import prepare_data_loader
 
@@ -109,6 +110,8 @@ def _alike_everywhere(trainer: Any) -> None:
 
     trainer.accelerator.prepare_data_loader = whole
     trainer.accelerator.gather_for_metrics = trainer.gather_function = alone
+    if dpo:  # TRL's figures of each micro-batch, of which not each process has as many
+        trainer.accelerator.gather = alone
     trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # the buckets of gradients take no memory of their own
 
 

@@ -79,3 +79,11 @@ def test_what_does_not_go_together_is_said(tmp_path: Path, ftkit: Ftkit, monkeyp
     assert "--write is of --suspects" in ftkit("data", "--write", "x.jsonl").stderr
     assert "x.txt does not end in .jsonl" in ftkit("data", "--suspects", "--write", "x.txt").stderr
     assert ftkit("data", "--suspects").exit_code == 2  # no recipe
+
+
+def test_of_preferences_none_is_called_mislabelled(tmp_path: Path, ftkit: Ftkit, write_rows: Any, private_cache: Path) -> None:
+    tiny.make_model(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", [{"prompt": "What?", "chosen": "This.", "rejected": "That."}])
+    (tmp_path / "recipe.yaml").write_text("model: model\ntraining: {objective: dpo}\n", encoding="utf-8")
+    refused = ftkit("data", tmp_path, "--suspects")
+    assert (refused.exit_code, "training.objective: of preferences no row is called mislabelled" in refused.stderr) == (2, True)

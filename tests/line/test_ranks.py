@@ -126,6 +126,30 @@ def test_weights_that_are_shared_out_are_trained_and_kept_as_whole_ones(project:
             torch.testing.assert_close(found[tensor_name], tensor, rtol=0, atol=1e-6 if name == "qlora" else 2**-8)
 
 
+@pytest.mark.slow
+@pytest.mark.torch
+def test_two_processes_learn_preferences_as_one(project: Path, write_rows: Any, ftkit: Ftkit) -> None:
+    """Of five pairs a step, and of one in each epoch's last, of which one process has none."""
+    for name in ("train.jsonl", "validation.jsonl"):
+        rows = [json.loads(line) for line in (project / name).read_text().splitlines()]
+        write_rows(project / name, [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "b" * 9} for row in rows])
+    text = (project / "recipe.yaml").read_text()
+    (project / "recipe.yaml").write_text(text.replace("method: lora", "method: lora, objective: dpo, per_device_train_batch_size: 1"))
+    assert ftkit("train", project, "--run-dir", project / "one").exit_code == 0
+    together = started(project, project / "two")
+    _, err = together.communicate(timeout=120)
+    assert together.returncode == 0, err
+    assert "Warning" not in err
+    assert curve(project / "two") == pytest.approx(curve(project / "one"), rel=1e-5)
+    margins = [read_margins(project / name) for name in ("one", "two")]
+    assert margins[1] == pytest.approx(margins[0], rel=1e-3)
+
+
+def read_margins(run: Path) -> list[float]:
+    (found,) = run.glob("train-*/curve.json")
+    return [point["reward_margin"] for point in json.loads(found.read_text()) if point["reward_margin"] is not None]
+
+
 @pytest.mark.parametrize(("rows", "count"), [(8, 2), (7, 2), (5, 3), (3, 3)])
 def test_each_row_of_a_step_is_one_process_s(rows: int, count: int) -> None:
     shares = [share(rows, rank, count) for rank in range(count)]
@@ -138,7 +162,7 @@ def test_each_row_of_a_step_is_one_process_s(rows: int, count: int) -> None:
     [
         ({"effective_batch_size": 2}, {}, 0, "--set training.effective_batch_size=3"),
         ({"packing": True}, {}, 0, "--set training.packing=false"),
-        ({"objective": "dpo"}, {}, 0, "training.objective: dpo"),
+        ({"objective": "dpo", "fsdp": True}, {}, 0, "training.objective: dpo"),
         ({"fsdp": True, "optim": "adamw_8bit"}, {}, 0, "training.optim: adamw_8bit"),
         ({"fsdp": True, "compute_dtype": "float16"}, {}, 0, "float16"),
         ({"optim": "lion_8bit"}, {"ACCELERATE_USE_FSDP": "true"}, 0, "training.optim: lion_8bit"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,8 +14,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from ftkit.data.mask import learnt
-from ftkit.data.rows import Pair, Row
+from ftkit import patches
+from ftkit.data.rows import Pair
 from ftkit.errors import InterruptedRunError
 from ftkit.progress import Bar, SilentReporter
 from ftkit.recipe import Dpo, Recipe
@@ -22,21 +23,6 @@ from ftkit.train.trainer import build_trainer
 from ftkit.train.training import train
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
-
-
-def says(content: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": content}
-
-
-def preferences(count: int = 12) -> list[Row]:
-    """Polite answers against curt ones, to questions of several lengths."""
-    asked = ({"role": "user", "content": f"What is {n} plus {'1' * (1 + n % 5)}?"} for n in range(count))
-    return [Row((question, says(f"It is {n}, with pleasure.")), n, rejected=says(f"{n}!")) for n, question in enumerate(asked, 1)]
-
-
-@pytest.fixture
-def pairs(tokenizer: Any) -> list[Pair]:
-    return list(learnt(tokenizer, preferences(), "dpo"))
 
 
 def recipe(model: Path, dpo: dict[str, Any] | None = None, **training: Any) -> Recipe:
@@ -111,6 +97,31 @@ def test_margins_rise_and_a_resumed_training_ends_in_the_same_bits(model: Path, 
     assert whole.best_validation_loss < 0.6
     assert (whole.best_reward_accuracy, resumed.best_reward_margin) == (1.0, whole.best_reward_margin)
     assert (whole.best_reward_margin or 0) > 0.1
+
+
+@pytest.mark.parametrize("pairs_in_step", [6, 5])
+def test_every_split_of_a_step_has_the_gradient_of_all_its_pairs(
+    pairs_in_step: int, model: Path, tokenizer: Any, pairs: list[Pair], tmp_path: Path
+) -> None:
+    """Also of an epoch's last step, in which the last micro-batch holds fewer."""
+    found, sizes = {}, {}
+    for size in (6, 2, 1):
+        settings = replace(tiny.SETTINGS, per_device_train_batch_size=size, gradient_accumulation_steps=6 // size)
+        asked, some = recipe(model, effective_batch_size=6), pairs[:pairs_in_step]
+        made = build_trainer(asked, settings, model, tokenizer, some, some[:2], tmp_path)
+        made.current_gradient_accumulation_steps = 1  # which the trainer's loop sets
+        torch.manual_seed(1)
+        for name, parameter in made.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = torch.randn_like(parameter) * 0.05
+        with patches.applied("training"):
+            (batch,) = made.get_train_dataloader()
+            loss = made.training_step(made.model, batch)
+        found[size] = torch.cat([loss.reshape(1), *(p.grad.flatten() for p in made.model.parameters() if p.grad is not None)])
+        sizes[size] = [len(part["input_ids"]) // 2 for part, _ in made.micro_batches(batch)]
+    assert sizes == {6: [6], 2: [2, 2, 2], 1: [1] * 6} if pairs_in_step == 6 else {6: [5], 2: [2, 2, 1], 1: [1] * 5}
+    for size in (2, 1):
+        assert float((found[size] - found[6]).norm() / found[6].norm()) < 1e-5, size
 
 
 LOSSES = get_args(Dpo.model_fields["loss_type"].annotation)

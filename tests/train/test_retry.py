@@ -16,7 +16,7 @@ from click.testing import Result
 from conftest import conversations
 
 from ftkit.data.lengths import RIDGE_TOKENS
-from ftkit.data.rows import Example
+from ftkit.data.rows import Example, Pair
 from ftkit.errors import DoesNotFitError, InterruptedRunError, TrainingDivergedError
 from ftkit.files import file_fingerprint
 from ftkit.progress import SILENT, Bar, Reporter, SilentReporter
@@ -43,7 +43,7 @@ class Memory:
 
         if type(module).__name__ != "LlamaForCausalLM":
             return
-        rows = len(options["input_ids"])
+        rows = len(options["input_ids"])  # sequences: of a preference two
         if module.training == self.training and rows > self.rows and len(self.seen) >= self.passes:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {rows}.50 MiB. GPU 0 has a total capacity of …")
         if module.training:
@@ -102,7 +102,7 @@ Trains = Callable[..., TrainResult]
 
 
 @pytest.fixture
-def trains(model: Path, tokenizer: Any, examples: list[Example]) -> Trains:
+def trains(model: Path, tokenizer: Any, examples: list[Example], pairs: list[Pair]) -> Trains:
     import torch
 
     torch.set_num_threads(1)
@@ -111,8 +111,8 @@ def trains(model: Path, tokenizer: Any, examples: list[Example]) -> Trains:
         folder.mkdir(exist_ok=True)
         options = {"effective_batch_size": batches.per_device_train_batch_size * batches.gradient_accumulation_steps, "method": "lora"}
         recipe = tiny.recipe(model, **{**options, **training})
-        told = {"missed": missed} if missed else {}
-        return train(recipe, batches, model, tokenizer, examples[2:], examples[:2], folder, reporter, **told)
+        told, rows = {"missed": missed} if missed else {}, examples if recipe.training.objective == "sft" else pairs
+        return train(recipe, batches, model, tokenizer, rows[2:], rows[:2], folder, reporter, **told)
 
     return run
 
@@ -148,6 +148,30 @@ def test_out_of_memory_at_a_random_step_ends_right_with_the_effective_batch_kept
     assert sum("the effective batch stays 8" in text for text in reporter.said) == 2
     for name, tensor in adapter(tmp_path / "whole").items():
         torch.testing.assert_close(adapter(tmp_path / "short")[name], tensor, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_out_of_memory_with_preferences_keeps_the_effective_batch_too(trains: Trains, tmp_path: Path) -> None:
+    """Ten pairs, eight a step: what is left of an epoch is a step of two."""
+    import torch
+
+    options = {"objective": "dpo", "max_steps": 4, "gradient_checkpointing": False}
+    whole = trains(tmp_path / "whole", settings(8, 1), **options)
+    with bounded(Memory(6, passes=1)) as memory:
+        result = trains(tmp_path / "short", settings(8, 1), **options)
+    assert [(retry.step, retry.from_step, retry.per_device_train_batch_size) for retry in result.retries] == [(2, 2, 4), (2, 2, 2)]
+    assert memory.seen == [16, 4, 4, 4, 4, 4, 4]
+    assert (result.steps, result.resumed_from_step) == (whole.steps, 0)
+    for name, tensor in adapter(tmp_path / "whole").items():
+        torch.testing.assert_close(adapter(tmp_path / "short")[name], tensor, rtol=1e-2, atol=1e-5)
+
+
+def test_out_of_memory_while_the_reference_is_asked_asks_fewer_rows_at_once(trains: Trains, tmp_path: Path) -> None:
+    """And then, with so little memory, in the evaluation, too, which goes on likewise."""
+    with bounded(Memory(2, training=False)) as memory:
+        result = trains(tmp_path, settings(2, 1), objective="dpo", max_steps=2)
+    assert memory.seen == [4, 4, 2, 2, 2, 2]
+    assert [(retry.step, retry.per_device_train_batch_size) for retry in result.retries] == [(2, 1)]
 
 
 def test_out_of_memory_in_an_evaluation_goes_on_from_before_it(trains: Trains, tmp_path: Path) -> None:
@@ -303,6 +327,15 @@ def test_a_training_that_diverges_goes_on_from_before_it_at_half_the_rate_and_so
     rates = {point.step: point.learning_rate for point in whole.curve if not point.evaluated}
     assert rates == {step: 1e-3 if step <= retry.from_step else 0.5e-3 for step in range(1, 9)}
     assert any(f"the {what} loss is no number; going on from step 3 at half the rate" in text for text in reporter.said)
+
+
+@pytest.mark.slow
+def test_preferences_that_diverge_go_on_at_half_the_rate(trains: Trains, tmp_path: Path) -> None:
+    with blows_up(above=0.6e-3, step=4):
+        result = trains(tmp_path, settings(2, 1), objective="dpo", evaluations_per_epoch=3, **DIVERGES)
+    assert [(retry.why, retry.from_step, retry.learning_rate) for retry in result.retries] == [("diverged", 3, 0.5e-3)]
+    assert result.steps == 8
+    assert result.best_reward_margin is not None
 
 
 def adapter_hash(folder: Path) -> str:
