@@ -88,8 +88,9 @@ def ftkit(recipe: Recipe, base: Path, tokenizer: Any, rows: Sequence[Example], f
     settings = Settings(
         batch, EFFECTIVE // batch, False, "bfloat16", False, longest_tokens=longest if tokens else None, most_learnt_tokens=learnt
     )
-    watcher = make_watcher(SILENT, 1.0, recipe.training, Watched(), folder, settings)
+    watcher = make_watcher(SILENT, recipe.training, Watched(), folder, settings)
     trainer = build_trainer(recipe, settings, base, tokenizer, rows, rows[:1], folder, [watcher])
+    watcher.trainer = trainer
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     trainer.args.load_best_model_at_end = False
     return trainer

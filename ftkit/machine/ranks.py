@@ -15,7 +15,7 @@ T = TypeVar("T")
 # What accelerate is told of FSDP, before the processes join: that it is version 2, and that rank 0 is given whole tensors on its CPU.
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 # Keys that ask for what one process trains alone, and how they are left out.
-ALONE = {"training.objective: dpo": "", "training.packing": "--set training.packing=false,", "evaluate.every": "--set evaluate.every=0,"}
+ALONE = {"training.packing": "--set training.packing=false,", "evaluate.every": "--set evaluate.every=0,"}
 PATIENCE = timedelta(days=7)  # the first one may plan and render for long; of a process that died, the launcher ends the others
 
 
@@ -82,7 +82,7 @@ def refuse(recipe: Recipe, gpus: int) -> None:
         )
     if name := one_process_alone(recipe):
         raise RecipeError(
-            f"{name} is trained in one process, and {count} were started.", f"{ALONE[name]} or {alone}" if ALONE[name] else alone
+            f"{name} is trained in one process, and {count} were started.", f"{ALONE[name]} or {alone}"
         )
     if shares_weights(recipe):
         if _is_set("FSDP_OFFLOAD_PARAMS"):

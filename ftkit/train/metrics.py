@@ -27,7 +27,8 @@ class Metrics:
     reward_accuracy: float | None = None  # of preferences, as in the curve
     reward_margin: float | None = None
     reward_chosen: float | None = None
-    tokens: int = 0  # trained up to here, as far as rows have their mean length
+    tokens: int = 0  # trained on up to here
+    learnt_tokens: int = 0  # of them
     seconds: float = 0.0  # of training and evaluating up to here
     peak_bytes: int = 0  # up to here: allocated on the GPU, or resident in RAM
 

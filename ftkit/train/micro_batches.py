@@ -22,6 +22,7 @@ def in_micro_batches(kind: Any, settings: Settings) -> Any:
 
     class Trainer(kind):  # type: ignore[misc]
         packing = settings.packing
+        tokens = learnt_tokens = 0  # of the steps taken here from begin to end, all processes together
 
         def training_step(self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Any:
             count, losses = ranks.world_size(), []
@@ -38,6 +39,8 @@ def in_micro_batches(kind: Any, settings: Settings) -> Any:
                 with nullcontext() if n == len(parts) or settings.fsdp else self.accelerator.no_sync(model):
                     items = num_items_in_batch if counts else torch.full_like(num_items_in_batch, math.inf, dtype=torch.float64)
                     losses.append(super().training_step(model, part, items))
+            self.tokens += self.step_tokens
+            self.learnt_tokens += self.step_learnt_tokens
             return torch.stack(losses).sum()
 
         def micro_batches(self, inputs: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
@@ -45,8 +48,8 @@ def in_micro_batches(kind: Any, settings: Settings) -> Any:
 
             With weights that are shared out each pass is one of all processes: who has fewer repeats the last, for the others.
             """
-            counts = torch.stack([inputs["attention_mask"].sum(1), (inputs["labels"] != IGNORED).sum(1)])
-            lengths, learnt = counts.tolist()  # at once: it waits for a GPU
+            lengths, learnt = lengths_of(inputs, inputs["labels"] != IGNORED)
+            self.step_tokens, self.step_learnt_tokens = sum(lengths), sum(learnt)
             all_of = range(ranks.world_size()) if settings.fsdp else [ranks.rank()]
             shares = {rank: share(len(lengths), rank, ranks.world_size()) for rank in all_of}
             splits = {
@@ -78,6 +81,8 @@ def pairs_in_micro_batches(kind: Any, settings: Settings) -> Any:
     import torch
 
     class Trainer(kind):  # type: ignore[misc]
+        tokens = learnt_tokens = 0  # as there
+
         def training_step(self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Any:
             losses, shares = [], []
             for part, is_last in self.micro_batches(inputs):
@@ -85,6 +90,8 @@ def pairs_in_micro_batches(kind: Any, settings: Settings) -> Any:
                 with nullcontext() if is_last else self.accelerator.no_sync(model):
                     losses.append(super().training_step(model, part))
             self.sum_up(shares)
+            self.tokens += self.step_tokens
+            self.learnt_tokens += self.step_learnt_tokens
             return torch.stack(losses).sum()
 
         def sum_up(self, shares: list[float]) -> None:
@@ -97,7 +104,8 @@ def pairs_in_micro_batches(kind: Any, settings: Settings) -> Any:
 
         def micro_batches(self, inputs: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
             """Those of the step's pairs that this process takes, and whether it is the last."""
-            lengths = inputs["attention_mask"].sum(1).tolist()
+            lengths, learnt = lengths_of(inputs, inputs["completion_mask"])
+            self.step_tokens, self.step_learnt_tokens = sum(lengths), sum(learnt)
             pairs, size, count = len(lengths) // 2, settings.per_device_train_batch_size, ranks.world_size()
             own = share(pairs, ranks.rank(), count)
             has_pairs = ranks.rank() < pairs  # another's goes through one that has none, and counts for nothing
@@ -115,6 +123,14 @@ def pairs_in_micro_batches(kind: Any, settings: Settings) -> Any:
             return inputs.pop(PAIRS_SHARE) * super().compute_loss(model, inputs, *arguments, **options)
 
     return Trainer
+
+
+def lengths_of(inputs: Mapping[str, Any], learnt: Any) -> tuple[list[int], list[int]]:
+    """Of each sequence of a batch, its tokens, and those that this mask says are learnt. At once, since it waits for a GPU."""
+    import torch
+
+    lengths, learnt_lengths = torch.stack([inputs["attention_mask"].sum(1), learnt.sum(1)]).tolist()
+    return lengths, learnt_lengths
 
 
 def share(rows: int, rank: int, count: int) -> list[int]:

@@ -203,7 +203,7 @@ def _attempt(
         refuse_world(resumed, ranks.world_size(), fsdp=settings.fsdp)
     tokens_per_row = sum(token_counts(training)) / max(1, len(training))
     tokens_per_step = tokens_per_row * recipe.training.effective_batch_size
-    watcher = make_watcher(reporter, tokens_per_step, recipe.training, read_watched(resumed), folder, settings)
+    watcher = make_watcher(reporter, recipe.training, read_watched(resumed, tokens_per_step), folder, settings)
     stopper = EarlyStoppingCallback(recipe.training.early_stopping_patience, recipe.training.early_stopping_threshold)
     scorer = make_scorer(asked, tokenizer, reporter, needed=needed) if asked else None
     guard = make_guard(factor)
@@ -213,6 +213,7 @@ def _attempt(
         begins_with=begins_with,
         reporter=reporter,
     )
+    watcher.trainer = trainer
     over = _go_on_from(resumed, trainer, stopper, reporter, RIGHT if needed else "eval_loss") if resumed else False
     if settings.packing and (change := what_packing_changes(trainer, training)):
         reporter.warn(f"rows are not packed: {change}; rows of like length go together instead, padded")
@@ -272,9 +273,9 @@ def _attempt(
         best_step=trainer.state.best_global_step,
         best_validation_loss=best.validation_loss,
         first_validation_loss=losses[0],
-        trained_tokens=round(trainer.state.global_step * tokens_per_step),
+        trained_tokens=watched.tokens,
         seconds=watched.seconds,
-        tokens_per_second=watched.steps * tokens_per_step / watched.seconds if watched.seconds else None,
+        tokens_per_second=watched.tokens / watched.seconds if watched.seconds else None,
         peak_bytes=watched.peak_bytes,
         peak_is="allocated on the GPU" if settings.cuda else "resident in RAM",
         resumed_from_step=step_of(resumed) if resumed else 0,

@@ -37,13 +37,16 @@ class Watched:
     steps: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
+    tokens: int = 0  # that were trained on, of both answers where preferences are learnt
+    learnt_tokens: int = 0  # of them
 
 
-def read_watched(checkpoint: Path | None) -> Watched:
-    """What a checkpoint's part of the training told."""
+def read_watched(checkpoint: Path | None, tokens_per_step: float) -> Watched:
+    """What a checkpoint's part of the training told. An earlier ftkit counted no tokens: its rows are taken to be of mean length."""
     if not checkpoint:
         return Watched()
     told = json.loads((checkpoint / WATCHED).read_text(encoding="utf-8"))
+    told = {"tokens": round(told.get("steps", 0) * tokens_per_step), **told}
     return Watched(**{field.name: told[field.name] for field in fields(Watched) if field.name in told})
 
 
@@ -64,7 +67,7 @@ def _last(seen: Sequence[Point], *, evaluated: bool) -> str:
     return "no number" if loss is None else f"{loss:.3f}"
 
 
-def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training, before: Watched, folder: Path, settings: Settings) -> Any:
+def make_watcher(reporter: Reporter, training: Training, before: Watched, folder: Path, settings: Settings) -> Any:
     """A callback that moves the bar, reads the curves at each evaluation, writes METRICS, and asks for a checkpoint in time.
 
     That is every `save_minutes`, and once it is to stop.
@@ -74,13 +77,14 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
 
     class Watcher(TrainerCallback):  # type: ignore[misc]
         bar: Bar | None = None
+        trainer: Any = None  # which counts tokens
         stop = False
         seen: list[Point]
         curves: Curves | None = None
         drawn_at = -math.inf
         kind = ""  # of the last verdict, which is not explained twice
         peak_bytes = before.peak_bytes
-        first: tuple[float, int] | None = None
+        first: tuple[float, int, int] | None = None  # when the first step began, after which one, and with how many tokens before
         saved_at = began_at = time.monotonic()
         metrics = MetricsFile(folder, reporter)
         began_with: int | None = None
@@ -89,7 +93,13 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
             """All of the training, now that this step is done."""
             if self.began_with is None:
                 return before
-            return Watched(before.steps + step - self.began_with, before.seconds + time.monotonic() - self.began_at, self.peak_bytes)
+            return Watched(
+                steps=before.steps + step - self.began_with,
+                seconds=before.seconds + time.monotonic() - self.began_at,
+                peak_bytes=self.peak_bytes,
+                tokens=before.tokens + self.trainer.tokens,
+                learnt_tokens=before.learnt_tokens + self.trainer.learnt_tokens,
+            )
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.began_at = self.saved_at = time.monotonic()
@@ -99,15 +109,22 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
             self.seen = points(state.log_history)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.first = self.first or (time.monotonic(), state.global_step)
+            self.first = self.first or (time.monotonic(), state.global_step, self.trainer.tokens)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
             if found := points(state.log_history[-1:]) if logs else []:
                 self.seen += found
                 watched = self.watched(state.global_step)
-                tokens, seconds = round(state.global_step * tokens_per_step), round(watched.seconds, 3)
                 if ranks.is_first():
-                    self.metrics.add(Metrics(**asdict(found[0]), tokens=tokens, seconds=seconds, peak_bytes=watched.peak_bytes))
+                    self.metrics.add(
+                        Metrics(
+                            **asdict(found[0]),
+                            tokens=watched.tokens,
+                            learnt_tokens=watched.learnt_tokens,
+                            seconds=round(watched.seconds, 3),
+                            peak_bytes=watched.peak_bytes,
+                        )
+                    )
             if logs and "eval_loss" in logs:
                 margin, right = (logs.get(f"eval_rewards/{name}") for name in ("margins", "accuracies"))
                 preferred = "" if margin is None or right is None else f", {100 * right:.0f} % preferred, margin {margin:.3f}"
@@ -132,7 +149,7 @@ def make_watcher(reporter: Reporter, tokens_per_step: float, training: Training,
                     curves=self.curves,
                     loss=_last(self.seen, evaluated=False),
                     validation=_last(self.seen, evaluated=True),
-                    speed=f"{done * tokens_per_step / since:.0f} tokens/s",
+                    speed=f"{(self.trainer.tokens - self.first[2]) / since:.0f} tokens/s",
                     left=seconds_text((state.max_steps - state.global_step) * since / max(1, done)),
                     memory=f"{bytes_text(self.peak_bytes)}{planned}",
                 )

@@ -19,6 +19,7 @@ from ftkit.data.rows import Pair
 from ftkit.errors import InterruptedRunError
 from ftkit.progress import Bar, SilentReporter
 from ftkit.recipe import Dpo, Recipe
+from ftkit.train.metrics import read_metrics
 from ftkit.train.trainer import build_trainer
 from ftkit.train.training import train
 
@@ -89,6 +90,9 @@ def test_margins_rise_and_a_resumed_training_ends_in_the_same_bits(model: Path, 
     resumed = train(*arguments, tmp_path / "stopped", begins_with=tmp_path / "sft")
     assert resumed.resumed_from_step == 7
     assert resumed.curve == whole.curve
+    told = {line.step: (line.tokens, line.learnt_tokens) for line in read_metrics(tmp_path / "stopped")}
+    assert told[5] == (sum(pair.tokens for pair in pairs[2:]), sum(pair.learnt for pair in pairs[2:]))
+    assert told[12][0] == resumed.trained_tokens == whole.trained_tokens
     first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "stopped"))
     assert first.keys() == load_file(tmp_path / "sft" / "adapter_model.safetensors").keys()
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -293,7 +293,13 @@ def test_a_training_resumed_in_a_later_epoch_sees_the_same_rows(
     assert resumed.curve == whole.curve
     told = read_metrics(tmp_path / "stopped")
     assert [line.point for line in told] == whole.curve  # none twice, none missing
-    assert all(line.tokens and line.seconds for line in told)
+    by_epoch = sum(row.tokens for row in examples[2:]), sum(row.learnt for row in examples[2:])
+    counted = {line.step: (line.tokens, line.learnt_tokens) for line in told}
+    assert counted[5] == by_epoch  # the rows of an epoch are as long as they are, and not of mean length at any step
+    assert counted[10] == tuple(2 * tokens for tokens in by_epoch)
+    assert counted == {line.step: (line.tokens, line.learnt_tokens) for line in read_metrics(tmp_path / "whole")}
+    assert resumed.trained_tokens == whole.trained_tokens == told[-1].tokens
+    assert 5 * counted[1][0] != by_epoch[0]
     assert [line.seconds for line in told] == sorted(line.seconds for line in told)
     assert adapter_hash(tmp_path / "stopped") == adapter_hash(tmp_path / "whole")
 
