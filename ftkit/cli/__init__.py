@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import difflib
 import errno
 import importlib
 import io
 import os
 import sys
+import threading
 from typing import Any
 
 import click
@@ -48,6 +50,14 @@ REFUSED_BY_THE_SYSTEM = {
 }
 
 
+def _interrupt_again(unraisable: Any) -> None:
+    """Python drops what is raised in a callback of a weak reference, of which an import of torch has thousands: a Ctrl-C, too."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.01, _thread.interrupt_main).start()  # once the callback is over
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called, so that help needs none of them."""
 
@@ -71,6 +81,7 @@ class LazyGroup(click.Group):
         for stream in (sys.stdout, sys.stderr):  # written to a file on Windows, text may not be UTF-8: better a ? than no text
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
+        sys.unraisablehook = _interrupt_again
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # CUDA counts GPUs as ftkit and nvidia-smi do; read when it starts
         try:
             return super().invoke(ctx)

@@ -23,6 +23,8 @@ from ftkit.report.braille import chart
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 FIRST_LINE_AFTER_SECONDS, PLAIN_LINE_EVERY_SECONDS = 5.0, 60.0
 BAR_COLUMNS = 60  # that a bar takes without the words beside it
+BAR_WIDTH, FEWEST_BAR_COLUMNS = 24, 4  # of the bar itself: without room for the fewest there is none
+BESIDE_COLUMNS = 12  # that it has beside it: spaces, and 100%
 CHART_ROWS, CHART_COLUMNS = 8, 90  # of the curves, at most
 FEWEST_ROWS, FEWEST_COLUMNS = 4, 50  # at least
 OTHER_ROWS = 12  # of a terminal, that stay for what was said before
@@ -79,10 +81,10 @@ class _Picture(Progress):
         line = ""
         for word in self.words:
             if line and len(line) + len(word) + 4 > size.width:
-                yield Text(f"  {line}")
+                yield Text(f"  {line}", no_wrap=False, overflow="fold")
                 line = ""
             line += f"  {word}" if line else word
-        yield from [Text(f"  {line}")] if line else []
+        yield from [Text(f"  {line}", no_wrap=False, overflow="fold")] if line else []
 
 
 class _TerminalBar:
@@ -127,9 +129,10 @@ class ConsoleReporter:
         if not sys.stderr.isatty():
             yield _PlainBar(label, total)
             return
+        room = stderr.width - len(label) - len(f"{total:.0f}/{total:.0f}") - BESIDE_COLUMNS
         columns = (
             TextColumn("  {task.description}", markup=False),
-            BarColumn(bar_width=24),
+            *([BarColumn(bar_width=min(BAR_WIDTH, room))] if room >= FEWEST_BAR_COLUMNS else []),
             TaskProgressColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[fields]}", markup=False),
         )

@@ -64,7 +64,7 @@ def command(run: Path, as_json: bool, html: Path | None) -> None:
     print_table(
         f"{run}",
         ["step", "state", "took"],
-        [*rows, ["ollama", f"registered as {registered}" if registered else "to do", ""]],
+        [*rows, ["register", f"done, as {registered}" if registered else "to do", ""]],
         figures=False,
     )
     if held:

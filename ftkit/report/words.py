@@ -73,7 +73,8 @@ def time_words(plan: MemoryPlan) -> str:
     """How long training takes: by the last one here, else by estimate, else why it is not known."""
     work, estimate = plan.work, plan.estimate
     if work and work.seconds and work.tokens_per_second:
-        return f"{seconds_text(work.seconds)}, at the {work.tokens_per_second:.0f} tokens/s of the last training here"
+        such = f"the last {plan.chosen.inventory.method} training of this model on {plan.device.name}"
+        return f"{seconds_text(work.seconds)}, at the {work.tokens_per_second:.0f} tokens/s of {such}"
     if not plan.chosen.fits:
         return ""
     if not estimate:

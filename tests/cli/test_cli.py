@@ -303,7 +303,7 @@ def test_status_tells_what_is_done_and_what_comes_next(ftkit: Ftkit, tmp_path: P
         (tmp_path / ".merge-0123.partial").mkdir()
     shown = ftkit("status", tmp_path)
     assert shown.exit_code == 0
-    for name, state in {"plan": "done", "train": "done", "merge": "begun, not finished", "gguf": "to do"}.items():
+    for name, state in {"plan": "done", "train": "done", "merge": "begun, not finished", "gguf": "to do", "register": "to do"}.items():
         assert re.search(rf"(?m)^{name} +{state}\b", shown.stdout)
     assert shown.stdout.endswith("\nNext: ftkit ship\n")
     steps = json.loads(ftkit("status", tmp_path, "--json").stdout)["steps"]
@@ -452,3 +452,36 @@ def test_a_run_is_named_by_its_folder_or_its_recipe(
     (run / "manifest.json").write_text('{"steps": {}}', encoding="utf-8")
     done = ftkit("status", *([named] if named else []))
     assert (done.exit_code, "train" in done.stdout) == (0, True), done.stderr
+
+
+SWALLOWED = """
+import os, signal, sys, time, weakref
+import click
+import ftkit.cli.env as env
+from ftkit.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where tests are started in the background
+
+class Lock:
+    pass
+
+def pressed(_):  # as importlib's own callback, after each module
+    signal.raise_signal(signal.SIGINT)
+    for _ in range(1000):
+        pass
+
+@click.command()
+def imports():
+    lock = Lock()
+    kept = weakref.ref(lock, pressed)
+    del lock
+    for _ in range(1000):
+        time.sleep(0.01)
+
+env.command = imports
+main(["env"])
+"""
+
+
+def test_a_ctrl_c_that_python_drops_in_a_callback_ends_ftkit_all_the_same() -> None:
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (130, "Error: Interrupted.")

@@ -61,13 +61,17 @@ def test_curves_are_drawn_where_a_terminal_has_room(monkeypatch: pytest.MonkeyPa
         assert words in shown
 
 
-@pytest.mark.parametrize("size", [(120, 14), (40, 40)], ids=["low", "narrow"])
+@pytest.mark.parametrize("size", [(120, 14), (40, 40), (25, 40)], ids=["low", "narrow", "narrower"])
 def test_without_room_there_is_the_bar_alone_and_no_word_is_lost(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     shown = screen(monkeypatch, *size)
     assert MARK not in shown
     together = "".join(shown.split())
     for name, text in FIELDS.items():
         assert f"{name}{text}".replace(" ", "") in together, name
+    assert "training" in shown
+    (first, *_) = shown.rpartition("training")[2].splitlines()  # nothing of it is cut or goes on below
+    assert "50%" in first
+    assert "50/100" in first
 
 
 def test_a_terminal_that_knows_no_braille_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
