@@ -24,6 +24,7 @@ from ftkit.units import bytes_text
 MANIFEST = "manifest.json"
 RECORD = "step.json"  # what a finished step says of itself, in its own folder
 CHECKPOINTS = "checkpoints"  # in the folder of a resumable step: what it goes on from, `checkpoint-N` after N of its own steps
+TRAINED_WITH = "trained_with"  # in the manifest
 FINISHED = re.compile(r"([a-z]+)-([0-9a-f]{16})")
 BEGUN = re.compile(r"\.([a-z]+)-([0-9a-f]{16})\.partial")
 # beside the steps: what was written when ftkit was killed, and answers that failed a proof
@@ -141,6 +142,10 @@ class Run:
             names = ", ".join(f"{record['name']}-{record['fingerprint']}" for record in lost)
             self._tell(f"{path} does not name all finished steps: {names} taken from the folders")
         return {**index, "steps": steps, **({"kept": kept} if kept else {})}
+
+    def trained_with(self) -> list[tuple[str, Any]]:
+        """What `--set` and its like changed in the recipe for the training that was asked for last."""
+        return [(key, value) for key, value in self.manifest().get(TRAINED_WITH, ())]
 
     def record(self, **entries: Any) -> None:
         """Merge entries into the index."""

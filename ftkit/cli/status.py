@@ -73,8 +73,10 @@ def command(run: Path, as_json: bool, html: Path | None) -> None:
     free = sum(entry.size_bytes for entry in held if not entry.needed)
     if any(not entry.needed for entry in held):
         say(f"\nWhat is not needed takes {bytes_text(free)}: ftkit clean {run}")
-    ship = f"ftkit ship {run}" if elsewhere else "ftkit ship"
-    to_do = [ship if elsewhere else step.command for step in LINE if step.name in steps and not steps[step.name]]
+    ship = f"ftkit ship {run}" if elsewhere or opened.trained_with() else "ftkit ship"
+    to_do = [
+        ship if elsewhere or step.command == "ftkit ship" else step.command for step in LINE if step.name in steps and not steps[step.name]
+    ]
     following = to_do[0] if to_do else None if registered else f"{ship} --ollama"
     if (run / SHIPPED / RECORD).is_file():
         say(f"\nTo hand on, as it last passed: {run / SHIPPED}; is it still that: ftkit verify {run}")

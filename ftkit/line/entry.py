@@ -54,11 +54,14 @@ def enter(what: str, overrides: Sequence[tuple[str, Any]], *, run_dir: Path | No
 
 
 def open_run(path: Path, overrides: Sequence[tuple[str, Any]] = (), *, reporter: Reporter) -> Job:
-    """The job of a run, by its recipe, which lies beside the folder that the run is in. Raises RunError where it does not."""
+    """The job of a run, by its recipe, which lies beside the folder that the run is in, with what its training changed in that.
+
+    Raises RunError where it does not lie there.
+    """
     recipe = path.resolve().parent.parent / f"{path.resolve().name}.yaml"
     if not recipe.is_file():
         raise RunError(f"{path} is a run, and its recipe is not at {recipe}.", f"name it: ftkit ship RECIPE --run-dir {path}")
-    return open_job(recipe, overrides, run_dir=path, reporter=reporter)
+    return open_job(recipe, [*Run(path).trained_with(), *overrides], run_dir=path, reporter=reporter)
 
 
 def _enter_given(what: str, overrides: Sequence[tuple[str, Any]], run_dir: Path | None, reporter: Reporter) -> tuple[Job, NewRecipe | None]:

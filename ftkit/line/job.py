@@ -84,6 +84,7 @@ class Job:
     onto: Onto = "source"  # the 16-bit model, or the 4-bit base that was trained on, dequantised
     given: Given | None = None  # what was trained elsewhere; None: it is trained here
     begins_with: Given | None = None  # the adapter that training goes on with; None: a new one
+    changed: tuple[tuple[str, Any], ...] = ()  # of the recipe's file, by `--set` and its like
 
     @property
     def has_base(self) -> bool:
@@ -96,7 +97,8 @@ def open_job(path: Path, overrides: Sequence[tuple[str, Any]] = (), *, run_dir: 
     path = path / "recipe.yaml" if path.is_dir() else path
     recipe = load_recipe(path, overrides)
     folder = path.parent.resolve()
-    return make_job(recipe, folder, Run(run_dir or folder / "runs" / path.stem, reporter), reporter)
+    job = make_job(recipe, folder, Run(run_dir or folder / "runs" / path.stem, reporter), reporter)
+    return replace(job, changed=tuple(overrides))
 
 
 def open_without_recipe(overrides: Sequence[tuple[str, Any]], *, reporter: Reporter = SILENT) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -49,7 +50,7 @@ from ftkit.plan.cost import Cost, Sizes
 from ftkit.plan.plan import MARGIN, MemoryPlan
 from ftkit.progress import SILENT
 from ftkit.proof.score import Score
-from ftkit.run import discard
+from ftkit.run import TRAINED_WITH, discard
 from ftkit.train.reporting import refuse_missing_reporters
 from ftkit.units import bytes_text
 
@@ -140,6 +141,7 @@ def train(job: Job) -> Made[Trained]:
         ranks.refuse(job.recipe, len(device.find_gpus()))
     ranks.share_weights(job.recipe)
     if trained:
+        _remember_changes(job)
         ranks.tell(None)  # there is nothing to train
         return ensure(job, TRAIN)  # up to date: nothing has to fit any more
     refuse_missing_reporters(job.recipe.training.report_to)
@@ -167,7 +169,13 @@ def train(job: Job) -> Made[Trained]:
                 f"a training with other inputs was begun, and stays at step {held.last_step} in {held.path}: its recipe goes on with it, "
                 "ftkit clean removes it"
             )
+    _remember_changes(job)
     return ensure(job, TRAIN)
+
+
+def _remember_changes(job: Job) -> None:
+    """So that the run's folder stands for its training, also of a recipe that was changed for this once."""
+    job.run.record(**{TRAINED_WITH: json.loads(json.dumps(job.changed, default=str))})  # a date is one in text, too
 
 
 def refuse_ram_for_all(memory: MemoryPlan) -> None:

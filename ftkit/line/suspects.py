@@ -68,7 +68,7 @@ def find_suspects(job: Job) -> tuple[Suspects, list[Suspect]]:
     if not find(job, TRAIN):
         raise RunError(
             f"{job.run.folder} holds no training of the recipe and the data as they are now.",
-            "ftkit train; what was trained with other --set is found with the same ones",
+            f"ftkit train; what was trained last, with --set, is found by its run: ftkit data --suspects {job.run.folder}",
         )
     made = ensure(job, SUSPECT)
     found = json.loads((made.folder / FILE).read_text(encoding="utf-8"))

@@ -81,9 +81,7 @@ def refuse(recipe: Recipe, gpus: int) -> None:
             f"--set training.effective_batch_size={count}",
         )
     if name := one_process_alone(recipe):
-        raise RecipeError(
-            f"{name} is trained in one process, and {count} were started.", f"{ALONE[name]} or {alone}"
-        )
+        raise RecipeError(f"{name} is trained in one process, and {count} were started.", f"{ALONE[name]} or {alone}")
     if shares_weights(recipe):
         if _is_set("FSDP_OFFLOAD_PARAMS"):
             raise RecipeError("FSDP with weights offloaded to RAM is not supported.", "choose no offloading in `accelerate config`")
