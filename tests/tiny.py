@@ -72,6 +72,6 @@ def recipe(model: Path, lora: dict[str, Any] | None = None, **training: Any) -> 
 # What a training records of itself.
 TRAINED: dict[str, Any] = {
     "steps": 1, "best_step": 1, "best_validation_loss": 1.0, "first_validation_loss": 2.0, "trained_tokens": 10, "seconds": 1.0,
-    "tokens_per_second": 1.0, "peak_bytes": 1, "peak_is": "resident in RAM", "resumed_from_step": 0, "verdict": "trained enough",
+    "tokens_per_second": 1.0, "peak_bytes": 1, "peak_is": "held in RAM", "resumed_from_step": 0, "verdict": "trained enough",
     "curve": [],
 }  # fmt: skip

@@ -188,7 +188,7 @@ def show(planned: Planned, training: Training) -> None:
     """The plan on one screen."""
     from ftkit.cli.console import print_table, say
     from ftkit.plan.cost import CHECKPOINTS_KEPT, checkpoint_bytes, disk_by_place
-    from ftkit.plan.plan import MARGIN
+    from ftkit.plan.plan import MARGIN, PROBED
     from ftkit.report.words import reach, sixteen_bits, time_words, together, together_words
     from ftkit.units import bytes_text, count_text
 
@@ -235,6 +235,8 @@ def show(planned: Planned, training: Training) -> None:
     say(f"\nThe peak: {peak.phase}")
     for line in bar_lines(memory):
         say(line)
+    if memory.device.kind == "cpu" and PROBED not in memory.beside_tensors(chosen):
+        say("On a CPU the process may hold more: the C library's heap keeps holes. How much is known once this was trained here.")
     say()
     parts: dict[str, Callable[[Candidate], str]] = {
         "weights": lambda f: bytes_text(f.inventory.weights_bytes),

@@ -87,7 +87,7 @@ def command(recipe: Path, as_json: bool, html: Path | None, **options: Any) -> N
     planned = result.planned_device_bytes if "RAM" in result.peak_is else result.planned_allocated_bytes
     beside = f", planned {bytes_text(planned)}" if planned else ""  # runs of ftkit before 0.2 recorded no plan
     if planned and "RAM" in result.peak_is and result.peak_bytes > planned:
-        beside += "; what is more, the C library keeps of memory that was given back"
+        beside += "; what is more are holes in the C library's heap, and counted in the next plan"
     say(f"Peak memory {bytes_text(result.peak_bytes)} {result.peak_is}{beside}. Kept in {made.folder}")
     if html:
         say(f"Wrote {html}.")

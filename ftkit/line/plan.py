@@ -35,6 +35,7 @@ from ftkit.ollama.modelfile import refuse_system
 from ftkit.plan import measured
 from ftkit.plan.by_measuring import Measure
 from ftkit.plan.choose import make_plan
+from ftkit.plan.cost import TRAINING_BYTES
 from ftkit.plan.gpus import CardFit, every_card
 from ftkit.plan.plan import MemoryPlan
 from ftkit.proof.score import counted_text, refuse_unreadable
@@ -116,7 +117,8 @@ def _follows_from(job: Job) -> list[Any]:
     last = recorded(job.run)
     if last and last.memory.holds_with(free_bytes):
         free_bytes = last.memory.device.free_bytes
-    wanted = [device.name, device.total_bytes >> 20, free_bytes, recipe.budget.vram, _extra_bytes(job)]
+    beside = [TRAINING_BYTES] if device.kind == "cpu" else []
+    wanted = [device.name, device.total_bytes >> 20, free_bytes, recipe.budget.vram, _extra_bytes(job), *beside]
     versions = {name: version(name) for name in HOLDS_FOR}
     packed = ["packing"] if recipe.training.packing else []  # it changes nothing in what is learnt
     rule = recipe.evaluate.model_dump(exclude=ASKED_MEANWHILE)

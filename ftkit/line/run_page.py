@@ -47,7 +47,7 @@ def run_page(job: Job) -> RunPage:
         curve=curve,
         seconds=last.seconds if last else None,
         trained_tokens=last.tokens if last else None,
-        memory=_memory(planned, last.peak_bytes if last else None, "allocated on the GPU" if cuda else "resident in RAM"),
+        memory=_memory(planned, last.peak_bytes if last else None, "allocated on the GPU" if cuda else "held in RAM"),
         tokens=planned.tokens if planned else None,
         settings=_settings(job),
     )

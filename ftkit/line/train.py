@@ -26,7 +26,7 @@ from ftkit.line.tokens import take
 from ftkit.machine import device, ranks
 from ftkit.merge.deltas import changes_of, refuse_what_cannot_be_merged
 from ftkit.plan import measured
-from ftkit.plan.cost import FTKIT_BYTES, of_training
+from ftkit.plan.cost import TRAINING_BYTES, of_training
 from ftkit.plan.plan import MemoryPlan
 from ftkit.proof.compare import compare_tokens, differing_prompt
 from ftkit.proof.probes import HARD_TEXTS, conversations
@@ -112,6 +112,8 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     shutil.rmtree(folder / EXAMPLES, ignore_errors=True)  # Windows keeps a mapped file
     if result.tokens_per_second and count == 1:  # a plan's time is of one card
         _remember_speed(job, planned, result.tokens_per_second)
+    if not settings.cuda and not result.retries:
+        _remember_held(job, planned, result.peak_bytes)
     peak = planned.chosen.peak
     return Trained(
         **{**asdict(result), "curve": result.curve, "reading": result.reading, "retries": result.retries},
@@ -187,7 +189,7 @@ def _remember_miss(job: Job, planned: MemoryPlan, chosen: Settings, settings: Se
     real, peak = device.choose(), planned.chosen.peak
     if planned.device.name != real.name or settings != chosen:
         return
-    expected = peak.reserved_bytes if settings.cuda else peak.allocated_bytes + FTKIT_BYTES
+    expected = peak.reserved_bytes if settings.cuda else peak.allocated_bytes + TRAINING_BYTES
     beyond_bytes = short.held_bytes + short.requested_bytes - expected
     if beyond_bytes <= 0:
         job.reporter.warn("less was held than planned when memory ran out: other programs have the rest of it, and the plan stays")
@@ -196,6 +198,18 @@ def _remember_miss(job: Job, planned: MemoryPlan, chosen: Settings, settings: Se
         measured.remember_miss(real, measured.subject(job.recipe, job.source.fingerprint), beyond_bytes)
     except (OSError, FtkitError) as error:
         job.reporter.warn(f"that the plan was too small by {bytes_text(beyond_bytes)} is not kept for the next: {first_line(error)}")
+
+
+def _remember_held(job: Job, planned: MemoryPlan, peak_bytes: int) -> None:
+    """Keep what a process on a CPU held beyond its plan: the C library's heap has holes that no tensor fits into. Counted in the next."""
+    real = device.choose()
+    beyond_bytes = peak_bytes - planned.chosen.peak.allocated_bytes - TRAINING_BYTES
+    if planned.device.name != real.name or beyond_bytes <= 0:
+        return
+    try:
+        measured.remember_miss(real, measured.subject(job.recipe, job.source.fingerprint), beyond_bytes)
+    except (OSError, FtkitError) as error:
+        job.reporter.warn(f"that this training held {bytes_text(beyond_bytes)} more than planned is not kept: {first_line(error)}")
 
 
 def goes_on_smaller(job: Job) -> bool:

@@ -123,6 +123,12 @@ def processor(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/se
     return Device("cpu", "CPU", total, min(total, free))
 
 
+def held_bytes() -> int:
+    """RAM that this process holds and the system cannot drop: without the pages of files, where the system tells them apart."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
+
+
 def ram_limits(cgroups: Path, own: Path) -> Iterator[tuple[int, int]]:
     """Limit and what is free below it, in bytes, of every control group that holds this process, from its own up to the root.
 

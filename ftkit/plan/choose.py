@@ -23,7 +23,7 @@ from ftkit.memory.settings import StepSettings
 from ftkit.memory.shared import shared_out
 from ftkit.plan import measured
 from ftkit.plan.by_measuring import Measure, choose_by_measuring, timeline_of
-from ftkit.plan.cost import FTKIT_BYTES
+from ftkit.plan.cost import TRAINING_BYTES
 from ftkit.plan.plan import METHODS, Candidate, MemoryPlan, Remedy, Together, Workload, without_margin
 from ftkit.plan.speed import UNTOLD_TOKENS, Estimate, of_training
 from ftkit.recipe import Dtype, Recipe
@@ -57,7 +57,7 @@ class Planner:
     ) -> None:
         """`shares`: processes that share the weights out; what is planned is what each holds."""
         self.labelled_share, self.shares = labelled_share, shares
-        self.process_bytes = 0 if device.kind == "cuda" else FTKIT_BYTES
+        self.process_bytes = 0 if device.kind == "cuda" else TRAINING_BYTES
         self.extra_bytes = self.process_bytes + extra_bytes
         self.recipe, self.device, self.length, self.lengths = recipe, device, length, lengths
         self.sequences = KINDS[recipe.training.objective].sequences

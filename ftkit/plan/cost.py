@@ -29,6 +29,7 @@ from ftkit.recipe import Ship
 # Of a process before it touches a weight: anonymous memory (RssAnon) measured on Linux with torch 2.13 (CPU), transformers
 # 5.23 and llama.cpp b11434. Pages mapped from files are not in it: the system can drop them at any time.
 FTKIT_BYTES = 500 << 20  # torch, transformers, peft and bitsandbytes imported, a tokenizer loaded: 494 MiB
+TRAINING_BYTES = 580 << 20  # TRL's trainer at work, too: 575 MiB beside the tensors of a model of two small layers
 CONVERTER_BYTES = 320 << 20
 CONVERTER_BYTES_A_TOKEN = 2700  # of the vocabulary: 447 MiB in all with 49,152 tokens, 652 MiB with 128,257
 CONVERTER_VOCABULARY_BYTES = 160 << 20  # more while the vocabulary is read, before the first tensor

@@ -12,13 +12,13 @@ from ftkit.machine.device import Device, processor
 from ftkit.memory.model import Inventory
 from ftkit.memory.replay import Peak, Timeline
 from ftkit.memory.sizes import DTYPE_BYTES
-from ftkit.plan.cost import FTKIT_BYTES, Sizes
+from ftkit.plan.cost import TRAINING_BYTES, Sizes
 from ftkit.plan.speed import Estimate
 from ftkit.recipe import Ship
 
 METHODS = ("full", "lora", "qlora")
 MARGIN = 0.04  # of the budget, kept free: above the largest error seen against measured runs (docs/plan.md)
-RESERVE, CONTEXT, PROBED, PROCESS = "allocator’s reserve", "CUDA context", "more, by the probe of this model", "Python and its libraries"
+RESERVE, CONTEXT, PROBED, PROCESS = "allocator’s reserve", "CUDA context", "more, as measured with this model", "Python and its libraries"
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class MemoryPlan:
         """What the device holds at the peak beside the step's tensors; with them it is `device_bytes`."""
         peak = fit.peak
         if self.device.kind == "cpu":
-            beside = {PROCESS: FTKIT_BYTES, PROBED: peak.device_bytes - peak.reserved_bytes - FTKIT_BYTES}
+            beside = {PROCESS: TRAINING_BYTES, PROBED: peak.device_bytes - peak.reserved_bytes - TRAINING_BYTES}
             return {name: size for name, size in beside.items() if size}
         probed = self.extra_bytes if fit.inventory.method == self.chosen.inventory.method else 0
         found = {

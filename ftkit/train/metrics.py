@@ -30,7 +30,7 @@ class Metrics:
     tokens: int = 0  # trained on up to here
     learnt_tokens: int = 0  # of them
     seconds: float = 0.0  # of training and evaluating up to here
-    peak_bytes: int = 0  # up to here: allocated on the GPU, or resident in RAM
+    peak_bytes: int = 0  # up to here: allocated on the GPU, or held in RAM
 
     @property
     def point(self) -> Point:

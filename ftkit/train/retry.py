@@ -15,6 +15,7 @@ from ftkit.data.lengths import RIDGE_TOKENS
 from ftkit.engines import hf
 from ftkit.errors import DoesNotFitError, TrainingDivergedError, first_line
 from ftkit.files import write_atomically
+from ftkit.machine.device import held_bytes
 from ftkit.plan.choose import batch_sizes
 from ftkit.recipe import Recipe
 from ftkit.train.arguments import Settings
@@ -86,8 +87,8 @@ def _held(cuda: bool) -> tuple[int, int]:
 
     if not cuda:
         memory = psutil.virtual_memory()
-        rss = psutil.Process().memory_info().rss
-        return rss, max(0, memory.total - memory.available - rss)
+        held = held_bytes()
+        return held, max(0, memory.total - memory.available - held)
     free, total = torch.cuda.mem_get_info()
     held = torch.cuda.memory_reserved()
     return held, total - free - held

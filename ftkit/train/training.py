@@ -75,7 +75,7 @@ class TrainResult:
     seconds: float  # of training and evaluating, all parts of an interrupted training together
     tokens_per_second: float | None  # None: not known of a training that an earlier ftkit began
     peak_bytes: int
-    peak_is: str  # "allocated on the GPU" or "resident in RAM"
+    peak_is: str  # "allocated on the GPU" or "held in RAM"
     resumed_from_step: int
     verdict: str
     curve: list[Point]
@@ -277,7 +277,7 @@ def _attempt(
         seconds=watched.seconds,
         tokens_per_second=watched.tokens / watched.seconds if watched.seconds else None,
         peak_bytes=watched.peak_bytes,
-        peak_is="allocated on the GPU" if settings.cuda else "resident in RAM",
+        peak_is="allocated on the GPU" if settings.cuda else "held in RAM",
         resumed_from_step=step_of(resumed) if resumed else 0,
         verdict=str(reading),
         curve=curve,

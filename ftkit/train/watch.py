@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from ftkit.engines.hf import release_memory
 from ftkit.errors import InterruptedRunError
 from ftkit.machine import ranks
+from ftkit.machine.device import held_bytes
 from ftkit.progress import Bar, Curves, Reporter
 from ftkit.recipe import Training
 from ftkit.train.answers import right_text
@@ -27,6 +27,7 @@ from ftkit.train.metrics import Metrics, MetricsFile
 from ftkit.train.verdict import read_curve
 from ftkit.units import bytes_text, seconds_text
 
+HEAP = 2.0  # times what is planned that a process on a CPU may hold: the C library's heap grows with holes, step by step
 DRAWN_EVERY_SECONDS, MOST_POINTS = 0.5, 200  # of the curves beside the bar
 
 
@@ -86,6 +87,7 @@ def make_watcher(reporter: Reporter, training: Training, before: Watched, folder
         peak_bytes = before.peak_bytes
         first: tuple[float, int, int] | None = None  # when the first step began, after which one, and with how many tokens before
         saved_at = began_at = time.monotonic()
+        held_at_most = HEAP * (settings.planned_bytes or 0)
         metrics = MetricsFile(folder, reporter)
         began_with: int | None = None
 
@@ -136,8 +138,10 @@ def make_watcher(reporter: Reporter, training: Training, before: Watched, folder
                 reporter.note(f"step {state.global_step}: {loss} – {said}")
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            rss_bytes = psutil.Process().memory_info().rss
-            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() if settings.cuda else rss_bytes)
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() if settings.cuda else held_bytes())
+            if not settings.cuda and settings.planned_bytes and held_bytes() > self.held_at_most:
+                release_memory()  # not at each step: what was given back has to be asked for again, for a quarter of the time
+                self.held_at_most = HEAP * max(settings.planned_bytes, held_bytes())
             if self.bar and self.first:
                 since = time.monotonic() - self.first[0]
                 done = state.global_step - self.first[1]

@@ -13,7 +13,7 @@ from ftkit.machine.device import Device
 from ftkit.plan.choose import RIDGE_TOKENS, SHORTER_BY, Planner, apply, batch_sizes, make_plan
 from ftkit.plan.plan import MARGIN, PROBED, MemoryPlan
 from ftkit.recipe import Recipe
-from ftkit.report.words import together
+from ftkit.report.words import time_words, together
 from ftkit.units import GIB, MIB
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
@@ -178,6 +178,7 @@ def test_work_and_padding_follow_from_the_rows() -> None:
     assert made.work.steps == 2 * 13  # 100 rows by 8
     assert made.work.tokens == 2 * sum(lengths)
     assert made.work.seconds == made.work.tokens / 1000
+    assert time_words(made).endswith(f"at the 1000 tokens/s of the last qlora training of this model on {made.device.name}")
     assert made.batching
     assert made.batching.tokens == sum(lengths) <= made.batching.grouped_tokens <= made.batching.random_tokens
 

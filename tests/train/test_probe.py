@@ -139,7 +139,7 @@ def test_a_probe_is_shown_kept_and_added_to_the_next_plan(project: Path, ftkit: 
     assert difference == first["probe"]["allocated_bytes"] - first["chosen"]["peak"]["allocated_bytes"]
     second = json.loads(ftkit("plan", project, "--json").stdout)
     assert second["extra_bytes"] - first["extra_bytes"] == difference
-    assert "more, by the probe of this model" in ftkit("plan", project).stdout
+    assert "more, as measured with this model" in ftkit("plan", project).stdout
     for other in ("lora.r=8", "training.method=full"):
         assert json.loads(ftkit("plan", project, "--json", "--set", other).stdout)["extra_bytes"] == first["extra_bytes"], other
     shown = ftkit("plan", project, "--probe")

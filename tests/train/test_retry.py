@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,8 +19,10 @@ from conftest import conversations
 
 from ftkit.data.lengths import RIDGE_TOKENS
 from ftkit.data.rows import Example, Pair
+from ftkit.engines import hf
 from ftkit.errors import DoesNotFitError, InterruptedRunError, TrainingDivergedError
 from ftkit.files import file_fingerprint
+from ftkit.machine.device import held_bytes
 from ftkit.progress import SILENT, Bar, Reporter, SilentReporter
 from ftkit.train.arguments import Settings
 from ftkit.train.retry import RETRIES, Retry, read_retries, settings_of, smaller
@@ -281,6 +285,48 @@ def test_the_command_tells_that_memory_ran_out_and_keeps_it_for_the_next_plan(
     assert "going on from step 1 with 2 × 2 rows, the effective batch stays 4." in done.stdout
     refused = ftkit("train", tmp_path, "--set", "training.seed=1")
     assert refused.exit_code == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the heap of another C library")
+def test_a_heap_of_holes_is_given_back() -> None:
+    hf.release_memory()  # which imports torch
+    blocks = [bytearray(b"x") * (64 << 10) for _ in range(4000)]
+    kept = blocks[::10]
+    del blocks
+    before = held_bytes()
+    hf.release_memory()
+    assert before - held_bytes() > 100 << 20
+    assert len(kept) == 400
+
+
+@pytest.mark.parametrize(("planned_bytes", "times"), [(1, 1), (1 << 40, 0)])
+def test_the_heap_is_given_back_where_twice_the_plan_is_held_and_not_at_each_step(
+    planned_bytes: int, times: int, trains: Trains, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[int] = []
+    monkeypatch.setattr("ftkit.train.watch.release_memory", lambda: called.append(hf.release_memory()))  # type: ignore[func-returns-value]
+    trains(tmp_path, replace(settings(2, 1), planned_bytes=planned_bytes), max_steps=3)
+    assert len(called) == times
+
+
+@pytest.mark.slow
+def test_what_a_cpu_s_process_held_beyond_its_plan_is_counted_in_the_next(
+    tmp_path: Path, write_rows: Any, ftkit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, private_cache: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    tiny.make_model(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", conversations())
+    (tmp_path / "recipe.yaml").write_text("model: model\ntraining: {method: lora, max_steps: 1, max_length: 128}\n", encoding="utf-8")
+    before = ftkit("plan", tmp_path)
+    assert "On a CPU the process may hold more" in before.stdout
+    peak = json.loads(ftkit("plan", tmp_path, "--json").stdout)["chosen"]["peak"]
+    monkeypatch.setattr("ftkit.train.watch.held_bytes", lambda: peak["device_bytes"] + (1 << 30))
+    assert ftkit("train", tmp_path).exit_code == 0
+    after = ftkit("plan", tmp_path, "--set", "training.seed=1")
+    assert re.search(r"more, as measured with this model +1\.00 GiB", after.stdout)
+    assert "On a CPU the process may hold more" not in after.stdout
+    other = ftkit("plan", tmp_path, "--set", "training.method=full")
+    assert "On a CPU the process may hold more" in other.stdout
 
 
 @contextmanager
