@@ -19,6 +19,7 @@ class Diverged(Exception):
     def __init__(self, step: int, bad_from: int, words: str) -> None:
         super().__init__(words)
         self.step, self.bad_from = step, bad_from
+        self.broken: str | None = None  # a weight of the base model that is no number, where that was looked for
 
 
 class Detector:

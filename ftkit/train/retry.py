@@ -147,6 +147,11 @@ def after_shortage(
 def after_divergence(found: Diverged, retries: Sequence[Retry], settings: Settings, rate: float, from_step: int, device: str) -> Retry:
     """How it goes on: from before it, at half the rate. Raises TrainingDivergedError where it did so before, or no rate is at fault."""
     if found.step == 1:
+        if found.broken:
+            raise TrainingDivergedError(
+                f"Training cannot begin: {found}, and {found.broken} of the model holds what is no number.",
+                "no rate helps: fetch or copy the model again, whole",
+            )
         raise TrainingDivergedError(
             f"Training cannot begin: {found}, before anything was learnt.",
             "no rate helps: look at the rows with ftkit data, and fetch or copy the model again, whole",
@@ -198,11 +203,18 @@ def make_guard(factor: float) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.phase = "evaluation"
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, model: Any = None, **_: Any) -> None:
             if found := self.detector.see({**(logs or {}), "step": state.global_step}):
+                found.broken = without_numbers(model) if found.step == 1 else None
                 raise found
 
     return Guard()
+
+
+def without_numbers(model: Any) -> str | None:
+    """A weight that is not trained and holds what is no number. What is trained holds none any more once it was moved by one."""
+    frozen = ((name, p) for name, p in model.named_parameters() if not p.requires_grad and p.is_floating_point())
+    return next((name for name, parameter in frozen if not parameter.isfinite().all()), None)
 
 
 def _set_rate(optimizer: Any, schedule: Any, rate: float) -> None:
