@@ -10,6 +10,8 @@ import io
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -50,12 +52,22 @@ REFUSED_BY_THE_SYSTEM = {
 }
 
 
-def _interrupt_again(unraisable: Any) -> None:
+@contextmanager
+def _every_ctrl_c_heard() -> Iterator[None]:
     """Python drops what is raised in a callback of a weak reference, of which an import of torch has thousands: a Ctrl-C, too."""
-    if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        threading.Timer(0.01, _thread.interrupt_main).start()  # once the callback is over
-    else:
-        sys.__unraisablehook__(unraisable)
+    before = sys.unraisablehook
+
+    def hear(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.01, _thread.interrupt_main).start()  # once the callback is over
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hear
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 class LazyGroup(click.Group):
@@ -81,10 +93,10 @@ class LazyGroup(click.Group):
         for stream in (sys.stdout, sys.stderr):  # written to a file on Windows, text may not be UTF-8: better a ? than no text
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
-        sys.unraisablehook = _interrupt_again
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # CUDA counts GPUs as ftkit and nvidia-smi do; read when it starts
         try:
-            return super().invoke(ctx)
+            with _every_ctrl_c_heard():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             raise InterruptedRunError("Interrupted.", "the same command goes on from the last finished step") from None
         except OSError as error:

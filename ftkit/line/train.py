@@ -41,6 +41,7 @@ from ftkit.train.training import TrainResult, train
 from ftkit.units import bytes_text
 
 EXAMPLES = "examples"  # the folder of what is trained on, in tokens, as long as the training lasts
+HEAP = 2  # times what its tensors and libraries need that a process on a CPU may hold: the C library's heap grows with holes
 ROWS_RENDERED = 200  # training rows whose prompts llama.cpp renders before they are trained on, the first
 
 
@@ -64,6 +65,7 @@ def _settings(job: Job, planned: MemoryPlan, base: Path) -> Settings:
         dtype,
         cuda,
         peak_bytes,
+        held_at_most=None if cuda else HEAP * (fit.peak.allocated_bytes + TRAINING_BYTES),
         longest_tokens=planned.max_length if fit.max_tokens else None,
         most_learnt_tokens=round(planned.labelled_share * planned.max_length),
         packing=fit.packing,

@@ -25,6 +25,7 @@ class Settings:
     dtype: Dtype  # what is computed in
     cuda: bool
     planned_bytes: int | None = None  # the peak: allocated on a GPU, or of the process; to hold the real one against
+    held_at_most: int | None = None  # bytes that a process on a CPU may hold before it gives its heap back; None: any
     longest_tokens: int | None = None  # of the longest row; shorter ones go together in its room. None: as many rows always
     most_learnt_tokens: int = 0  # of a row
     packing: bool = False

@@ -27,7 +27,6 @@ from ftkit.train.metrics import Metrics, MetricsFile
 from ftkit.train.verdict import read_curve
 from ftkit.units import bytes_text, seconds_text
 
-HEAP = 2.0  # times what is planned that a process on a CPU may hold: the C library's heap grows with holes, step by step
 DRAWN_EVERY_SECONDS, MOST_POINTS = 0.5, 200  # of the curves beside the bar
 
 
@@ -87,7 +86,7 @@ def make_watcher(reporter: Reporter, training: Training, before: Watched, folder
         peak_bytes = before.peak_bytes
         first: tuple[float, int, int] | None = None  # when the first step began, after which one, and with how many tokens before
         saved_at = began_at = time.monotonic()
-        held_at_most = HEAP * (settings.planned_bytes or 0)
+        held_at_most = settings.held_at_most or math.inf
         metrics = MetricsFile(folder, reporter)
         began_with: int | None = None
 
@@ -139,9 +138,9 @@ def make_watcher(reporter: Reporter, training: Training, before: Watched, folder
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() if settings.cuda else held_bytes())
-            if not settings.cuda and settings.planned_bytes and held_bytes() > self.held_at_most:
+            if held_bytes() > self.held_at_most:
                 release_memory()  # not at each step: what was given back has to be asked for again, for a quarter of the time
-                self.held_at_most = HEAP * max(settings.planned_bytes, held_bytes())
+                self.held_at_most = max(self.held_at_most, 2 * held_bytes())
             if self.bar and self.first:
                 since = time.monotonic() - self.first[0]
                 done = state.global_step - self.first[1]

@@ -299,13 +299,13 @@ def test_a_heap_of_holes_is_given_back() -> None:
     assert len(kept) == 400
 
 
-@pytest.mark.parametrize(("planned_bytes", "times"), [(1, 1), (1 << 40, 0)])
+@pytest.mark.parametrize(("held_at_most", "times"), [(1, 1), (1 << 40, 0), (None, 0)])
 def test_the_heap_is_given_back_where_twice_the_plan_is_held_and_not_at_each_step(
-    planned_bytes: int, times: int, trains: Trains, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    held_at_most: int | None, times: int, trains: Trains, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[int] = []
     monkeypatch.setattr("ftkit.train.watch.release_memory", lambda: called.append(hf.release_memory()))  # type: ignore[func-returns-value]
-    trains(tmp_path, replace(settings(2, 1), planned_bytes=planned_bytes), max_steps=3)
+    trains(tmp_path, replace(settings(2, 1), held_at_most=held_at_most), max_steps=3)
     assert len(called) == times
 
 
