@@ -401,7 +401,7 @@ def make_plan(
         timeline = planner.timeline(recipe, chosen)
         estimate = planner.estimate(recipe, chosen) if chosen.fits and shares == 1 else None
         unknown = None if estimate else not_known(device, shares) if chosen.fits else "it does not fit"
-        if device.kind == "cuda" and not alone:
+        if device.kind == "cuda" and not alone and training.objective == "sft":  # of preferences it is not modelled, and nothing is said
             together = tuple(planner.together(recipe, chosen, cards))
     except UntracedError:
         if not measure:

@@ -57,7 +57,6 @@ def test_of_uneven_rows_the_longest_share_counts() -> None:
     ("settings", "said"),
     [
         ({"effective_batch_size": 1}, "a step has one row"),
-        ({"objective": "dpo"}, "training.objective: dpo is learnt in one process"),
         ({"packing": True}, "training.packing is learnt in one process"),
     ],
 )
