@@ -39,7 +39,7 @@ from ftkit.line.reask import REASK
 from ftkit.line.record import hand_over
 from ftkit.line.register import REGISTER, refuse_anothers_name, register_shipped, served_again, write_modelfile
 from ftkit.line.shortage import Shortage, disk_by_folder, refuse_shortages, shortages
-from ftkit.line.step import Made, Step, ensure, find, fingerprint_of
+from ftkit.line.step import Made, Step, ensure, find, fingerprint_of, last
 from ftkit.line.train import TRAIN, Trained, goes_on_smaller, train_beside
 from ftkit.line.transfer import TRANSFER
 from ftkit.machine import device, ranks
@@ -444,7 +444,10 @@ def states(job: Job) -> Iterator[State]:
     for step in LINE:
         if step.applies(job):
             at = asked if step is PLAN else job  # it is made before a type is chosen
-            yield State(step, find(at, step) if step.make else None, _costs(job, step, sizes) if sizes else ())
+            done = find(at, step) if step.make else None
+            if step is PLAN and is_trained(job):
+                done = done or last(job, step)  # a later one would count what the training was found to hold
+            yield State(step, done, _costs(job, step, sizes) if sizes else ())
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,12 @@ def find(job: Job, step: Step[R]) -> Made[R] | None:
     return _made(step, found) if found else None
 
 
+def last(job: Job, step: Step[R]) -> Made[R] | None:
+    """The step as it was finished last, whatever for."""
+    found = job.run.finished(step.name)
+    return _made(step, found) if found else None
+
+
 def ensure(job: Job, step: Step[R]) -> Made[R]:
     """The finished step, made if it is not there, and before it all that it comes after. The run must be open."""
     before = [ensure(job, earlier) for earlier in step.after if earlier.applies(job)]

@@ -73,6 +73,7 @@ def test_it_comes_nearer_and_is_what_is_merged(here: Path) -> None:
     assert as_it_was.result.onto == "the 16-bit source"
 
 
+@pytest.mark.slow
 def test_a_worse_adapter_is_not_merged(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "RATE_SHARE", 1e5)
     job = job_of()
