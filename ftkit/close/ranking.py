@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftkit.close.closing import Lesson, divergence
-from ftkit.close.student import load_student, running
+from ftkit.close.student import gguf_names, load_student, running
 from ftkit.engines import hf
 from ftkit.errors import ModelError
 from ftkit.model.source import open_gguf
@@ -64,12 +64,8 @@ def _weights(student: PreTrainedModel, path: Path, lessons: Sequence[Lesson]) ->
 
 def _named(student: PreTrainedModel, path: Path) -> dict[str, torch.nn.Parameter]:
     """The parameters that are matrices of the file, by their names there."""
-    import gguf
-
     reader = open_gguf(path)
-    field = reader.get_field("general.architecture")
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if field and name == field.contents())
-    names = gguf.get_tensor_name_map(architecture, student.config.get_text_config().num_hidden_layers)
+    names = gguf_names(reader, student)
     shapes = {str(tensor.name): tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
     found = {}
     for name, parameter in student.named_parameters():

@@ -161,7 +161,7 @@ def _fill(student: PreTrainedModel, path: Path, missing: Collection[str]) -> Non
     import torch
 
     reader = open_gguf(path)
-    names, tensors = _gguf_names(reader, student), {tensor.name: tensor for tensor in reader.tensors}
+    names, tensors = gguf_names(reader, student), {tensor.name: tensor for tensor in reader.tensors}
     for name in missing:
         if tensor := tensors.get(f"{names.get_name(name)}.weight"):
             owner, _, leaf = name.rpartition(".")
@@ -170,7 +170,7 @@ def _fill(student: PreTrainedModel, path: Path, missing: Collection[str]) -> Non
             _put(student.get_submodule(owner), leaf, values.to(there.device, there.dtype))
 
 
-def _gguf_names(reader: GGUFReader, student: PreTrainedModel) -> Any:
+def gguf_names(reader: GGUFReader, student: PreTrainedModel) -> Any:
     """The map from transformers' names to llama.cpp's."""
     import gguf
 
@@ -222,7 +222,7 @@ def lossless(student: PreTrainedModel, path: Path) -> list[Lossless]:
     import torch
 
     reader = open_gguf(path)
-    names, tensors = _gguf_names(reader, student), {tensor.name: tensor for tensor in reader.tensors}
+    names, tensors = gguf_names(reader, student), {tensor.name: tensor for tensor in reader.tensors}
     found = []
     for name, parameter in student.named_parameters():
         owner, _, kind = name.rpartition(".")
