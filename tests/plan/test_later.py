@@ -53,6 +53,7 @@ from ftkit.plan.cost import (
     Sizes,
     converter_bytes,
     of_closing,
+    of_transferring,
     quantize_bytes,
 )
 from ftkit.recipe import QUANTIZATIONS, Recipe
@@ -470,14 +471,18 @@ def test_asking_is_no_reason_to_refuse() -> None:
     assert (short.step, short.what) == ("convert to Q8_0", "RAM")  # what makes a file does refuse
 
 
-def closed(ram_bytes: int, vram_bytes: int | None = None) -> Cost:
-    """What closing a Q4_K_M file of Llama 3.1's 8 billion parameters costs a machine."""
+def llama_8b(ram_bytes: int, vram_bytes: int | None, **ship: Any) -> Sizes:
+    """Of Llama 3.1 with 8 billion parameters, rows of 512 tokens, and an adapter of 40 million."""
     made = shapes(vocabulary=128256, hidden=4096, intermediate=14336, layers=32, keys=1024)
-    counted: Any = SimpleNamespace(method="qlora", parameters=sum(map(math.prod, made.values())))
+    counted: Any = SimpleNamespace(method="qlora", parameters=sum(map(math.prod, made.values())), written_parameters=40_000_000)
     llama = config(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)
-    recipe = Recipe.model_validate({"model": "m", "ship": {"quantization": "Q4_K_M", "closing_steps": 60}})
-    sizes = Sizes(gguf_model(made, llama), counted, recipe.ship, 512, 2, vram_bytes, 0, ram_bytes, 2 if vram_bytes else 4)
-    (cost,) = of_closing(sizes)
+    recipe = Recipe.model_validate({"model": "m", "ship": {"quantization": "Q4_K_M", **ship}})
+    return Sizes(gguf_model(made, llama), counted, recipe.ship, 512, 2, vram_bytes, 0, ram_bytes, 2 if vram_bytes else 4)
+
+
+def closed(ram_bytes: int, vram_bytes: int | None = None) -> Cost:
+    """What closing its Q4_K_M file costs a machine."""
+    (cost,) = of_closing(llama_8b(ram_bytes, vram_bytes, closing_steps=60))
     return cost
 
 
@@ -495,6 +500,15 @@ def test_a_file_is_closed_by_the_way_that_there_is_room_for() -> None:
     assert on_cpu.name == f"close Q4_K_M, its weights {WAYS['mapped']}"
     assert file < on_cpu.peak_ram_bytes < 9 << 30
     assert not any(cost.needed for cost in (whole, card, small, packed, on_cpu))
+
+
+def test_fitting_the_adapter_is_planned_where_it_is_fitted() -> None:
+    assert of_transferring(llama_8b(64 << 30, None)) == ()
+    weights = 8_030_261_248
+    (on_cpu,), (on_card,) = (of_transferring(llama_8b(64 << 30, vram, transfer_steps=40)) for vram in (None, 24 << 30))
+    assert 4 * weights < on_cpu.peak_ram_bytes < 4.6 * weights
+    assert (on_cpu.vram_bytes, on_card.peak_ram_bytes < 1 << 30) == (0, True)
+    assert 2 * weights + 13 * 160_000_000 < on_card.vram_bytes < 21 << 30
 
 
 def test_closing_is_refused_before_the_long_work_where_no_way_fits() -> None:
