@@ -24,6 +24,7 @@ from ftkit.machine import ranks
 from ftkit.train.micro_batches import share
 
 Ftkit = Callable[..., Result]
+PATIENCE_SECONDS = 600  # two processes wait for each other, and for whatever else is busy
 RECIPE = """
 model: model
 data: {train: train.jsonl, validation: validation.jsonl}
@@ -58,14 +59,14 @@ def curve(run: Path) -> list[float]:
 def kill_one_of_two(project: Path, run: Path, *settings: str) -> None:
     """Train until there is a checkpoint, and then no more."""
     broken = started(project, run, "training.save_minutes=1e-6", *settings)
-    until = time.monotonic() + 120
+    until = time.monotonic() + PATIENCE_SECONDS
     while not list(run.glob(".train-*.partial/checkpoints/checkpoint-2/watched.json")):
         assert time.monotonic() < until
         assert broken.poll() is None, broken.communicate()[1]
         time.sleep(0.01)
     second = next(child for child in psutil.Process(broken.pid).children() if child.environ().get("RANK") == "1")
     second.send_signal(signal.SIGKILL)
-    broken.communicate(timeout=120)
+    broken.communicate(timeout=PATIENCE_SECONDS)
     assert broken.returncode
 
 
@@ -86,7 +87,7 @@ def test_two_processes_train_as_one_though_one_of_them_was_killed(project: Path,
     assert (alone.exit_code, "written by 2 processes, and 1 would go on" in alone.stderr) == (1, True)
 
     again = started(project, run)
-    out, err = again.communicate(timeout=120)
+    out, err = again.communicate(timeout=PATIENCE_SECONDS)
     assert again.returncode == 0, err
     assert out.count("Validation loss") == 1, out  # one of them prints
     assert "split among 2 processes" in err
@@ -98,7 +99,7 @@ def test_two_processes_train_as_one_though_one_of_them_was_killed(project: Path,
     assert len(metrics.read_text().splitlines()) == len(wanted)  # one of them writes
 
     done = started(project, run)  # nobody waits for what is not to be trained
-    out, err = done.communicate(timeout=120)
+    out, err = done.communicate(timeout=PATIENCE_SECONDS)
     assert (done.returncode, "Up to date" in out) == (0, True), err
 
 
@@ -114,7 +115,7 @@ def test_weights_that_are_shared_out_are_trained_and_kept_as_whole_ones(project:
         if name == "qlora":
             kill_one_of_two(project, two, *settings, "training.fsdp=true")
         again = started(project, two, *settings, "training.fsdp=true")
-        err = again.communicate(timeout=120)[1]
+        err = again.communicate(timeout=PATIENCE_SECONDS)[1]
         assert again.returncode == 0, err
         assert "share the weights out (FSDP)" in err
         assert "Warning" not in err
@@ -137,7 +138,7 @@ def test_two_processes_learn_preferences_as_one(project: Path, write_rows: Any, 
     (project / "recipe.yaml").write_text(text.replace("method: lora", "method: lora, objective: dpo, per_device_train_batch_size: 1"))
     assert ftkit("train", project, "--run-dir", project / "one").exit_code == 0
     together = started(project, project / "two")
-    _, err = together.communicate(timeout=120)
+    _, err = together.communicate(timeout=PATIENCE_SECONDS)
     assert together.returncode == 0, err
     assert "Warning" not in err
     assert curve(project / "two") == pytest.approx(curve(project / "one"), rel=1e-5)

@@ -22,7 +22,7 @@ from ftkit.report.ship_page import write_page
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
-GAIN, DISTANCE = "gain kept", "distance from the trained model"
+GAIN, DISTANCE, STRENGTH = "gain kept", "distance from the trained model", "strength of the merge"
 
 
 @pytest.mark.parametrize(("name", "method"), [("Phi 3.5", "qlora"), ("Gemma 2", "lora")])
@@ -57,7 +57,7 @@ def test_the_line_ships_it_and_does_nothing_twice(
     outcomes = {check.name: check.outcome for check in shipped.checks}
     assert outcomes.pop("answers") == "not made"  # two steps teach little
     assert {outcomes.pop(name) for name in (GAIN, DISTANCE)} <= {"passed", "not made"}
-    assert outcomes == dict.fromkeys(("token ids", "training ids", "prompts", "stops", "end of sequence"), "passed")
+    assert outcomes == dict.fromkeys(("token ids", "training ids", "prompts", "stops", "end of sequence", STRENGTH), "passed")
     assert set(shipped.forms) == {"before", "trained", "merged", "Q8_0"}
     assert {path.name for path in shipped.record.parent.iterdir()} == {"tiny-Q8_0.gguf", "Modelfile", RECORD, PROBES, CARD}
     assert {check.outcome for check in verify(shipped.gguf, shipped.record)} == {"passed"}
