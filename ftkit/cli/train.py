@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +41,8 @@ def command(recipe: Path, as_json: bool, html: Path | None, **options: Any) -> N
     if not ranks.is_first():
         line.help_to_train(job)
         ranks.leave()
-        return
+        sys.stderr.flush()
+        os._exit(0)  # a thread of torch's process group may still be there: Python's own end would call that an abort
     if html:
         write.check(html, write.PAGE_SUFFIXES)
         if job.run.is_busy():
