@@ -159,7 +159,7 @@ def show_states(states: list[State], room: Room, base: str, as_json: bool) -> No
     print_table("The line", ["step", "", "", "RAM", "VRAM", "disk", "read"], rows, figures=False)
     if any(state.step.name == "plan" for state in states) and not any(state.costs for state in states):
         say("\nWhat it costs is known once it is planned: ftkit plan")
-    if fetch := room.fetch if room.fetch.files else None:
+    if (fetch := room.fetch).files:
         files = f"{bytes_text(fetch.bytes)} of {base}, {fetch.files} file{'s' * (fetch.files > 1)}"
         one = f"one at a time, {bytes_text(fetch.at_once_bytes)} at most: each is merged, then removed (--keep-source keeps them)"
         say(f"\nTo fetch: {files}, {one if fetch.at_once_bytes else 'which the hub’s cache keeps'}.")

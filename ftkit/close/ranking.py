@@ -30,16 +30,12 @@ def gains(
     Both files are of `model`. Held at once are the weights of one, and as much of slopes. Raises ModelError where transformers does
     not read them, DoesNotFitError where memory runs out.
     """
-    try:
+    with hf.room_to(f"rank the tensors of {plain.name}"):
         weights = _weights(load_student(plain, model, bfloat16=bfloat16, cuda=cuda, trust_remote_code=trust_remote_code), plain, lessons)
         slopes = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
         there = {name: _dot(slope, weights[name]) for name, slope in slopes.items()}
         del weights
         other = _named(load_student(finer, model, bfloat16=bfloat16, cuda=cuda, trust_remote_code=trust_remote_code), finer)
-    except (RuntimeError, MemoryError) as error:
-        if refused := hf.out_of_memory(error, f"rank the tensors of {plain.name}"):
-            raise refused from None
-        raise
     return {name: there[name] - _dot(slope, other[name]) for name, slope in slopes.items() if name in other}
 
 

@@ -19,7 +19,7 @@ from ftkit.gguf.bits import MORE_BYTES, finer_types, tensors_in, type_file, wort
 from ftkit.gguf.files import GgufFile, quantize
 from ftkit.gguf.types import CONVERTED
 from ftkit.line.ask import ASK
-from ftkit.line.gguf import GGUF, IMATRIX, QUANTISE, Converted, read_made
+from ftkit.line.gguf import GGUF, IMATRIX, QUANTISE, Converted, matrix_of, read_made
 from ftkit.line.job import Job, computes_on
 from ftkit.line.lessons import checks_as_trained
 from ftkit.line.merge import MERGE, MODEL
@@ -75,7 +75,7 @@ def _raised(job: Job, folder: Path, plain: Path, made: Mapping[str, Made[Any]]) 
         result: Converted = converted.result
         quantize(
             converted.folder / result.files[0].path, path, job.recipe.ship.quantization, program, job.reporter,
-            imatrix=matrix.folder / matrix.result.path if matrix else None, again=job.recipe.ship.allow_requantize, types=types,
+            imatrix=matrix_of(matrix) if matrix else None, again=job.recipe.ship.allow_requantize, types=types,
         )  # fmt: skip
         return path
 

@@ -30,7 +30,6 @@ class Behaviour:
     divergence: list[float]  # KL(trained ‖ this) over the whole vocabulary
     agreed: list[int]  # tokens at which the likeliest is the trained model's
     divergence_at: list[float] = field(default_factory=list)  # sums over those rows, at each of the first POSITIONS tokens
-    odds: list[list[float]] = field(default_factory=list)  # log-odds of what the answer says, of each token; none of an earlier ftkit's
 
     @property
     def loss_a_token(self) -> float:
