@@ -10,8 +10,7 @@ from typing import Any
 from ftkit.line import behaviour
 from ftkit.line.ask import ASK, Asked
 from ftkit.line.behaviour import CHOICE, SHIPPED, measure_file
-from ftkit.line.bits import BITS
-from ftkit.line.close import CLOSE, shipping
+from ftkit.line.close import OF_FILE, shipping
 from ftkit.line.gguf import GGUF, QUANTISE, Converted
 from ftkit.line.job import Job
 from ftkit.line.step import Made, Step
@@ -61,7 +60,7 @@ WEIGH = Step(
     does="what a type keeps of the training",
     command="ftkit ship",
     result=Weighed,
-    after=(ASK, GGUF, QUANTISE, BITS, CLOSE),
+    after=(ASK, GGUF, *OF_FILE),
     follows_from=lambda job: [job.recipe.ship.quantization],
     costs=of_proving,
     make=_weigh,

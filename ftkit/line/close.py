@@ -101,9 +101,14 @@ def _closed(
     numbers, steps = sum(vector.parameter.numel() for vector in vectors), recipe.ship.closing_steps
     job.reporter.step(f"closing {path.name}: {numbers:,} numbers of {len(vectors)} vectors, at most {steps} steps")
     with job.reporter.bar("closing", steps) as bar:
-        trained_ones = [Trained(vector.parameter, RATE * vector.scale) for vector in vectors]
-        learn = partial(close, student, trained_ones, lessons, others, steps, measured, first)
-        done, _ = learn(
+        done, _ = close(
+            student,
+            [Trained(vector.parameter, RATE * vector.scale) for vector in vectors],
+            lessons,
+            others,
+            steps,
+            measured,
+            first,
             seed=recipe.training.seed,
             told=lambda step, _: bar.update(step),
             begun=begun[0] if begun else None,
@@ -169,6 +174,9 @@ CLOSE: Step[Closed] = Step(
     applies=lambda job: job.recipe.ship.closing_steps > 0,
     keep=True,
 )
+
+
+OF_FILE: tuple[Step[Any], ...] = (QUANTISE, BITS, CLOSE)  # what makes the file that ships of one that is always made, in order
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from ftkit.line.adopt import sizes as adopted_sizes
 from ftkit.line.ask import ASK, refuse_rule
 from ftkit.line.bits import BITS, Bits
 from ftkit.line.choose import WEIGH, Weighed, candidates, is_smallest, of_type, trials
-from ftkit.line.close import CLOSE, Closed, shipping
+from ftkit.line.close import CLOSE, OF_FILE, Closed, shipping
 from ftkit.line.gguf import GGUF, IMATRIX, QUANTISE, refuse_missing_imatrix, refuse_type
 from ftkit.line.job import Job, Onto, ToFetch, base_to_fetch
 from ftkit.line.merge import MERGE
@@ -245,7 +245,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
     if REASK.applies(job):
         ensure(job, REASK)
     job, weighed = choose_type(job)
-    later: list[Made[Any]] = [ensure(job, step) for step in (QUANTISE, BITS, CLOSE) if step.applies(job)]
+    later: list[Made[Any]] = [ensure(job, step) for step in OF_FILE if step.applies(job)]
     shipped = shipping(job, converted, *later)
     proven = ensure(job, PROVE)
     proof = judge(job, asked, proven, shipped)
@@ -357,8 +357,8 @@ def judge_again(job: Job) -> Proof:
     Raises RunError where nothing of this recipe was proven.
     """
     job = _as_made(job)
-    of_file: tuple[Step[Any], ...] = (ASK, GGUF, QUANTISE, BITS, CLOSE, PROVE)
-    made = {step.name: find(job, step) for step in of_file if step.applies(job)}
+    recorded_by: tuple[Step[Any], ...] = (ASK, GGUF, *OF_FILE, PROVE)
+    made = {step.name: find(job, step) for step in recorded_by if step.applies(job)}
     if missing := next((name for name, found in made.items() if not found), None):
         raise RunError(f"{job.run.folder} holds no proof of this recipe: `{missing}` is not done.", "ftkit ship")
     asked, converted, *later, proven = (found for found in made.values() if found)
@@ -391,8 +391,7 @@ def choose_type(job: Job) -> tuple[Job, tuple[Weighed, ...]]:
         if ships:
             break
         job.reporter.note(f"{one.quantization} keeps {one.kept_percent:.1f} % of the training, wanted are {job.recipe.ship.keep:g} %")
-        of_file: tuple[Step[Any], ...] = (QUANTISE, BITS, CLOSE)
-        for step in of_file:
+        for step in OF_FILE:
             if step.applies(tried) and (stale := find(tried, step)):
                 discard(stale.folder)
     return tried, tuple(weighed)

@@ -19,9 +19,8 @@ from ftkit.errors import ProofError, ToolFailedError
 from ftkit.line import behaviour
 from ftkit.line.ask import ANSWERS, ASK, Answers, Asked, read_answers, read_questions
 from ftkit.line.behaviour import MERGED, OUTSIDE, PAIRS, SHIPPED, TRAINED, measure_form
-from ftkit.line.bits import BITS
-from ftkit.line.close import CLOSE, Shipping, shipping
-from ftkit.line.gguf import GGUF, QUANTISE, Converted
+from ftkit.line.close import OF_FILE, Shipping, shipping
+from ftkit.line.gguf import GGUF, Converted
 from ftkit.line.job import Job, Onto, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.reask import REASK, AskedMerged
@@ -175,7 +174,7 @@ PROVE = Step(
     does="ids, prompts, stops and answers of what ships",
     command="ftkit ship",
     result=Proven,
-    after=(MERGE, ASK, GGUF, QUANTISE, BITS, CLOSE),
+    after=(MERGE, ASK, GGUF, *OF_FILE),
     follows_from=lambda job: [job.recipe.ship.quantization, *filter(None, [job.recipe.ship.record_rows])],
     costs=of_proving,
     make=_make,
