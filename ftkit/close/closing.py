@@ -193,14 +193,21 @@ def _shuffled(lessons: Sequence[Lesson], order: random.Random) -> Iterator[Lesso
         yield from order.sample(list(lessons), len(lessons))
 
 
-def _loss(student: PreTrainedModel, lesson: Lesson) -> torch.Tensor:
+def logits_at(student: PreTrainedModel, ids: Sequence[int], places: Sequence[int]) -> torch.Tensor:
+    """Of a row, (places, vocabulary): what the student says that stands there."""
     import torch
 
-    places = [*lesson.answer.places, *(lesson.prompt.places if lesson.prompt else ())]
-    ids = torch.tensor([lesson.answer.ids], device=student.device)
-    before = torch.tensor(places, device=student.device) - 1
     with running(student):
-        logits = student(input_ids=ids, logits_to_keep=before, use_cache=False).logits[0]
+        asked = torch.tensor([list(ids)], device=student.device)
+        logits: torch.Tensor = student(
+            input_ids=asked, logits_to_keep=torch.tensor(places, device=student.device) - 1, use_cache=False
+        ).logits[0]
+    return logits
+
+
+def _loss(student: PreTrainedModel, lesson: Lesson) -> torch.Tensor:
+    places = [*lesson.answer.places, *(lesson.prompt.places if lesson.prompt else ())]
+    logits = logits_at(student, lesson.answer.ids, places)
     answers = len(lesson.answer.places)
     loss = divergence(logits[:answers], lesson.answered).mean()
     if lesson.prompted is not None and len(places) > answers:

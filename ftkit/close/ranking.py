@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ftkit.close.closing import Lesson, divergence
-from ftkit.close.student import gguf_names, load_student, running
+from ftkit.close.closing import Lesson, divergence, logits_at
+from ftkit.close.student import load_student
 from ftkit.engines import hf
 from ftkit.errors import ModelError
-from ftkit.model.source import open_gguf
+from ftkit.model.source import gguf_names, open_gguf
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +41,6 @@ def gains(
 
 def _weights(student: PreTrainedModel, path: Path, lessons: Sequence[Lesson]) -> dict[str, torch.nn.Parameter]:
     """The file's matrices with the slope of the mean divergence at the answers' tokens."""
-    import torch
-
     weights = _named(student, path)
     if not weights:
         raise ModelError(f"no weight of {path.name} is known in transformers.", "ship it plain: ship.bits_by_task=false")
@@ -50,18 +48,14 @@ def _weights(student: PreTrainedModel, path: Path, lessons: Sequence[Lesson]) ->
         weight.requires_grad_()
     tokens = sum(len(lesson.answer.places) for lesson in lessons)
     for lesson in lessons:
-        ids = torch.tensor([lesson.answer.ids], device=student.device)
-        before = torch.tensor(lesson.answer.places, device=student.device) - 1
-        with running(student):
-            logits = student(input_ids=ids, logits_to_keep=before, use_cache=False).logits[0]
-        divergence(logits, lesson.answered).sum().div(tokens).backward()  # type: ignore[no-untyped-call]
+        divergence(logits_at(student, lesson.answer.ids, lesson.answer.places), lesson.answered).sum().div(tokens).backward()  # type: ignore[no-untyped-call]
     return weights
 
 
 def _named(student: PreTrainedModel, path: Path) -> dict[str, torch.nn.Parameter]:
     """The parameters that are matrices of the file, by their names there."""
     reader = open_gguf(path)
-    names = gguf_names(reader, student)
+    names = gguf_names(reader)
     shapes = {str(tensor.name): tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
     found = {}
     for name, parameter in student.named_parameters():

@@ -15,12 +15,11 @@ from ftkit.close.packed import Blocks, PackedWeight
 from ftkit.engines import hf
 from ftkit.engines.logits import Forced
 from ftkit.errors import ModelError, first_line
-from ftkit.model.source import from_files, open_gguf
+from ftkit.model.source import from_files, gguf_architecture, gguf_names, open_gguf
 from ftkit.plan.cost import ClosingWay, Way, closing_ways
 
 if TYPE_CHECKING:
     import torch
-    from gguf import GGUFReader
     from transformers import PreTrainedModel
 
 EXACT = {"float32": 1e-6, "bfloat16": 2**-7}  # how far a number of the file may be from the model's, in units of the largest
@@ -161,21 +160,13 @@ def _fill(student: PreTrainedModel, path: Path, missing: Collection[str]) -> Non
     import torch
 
     reader = open_gguf(path)
-    names, tensors = gguf_names(reader, student), {tensor.name: tensor for tensor in reader.tensors}
+    names, tensors = gguf_names(reader), {tensor.name: tensor for tensor in reader.tensors}
     for name in missing:
         if tensor := tensors.get(f"{names.get_name(name)}.weight"):
             owner, _, leaf = name.rpartition(".")
             there = getattr(student.get_submodule(owner), leaf)
             values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
             _put(student.get_submodule(owner), leaf, values.to(there.device, there.dtype))
-
-
-def gguf_names(reader: GGUFReader, student: PreTrainedModel) -> Any:
-    """The map from transformers' names to llama.cpp's."""
-    import gguf
-
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == gguf_architecture(reader))
-    return gguf.get_tensor_name_map(architecture, student.config.get_text_config().num_hidden_layers)
 
 
 def _order(processor: Any, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
@@ -207,12 +198,6 @@ def _put(module: Any, leaf: str, value: Any) -> None:
         setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False) if leaf in module._parameters else value)
 
 
-def gguf_architecture(reader: GGUFReader) -> str:
-    """As llama.cpp names it."""
-    field = reader.get_field("general.architecture")
-    return str(field.contents()) if field else ""
-
-
 def lossless(student: PreTrainedModel, path: Path) -> list[Lossless]:
     """The vectors of the file in float32 – norms and biases – that are the model's own, number for number.
 
@@ -222,7 +207,7 @@ def lossless(student: PreTrainedModel, path: Path) -> list[Lossless]:
     import torch
 
     reader = open_gguf(path)
-    names, tensors = gguf_names(reader, student), {tensor.name: tensor for tensor in reader.tensors}
+    names, tensors = gguf_names(reader), {tensor.name: tensor for tensor in reader.tensors}
     found = []
     for name, parameter in student.named_parameters():
         owner, _, kind = name.rpartition(".")

@@ -15,7 +15,7 @@ from ftkit.errors import ModelError
 from ftkit.gguf.types import block, default_type
 from ftkit.machine.call import call
 from ftkit.machine.llama_cpp import Found
-from ftkit.model.source import open_gguf, shapes_of
+from ftkit.model.source import gguf_architecture, open_gguf, shapes_of
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import QUANTIZATIONS
 
@@ -225,8 +225,6 @@ def _rewrite(path: Path, reader: GGUFReader, new: dict[str, Any]) -> None:
     from gguf import GGUFWriter
     from gguf.scripts.gguf_new_metadata import copy_with_new_metadata
 
-    architecture = reader.get_field("general.architecture")
-    assert architecture
     partial = path.with_suffix(".corrected")
-    copy_with_new_metadata(reader, GGUFWriter(partial, arch=architecture.contents(), endianess=reader.endianess), new, [])
+    copy_with_new_metadata(reader, GGUFWriter(partial, arch=gguf_architecture(reader), endianess=reader.endianess), new, [])
     partial.replace(path)

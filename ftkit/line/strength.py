@@ -13,7 +13,7 @@ from ftkit.line.step import find
 from ftkit.line.transfer import TRANSFER, adapter_of
 from ftkit.model.adapter import load_settings, load_tensors
 from ftkit.model.open import bytes_to_fetch
-from ftkit.model.source import header, open_gguf, weight_files
+from ftkit.model.source import gguf_names, header, open_gguf, weight_files
 from ftkit.proof.strength import NAME, Share, judge_strength, share, together
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def shares(path: Path, base: Path, adapter: Path) -> dict[str, Share]:
 
 def _changes(adapter: Path, reader: Any, tensors: dict[str, Any]) -> dict[str, list[tuple[str, str, Rows]]]:
     """By kind: (the base's name of a tensor, the file's, what becomes of its first rows), in order of the layers."""
-    settings, held, names = load_settings(adapter), load_tensors(adapter), _names(reader)
+    settings, held, names = load_settings(adapter), load_tensors(adapter), gguf_names(reader)
     found: dict[str, list[tuple[str, str, Rows]]] = {LORA: [], SAVED: []}
     for name, tensor in held.items():
         module = name.removeprefix(PREFIX)
@@ -113,16 +113,6 @@ def _scaling(settings: Any, path: str, r: int) -> float:
     patterns = settings.alpha_pattern or {}
     alpha = patterns.get(get_pattern_key(patterns.keys(), path), settings.lora_alpha)
     return float(alpha) / (r**0.5 if settings.use_rslora else r)
-
-
-def _names(reader: Any) -> Any:
-    """What llama.cpp calls the layers of a file's architecture; None where gguf does not know it."""
-    import gguf
-
-    name = str(reader.get_field("general.architecture").contents())
-    architecture = next((arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name), None)
-    layers = reader.get_field(f"{name}.block_count")
-    return gguf.get_tensor_name_map(architecture, int(layers.contents())) if architecture is not None and layers else None
 
 
 def _numbers(tensor: Any, rows: int) -> Any:

@@ -106,6 +106,22 @@ def open_gguf(path: Path) -> GGUFReader:
         ) from None
 
 
+def gguf_architecture(reader: GGUFReader) -> str:
+    """As llama.cpp names it."""
+    field = reader.get_field("general.architecture")
+    return str(field.contents()) if field else ""
+
+
+def gguf_names(reader: GGUFReader) -> Any:
+    """The map from transformers' names of a file's tensors to llama.cpp's; None of an architecture that gguf does not know."""
+    import gguf
+
+    name = gguf_architecture(reader)
+    architecture = next((key for key, known in gguf.MODEL_ARCH_NAMES.items() if known == name), None)
+    layers = reader.get_field(f"{name}.block_count")
+    return gguf.get_tensor_name_map(architecture, int(layers.contents())) if architecture is not None and layers else None
+
+
 def indexed_files(folder: Path) -> list[str] | None:
     """The weight files that a model's index names, None without an index.
 
