@@ -129,6 +129,15 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def small_project(tmp_path: Path, private_cache: Path, write_rows: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny model and twelve rows, to be trained on the CPU; the recipe is the test's own."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    tiny.make_model(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", conversations())
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def demo_run() -> Path:
     """The run that `make demo` made in this checkout."""

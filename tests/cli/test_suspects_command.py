@@ -75,35 +75,30 @@ def test_the_rows_that_stand_out_are_listed_and_written(
 
 
 @pytest.mark.slow
-def test_a_run_s_folder_stands_for_what_was_trained_with_set(
-    tmp_path: Path, write_rows: Callable[[Path, list[Any]], Path], ftkit: Ftkit, private_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.chdir(tmp_path)
-    tiny.make_model(tmp_path / "model")
-    write_rows(tmp_path / "train.jsonl", conversations())
+def test_a_run_s_folder_stands_for_what_was_trained_with_set(small_project: Path, ftkit: Ftkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(small_project)
     recipe = {"model": "model", "training": {"method": "lora", "max_length": 128}, "ship": {"max_new_tokens": 4}}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    (small_project / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     assert ftkit("train", "--set", "training.max_steps=2", "--set", "data.date=2024-01-02").exit_code == 0
     by_recipe = ftkit("data", "--suspects", "recipe.yaml")
     assert (by_recipe.exit_code, "ftkit data --suspects" in by_recipe.stderr) == (1, True)
     by_run = ftkit("data", "--suspects", "runs/recipe", "--json")
     assert by_run.exit_code == 0, by_run.stderr
     assert ftkit("status", "runs/recipe", "--html", "run.html").exit_code == 0
-    assert "2024-01-02" in (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert "2024-01-02" in (small_project / "run.html").read_text(encoding="utf-8")
     assert "Next: ftkit ship runs/recipe" in ftkit("status", "runs/recipe").stdout
 
 
-def test_what_does_not_go_together_is_said(tmp_path: Path, ftkit: Ftkit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_does_not_go_together_is_said(small_project: Path, ftkit: Ftkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(small_project)
     assert "--write is of --suspects" in ftkit("data", "--write", "x.jsonl").stderr
     assert "x.txt does not end in .jsonl" in ftkit("data", "--suspects", "--write", "x.txt").stderr
     assert ftkit("data", "--suspects").exit_code == 2  # no recipe
 
 
-def test_of_preferences_none_is_called_mislabelled(tmp_path: Path, ftkit: Ftkit, write_rows: Any, private_cache: Path) -> None:
-    tiny.make_model(tmp_path / "model")
-    write_rows(tmp_path / "train.jsonl", [{"prompt": "What?", "chosen": "This.", "rejected": "That."}])
-    (tmp_path / "recipe.yaml").write_text("model: model\ntraining: {objective: dpo}\n", encoding="utf-8")
-    refused = ftkit("data", tmp_path, "--suspects")
+def test_of_preferences_none_is_called_mislabelled(small_project: Path, ftkit: Ftkit, write_rows: Any, private_cache: Path) -> None:
+    tiny.make_model(small_project / "model")
+    write_rows(small_project / "train.jsonl", [{"prompt": "What?", "chosen": "This.", "rejected": "That."}])
+    (small_project / "recipe.yaml").write_text("model: model\ntraining: {objective: dpo}\n", encoding="utf-8")
+    refused = ftkit("data", small_project, "--suspects")
     assert (refused.exit_code, "training.objective: of preferences no row is called mislabelled" in refused.stderr) == (2, True)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny
 from click.testing import Result
-from conftest import REPOSITORY, conversations
+from conftest import REPOSITORY
 
 from ftkit.data.mask import tokenise
 from ftkit.data.rows import Example, Row
@@ -202,29 +202,26 @@ def test_twenty_kills_change_no_bit(rows: str, tmp_path: Path, report_figures: C
 
 @pytest.mark.slow
 def test_room_is_looked_for_before_the_start_and_what_was_begun_is_not_counted_twice(
-    tmp_path: Path, write_rows: Any, ftkit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, private_cache: Path
+    small_project: Path, ftkit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    tiny.make_model(tmp_path / "model")
-    write_rows(tmp_path / "train.jsonl", conversations())
-    (tmp_path / "recipe.yaml").write_text(
+    (small_project / "recipe.yaml").write_text(
         "model: model\nlora: {r: 512}\ntraining: {method: lora, max_steps: 2, effective_batch_size: 2, max_length: 128}\n", encoding="utf-8"
     )
-    usage, free = shutil.disk_usage(tmp_path), 1000
+    usage, free = shutil.disk_usage(small_project), 1000
     monkeypatch.setattr("ftkit.line.shortage.shutil.disk_usage", lambda folder: usage._replace(free=free))
-    needed = json.loads(ftkit("plan", tmp_path, "--json").stdout)["shortages"][0]["needed_bytes"]
+    needed = json.loads(ftkit("plan", small_project, "--json").stdout)["shortages"][0]["needed_bytes"]
     free = needed - 1
-    refused = ftkit("train", tmp_path)
+    refused = ftkit("train", small_project)
     assert refused.exit_code == 3
     assert f"runs{os.sep}recipe" in refused.stderr
     free = needed
     with monkeypatch.context() as patched:
         patched.setattr("ftkit.train.training._tensors", lambda folder: 1 / 0)  # fails after the last step
         with pytest.raises(ZeroDivisionError):
-            ftkit("train", tmp_path)
-    [begun] = (tmp_path / "runs" / "recipe").glob(".train-*.partial")
+            ftkit("train", small_project)
+    [begun] = (small_project / "runs" / "recipe").glob(".train-*.partial")
     free = needed - size_bytes(begun)  # as it is on a disk of that size
-    assert ftkit("train", tmp_path).exit_code == 0
+    assert ftkit("train", small_project).exit_code == 0
 
 
 def test_a_full_disk_names_what_can_go(tmp_path: Path) -> None:
@@ -242,21 +239,18 @@ def test_a_full_disk_names_what_can_go(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_changed_recipe_says_that_it_begins_anew(
-    tmp_path: Path, write_rows: Any, ftkit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, private_cache: Path
+    small_project: Path, ftkit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    tiny.make_model(tmp_path / "model")
-    write_rows(tmp_path / "train.jsonl", conversations())
-    (tmp_path / "recipe.yaml").write_text(
+    (small_project / "recipe.yaml").write_text(
         "model: model\nlora: {r: 4}\ntraining: {method: lora, max_steps: 2, effective_batch_size: 2, max_length: 128}\n", encoding="utf-8"
     )
     with monkeypatch.context() as patched:
         patched.setattr("ftkit.train.training._tensors", lambda folder: 1 / 0)  # fails after the last step
         with pytest.raises(ZeroDivisionError):
-            ftkit("train", tmp_path)
-    [begun] = (tmp_path / "runs" / "recipe").glob(".train-*.partial")
-    other = ftkit("train", tmp_path, "--set", "training.seed=1")
+            ftkit("train", small_project)
+    [begun] = (small_project / "runs" / "recipe").glob(".train-*.partial")
+    other = ftkit("train", small_project, "--set", "training.seed=1")
     assert other.exit_code == 0
     assert f"stays at step 2 in {begun}" in other.stderr.replace("\n", "")
-    again = ftkit("train", tmp_path)
+    again = ftkit("train", small_project)
     assert "all was trained before: taking up the checkpoint of step 2" in again.stderr

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import tiny
 from click.testing import Result
-from conftest import conversations
 
 from ftkit.data.lengths import RIDGE_TOKENS
 from ftkit.data.rows import Example, Pair
@@ -257,13 +256,10 @@ def test_what_was_enough_counts_on_the_same_device_alone() -> None:
 
 @pytest.mark.slow
 def test_the_command_tells_that_memory_ran_out_and_keeps_it_for_the_next_plan(
-    tmp_path: Path, write_rows: Any, ftkit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, private_cache: Path
+    small_project: Path, ftkit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, private_cache: Path
 ) -> None:
     """And a training that went on smaller is gone on with, whatever a plan made since says."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    tiny.make_model(tmp_path / "model")
-    write_rows(tmp_path / "train.jsonl", conversations())
-    (tmp_path / "recipe.yaml").write_text(
+    (small_project / "recipe.yaml").write_text(
         "model: model\nlora: {r: 4}\ntraining: {method: lora, max_steps: 3, effective_batch_size: 4, per_device_train_batch_size: 4, "
         "max_length: 128, gradient_checkpointing: false}\n",
         encoding="utf-8",
@@ -272,19 +268,19 @@ def test_the_command_tells_that_memory_ran_out_and_keeps_it_for_the_next_plan(
     with bounded(Memory(2, passes=1)), monkeypatch.context() as patched:
         patched.setattr("ftkit.train.training._tensors", lambda folder: 1 / 0)  # fails after the last step
         with pytest.raises(ZeroDivisionError):
-            ftkit("train", tmp_path)
+            ftkit("train", small_project)
     measured = json.loads((private_cache / "measured.json").read_text(encoding="utf-8"))
     [[subject, beyond_bytes]] = next(iter(measured.values()))["probes"].items()
     assert beyond_bytes > 0
     next(iter(measured.values()))["probes"][subject] = 1 << 50  # no plan fits any more
     (private_cache / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
-    assert ftkit("plan", tmp_path, "--json").exit_code == 3
+    assert ftkit("plan", small_project, "--json").exit_code == 3
     with bounded(Memory(2)):
-        done = ftkit("train", tmp_path)
+        done = ftkit("train", small_project)
     assert done.exit_code == 0, done.stderr
     assert "with 4 × 1 rows: the process held" in done.stdout
     assert "going on from step 1 with 2 × 2 rows, the effective batch stays 4." in done.stdout
-    refused = ftkit("train", tmp_path, "--set", "training.seed=1")
+    refused = ftkit("train", small_project, "--set", "training.seed=1")
     assert refused.exit_code == 3
 
 
@@ -312,21 +308,18 @@ def test_the_heap_is_given_back_where_twice_the_plan_is_held_and_not_at_each_ste
 
 @pytest.mark.slow
 def test_what_a_cpu_s_process_held_beyond_its_plan_is_counted_in_the_next(
-    tmp_path: Path, write_rows: Any, ftkit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, private_cache: Path
+    small_project: Path, ftkit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    tiny.make_model(tmp_path / "model")
-    write_rows(tmp_path / "train.jsonl", conversations())
-    (tmp_path / "recipe.yaml").write_text("model: model\ntraining: {method: lora, max_steps: 1, max_length: 128}\n", encoding="utf-8")
-    before = ftkit("plan", tmp_path)
+    (small_project / "recipe.yaml").write_text("model: model\ntraining: {method: lora, max_steps: 1, max_length: 128}\n", encoding="utf-8")
+    before = ftkit("plan", small_project)
     assert "On a CPU the process may hold more" in before.stdout
-    peak = json.loads(ftkit("plan", tmp_path, "--json").stdout)["chosen"]["peak"]
+    peak = json.loads(ftkit("plan", small_project, "--json").stdout)["chosen"]["peak"]
     monkeypatch.setattr("ftkit.train.watch.held_bytes", lambda: peak["device_bytes"] + (1 << 30))
-    assert ftkit("train", tmp_path).exit_code == 0
-    after = ftkit("plan", tmp_path, "--set", "training.seed=1")
+    assert ftkit("train", small_project).exit_code == 0
+    after = ftkit("plan", small_project, "--set", "training.seed=1")
     assert re.search(r"more, as measured with this model +1\.00 GiB", after.stdout)
     assert "On a CPU the process may hold more" not in after.stdout
-    other = ftkit("plan", tmp_path, "--set", "training.method=full")
+    other = ftkit("plan", small_project, "--set", "training.method=full")
     assert "On a CPU the process may hold more" in other.stdout
 
 
