@@ -24,6 +24,7 @@ from ftkit.line.plan import PLAN, expected_answers, recorded, training_inputs
 from ftkit.line.step import Made, Step, fingerprint_of
 from ftkit.line.tokens import take
 from ftkit.machine import device, ranks
+from ftkit.machine.device import Device
 from ftkit.merge.deltas import changes_of, refuse_what_cannot_be_merged
 from ftkit.plan import measured
 from ftkit.plan.cost import TRAINING_BYTES, of_training
@@ -196,10 +197,8 @@ def _remember_miss(job: Job, planned: MemoryPlan, chosen: Settings, settings: Se
     if beyond_bytes <= 0:
         job.reporter.warn("less was held than planned when memory ran out: other programs have the rest of it, and the plan stays")
         return
-    try:
-        measured.remember_miss(real, measured.subject(job.recipe, job.source.fingerprint), beyond_bytes)
-    except (OSError, FtkitError) as error:
-        job.reporter.warn(f"that the plan was too small by {bytes_text(beyond_bytes)} is not kept for the next: {first_line(error)}")
+    unkept = f"that the plan was too small by {bytes_text(beyond_bytes)} is not kept for the next"
+    _remember_beyond(job, real, beyond_bytes, unkept)
 
 
 def _remember_held(job: Job, planned: MemoryPlan, peak_bytes: int) -> None:
@@ -208,10 +207,15 @@ def _remember_held(job: Job, planned: MemoryPlan, peak_bytes: int) -> None:
     beyond_bytes = peak_bytes - planned.chosen.peak.allocated_bytes - TRAINING_BYTES
     if planned.device.name != real.name or beyond_bytes <= 0:
         return
+    _remember_beyond(job, real, beyond_bytes, f"that this training held {bytes_text(beyond_bytes)} more than planned is not kept")
+
+
+def _remember_beyond(job: Job, real: Device, beyond_bytes: int, unkept: str) -> None:
+    """Keep it for the next plan; that it cannot be kept is said, and ends no training."""
     try:
         measured.remember_miss(real, measured.subject(job.recipe, job.source.fingerprint), beyond_bytes)
     except (OSError, FtkitError) as error:
-        job.reporter.warn(f"that this training held {bytes_text(beyond_bytes)} more than planned is not kept: {first_line(error)}")
+        job.reporter.warn(f"{unkept}: {first_line(error)}")
 
 
 def goes_on_smaller(job: Job) -> bool:
