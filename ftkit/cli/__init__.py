@@ -73,6 +73,17 @@ def _every_ctrl_c_heard() -> Iterator[None]:
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called, so that help needs none of them."""
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As a program. One of several processes ends without Python's own end, in which a thread of torch's may abort it."""
+        try:
+            return self.main(*args, **kwargs)
+        except SystemExit as end:
+            if ranks.world_size() > 1:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(end.code if isinstance(end.code, int) else bool(end.code))
+            raise
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 

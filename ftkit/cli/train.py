@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -41,8 +39,7 @@ def command(recipe: Path, as_json: bool, html: Path | None, **options: Any) -> N
     if not ranks.is_first():
         line.help_to_train(job)
         ranks.leave()
-        sys.stderr.flush()
-        os._exit(0)  # a thread of torch's process group may still be there: Python's own end would call that an abort
+        return
     if html:
         write.check(html, write.PAGE_SUFFIXES)
         if job.run.is_busy():

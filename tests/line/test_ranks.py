@@ -20,6 +20,7 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file
 
+from ftkit.errors import RecipeError
 from ftkit.machine import ranks
 from ftkit.train.micro_batches import share
 
@@ -144,6 +145,15 @@ def test_two_processes_learn_preferences_as_one(project: Path, write_rows: Any, 
     assert curve(project / "two") == pytest.approx(curve(project / "one"), rel=1e-5)
     margins = [read_margins(project / name) for name in ("one", "two")]
     assert margins[1] == pytest.approx(margins[0], rel=1e-3)
+
+
+def test_no_process_of_several_is_aborted_at_its_end() -> None:
+    """By a thread of torch's that Python's end does not wait for: here, by the first thing that Python's end does."""
+    program = "import atexit, os; atexit.register(os.abort); from ftkit.cli import main; main(['schema'])"
+    for count, code in (("1", -signal.SIGABRT), ("2", RecipeError.exit_code)):
+        ended = subprocess.run([sys.executable, "-c", program], env={**os.environ, "WORLD_SIZE": count}, capture_output=True, text=True)
+        assert ended.returncode == code
+        assert ("runs in one process" in ended.stderr) == (count == "2")
 
 
 def read_margins(run: Path) -> list[float]:
