@@ -62,7 +62,7 @@ def main() -> None:
     vectors = lossless(student, asked.file)
     worked = time.process_time()
     learning = [Trained(vector.parameter, RATE * vector.scale) for vector in vectors]
-    close(student, learning, lessons[:ROWS_A_STEP], lessons[ROWS_A_STEP:], asked.steps, lambda: 0.0, 1.0)
+    close(student, learning, lessons[:ROWS_A_STEP], lessons[ROWS_A_STEP:], asked.steps, lambda: 0.0, 1.0, outside_weight=0.5)
     seconds = (time.monotonic() - loaded) / asked.steps
     planned = next(way for way in ways_of(asked.file, rows, bfloat16=cuda, cuda=cuda) if way.name == asked.way)
     told = {

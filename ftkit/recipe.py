@@ -292,6 +292,9 @@ class Ship(Group):
     keep: Annotated[float, Field(ge=0, le=100)] = Field(
         default=95.0, description="percent of what training gained on held-out answers, in loss a token, that the shipped file must keep"
     )
+    rounding_kept: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of what training's 4 bits changed in the base that a QLoRA adapter's merge keeps"
+    )
     transfer_steps: Annotated[int, Field(ge=0)] = Field(
         default=0, description="train a QLoRA adapter on the 16-bit source, before it is merged into it, for at most so many steps"
     )

@@ -27,7 +27,7 @@ ROWS_A_STEP = CLOSING_ROWS_A_STEP
 RATE = 7e-3  # of the mean size of a vector's numbers, by AdamW a step
 WARM_UP = 5
 PROMPT_WEIGHT = 0.2
-OUTSIDE_ROWS_A_STEP, OUTSIDE_WEIGHT = 2, 0.5
+OUTSIDE_ROWS_A_STEP = 2
 CHECKED_EVERY = 10  # steps
 
 
@@ -112,6 +112,7 @@ def close(
     measured: Callable[[], float],
     first: float,
     *,
+    outside_weight: float,
     seed: int = 0,
     told: Callable[[int, float], None] = lambda *_: None,
     begun: Progress | None = None,
@@ -120,7 +121,7 @@ def close(
 ) -> tuple[int, float]:
     """Train some parameters of a model; (steps of the best, what `measured` said of it), whose values they then have.
 
-    `lessons`: of answers; `outside`: of text that has nothing to do with the task, or none.
+    `lessons`: of answers; `outside`: of text that has nothing to do with the task, or none, and its weight beside theirs.
 
     `measured`: how far the student is from where it should be, on rows that are not learnt; asked every few steps. `first`: what it
     said before. Closing ends early where two checks after one another are no better than the best.
@@ -147,7 +148,7 @@ def close(
             for lesson in learnt:
                 _loss(student, lesson).div(ROWS_A_STEP).backward()  # type: ignore[no-untyped-call]
             for lesson in beside:
-                _loss(student, lesson).mul(OUTSIDE_WEIGHT / OUTSIDE_ROWS_A_STEP).backward()  # type: ignore[no-untyped-call]
+                _loss(student, lesson).mul(outside_weight / OUTSIDE_ROWS_A_STEP).backward()  # type: ignore[no-untyped-call]
         for group, one in zip(optimizer.param_groups, trained, strict=True):
             group["lr"] = one.rate * _share(step, steps)
         optimizer.step()

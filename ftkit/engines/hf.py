@@ -136,9 +136,14 @@ def load_adapted(
     folder: Path, adapter: Path, method: Method, *, dtype: Dtype, cuda: bool, trust_remote_code: bool = False, learns: bool = False
 ) -> PeftModel:
     """The base as `method` trains it, with an adapter in it, which is asked, or `learns`."""
+    base = load_model(folder, method, dtype=dtype, cuda=cuda, trust_remote_code=trust_remote_code)
+    return adapted(base, adapter, learns=learns)
+
+
+def adapted(base: PreTrainedModel, adapter: Path, *, learns: bool = False) -> PeftModel:
+    """A base that is loaded, with an adapter in it."""
     from peft import PeftModel
 
-    base = load_model(folder, method, dtype=dtype, cuda=cuda, trust_remote_code=trust_remote_code)
     if (rows := embedding_rows(adapter)) > base.get_input_embeddings().weight.shape[0]:  # for tokens that training added
         base.resize_token_embeddings(rows, mean_resizing=False)
     with adaptable(base):

@@ -36,6 +36,7 @@ from ftkit.units import bytes_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+OUTSIDE_WEIGHT = 0.5
 MOST_APART = 0.1  # KL a token between the file in llama.cpp, which also rounds activations, and in transformers
 
 
@@ -109,6 +110,7 @@ def _closed(
             steps,
             measured,
             first,
+            outside_weight=OUTSIDE_WEIGHT,
             seed=recipe.training.seed,
             told=lambda step, _: bar.update(step),
             begun=begun[0] if begun else None,

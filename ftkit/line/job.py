@@ -87,6 +87,18 @@ class Job:
     changed: tuple[tuple[str, Any], ...] = ()  # of the recipe's file, by `--set` and its like
 
     @property
+    def rounding(self) -> float:
+        """The share of what QLoRA's 4 bits changed in the base that the merge keeps."""
+        if self.onto == "dequantised":
+            return 1.0
+        return self.recipe.ship.rounding_kept if self.recipe.training.method == "qlora" else 0.0
+
+    @property
+    def rounded(self) -> list[float]:
+        """What a merge into the source follows from beside: nothing, where it is made as ftkit made each before 0.3."""
+        return [self.rounding] if self.onto == "source" and self.rounding else []
+
+    @property
     def has_base(self) -> bool:
         """Whether there is a base to compare with: none of a whole model that was given alone."""
         return not self.given or self.given.fingerprint != self.source.fingerprint
@@ -235,7 +247,7 @@ def base_to_fetch(job: Job) -> ToFetch:
     loads = trains or asks or looks or closes
     if not loads and finished("merge"):
         return ToFetch(0, 0, 0)
-    by_file = job.recipe.training.method != "full" and job.onto == "source"  # what is dequantised may stand in several files
+    by_file = job.recipe.training.method != "full" and not job.rounding  # a weight that was in 4 bits may stand in several files
     one_at_a_time = by_file and not (loads or ship.keep_source)
     return ToFetch(len(missing), sum(missing.values()), max(missing.values()) if one_at_a_time else 0)
 

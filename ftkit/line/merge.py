@@ -66,7 +66,7 @@ def _make(job: Job, folder: Path, trained: Made[Any], fitted: Made[Transferred] 
         base,
         adapter_of(trained, fitted),
         target,
-        onto=job.onto,
+        rounding=job.rounding,
         dtype=dtype,
         with_code=job.recipe.trust_remote_code,
         shards=shards,
@@ -79,8 +79,12 @@ def _make(job: Job, folder: Path, trained: Made[Any], fitted: Made[Transferred] 
             file.unlink()
         for file in tokenizer_files(trained.folder / TOKENIZER):
             shutil.copyfile(file, target / file.name)
-    words = f"{ONTO_WORDS[job.onto]}, {fitted.result.words}" if fitted else ONTO_WORDS[job.onto]
-    return Merged(words, tuple(seal(target, tokenizer)))
+    words = [ONTO_WORDS[job.onto]]
+    if job.rounded:
+        words.append(f"with {100 * job.rounding:g} % of the rounding that it was trained with")
+    if fitted:
+        words.append(fitted.result.words)
+    return Merged(", ".join(words), tuple(seal(target, tokenizer)))
 
 
 def _one_at_a_time(job: Job) -> bool:
@@ -105,7 +109,7 @@ MERGE: Step[Merged] = Step(
     command="ftkit ship",
     result=Merged,
     after=(TRAIN, ADOPT, TRANSFER),
-    follows_from=lambda job: [job.onto],
+    follows_from=lambda job: [job.onto, *job.rounded],
     costs=of_merging,
     make=_make,
     resumable=_one_at_a_time,

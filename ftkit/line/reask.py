@@ -59,6 +59,7 @@ REASK = Step(
     follows_from=lambda job: [
         fingerprint_of(job, trained_by(job)),
         job.onto,
+        *job.rounded,
         *([fingerprint_of(job, TRANSFER)] if TRANSFER.applies(job) else []),
     ],
     costs=of_asking_merged,

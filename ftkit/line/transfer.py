@@ -23,11 +23,13 @@ from ftkit.line.job import Job, base_folder, computes_on
 from ftkit.line.lessons import as_trained, checks_as_trained, outside, prompt, rows_to_learn
 from ftkit.line.step import Made, Step
 from ftkit.line.train import TRAIN
+from ftkit.model.four_bits import round_weights
 from ftkit.model.given import ADAPTER_WEIGHTS
 from ftkit.plan.cost import of_transferring
 from ftkit.run import CHECKPOINTS
 
-RATE_SHARE = 0.5  # of the rate that it was trained at
+RATE_SHARE = 0.2  # of the rate that it was trained at
+OUTSIDE_WEIGHT = 0.05  # what the adapter does to other text is a hundred times what is left to learn of the task
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,10 @@ def _transferred(job: Job, folder: Path, trained: Made[Any], asked: Made[Any]) -
     base = base_folder(job)
     cuda, dtype = computes_on(job, hf.model_type(base))
     how: dict[str, Any] = {"dtype": dtype, "cuda": cuda, "trust_remote_code": recipe.trust_remote_code}
-    model = hf.load_adapted(base, trained.folder / ADAPTER, "lora", **how, learns=True)
+    source = hf.load_model(base, "lora", **how)
+    others = outside(job, tokenizer, partial(logits.of_model, source), kept / "outside")
+    round_weights(source, job.rounding, dtype)
+    model = hf.adapted(source, trained.folder / ADAPTER, learns=True)
     rate = RATE_SHARE * recipe.training.peak_learning_rate
     learning = [Trained(parameter, rate) for parameter in model.parameters() if parameter.requires_grad]
 
@@ -81,8 +86,6 @@ def _transferred(job: Job, folder: Path, trained: Made[Any], asked: Made[Any]) -
         return mean_divergence(logits.of_model(model, [lesson.answer for lesson in checks]), checks)
 
     first, numbers = measured(), sum(one.parameter.numel() for one in learning)
-    with model.disable_adapter():  # what is nobody's task is read as the source reads it
-        others = outside(job, tokenizer, partial(logits.of_model, model), kept / "outside")
     job.reporter.step(f"fitting the adapter to the 16-bit source: {numbers:,} numbers, at most {steps} steps")
     with job.reporter.bar("fitting", steps) as bar:
         done, after = close(
@@ -93,6 +96,7 @@ def _transferred(job: Job, folder: Path, trained: Made[Any], asked: Made[Any]) -
             steps,
             measured,
             first,
+            outside_weight=OUTSIDE_WEIGHT,
             seed=recipe.training.seed,
             told=lambda step, _: bar.update(step),
             begun=begun[0] if begun else None,
@@ -137,7 +141,7 @@ TRANSFER = Step(
     command="ftkit ship",
     result=Transferred,
     after=(TRAIN, ADOPT, ASK),
-    follows_from=lambda job: [job.recipe.ship.transfer_steps],
+    follows_from=lambda job: [job.recipe.ship.transfer_steps, *job.rounded],
     costs=of_transferring,
     make=_make,
     resumable=lambda _: True,

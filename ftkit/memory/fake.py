@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from ftkit import patches
 from ftkit.errors import ModelError
 from ftkit.memory import fused_qkv
-from ftkit.memory.model import decoder_layers, inject, quantized_layers
+from ftkit.memory.model import decoder_layers, inject
 from ftkit.memory.settings import StepSettings
-from ftkit.model.four_bits import fused_experts, keep_packed, packed_experts
+from ftkit.model.four_bits import fused_experts, keep_packed, packed_experts, quantized_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import ModelError, RecipeError, first_line
 from ftkit.memory.sizes import DTYPE_BYTES, nf4_storages, optimizer_state_bytes
-from ftkit.model.four_bits import EXPERTS_PATTERN, fused_experts, left_alone
+from ftkit.model.four_bits import EXPERTS_PATTERN, quantized_weights
 from ftkit.model.source import from_files, name_body, needs_code, sixteen_bits_of
 from ftkit.recipe import Lora, Method
 
@@ -150,7 +150,7 @@ class Skeleton:
             config = copy.deepcopy(config)
             config.tie_word_embeddings = False
         self.model = meta_model(config, dtype, attention, trust_remote_code=trust_remote_code)
-        quantized = {f"{layer}.weight" for layer in quantized_layers(self.model)} | {name for _, _, name in fused_experts(self.model)}
+        quantized = quantized_weights(self.model)
         self.tensors = tuple(Tensor(name, tuple(p.shape), role_of(name), name in quantized) for name, p in self.model.named_parameters())
         self.buffer_bytes = tuple(b.numel() * b.element_size() for b in self.model.buffers())
         self.embedding_name = next(n for n, m in self.model.named_modules() if m is self.model.get_input_embeddings()) + ".weight"
@@ -319,16 +319,6 @@ class Skeleton:
 def role_of(name: str) -> str:
     """What a parameter is for."""
     return next((role for role, pattern in ROLES if re.search(pattern, name)), "other")
-
-
-def quantized_layers(model: PreTrainedModel) -> dict[str, Any]:
-    """The linear layers that `load_in_4bit` replaces: all but the output head, as transformers decides it, and few others."""
-    from torch import nn
-    from transformers.quantizers.base import get_keys_to_not_convert
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    kept = left_alone(model.config.model_type) or get_keys_to_not_convert(model)
-    return {name: m for name, m in model.named_modules() if type(m) is nn.Linear and should_convert_module(name, kept)}
 
 
 def inject(model: PreTrainedModel, lora: Lora, hint: str | None = None) -> Any:

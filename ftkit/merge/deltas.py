@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit import patches
 from ftkit.errors import ModelError, first_line
-from ftkit.memory.model import inject, load_config, meta_model, quantized_layers
+from ftkit.memory.model import inject, load_config, meta_model
 from ftkit.merge.kinds import Change, factors_of, turned
 from ftkit.model.adapter import WITH_PEFT, load_settings, load_tensors, written_turned
-from ftkit.model.four_bits import fused_experts
+from ftkit.model.four_bits import quantized_weights
 from ftkit.model.source import Shapes, shapes_of
 from ftkit.recipe import Lora
 
@@ -123,12 +123,16 @@ class Weights:
             shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
             ends=tuple(f"{name}.weight" for end in ends for name, module in model.named_modules(remove_duplicate=False) if module is end),
             tied=tuple(frozenset(names) for names in named.values() if len(names) > 1),
-            quantized=frozenset(f"{name}.weight" for name in quantized_layers(model)) | {name for *_, name in fused_experts(model)},
+            quantized=quantized_weights(model),
         )
 
 
-def changes_of(base: Path, adapter: Path, shapes: Shapes | None = None, *, trust_remote_code: bool = False) -> Changes:
-    """Every weight that the adapter in a folder changes. `shapes`: of the base's weights, where they are not all in its folder.
+def changes_of(
+    base: Path, adapter: Path, shapes: Shapes | None = None, *, rounded: bool = False, trust_remote_code: bool = False
+) -> Changes:
+    """Every weight that the adapter in a folder changes, and of a `rounded` base every one that QLoRA has in 4 bits.
+
+    `shapes`: of the base's weights, where they are not all in its folder.
 
     Raises ModelError as `changes` does, and for an adapter that is not whole.
     """
@@ -148,7 +152,7 @@ def changes_of(base: Path, adapter: Path, shapes: Shapes | None = None, *, trust
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ModelError(f"PEFT cannot put the adapter in {adapter} on {base}: {first_line(error)}", TRAINED_BASE) from None
         _refuse_other_tensors(weights, get_peft_model_state_dict(adapted, save_embedding_layers=False), tensors)
-    found = changes(adapted, weights, tensors, base, shapes)
+    found = changes(adapted, weights, tensors, base, shapes, rounded=rounded)
     if tokens:
         whole = {delta.parameter for delta in found.deltas.values() if delta.change.instead is not None}
         for end in weights.ends:
@@ -230,14 +234,20 @@ def refuse_what_cannot_be_merged(base: Path, lora: Lora, *, trust_remote_code: b
             )
 
 
-def changes(adapted: Any, weights: Weights, tensors: Mapping[str, torch.Tensor], base: Path, shapes: Shapes) -> Changes:
+def changes(
+    adapted: Any, weights: Weights, tensors: Mapping[str, torch.Tensor], base: Path, shapes: Shapes, *, rounded: bool = False
+) -> Changes:
     """What an adapter on a meta model, of these tensors, changes in the checkpoint of `base`, by PEFT's layers and transformers' names.
+
+    `rounded`: weights that QLoRA has in 4 bits are changed without an adapter too.
 
     Raises ModelError for a weight that the checkpoint does not have, and for one that the model uses in two places and that
     cannot become two.
     """
     model = adapted.get_base_model()
     by_parameter = _by_parameter(adapted, tensors)
+    if rounded:
+        by_parameter |= {name: Change() for name in sorted(weights.quantized - by_parameter.keys())}
     untied = _untie(model, weights, by_parameter)
     found: dict[str, Delta] = {}
     for parameter, change in by_parameter.items():

@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ftkit.errors import ModelError
 from ftkit.merge.deltas import Changes, Delta, changes_of
+from ftkit.model.four_bits import through_nf4
 from ftkit.model.given import tokenizer_files
 from ftkit.model.source import INDEX, Shard, drop_code, header, shards_of, weight_files
 from ftkit.progress import SILENT, Reporter
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 
-Base = Literal["source", "dequantised"]
 ROWS_ELEMENTS = 1 << 20  # numbers of A × B that are computed at once
 LEAST_ROWS = 256  # and no fewer rows: a few are multiplied by other kernels, which round otherwise than those of the whole
 AT_ONCE_ELEMENTS = 1 << 17  # that are added and rounded at once: few enough to stay in a processor's cache
@@ -35,7 +35,6 @@ NOT_IN_SYSTEM = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errn
 
 @dataclass(frozen=True)
 class MergeResult:
-    base: Base
     merged_tensors: int  # of the checkpoint
     tensors: int
     bytes_written: int
@@ -46,7 +45,7 @@ def merge(
     adapter: Path,
     folder: Path,
     *,
-    onto: Base = "source",
+    rounding: float = 0.0,
     dtype: Dtype = "bfloat16",
     with_code: bool = False,
     shards: Sequence[Shard] | None = None,
@@ -60,8 +59,9 @@ def merge(
     files, stay byte for byte. An embedding and a head that the adapter makes two of one become two; one of more tokens brings the
     adapter's tokenizer with it. Config and index say so, and are the source's otherwise.
     Some rows are held at a time, and the adapter: each file is read once and written once, from its beginning to its end.
-    `onto="dequantised"` first passes each W that was in 4 bits through NF4 and back, as the adapter saw it in training
-    (`dtype` says in which format it was quantised), and holds such a W whole (of experts in one weight, all of a layer).
+    `rounding`: the share, from 0 to 1, of what 4 bits had changed in training that stays in each W which was in 4 bits then, also in
+    those without an adapter: with 1 it is what the adapter saw there (`dtype` says in which format it was quantised). Such a W is held
+    whole, of experts in one weight all of a layer.
     Of `shards` – the base's weight files, where they are not all in its folder – one that is not here comes by `fetch`, when its turn
     is, and is removed once it is merged; with that it has its name in `folder`, and is not fetched again when the merge was interrupted.
     Python code of the base is taken along `with_code` alone: without it no config names any, so that no program looks for it.
@@ -70,10 +70,10 @@ def merge(
     """
     shards = shards or shards_of(base)
     shapes = {name: shape for shard in shards for name, shape in shard.shapes.items()}
-    changes = changes_of(base, adapter, shapes, trust_remote_code=with_code)
+    changes = changes_of(base, adapter, shapes, rounded=rounding > 0, trust_remote_code=with_code)
     deltas = changes.deltas
     tokenizer = _tokenizer_files(adapter) if "vocab_size" in changes.config else []
-    quantised = _Quantised(shards, deltas, dtype) if onto == "dequantised" else None
+    quantised = _Quantised(shards, deltas, dtype, rounding) if rounding else None
     done, written, added = 0, 0, dict[str, str]()
     with reporter.bar("merging", len(deltas)) as bar:
         for shard in shards:
@@ -102,7 +102,7 @@ def merge(
         _settle(folder, changes.config, added)
     if not with_code:
         drop_code(folder)
-    return MergeResult(onto, done, len(shapes) + len(added), written)
+    return MergeResult(done, len(shapes) + len(added), written)
 
 
 def _merge_file(
@@ -335,12 +335,12 @@ def _dtype(name: str, source: BinaryIO) -> torch.dtype:
 
 
 class _Quantised:
-    """The weights of a base as 4-bit loading gives them back, each held until its last tensor is written."""
+    """The weights of a base with a share of what 4-bit loading changes in them, each held until its last tensor is written."""
 
-    def __init__(self, shards: Sequence[Shard], deltas: Mapping[str, Delta], dtype: Dtype) -> None:
+    def __init__(self, shards: Sequence[Shard], deltas: Mapping[str, Delta], dtype: Dtype, share: float) -> None:
         """Of shards that are all here: a weight may stand in several."""
         self._files = {name: shard.path for shard in shards if shard.path for name in shard.shapes}
-        self._deltas, self._dtype = deltas, dtype
+        self._deltas, self._dtype, self._share = deltas, dtype, share
         self._held: dict[str, torch.Tensor] = {}  # weights of the model, restored
         self._left = Counter(delta.parameter for delta in deltas.values())  # tensors of each that are still to come
 
@@ -349,7 +349,9 @@ class _Quantised:
         import torch
 
         if delta.parameter not in self._held:
-            self._held[delta.parameter] = _through_nf4(self._whole(delta.parameter))
+            weight = self._whole(delta.parameter)
+            restored = through_nf4(weight)
+            self._held[delta.parameter] = restored if self._share == 1 else weight.float().lerp_(restored.float(), self._share)
         matrices = [self._held[delta.parameter][numbers] for numbers in delta.rows]
         self._left[delta.parameter] -= 1
         if not self._left[delta.parameter]:
@@ -374,12 +376,3 @@ class _Quantised:
             weight[delta.rows.flatten()] = matrices.reshape(-1, matrices.shape[-1])
         assert weight is not None
         return weight
-
-
-def _through_nf4(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as a 4-bit layer gives it back: NF4 with double quantisation, computed in its own format."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    restored: torch.Tensor = dequantize_4bit(packed, state)
-    return restored

@@ -9,8 +9,10 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ftkit import patches
+from ftkit.recipe import Dtype
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 EXPERTS_PATTERN = r"expert|router|\.mlp\.gate\."
@@ -26,6 +28,21 @@ LEFT_ALONE = dict.fromkeys(
 def left_alone(model_type: str) -> list[str] | None:
     """What `load_in_4bit` leaves in 16 bits, where it is not what transformers chooses itself."""
     return list(LEFT_ALONE[model_type]) if model_type in LEFT_ALONE else None
+
+
+def quantized_layers(model: PreTrainedModel) -> dict[str, Any]:
+    """The linear layers that `load_in_4bit` replaces: all but the output head, as transformers decides it, and few others."""
+    from torch import nn
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = left_alone(model.config.model_type) or get_keys_to_not_convert(model)
+    return {name: m for name, m in model.named_modules() if type(m) is nn.Linear and should_convert_module(name, kept)}
+
+
+def quantized_weights(model: PreTrainedModel) -> frozenset[str]:
+    """The parameters that QLoRA has in 4 bits, by name."""
+    return frozenset(f"{name}.weight" for name in quantized_layers(model)) | {name for *_, name in fused_experts(model)}
 
 
 def fused_experts(model: PreTrainedModel) -> Iterator[tuple[Any, str, str]]:
@@ -56,6 +73,27 @@ def nf4_config(dtype: Any, left_alone: list[str] | None = None, *, shared_out: b
     )
     config.quant_method = _METHOD
     return config
+
+
+def through_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as a 4-bit layer gives it back: NF4 with double quantisation, computed in its own format."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    restored: torch.Tensor = dequantize_4bit(packed, state)
+    return restored
+
+
+def round_weights(model: PreTrainedModel, share: float, dtype: Dtype) -> None:
+    """Give each weight of a model in 16 bits or more that QLoRA has in 4 bits this share, from 0 to 1, of what those change in it.
+
+    `dtype`: from which they were quantised.
+    """
+    import torch
+
+    for name in sorted(quantized_weights(model)) if share else ():
+        weight = model.get_parameter(name).data
+        weight.lerp_(through_nf4(weight.to(getattr(torch, dtype))).to(weight.dtype), share)
 
 
 def keep_packed(module: Any, name: str, packed: Any, state: Any) -> None:

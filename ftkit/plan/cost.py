@@ -134,7 +134,8 @@ def of_transferring(sizes: Sizes) -> tuple[Cost, ...]:
     on_cuda, adapter = sizes.vram_bytes is not None, adapter_file_bytes(sizes.counted)
     row = _row(sizes.gguf.tensors, sizes.length, sizes.closing_bytes)
     learning = sizes.closing_bytes * sizes.counted.parameters + row.head + row.went_in + IN_AN_ADAPTED_LAYER * max(row.layers)
-    peak, told = learning + ADAPTER_COPIES * adapter, readings_bytes(CLOSING_ROWS_A_STEP * sizes.ship.transfer_steps)
+    begins = sizes.closing_bytes * sizes.counted.parameters + (_rounding_bytes(sizes.gguf) if sizes.ship.rounding_kept else 0)
+    peak, told = max(begins, learning + ADAPTER_COPIES * adapter), readings_bytes(CLOSING_ROWS_A_STEP * sizes.ship.transfer_steps)
     ram, vram = TRAINING_BYTES + told + (0 if on_cuda else peak), CONTEXT_BYTES + peak if on_cuda else 0
     return (Cost("fit to the source", ram, vram, 5 * adapter + told, RUN_FOLDER, 2 * (sizes.model_bytes + adapter), needed=False),)
 
@@ -375,15 +376,25 @@ def merge_bytes(model: GgufModel, counted: Inventory) -> int:
     """What merge/stream.py holds at most.
 
     The adapter, and some rows: as they are read and written in 16 bits, what is added to them and their sum in float32. Onto the
-    dequantised base, which only QLoRA may need, a whole weight: 18 bytes an element while bitsandbytes quantises it on a CPU. A
-    layer's experts are one weight there, the gate and the up of each together. Measured at Llama-3.1-8B's shapes, above what the
-    process held when it began: 55 MiB of rows, and 1.04 GiB for a weight of 58.7 M elements.
+    dequantised base, which only QLoRA may need, a whole weight, rounded. Measured at Llama-3.1-8B's shapes, above what the process
+    held when it began: 55 MiB of rows, and 1.04 GiB for a weight of 58.7 M elements.
     """
-    layers = {name: shape for name, shape in model.tensors.items() if len(shape) > 1 and name not in (*EMBEDDINGS, "output.weight")}
-    columns = max(shape[-1] for shape in layers.values())
+    columns = max(shape[-1] for shape in _layers(model).values())
     rows = 2 * max(256, (1 << 20) // columns)  # the last may be nearly twice as many
-    whole = max(math.prod(shape) * (2 if len(shape) == 3 and "gate" in name else 1) for name, shape in layers.items())
-    return adapter_file_bytes(counted) + (2 + 4 + 4 + 2) * rows * columns + (18 * whole if counted.method == "qlora" else 0)
+    return adapter_file_bytes(counted) + (2 + 4 + 4 + 2) * rows * columns + (_rounding_bytes(model) if counted.method == "qlora" else 0)
+
+
+def _layers(model: GgufModel) -> dict[str, tuple[int, ...]]:
+    """The weights that are no embedding and no head."""
+    return {name: shape for name, shape in model.tensors.items() if len(shape) > 1 and name not in (*EMBEDDINGS, "output.weight")}
+
+
+def _rounding_bytes(model: GgufModel) -> int:
+    """What the largest weight takes while bitsandbytes rounds it to 4 bits on a CPU, and back: 18 bytes an element.
+
+    A layer's experts are one weight there, the gate and the up of each together.
+    """
+    return 18 * max(math.prod(shape) * (2 if len(shape) == 3 and "gate" in name else 1) for name, shape in _layers(model).items())
 
 
 def converter_bytes(model: GgufModel, kind: str) -> int:

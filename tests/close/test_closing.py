@@ -74,7 +74,7 @@ def test_closing_brings_the_file_nearer_and_changes_its_vectors_alone(made: Made
     measured = lambda: mean_divergence(logits.of_model(student, asked), checked)  # noqa: E731
     first = measured()
     assert first == pytest.approx(before, rel=0.1)
-    steps, _ = close(student, trained(vectors), learnt, learnt[:2], 40, measured, first)
+    steps, _ = close(student, trained(vectors), learnt, learnt[:2], 40, measured, first, outside_weight=0.5)
     assert steps > 0
     write_back(made.file, vectors, tmp_path / "closed.gguf")
     after = mean_divergence(logits.of_file(tmp_path / "closed.gguf", asked), checked)
@@ -91,7 +91,7 @@ def test_no_worse_values_are_kept(made: Made) -> None:
     vectors = lossless(student, made.file)
     first = [vector.parameter.detach().clone() for vector in vectors]
     asked = iter([2.0, 3.0])
-    assert close(student, trained(vectors), made.lessons, [], 40, lambda: next(asked), 1.0) == (0, 1.0)
+    assert close(student, trained(vectors), made.lessons, [], 40, lambda: next(asked), 1.0, outside_weight=0.5) == (0, 1.0)
     assert all((vector.parameter == old).all() for vector, old in zip(vectors, first, strict=True))
 
 
@@ -113,7 +113,19 @@ def learnt(made: Made, folder: Path, *, interrupted_at: int | None = None) -> tu
             raise KeyboardInterrupt
 
     begun_at = begun[0] if begun else None
-    done = close(student, trained(vectors), made.lessons[2:], made.lessons[:2], 6, measured, measured(), seed=1, begun=begun_at, keep=keep)
+    done = close(
+        student,
+        trained(vectors),
+        made.lessons[2:],
+        made.lessons[:2],
+        6,
+        measured,
+        measured(),
+        outside_weight=0.5,
+        seed=1,
+        begun=begun_at,
+        keep=keep,
+    )
     return [vector.parameter.detach().clone() for vector in vectors], done, checks
 
 

@@ -77,7 +77,8 @@ def test_gemma_3n_is_loaded_in_4_bits_but_for_what_its_step_clamps(tmp_path: Pat
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForCausalLM
 
-    from ftkit.memory.model import meta_model, quantized_layers
+    from ftkit.memory.model import meta_model
+    from ftkit.model.four_bits import quantized_layers
 
     config = shapes.config("gemma3n_text")
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)

@@ -73,6 +73,23 @@ def test_it_comes_nearer_and_is_what_is_merged(here: Path) -> None:
     assert as_it_was.result.onto == "the 16-bit source"
 
 
+def test_the_source_with_some_of_the_rounding_is_nearer_from_the_beginning(here: Path) -> None:
+    """The adapter learns on what it is merged into, and the rounding is also in layers that it does not change."""
+    found = {}
+    for share in (0.0, 0.5):
+        job = job_of(ship__rounding_kept=share, ship__transfer_steps=1)
+        with job.run:
+            adopt(job)
+            merged, _ = merge(job)
+            made = find(job, TRANSFER)
+            assert made
+        found[share] = made.result.before
+        assert ("with 50 % of the rounding that it was trained with" in merged.result.onto) == (share == 0.5)
+    assert found[0.5] is not None
+    assert found[0] is not None
+    assert found[0.5] < 0.5 * found[0]
+
+
 @pytest.mark.slow
 def test_a_worse_adapter_is_not_merged(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "RATE_SHARE", 1e5)

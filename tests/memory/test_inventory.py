@@ -12,8 +12,9 @@ import tiny
 
 from ftkit.engines import hf
 from ftkit.errors import ModelError, RecipeError
-from ftkit.memory.model import Inventory, Skeleton, load_config, quantized_layers, repeated_unit
+from ftkit.memory.model import Inventory, Skeleton, load_config, repeated_unit
 from ftkit.memory.sizes import OPTIMIZER_BLOCK, nf4_storages
+from ftkit.model.four_bits import quantized_layers
 from ftkit.recipe import Lora
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]

@@ -213,27 +213,30 @@ def test_the_merged_folder_loads_with_tokenizer_and_template(base: Path, tmp_pat
     hf.load_model(tmp_path / "merged", None, dtype="float32", cuda=False)
 
 
-def test_onto_the_dequantised_base_is_what_training_computed(base: Path, tmp_path: Path) -> None:
-    """Logits of the merge onto the dequantised base equal those of the 4-bit base with its adapter, but for 16-bit rounding."""
+@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "down_proj"]])
+def test_onto_the_dequantised_base_is_what_training_computed(base: Path, tmp_path: Path, target_modules: Any) -> None:
+    """Logits of the merge onto the dequantised base equal those of the 4-bit base with its adapter, but for 16-bit rounding.
+
+    Also where some layers that were in 4 bits have no adapter. With half of that rounding they lie between those and the source's.
+    """
     import torch
     from peft import PeftModel
 
     from ftkit.engines import hf
 
-    tiny.make_adapter(base, tmp_path / "adapter")
-    for onto in ("source", "dequantised"):
-        (tmp_path / onto).mkdir()
-        merge(base, tmp_path / "adapter", tmp_path / onto, onto=onto, dtype="float32")  # type: ignore[arg-type]
+    tiny.make_adapter(base, tmp_path / "adapter", target_modules=target_modules)
     ids = torch.arange(60).reshape(2, 30)
+    off = {}
     with torch.no_grad():
         trained = PeftModel.from_pretrained(hf.load_model(base, "qlora", dtype="float32", cuda=False), tmp_path / "adapter")(
             input_ids=ids
         ).logits
-        off = {
-            onto: float((hf.load_model(tmp_path / onto, None, dtype="float32", cuda=False)(input_ids=ids).logits - trained).abs().mean())
-            for onto in ("source", "dequantised")
-        }
-    assert off["dequantised"] < off["source"] / 4
+        for share in (0.0, 0.5, 1.0):
+            (merged := tmp_path / f"{share}").mkdir()
+            merge(base, tmp_path / "adapter", merged, rounding=share, dtype="float32")
+            off[share] = float((hf.load_model(merged, None, dtype="float32", cuda=False)(input_ids=ids).logits - trained).abs().mean())
+    assert off[1] < off[0] / 4
+    assert 0.4 * off[0] < off[0.5] < 0.6 * off[0]
 
 
 @pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern keys did not match.*:RuntimeWarning")
@@ -256,7 +259,7 @@ def test_experts_onto_the_dequantised_base_are_what_training_computed(tmp_path: 
             parameter.data = torch.randn_like(parameter) * 0.1
     adapted.save_pretrained(tmp_path / "adapter")
     (tmp_path / "merged").mkdir()
-    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", onto="dequantised", dtype="float32")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", rounding=1.0, dtype="float32")
     base = hf.load_model(tmp_path / "base", "qlora", dtype="float32", cuda=False)
     with adaptable(base):
         trained = PeftModel.from_pretrained(base, tmp_path / "adapter")
