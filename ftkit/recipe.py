@@ -124,7 +124,7 @@ class Training(Group):
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    optim: Literal["adamw_torch", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"] = "adamw_torch"
+    optim: Literal["adamw_torch", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "adafactor"] = "adamw_torch"
     neftune_noise_alpha: Annotated[float, Field(gt=0, le=100)] | None = Field(default=None, description="noise on embeddings in training")
     effective_batch_size: Annotated[int, Field(ge=1)] = 8
     per_device_train_batch_size: Annotated[int, Field(ge=1)] | None = Field(default=None, description="left out: the plan chooses")

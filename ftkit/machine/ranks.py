@@ -105,7 +105,8 @@ def why_not_shared(recipe: Recipe) -> str | None:
     if training.objective == "dpo":
         return "training.objective: dpo is not supported with FSDP"
     if training.optim != "adamw_torch":
-        return f"training.optim: {training.optim} cannot be shared out (FSDP), since bitsandbytes steps on whole tensors"
+        steps = "adafactor takes means over" if training.optim == "adafactor" else "bitsandbytes steps on"
+        return f"training.optim: {training.optim} cannot be shared out (FSDP), since {steps} whole tensors"
     if training.compute_dtype == "float16":
         return "training.compute_dtype: float16, with its loss scaling, is not supported with FSDP"
     key = next((key for key in ("use_dora", "modules_to_save", "target_parameters") if getattr(recipe.lora, key)), None)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import ModelError, RecipeError, first_line
-from ftkit.memory.sizes import DTYPE_BYTES, nf4_storages, optimizer_state_bytes
+from ftkit.memory.optimizer import Trained, optimizer_state_bytes
+from ftkit.memory.sizes import DTYPE_BYTES, nf4_storages
 from ftkit.model.four_bits import EXPERTS_PATTERN, quantized_weights
 from ftkit.model.source import from_files, name_body, needs_code, sixteen_bits_of
 from ftkit.recipe import Lora, Method
@@ -36,6 +37,8 @@ ROLES = (
     ("embeddings", r"embed|wte|wpe"),
     ("head", r"lm_head|output"),
 )
+# Names of what has no weight decay (get_decay_parameter_names of transformers 5.23, which looks at the kinds of layers too).
+WITHOUT_DECAY = r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Tensor:
 class Adapters:
     """What PEFT trains on a model, and the weights that it trains them for."""
 
-    trained: tuple[tuple[str, int], ...] = ()  # (name, elements) of each tensor
+    trained: tuple[Trained, ...] = ()
     adapted: frozenset[str] = frozenset()  # names of the base model's weights
 
 
@@ -208,7 +211,7 @@ class Skeleton:
         right = f"name the layers of the text model alone: --set lora.target_modules='{self.text_pattern()}'" if towers else None
         injected = inject(copy.deepcopy(self.model), lora, right)
         trained = [
-            (re.sub(r"^base_model\.model\.|\.modules_to_save\.default|\.default\.weight$", "", name), parameter.numel())
+            (re.sub(r"^base_model\.model\.|\.modules_to_save\.default|\.default\.weight$", "", name), tuple(parameter.shape))
             for name, parameter in injected.named_parameters()
             if parameter.requires_grad
         ]
@@ -221,23 +224,27 @@ class Skeleton:
                 else f"lora.modules_to_save: {lora.modules_to_save!r} reaches into the vision or audio tower ({reached}).",
                 right if of_lora else "name the text model's own by their path",
             )
-        adapted = [(parameter, 0) for parameter, _ in adapted_layers(injected)]
-        adapted += [(name, 0) for name, _ in trained if ".lora_" not in name]
-        return Adapters(tuple(self._in_all_layers(trained)), frozenset(name for name, _ in self._in_all_layers(adapted)))
+        adapted: list[tuple[str, tuple[int, ...]]] = [(parameter, ()) for parameter, _ in adapted_layers(injected)]
+        adapted += [(name, ()) for name, _ in trained if ".lora_" not in name]
+        return Adapters(
+            tuple(Trained(name, shape, name == self.embedding_name) for name, shape in self._in_all_layers(trained)),
+            frozenset(name for name, _ in self._in_all_layers(adapted)),
+        )
 
-    def _in_all_layers(self, found: list[tuple[str, int]]) -> list[tuple[str, int]]:
-        """What was found in the layers that are kept, for each layer that they stand for; and what is outside of them."""
-        kept: dict[int, list[tuple[str, int]]] = {}
-        outside = []
-        for name, size in found:
+    def _in_all_layers(self, found: list[tuple[str, tuple[int, ...]]]) -> list[tuple[str, tuple[int, ...]]]:
+        """What was found in the layers that are kept, for each layer that they stand for; before and after it what is outside of them."""
+        kept: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
+        before: list[tuple[str, tuple[int, ...]]] = []
+        after: list[tuple[str, tuple[int, ...]]] = []
+        for name, shape in found:
             if inside := re.match(re.escape(self.layers_name) + r"\.(\d+)\.(.+)", name):
-                kept.setdefault(int(inside[1]), []).append((inside[2], size))
+                kept.setdefault(int(inside[1]), []).append((inside[2], shape))
             else:
-                outside.append((name, size))
+                (after if kept else before).append((name, shape))
         inside_all = [
-            (f"{self.layers_name}.{n}.{name}", size) for n, like in enumerate(self.stands_for) for name, size in kept.get(like, [])
+            (f"{self.layers_name}.{n}.{name}", shape) for n, like in enumerate(self.stands_for) for name, shape in kept.get(like, [])
         ]
-        return inside_all + outside
+        return before + inside_all + after
 
     def text_pattern(self) -> str:
         """A pattern for `target_modules` that matches all linear layers of the text model's decoder, and nothing else."""
@@ -261,16 +268,16 @@ class Skeleton:
         for tensor in self.tensors:
             by_role[tensor.role] = by_role.get(tensor.role, 0) + tensor.elements
         adapters = Adapters() if method == "full" else self.adapters(lora)
-        if method == "qlora" and (packed := {t.name for t in self.tensors if t.quantized} & {name for name, _ in adapters.trained}):
+        if method == "qlora" and (packed := {t.name for t in self.tensors if t.quantized} & {t.name for t in adapters.trained}):
             raise RecipeError(
                 f"lora.modules_to_save: {min(packed)} is kept in 4 bits by QLoRA, and cannot be trained whole.",
                 "leave it out, or train on 16-bit weights: --set training.method=lora",
             )
         by_target: dict[str, int] = {}
-        for name, size in adapters.trained:
-            layer, of_lora, _ = name.partition(".lora_")
+        for one in adapters.trained:
+            layer, of_lora, _ = one.name.partition(".lora_")
             target = (layer if of_lora else layer.rpartition(".")[0]).rpartition(".")[2]
-            by_target[target] = by_target.get(target, 0) + size
+            by_target[target] = by_target.get(target, 0) + one.elements
         in_layers = {t.name: t.elements for t in self.tensors if t.name.startswith(self.layers_name) and len(t.shape) > 1}
         without: dict[str, int] = {}
         for name, size in in_layers.items():
@@ -278,8 +285,8 @@ class Skeleton:
                 leaf = re.sub(re.escape(self.layers_name) + r"\.\d+\.", "", name).removesuffix(".weight")
                 without[leaf] = without.get(leaf, 0) + size
         trained = self.trained(method, adapters)
-        trainable = sum(size for size, _ in trained)
-        twice = sum(size for name, size in adapters.trained if name == self.embedding_name and is_tied(self.model))  # PEFT writes both
+        trainable = sum(t.elements for t in trained)
+        twice = sum(t.elements for t in adapters.trained if t.name == self.embedding_name and is_tied(self.model))  # PEFT writes both
         return Inventory(
             method=method,
             parameters=parameters,
@@ -293,7 +300,7 @@ class Skeleton:
             weights_bytes=sum(size for _, size in self.storages(method, base_dtype, trained_dtype, double_quant)),
             adapter_bytes=0 if method == "full" else trained_bytes * trainable,
             gradient_bytes=trained_bytes * trainable,
-            optimizer_bytes=sum(optimizer_state_bytes(size, optim, trained_bytes, wide=wide) for size, wide in trained),
+            optimizer_bytes=sum(optimizer_state_bytes(t, optim, trained_bytes) for t in trained),
         )
 
     def storages(self, method: Method, base_dtype: str, trained_dtype: str, double_quant: bool) -> Iterator[tuple[str, int]]:
@@ -309,11 +316,10 @@ class Skeleton:
                 )
         yield from (("buffers", size) for size in self.buffer_bytes)
 
-    def trained(self, method: Method, adapters: Adapters) -> list[tuple[int, bool]]:
-        """(elements, keeps 32-bit optimizer states) of each trained tensor: bitsandbytes spares input embeddings."""
-        if method == "full":
-            return [(t.elements, t.name == self.embedding_name) for t in self.tensors]
-        return [(size, name == self.embedding_name) for name, size in adapters.trained]
+    def trained(self, method: Method, adapters: Adapters) -> list[Trained]:
+        """What is trained, in the order in which the trainer's optimizer steps on it: what weight decay is for, then the rest."""
+        full = [Trained(t.name, t.shape, t.name == self.embedding_name) for t in self.tensors]
+        return sorted(full if method == "full" else adapters.trained, key=lambda t: bool(re.search(WITHOUT_DECAY, t.name.lower())))
 
 
 def role_of(name: str) -> str:

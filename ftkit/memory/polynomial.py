@@ -80,7 +80,7 @@ class StepMemory:
                 Part(*entry)
                 for entry in skeleton.storages(settings.method, settings.base_dtype, settings.trained_dtype, settings.double_quant)
             ),
-            *(Part("adapter", width * size) for _, size in adapters.trained),
+            *(Part("adapter", width * tensor.elements) for tensor in adapters.trained),
         )
         self._tracer = StepTracer(skeleton, settings)
         self._optimizer_bytes = np.array([size for _, _, size in self._optimizer.events], dtype=np.int64)

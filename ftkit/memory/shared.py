@@ -80,8 +80,7 @@ def _gathered(skeleton: Skeleton, settings: StepSettings) -> tuple[int, int]:
 def _trained(skeleton: Skeleton, settings: StepSettings) -> tuple[int, int]:
     """The same, of what is trained, in elements."""
     adapters = Adapters() if settings.method == "full" else skeleton.adapters(settings.lora)
-    named = [(t.name, t.elements) for t in skeleton.tensors] if settings.method == "full" else adapters.trained
-    return _by_layer(skeleton, iter(named))
+    return _by_layer(skeleton, ((t.name, t.elements) for t in skeleton.trained(settings.method, adapters)))
 
 
 def _by_layer(skeleton: Skeleton, sizes: Iterator[tuple[str, int]]) -> tuple[int, int]:

@@ -260,7 +260,7 @@ def test_the_json_is_as_documented(here: Path, model: Path, ftkit: Ftkit, rows: 
         (("--length", "-1"), 2, "training.max_length"),
         (("--length", "100000"), 2, "longer than this model reads (512)"),
         (("--set", "lora.target_modules=[nope]"), 2, "PEFT cannot use"),
-        (("--set", "training.optim=adafactor"), 2, "training.optim"),
+        (("--set", "training.optim=sgd"), 2, "training.optim"),
         (("--set", "what_if.loss=hinge"), 2, "what_if"),
         (("--data", "empty.jsonl"), 1, "has no rows"),
         (("--data", "missing.jsonl"), 1, "There is no dataset"),

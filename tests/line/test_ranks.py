@@ -175,6 +175,7 @@ def test_each_row_of_a_step_is_one_process_s(rows: int, count: int) -> None:
         ({"packing": True}, {}, 0, "--set training.packing=false"),
         ({"objective": "dpo", "fsdp": True}, {}, 0, "training.objective: dpo"),
         ({"fsdp": True, "optim": "adamw_8bit"}, {}, 0, "training.optim: adamw_8bit"),
+        ({"fsdp": True, "optim": "adafactor"}, {}, 0, "adafactor takes means over whole tensors"),
         ({"fsdp": True, "compute_dtype": "float16"}, {}, 0, "float16"),
         ({"optim": "lion_8bit"}, {"ACCELERATE_USE_FSDP": "true"}, 0, "training.optim: lion_8bit"),
         ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, 0, "offloaded to RAM"),

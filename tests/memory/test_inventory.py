@@ -12,8 +12,9 @@ import tiny
 
 from ftkit.engines import hf
 from ftkit.errors import ModelError, RecipeError
-from ftkit.memory.model import Inventory, Skeleton, load_config, repeated_unit
-from ftkit.memory.sizes import OPTIMIZER_BLOCK, nf4_storages
+from ftkit.memory.model import Adapters, Inventory, Skeleton, load_config, repeated_unit
+from ftkit.memory.optimizer import OPTIMIZER_BLOCK
+from ftkit.memory.sizes import nf4_storages
 from ftkit.model.four_bits import quantized_layers
 from ftkit.recipe import Lora
 
@@ -71,6 +72,9 @@ def test_nf4_weights_to_the_byte(tied: bool, tmp_path: Path) -> None:
         ("full", "adamw_8bit"),
         ("full", "lion_8bit"),
         ("lora", "paged_adamw_32bit"),
+        ("lora", "adafactor"),
+        ("qlora", "adafactor"),
+        ("full", "adafactor"),
     ],
 )
 def test_gradients_and_optimizer_to_the_byte(method: str, optim: str, model: Path, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
@@ -91,9 +95,12 @@ def test_gradients_and_optimizer_to_the_byte(method: str, optim: str, model: Pat
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     gradient_bytes = storage_bytes([p.grad for p in trained])
     trainer.optimizer.step()
-    states = [t for state in trainer.optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.numel() > 1]
+    states = [t for state in trainer.optimizer.state.values() for name, t in state.items() if torch.is_tensor(t) and name != "step"]
     code_books = [t for t in states if t.numel() == 256 and t.dtype == torch.float32 and optim.endswith("8bit")]
-    found = count(tiny.config(), recipe.training.method, recipe.lora, optim, "float32")
+    skeleton, method_of = Skeleton(tiny.config()), recipe.training.method
+    found = skeleton.count(method_of, recipe.lora, optim, "float32")
+    in_order = skeleton.trained(method_of, Adapters() if method_of == "full" else skeleton.adapters(recipe.lora))
+    assert [t.shape for t in in_order] == [tuple(p.shape) for group in trainer.optimizer.param_groups for p in group["params"]]
     assert found.trainable_parameters == sum(p.numel() for p in trained)
     assert found.gradient_bytes == gradient_bytes
     assert found.optimizer_bytes == storage_bytes([t for t in states if not any(t is book for book in code_books)])
@@ -168,13 +175,15 @@ def test_the_repeated_unit_of_layers(kinds: str, unit: int) -> None:
 
 
 def test_a_shortened_model_counts_as_the_whole() -> None:
-    c = tiny.config(num_hidden_layers=9)
+    c = tiny.config(num_hidden_layers=9, tie_word_embeddings=False)
     whole, short = Skeleton(c), Skeleton(c)
     assert short.shorten()
     assert (short.total_layers, short.layers, short.unit_layers) == (9, 4, 1)
     assert short.stands_for == (0, 1, 2, 2, 2, 2, 2, 2, 3)
-    lora = Lora(r=4, target_modules=["q_proj", "down_proj"])
-    assert sorted(short.adapters(lora).trained) == sorted(whole.adapters(lora).trained)
+    lora = Lora(r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    trained = short.adapters(lora).trained
+    assert trained == whole.adapters(lora).trained
+    assert (trained[0].name, trained[-1].name) == ("model.embed_tokens.weight", "lm_head.weight")  # as the optimizer steps on them
     assert short.adapters(lora).adapted == whole.adapters(lora).adapted
     assert short.count("qlora", lora, "adamw_8bit", "bfloat16") == whole.count("qlora", lora, "adamw_8bit", "bfloat16")
 

@@ -12,12 +12,12 @@ from ftkit.errors import ModelError
 from ftkit.memory import kernels
 from ftkit.memory.events import ALLOCATE
 from ftkit.memory.model import Skeleton
-from ftkit.memory.optimizer import PAGED_ELEMENTS, optimizer_events
+from ftkit.memory.optimizer import PAGED_ELEMENTS, Trained, optimizer_events
 from ftkit.memory.polynomial import StepMemory
 from ftkit.memory.recorder import Recorder
 from ftkit.memory.settings import StepSettings
 from ftkit.memory.trace import StepTracer
-from ftkit.recipe import Lora, Method
+from ftkit.recipe import Dtype, Lora, Method
 
 pytestmark = [
     pytest.mark.torch,
@@ -123,7 +123,7 @@ def test_a_fused_layer_trains_as_much_as_its_parts(targets: list[str]) -> None:
     lora = Lora(r=8, target_modules=targets)
     fused = StepSettings(method="lora", lora=lora, loss="logits", autocast=False, fused_qkv=True)
     tracer = StepTracer(skeleton, fused)
-    assert sum(p.numel() for p in tracer.model.parameters() if p.requires_grad) == sum(size for _, size in skeleton.adapters(lora).trained)
+    assert sum(p.numel() for p in tracer.model.parameters() if p.requires_grad) == sum(t.elements for t in skeleton.adapters(lora).trained)
     assert tracer.record(2, 128).kinds  # and it runs
 
 
@@ -177,7 +177,7 @@ def test_the_attention_kernel_by_card_and_inputs(
 
 def test_optimizers_keep_what_they_keep() -> None:
     elements = 8192
-    trained = [(elements, False), (100, False), (elements, True)]
+    trained = [Trained("a", (elements,)), Trained("b", (100,)), Trained("embedding", (elements,), wide=True)]
     kept = {}
     for optim in ("adamw_torch", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"):
         step = optimizer_events(trained, StepSettings(optim=optim))
@@ -192,7 +192,8 @@ def test_a_paged_optimizer_moves_the_moments_of_large_tensors() -> None:
     elements = PAGED_ELEMENTS
 
     def kept(**settings: Any) -> int:
-        step = optimizer_events([(elements, False), (elements - 1, True)], StepSettings(**settings))
+        trained = [Trained("a", (elements,)), Trained("embedding", (elements - 1,), wide=True)]
+        step = optimizer_events(trained, StepSettings(**settings))
         return sum(size for kind, storage, size in step.events if kind == ALLOCATE and storage in step.states)
 
     moments, scales = 2 * elements, 2 * 4 * -(-elements // 256)
@@ -201,24 +202,53 @@ def test_a_paged_optimizer_moves_the_moments_of_large_tensors() -> None:
     assert kept(optim="paged_adamw_8bit", device="cpu") == kept(optim="adamw_8bit", device="cpu")
 
 
+def recorded_steps(make: Any, shapes: list[tuple[int, ...]], foreach: bool, dtype: Any, count: int) -> list[list[tuple[int, int]]]:
+    """Of each step over tensors of these shapes, clipping before it: the large allocations and releases, in order."""
+    import torch
+
+    parameters = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 0.5)
+    optimizer, steps = make(parameters), []
+    for _ in range(count):
+        recorder = Recorder({})
+        states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor) and t.numel() > 1]
+        for tensor in [*parameters, *(p.grad for p in parameters), *states]:  # a number is made anew, and others may take its place
+            recorder.ignore(tensor)
+        with recorder:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=foreach)
+            optimizer.step()
+        recorder.events.sort_frees()
+        steps.append([(kind, size) for kind, size in zip(recorder.events.kinds, recorder.events.sizes, strict=True) if size > 64])
+    return steps
+
+
 @pytest.mark.parametrize("foreach", [True, False])
 def test_a_real_adamw_allocates_the_same(foreach: bool) -> None:
     """Clipping and a step of torch's AdamW, recorded: the same large allocations and releases in the same order, scalars apart."""
     import torch
 
-    sizes = [3000, 70000, 900]
-    parameters = [torch.nn.Parameter(torch.empty(size)) for size in sizes]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer = torch.optim.AdamW(parameters, foreach=foreach)
-    recorder = Recorder({})
-    for parameter in parameters:
-        recorder.ignore(parameter)
-        recorder.ignore(parameter.grad)
-    with recorder:
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=foreach)
-        optimizer.step()
-    recorder.events.sort_frees()
-    real = [(kind, size) for kind, size in zip(recorder.events.kinds, recorder.events.sizes, strict=True) if size > 64]
-    step = optimizer_events([(size, False) for size in sizes], StepSettings(device="cuda" if foreach else "cpu"))
+    sizes = [(3000,), (70000,), (900,)]
+    [real] = recorded_steps(lambda parameters: torch.optim.AdamW(parameters, foreach=foreach), sizes, foreach, torch.float32, 1)
+    step = optimizer_events([Trained("", size) for size in sizes], StepSettings(device="cuda" if foreach else "cpu"))
     assert [(kind, size) for kind, _, size in step.events if size > 64] == real
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_real_adafactor_allocates_the_same(dtype: Dtype) -> None:
+    """Its first step, which makes the factors, and a later one; of matrices, a vector, and a tensor of three dimensions."""
+    import torch
+    from transformers.optimization import Adafactor
+
+    shapes = [(30, 100), (300, 70), (300, 70), (900,), (4, 20, 30), (1000,)]
+
+    def make(parameters: Any) -> Any:
+        return Adafactor(parameters, lr=1e-3, scale_parameter=False, relative_step=False)
+
+    real = recorded_steps(make, shapes, False, getattr(torch, dtype), 2)
+    step = optimizer_events([Trained("", shape) for shape in shapes], StepSettings(optim="adafactor", trained_dtype=dtype))
+    large = [entry for entry in step.events if entry[2] > 64]
+    assert [(kind, size) for kind, _, size in large] == real[0]
+    assert [(kind, size) for kind, storage, size in large if storage not in step.states] == real[1]
+    kept = sum(size for kind, storage, size in step.events if kind == ALLOCATE and storage in step.states)
+    assert kept == 4 * sum((30 + 100, 2 * (300 + 70), 900, 4 * 20 + 4 * 30, 1000, len(shapes)))

@@ -181,16 +181,26 @@ class StopAt(SilentReporter):
         yield _Bar()
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+@pytest.mark.parametrize(
+    ("method", "optim"),
+    [
+        ("lora", "adamw_torch"),
+        ("qlora", "adamw_torch"),
+        ("full", "adamw_torch"),
+        ("full", "adafactor"),
+        pytest.param("lora", "adafactor", marks=pytest.mark.slow),
+        pytest.param("qlora", "adafactor", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_training_resumes_to_the_same_bits(
-    method: str, model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path
+    method: str, optim: str, model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path
 ) -> None:
     import torch
     from safetensors.torch import load_file
 
     torch.set_num_threads(1)
-    recipe = tiny.recipe(model, method=method)
-    often = tiny.recipe(model, method=method, save_minutes=1e-6)  # between evaluations too
+    recipe = tiny.recipe(model, method=method, optim=optim)
+    often = tiny.recipe(model, method=method, optim=optim, save_minutes=1e-6)  # between evaluations too
     weights = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
     folders = [tmp_path / "whole", tmp_path / "interrupted"]
     for folder in folders:
@@ -201,7 +211,7 @@ def test_an_interrupted_training_resumes_to_the_same_bits(
     assert stopped.value.exit_code == 130
     checkpoint = folders[1] / "checkpoints" / "checkpoint-2"
     kept = sum((checkpoint / name).stat().st_size for name in (Path(file).name for file in ("optimizer.pt", weights)))
-    planned = checkpoint_bytes(Skeleton(tiny.config()).count(recipe.training.method, recipe.lora, "adamw_torch", "float32"))
+    planned = checkpoint_bytes(Skeleton(tiny.config()).count(recipe.training.method, recipe.lora, optim, "float32"))
     assert planned < kept < planned + 30_000  # names and shapes
     half_written = checkpoint.with_name("checkpoint-4")  # as a kill in the middle of saving leaves it
     half_written.mkdir()
