@@ -312,8 +312,10 @@ class Planner:
             yield ("training.gradient_checkpointing=true",), "gradient checkpointing: a third more work, nothing lost"
         if fit.per_device_train_batch_size > 1:
             yield ("training.per_device_train_batch_size=1",), "one row at a time; the effective batch stays"
-        if training.optim == "adamw_torch":
+        if training.optim == "adamw_torch" and self.shares == 1:  # FSDP takes no other
             yield ("training.optim=adamw_8bit",), "8-bit optimizer states"
+        if method == "full" and training.optim != "adafactor" and self.shares == 1:
+            yield ("training.optim=adafactor",), "Adafactor: a mean a row and a column, in place of states as large as the weights"
         if method == "full":
             yield ("training.method=lora",), "LoRA: adapters on frozen 16-bit weights"
         if method != "qlora":

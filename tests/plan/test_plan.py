@@ -100,6 +100,8 @@ def test_what_does_not_fit_comes_with_what_would() -> None:
     for change in made.changes:
         assert change.fits == (change.peak_bytes <= int(budget_bytes * (1 - MARGIN)))
         assert change.peak_bytes < made.chosen.peak.device_bytes
+    needs = {change.settings: change.peak_bytes for change in made.changes}
+    assert needs["training.optim=adafactor",] < needs["training.optim=adamw_8bit",]
     qlora = next(change for change in made.changes if "training.method=qlora" in change.settings)
     changed = apply(recipe(method="full"), qlora.settings)
     assert make_plan(small(), changed, card(budget_bytes), 1024, dtype="bfloat16").chosen.fits

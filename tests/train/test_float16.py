@@ -104,18 +104,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[Exam
     return model, tokenizer, list(tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(conversations(), 1)]))
 
 
-METHODS = ["qlora", pytest.param("lora", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "optim"),
+    [
+        ("qlora", "adamw_torch"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("lora", "adamw_torch"), ("full", "adamw_torch"), ("lora", "adafactor"))
+        ),
+    ],
+)
 def test_it_learns_as_in_float32_and_resumes_to_the_same_bits(
-    method: str, made: tuple[Path, Any, list[Example]], scaled: list[Any], tmp_path: Path
+    method: str, optim: str, made: tuple[Path, Any, list[Example]], scaled: list[Any], tmp_path: Path
 ) -> None:
     import torch
 
     torch.set_num_threads(1)
     model, tokenizer, rows = made
-    recipe = tiny.recipe(model, method=method, learning_rate=5e-3)
+    recipe = tiny.recipe(model, method=method, optim=optim, learning_rate=5e-3)
     given = (model, tokenizer, rows[2:], rows[:2])
     half, whole = (train(recipe, settings, *given, tmp_path / settings.dtype) for settings in (HALF, tiny.SETTINGS))
     assert scaled[0].accelerator.scaler.get_scale() > 1
@@ -131,7 +137,7 @@ def test_it_learns_as_in_float32_and_resumes_to_the_same_bits(
         assert adapter_hash(tmp_path / "stopped") == adapter_hash(tmp_path / "float16")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["qlora", pytest.param("lora", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)])
 def test_it_holds_what_is_planned(method: str, made: tuple[Path, Any, list[Example]], scaled: list[Any], tmp_path: Path) -> None:
     """The scaler is three numbers, and takes the scale off in place: no gradient is copied."""
     model, tokenizer, rows = made
