@@ -25,8 +25,9 @@ from ftkit.engines import hf
 from ftkit.machine import device
 from ftkit.machine.cards import cards
 from ftkit.memory.kernels import CONTEXT_BYTES
+from ftkit.memory.model import Skeleton, load_config
 from ftkit.plan.plan import MARGIN
-from ftkit.units import GIB, MIB
+from ftkit.units import GIB, MIB, bytes_text
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 Ftkit = Callable[..., Result]
@@ -216,6 +217,15 @@ def test_the_picture_and_the_page_are_written(here: Path, model: Path, ftkit: Ft
     assert shown.exit_code == 0, shown.output
     assert (here / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert "GiB" in (here / "plan.html").read_text(encoding="utf-8")
+
+
+def test_what_adafactor_keeps_is_shown(here: Path, model: Path, ftkit: Ftkit) -> None:
+    """Of a matrix a number for each row and each column, of a vector all, and one of each tensor."""
+    words = ("plan", "--model", model, "--length", "64", "--method", "full", "--set", "training.optim=adafactor")
+    shapes = [tensor.shape for tensor in Skeleton(load_config(model)).tensors]
+    kept = 4 * sum(1 + sum(shape) for shape in shapes)
+    assert json.loads(ftkit(*words, "--json").stdout)["chosen"]["inventory"]["optimizer_bytes"] == kept
+    assert re.search(rf"optimizer states +{bytes_text(kept)}", ftkit(*words).stdout)
 
 
 def test_what_does_not_fit_ends_with_3_and_a_way_out(here: Path, model: Path, ftkit: Ftkit) -> None:
