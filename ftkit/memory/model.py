@@ -232,7 +232,7 @@ class Skeleton:
         )
 
     def _in_all_layers(self, found: list[tuple[str, tuple[int, ...]]]) -> list[tuple[str, tuple[int, ...]]]:
-        """What was found in the layers that are kept, for each layer that they stand for; before and after it what is outside of them."""
+        """What was found in the layers that are kept, for each layer that they stand for; before and after, what is outside."""
         kept: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
         before: list[tuple[str, tuple[int, ...]]] = []
         after: list[tuple[str, tuple[int, ...]]] = []
