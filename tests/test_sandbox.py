@@ -130,11 +130,12 @@ def test_a_template_that_does_too_much_is_told_so(template: str, words: str) -> 
 @pytest.mark.usefixtures("one_second")
 def test_a_template_without_end_is_ended_and_not_tried_again() -> None:
     endless = "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}"
-    started = time.monotonic()
+    times = [time.monotonic()]
     for _ in range(3):
         with pytest.raises(sandbox.TemplateFault, match="takes more than 1 seconds"):
             sandbox.render(endless, {})
-    assert time.monotonic() - started < 2 * sandbox.SECONDS
+        times.append(time.monotonic())
+    assert times[3] - times[1] < times[1] - times[0]
     assert sandbox.render("{{ x }}", {"x": 1}) == "1"
 
 

@@ -10,8 +10,8 @@ import shapes
 
 from ftkit import patches
 from ftkit.engines import hf
-from ftkit.memory.model import inject, quantized_layers
-from ftkit.model.four_bits import adaptable, fused_experts, packed_experts
+from ftkit.memory.model import inject
+from ftkit.model.four_bits import adaptable, fused_experts, packed_experts, quantized_layers
 from ftkit.recipe import Lora
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]

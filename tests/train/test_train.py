@@ -23,7 +23,7 @@ from ftkit.data.rows import IGNORED, Example, Row
 from ftkit.errors import InterruptedRunError, RunError, ToolFailedError, TrainingDivergedError
 from ftkit.files import file_fingerprint
 from ftkit.memory.model import Skeleton
-from ftkit.merge.stream import _through_nf4
+from ftkit.model.four_bits import through_nf4
 from ftkit.plan.cost import checkpoint_bytes
 from ftkit.progress import Bar, SilentReporter
 from ftkit.run import RECORD, Run
@@ -84,7 +84,7 @@ def test_qlora_gradients_equal_those_of_the_dequantised_base(model: Path, tokeni
     with torch.no_grad():
         for module in plain.model.modules():
             if hasattr(module, "base_layer"):
-                module.base_layer.weight.copy_(_through_nf4(module.base_layer.weight))
+                module.base_layer.weight.copy_(through_nf4(module.base_layer.weight))
     fill_adapter(quantised)
     fill_adapter(plain)
     wanted, found = gradients(plain, examples[:4]), gradients(quantised, examples[:4])
