@@ -95,7 +95,7 @@ class Job:
 
     @property
     def rounded(self) -> list[float]:
-        """What a merge into the source follows from beside: nothing, where it is made as ftkit made each before 0.3."""
+        """What a merge into the source follows from beside: nothing, where none is kept, as before that could be asked for."""
         return [self.rounding] if self.onto == "source" and self.rounding else []
 
     @property

@@ -29,23 +29,28 @@ from ftkit.plan.cost import of_transferring
 from ftkit.run import CHECKPOINTS
 
 RATE_SHARE = 0.2  # of the rate that it was trained at
+OUTSIDE_CHECKS = 8  # rows of text outside the task that are not learnt from
 OUTSIDE_WEIGHT = 0.05  # what the adapter does to other text is a hundred times what is left to learn of the task
 
 
 @dataclass(frozen=True)
 class Transferred:
-    """What the steps did: KL a token from the trained model, on the source, on rows that they did not learn from."""
+    """What the steps did, on rows that they did not learn from: KL a token from the trained model, and on other text from the source."""
 
     steps: int
     before: float | None
     after: float | None
     why_not: str | None  # made no better, or not made at all: the adapter is merged as it was trained
+    outside_before: float | None = None  # None: an earlier ftkit did not look at it
+    outside_after: float | None = None
 
     @property
     def words(self) -> str:
         if self.why_not:
             return f"to which the adapter was not fitted: {self.why_not.rstrip('.')}"
-        return f"to which the adapter was fitted before ({self.steps} steps; KL a token {self.before or 0:.2g} → {self.after or 0:.2g})"
+        outside = f", outside the task {self.outside_before:.2g} → {self.outside_after or 0:.2g}" if self.outside_before is not None else ""
+        told = f"{self.steps} steps; KL a token {self.before or 0:.2g} → {self.after or 0:.2g}{outside}"
+        return f"to which the adapter was fitted before ({told})"
 
 
 def adapter_of(trained: Made[Any], fitted: Made[Transferred] | None) -> Path:
@@ -76,26 +81,30 @@ def _transferred(job: Job, folder: Path, trained: Made[Any], asked: Made[Any]) -
     cuda, dtype = computes_on(job, hf.model_type(base))
     how: dict[str, Any] = {"dtype": dtype, "cuda": cuda, "trust_remote_code": recipe.trust_remote_code}
     source = hf.load_model(base, "lora", **how)
-    others = outside(job, tokenizer, partial(logits.of_model, source), kept / "outside")
+    other = outside(job, tokenizer, partial(logits.of_model, source), kept / "outside")
+    beside, others = other[:OUTSIDE_CHECKS], other[OUTSIDE_CHECKS:]
     round_weights(source, job.rounding, dtype)
     model = hf.adapted(source, trained.folder / ADAPTER, learns=True)
     rate = RATE_SHARE * recipe.training.peak_learning_rate
     learning = [Trained(parameter, rate) for parameter in model.parameters() if parameter.requires_grad]
 
-    def measured() -> float:
-        return mean_divergence(logits.of_model(model, [lesson.answer for lesson in checks]), checks)
+    def apart(of: Sequence[Lesson]) -> float:
+        return mean_divergence(logits.of_model(model, [lesson.answer for lesson in of]), of) if of else 0.0
 
-    first, numbers = measured(), sum(one.parameter.numel() for one in learning)
+    def measured() -> float:
+        return apart(checks) + OUTSIDE_WEIGHT * apart(beside)
+
+    first, outside_first, numbers = apart(checks), apart(beside), sum(one.parameter.numel() for one in learning)
     job.reporter.step(f"fitting the adapter to the 16-bit source: {numbers:,} numbers, at most {steps} steps")
     with job.reporter.bar("fitting", steps) as bar:
-        done, after = close(
+        done, _ = close(
             model,
             learning,
             lessons,
             others,
             steps,
             measured,
-            first,
+            first + OUTSIDE_WEIGHT * outside_first,
             outside_weight=OUTSIDE_WEIGHT,
             seed=recipe.training.seed,
             told=lambda step, _: bar.update(step),
@@ -104,11 +113,12 @@ def _transferred(job: Job, folder: Path, trained: Made[Any], asked: Made[Any]) -
             recompute=True,
         )
     if not done:
-        return Transferred(0, first, None, f"{steps} steps on the source made it no better: KL a token {first:.3g}")
+        why = f"{steps} steps on the source made it no better: KL a token {first:.3g}, outside the task {outside_first:.3g}"
+        return Transferred(0, first, None, why, outside_first)
     shutil.rmtree(folder / ADAPTER, ignore_errors=True)
     shutil.copytree(trained.folder / ADAPTER, folder / ADAPTER)
     _write(model, folder / ADAPTER / ADAPTER_WEIGHTS)
-    return Transferred(done, first, after, None)
+    return Transferred(done, first, apart(checks), None, outside_first, apart(beside))
 
 
 def _lessons(job: Job, trained: Made[Any], rows: Sequence[Forced], kept: Path) -> list[Lesson]:
