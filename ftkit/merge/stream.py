@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ftkit.errors import ModelError
 from ftkit.merge.deltas import Changes, Delta, changes_of
-from ftkit.model.four_bits import through_nf4
+from ftkit.model.four_bits import partly_rounded
 from ftkit.model.given import tokenizer_files
 from ftkit.model.source import INDEX, Shard, drop_code, header, shards_of, weight_files
 from ftkit.progress import SILENT, Reporter
@@ -349,9 +349,7 @@ class _Quantised:
         import torch
 
         if delta.parameter not in self._held:
-            weight = self._whole(delta.parameter)
-            restored = through_nf4(weight)
-            self._held[delta.parameter] = restored if self._share == 1 else weight.float().lerp_(restored.float(), self._share)
+            self._held[delta.parameter] = partly_rounded(self._whole(delta.parameter), self._share)
         matrices = [self._held[delta.parameter][numbers] for numbers in delta.rows]
         self._left[delta.parameter] -= 1
         if not self._left[delta.parameter]:

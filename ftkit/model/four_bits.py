@@ -84,6 +84,12 @@ def through_nf4(weight: torch.Tensor) -> torch.Tensor:
     return restored
 
 
+def partly_rounded(weight: torch.Tensor, share: float) -> torch.Tensor:
+    """The weight with this share, from 0 to 1, of what 4 bits change in it, in float32; with all of it as a 4-bit layer gives it back."""
+    restored = through_nf4(weight)
+    return restored if share == 1 else weight.float().lerp(restored.float(), share)
+
+
 def round_weights(model: PreTrainedModel, share: float, dtype: Dtype) -> None:
     """Give each weight of a model in 16 bits or more that QLoRA has in 4 bits this share, from 0 to 1, of what those change in it.
 
@@ -93,7 +99,7 @@ def round_weights(model: PreTrainedModel, share: float, dtype: Dtype) -> None:
 
     for name in sorted(quantized_weights(model)) if share else ():
         weight = model.get_parameter(name).data
-        weight.lerp_(through_nf4(weight.to(getattr(torch, dtype))).to(weight.dtype), share)
+        weight.copy_(partly_rounded(weight.to(getattr(torch, dtype)), share))
 
 
 def keep_packed(module: Any, name: str, packed: Any, state: Any) -> None:
