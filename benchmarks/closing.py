@@ -18,6 +18,7 @@ from ftkit.close.closing import OUTSIDE_ROWS_A_STEP, RATE, ROWS_A_STEP, Lesson, 
 from ftkit.close.student import load_student, lossless, ways_of
 from ftkit.engines import logits
 from ftkit.engines.logits import Forced
+from ftkit.line.close import OUTSIDE_WEIGHT
 from ftkit.model.source import open_gguf
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     vectors = lossless(student, asked.file)
     worked = time.process_time()
     learning = [Trained(vector.parameter, RATE * vector.scale) for vector in vectors]
-    close(student, learning, lessons[:ROWS_A_STEP], lessons[ROWS_A_STEP:], asked.steps, lambda: 0.0, 1.0, outside_weight=0.5)
+    close(student, learning, lessons[:ROWS_A_STEP], lessons[ROWS_A_STEP:], asked.steps, lambda: 0.0, 1.0, outside_weight=OUTSIDE_WEIGHT)
     seconds = (time.monotonic() - loaded) / asked.steps
     planned = next(way for way in ways_of(asked.file, rows, bfloat16=cuda, cuda=cuda) if way.name == asked.way)
     told = {

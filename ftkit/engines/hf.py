@@ -132,16 +132,13 @@ def load_model(
     return model
 
 
-def load_adapted(
-    folder: Path, adapter: Path, method: Method, *, dtype: Dtype, cuda: bool, trust_remote_code: bool = False, learns: bool = False
-) -> PeftModel:
-    """The base as `method` trains it, with an adapter in it, which is asked, or `learns`."""
-    base = load_model(folder, method, dtype=dtype, cuda=cuda, trust_remote_code=trust_remote_code)
-    return adapted(base, adapter, learns=learns)
+def load_adapted(folder: Path, adapter: Path, method: Method, *, dtype: Dtype, cuda: bool, trust_remote_code: bool = False) -> PeftModel:
+    """The base as `method` trains it, with an adapter in it, to be asked."""
+    return adapted(load_model(folder, method, dtype=dtype, cuda=cuda, trust_remote_code=trust_remote_code), adapter)
 
 
 def adapted(base: PreTrainedModel, adapter: Path, *, learns: bool = False) -> PeftModel:
-    """A base that is loaded, with an adapter in it."""
+    """A base that is loaded, with an adapter in it, which is asked, or `learns`."""
     from peft import PeftModel
 
     if (rows := embedding_rows(adapter)) > base.get_input_embeddings().weight.shape[0]:  # for tokens that training added
