@@ -144,7 +144,7 @@ class StepMemory:
         known = self._fits.get(regime)
         if known and known.length in (None, length):
             return known
-        batches = (1,) if batch == 1 else (2, 3)
+        batches = (1,) if batch == 1 else (2, 4) if self.settings.objective == "dpo" else (2, 3)  # a pair is two rows
         if known is None:
             self._fits[regime] = self._fit([(b, length) for b in batches], length)
         else:

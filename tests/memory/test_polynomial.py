@@ -60,6 +60,13 @@ def test_a_fitted_length_is_the_traced_one(changes: dict[str, Any]) -> None:
     assert (fitted.step(5, 1024).sizes == direct.step(5, 1024).sizes).all()
 
 
+def test_pairs_are_fitted_to_traces_of_whole_pairs() -> None:
+    """A batch of preferences is as many chosen rows as rejected ones; what was fitted is a trace of one more pair, to the byte."""
+    steps = memory(config("llama"), StepSettings(method="lora", lora=Lora(r=8, target_modules=["q_proj"]), objective="dpo"))
+    fitted = steps._fitted(6, 256).sizes.at(6, 256)
+    assert fitted.tolist() == steps._tracer.record(6, 256).sizes
+
+
 def test_tiles_of_the_head_stop_growing() -> None:
     """Beyond 4096 tokens the loss head's logits are as large as at 4096: 32768 entries of 2 bytes each."""
     step = memory(config("llama"), StepSettings()).step(3, 2048)
