@@ -82,6 +82,8 @@ def _make(job: Job, folder: Path, trained: Made[Any], fitted: Made[Transferred] 
     words = [ONTO_WORDS[job.onto]]
     if job.rounded:
         words.append(f"with {100 * job.rounding:g} % of the rounding that it was trained with")
+    elif job.recipe.ship.rounding_kept and not job.rounding:
+        words.append("which has no rounding to keep")
     if fitted:
         words.append(fitted.result.words)
     return Merged(", ".join(words), tuple(seal(target, tokenizer)))

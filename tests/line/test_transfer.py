@@ -105,10 +105,12 @@ def test_a_worse_adapter_is_not_merged(here: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_adapter_of_16_bits_is_merged_as_it_is(here: Path) -> None:
-    job = job_of(training__method="lora")
+    job = job_of(training__method="lora", ship__rounding_kept=0.5)
     with job.run:
         adopt(job)
-        assert "it learnt on the source already" in ensure(job, MERGE).result.onto
+        merged = ensure(job, MERGE).result.onto
+    assert "which has no rounding to keep" in merged
+    assert "it learnt on the source already" in merged
 
 
 def test_rows_to_learn_from_and_others_to_be_judged_on_are_needed(here: Path) -> None:
