@@ -10,12 +10,16 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from threading import Event
+from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import ModelError
-from ftkit.merge.deltas import Changes, Delta, changes_of
+from ftkit.merge.deltas import Delta, changes_of
 from ftkit.model.four_bits import partly_rounded
 from ftkit.model.given import tokenizer_files
 from ftkit.model.source import INDEX, Shard, drop_code, header, shards_of, weight_files
@@ -29,7 +33,9 @@ if TYPE_CHECKING:
 ROWS_ELEMENTS = 1 << 20  # numbers of A × B that are computed at once
 LEAST_ROWS = 256  # and no fewer rows: a few are multiplied by other kernels, which round otherwise than those of the whole
 AT_ONCE_ELEMENTS = 1 << 17  # that are added and rounded at once: few enough to stay in a processor's cache
-AT_ONCE_BYTES = 1 << 18  # read or written by one call; with 8 MB, or begun within a page, writing took two to five times as long
+AT_ONCE_BYTES = 1 << 18  # read or written by one call; with some MB, writing took up to ten times as long
+COPY_BYTES = 1 << 26  # of what no adapter changes, that are copied as one part
+THREADS = 2  # one computes while the other waits for the disk; each holds some tens of MB
 NOT_IN_SYSTEM = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
@@ -58,7 +64,7 @@ def merge(
     base bit for bit, but for DoRA's norms over columns, which are summed in another order. Other tensors, and their order in the
     files, stay byte for byte. An embedding and a head that the adapter makes two of one become two; one of more tokens brings the
     adapter's tokenizer with it. Config and index say so, and are the source's otherwise.
-    Some rows are held at a time, and the adapter: each file is read once and written once, from its beginning to its end.
+    Some rows are held at a time, and the adapter: each file is read once and written once, parts of it side by side by some threads.
     `rounding`: the share, from 0 to 1, of what 4 bits had changed in training that stays in each W which was in 4 bits then, also in
     those without an adapter: with 1 it is what the adapter saw there (`dtype` says in which format it was quantised). Such a W is held
     whole, of experts in one weight all of a layer.
@@ -75,7 +81,7 @@ def merge(
     tokenizer = _tokenizer_files(adapter) if "vocab_size" in changes.config else []
     quantised = _Quantised(shards, deltas, dtype, rounding) if rounding else None
     done, written, added = 0, 0, dict[str, str]()
-    with reporter.bar("merging", len(deltas)) as bar:
+    with reporter.bar("merging", len(deltas)) as bar, _threads(1 if quantised else THREADS, changes.let_go) as (pool, after_each):
         for shard in shards:
             own = [deltas[name] for name in shard.shapes if name in deltas]
             new = [delta for delta in deltas.values() if delta.tensor not in shard.shapes and delta.source in shard.shapes]  # a tied head
@@ -84,11 +90,15 @@ def merge(
             if shard.path or not target.is_file():
                 assert shard.path or fetch
                 path = shard.path or fetch(shard.name)  # type: ignore[misc]
-                with open(path, "rb", buffering=0) as source, open(partial, "wb", buffering=2 * AT_ONCE_BYTES) as out:
-                    for number, _ in enumerate(_merge_file(source, out, own, new, changes, quantised), done + 1):
-                        bar.update(number)
-                    if not shard.path:
-                        out.flush()
+                parts = _parts(path, partial, own, new, deltas)
+                begun = [(part, pool.submit(_write_part, part, path, partial, quantised, after_each)) for part in parts]
+                number = done
+                for part, written_part in begun:
+                    written_part.result()
+                    number += part.delta is not None
+                    bar.update(number)
+                if not shard.path:
+                    with open(partial, "r+b") as out:
                         os.fsync(out.fileno())  # then its name says that it need not be fetched again
                 partial.replace(target)
                 if not shard.path:
@@ -105,23 +115,73 @@ def merge(
     return MergeResult(done, len(shapes) + len(added), written)
 
 
-def _merge_file(
-    source: BinaryIO, out: BinaryIO, own: Sequence[Delta], new: Sequence[Delta], changes: Changes, quantised: _Quantised | None
-) -> Iterator[None]:
-    """Write a file of the source once more, changed, from its beginning to its end; one step a tensor that is changed."""
-    entries, size = header(Path(source.name)), os.fstat(source.fileno()).st_size
+@contextmanager
+def _threads(count: int, let_go: Callable[[], None]) -> Iterator[tuple[Executor, Callable[[], None]]]:
+    """Threads for the parts, and what each calls after some rows: it ends them soon where one failed, or on Ctrl-C.
+
+    Several compute on one core each, since torch's own take longer over some rows, waiting for each other, than one alone.
+    """
+    import torch
+
+    own, stopped = torch.get_num_threads(), Event()
+
+    def after_each() -> None:
+        let_go()
+        if stopped.is_set():
+            raise CancelledError
+
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1 if count > 1 else own,))
+    try:
+        yield pool, after_each
+    finally:
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(own)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Of a merged file: a tensor that is changed, or bytes that are as in the source."""
+
+    begin: int  # in the source
+    at: int  # in the merged file
+    size_bytes: int  # there
+    delta: Delta | None = None
+    dtype: str = ""
+
+
+def _parts(source: Path, out: Path, own: Sequence[Delta], new: Sequence[Delta], deltas: Mapping[str, Delta]) -> list[_Part]:
+    """What a file of the source is written as once more, behind its header, which is written here."""
+    entries, size = header(source), source.stat().st_size
     own = sorted(own, key=lambda delta: int(entries[delta.tensor]["begin"]))
-    if new or any(list(delta.stored) != entries[delta.tensor]["shape"] for delta in own):
-        out.write(_header(source, changes.deltas, new))
+    other = new or any(list(delta.stored) != entries[delta.tensor]["shape"] for delta in own)
+    begin, written = _header(source, deltas, new) if other else (0, b"")
+    at, parts = out.write_bytes(written), list[_Part]()
+
+    def copy(end: int) -> None:
+        nonlocal begin, at
+        while begin < end:
+            parts.append(_Part(begin, at, min(end - begin, COPY_BYTES)))
+            begin, at = begin + parts[-1].size_bytes, at + parts[-1].size_bytes
+
     for delta in [*own, *new]:
         entry, in_place = entries[delta.source], delta.tensor in entries
-        _copy(source, out, (entry["begin"] if in_place else size) - source.tell())
-        source.seek(entry["begin"])
-        whole = quantised.restored(delta) if quantised and delta.quantized else None
-        _change(delta, entry["dtype"], source, out, whole, changes.let_go)
-        source.seek(entry["end"] if in_place else size)
-        yield
-    _copy(source, out, size - source.tell())
+        copy(entry["begin"] if in_place else size)
+        parts.append(_Part(entry["begin"], at, _size_bytes(entry, delta.stored), delta, entry["dtype"]))
+        begin, at = entry["end"] if in_place else size, at + parts[-1].size_bytes
+    copy(size)
+    return parts
+
+
+def _write_part(part: _Part, source: Path, out: Path, quantised: _Quantised | None, after_each: Callable[[], None]) -> None:
+    with open(source, "rb", buffering=0) as read, open(out, "r+b", buffering=0) as written:
+        read.seek(part.begin)
+        written.seek(part.at)
+        if part.delta:
+            whole = quantised.restored(part.delta) if quantised and part.delta.quantized else None
+            _change(part.delta, part.dtype, read, written, whole, after_each)
+        else:
+            _copy(read, written, part.size_bytes)
 
 
 def _tokenizer_files(adapter: Path) -> list[Path]:
@@ -134,21 +194,27 @@ def _tokenizer_files(adapter: Path) -> list[Path]:
     return found
 
 
-def _header(source: BinaryIO, deltas: Mapping[str, Delta], new: Sequence[Delta]) -> bytes:
-    """A safetensors file's header with the shapes of what is written; the source stands behind its own then."""
-    length = int.from_bytes(source.read(8), "little")
-    there = json.loads(source.read(length))
+def _header(source: Path, deltas: Mapping[str, Delta], new: Sequence[Delta]) -> tuple[int, bytes]:
+    """A safetensors file's header with the shapes of what is written; and how long the source's own is."""
+    with open(source, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        there = json.loads(file.read(length))
     tensors = sorted((name for name in there if name != "__metadata__"), key=lambda name: there[name]["data_offsets"])
     end, entries = 0, {"__metadata__": there["__metadata__"]} if "__metadata__" in there else {}
     for name in [*tensors, *(delta.tensor for delta in new)]:
         entry = there[deltas[name].source if name in deltas else name]
-        begin, size = end, entry["data_offsets"][1] - entry["data_offsets"][0]
         shape = list(deltas[name].stored) if name in deltas else entry["shape"]
-        end += size // max(1, math.prod(entry["shape"])) * math.prod(shape) if name in deltas else size
+        begin, end = end, end + _size_bytes(entry, shape)
         entries[name] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [begin, end]}
     written = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     written += b" " * (-len(written) % 8)
-    return len(written).to_bytes(8, "little") + written
+    return 8 + length, len(written).to_bytes(8, "little") + written
+
+
+def _size_bytes(entry: Mapping[str, Any], shape: Sequence[int]) -> int:
+    """Of a tensor in a safetensors file, were it of this shape."""
+    begin, end = entry["data_offsets"]
+    return int(end - begin if list(shape) == entry["shape"] else (end - begin) // max(1, math.prod(entry["shape"])) * math.prod(shape))
 
 
 def _settle(folder: Path, changed: Mapping[str, Any], added: Mapping[str, str]) -> None:
@@ -168,25 +234,24 @@ def _settle(folder: Path, changed: Mapping[str, Any], added: Mapping[str, str]) 
         path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _copy(source: BinaryIO, out: BinaryIO, size_bytes: int) -> None:
+def _copy(source: FileIO, out: FileIO, size_bytes: int) -> None:
     """What follows in one file, into another: by the system itself where it can."""
     size_bytes -= _copy_in_system(source, out, size_bytes)
     part = memoryview(bytearray(min(size_bytes, AT_ONCE_BYTES)))
     for begin in range(0, size_bytes, AT_ONCE_BYTES):
         piece = part[: size_bytes - begin]
         _read(source, piece)
-        out.write(piece)
+        _write(out, piece)
 
 
-def _copy_in_system(source: BinaryIO, out: BinaryIO, size_bytes: int) -> int:
-    """Bytes that were copied, up to the end of a page; none of a few, nor where the system has no such call or not for these two files."""
+def _copy_in_system(source: FileIO, out: FileIO, size_bytes: int) -> int:
+    """Bytes that were copied; none of a few, nor where the system has no such call or not for these two files."""
     if size_bytes < 2 * AT_ONCE_BYTES or not hasattr(os, "copy_file_range"):
         return 0
-    out.flush()
-    done, wanted = 0, size_bytes - (out.tell() + size_bytes) % mmap.PAGESIZE
-    while done < wanted:
+    done = 0
+    while done < size_bytes:
         try:
-            copied = os.copy_file_range(source.fileno(), out.fileno(), wanted - done)
+            copied = os.copy_file_range(source.fileno(), out.fileno(), size_bytes - done)
         except OSError as error:
             if error.errno not in NOT_IN_SYSTEM:
                 raise
@@ -194,24 +259,30 @@ def _copy_in_system(source: BinaryIO, out: BinaryIO, size_bytes: int) -> int:
         if not copied:
             raise _cut_short(source)
         done += copied
-    out.seek(0, os.SEEK_END)
     return done
 
 
-def _read(source: BinaryIO, into: memoryview) -> None:
+def _read(source: FileIO, into: memoryview) -> None:
     """Fill `into` with what follows. Raises ModelError where the file ends before."""
     done = 0
     while done < len(into):
-        if not (read := source.readinto(into[done : done + AT_ONCE_BYTES])):  # type: ignore[attr-defined]
+        if not (read := source.readinto(into[done : done + AT_ONCE_BYTES])):
             raise _cut_short(source)
         done += read
 
 
-def _cut_short(source: BinaryIO) -> ModelError:
+def _write(out: FileIO, piece: memoryview) -> None:
+    """All of it. What begins within a page goes to the end of that first: else all pages take a third longer."""
+    while piece:
+        within = out.tell() % mmap.PAGESIZE
+        piece = piece[out.write(piece[: mmap.PAGESIZE - within] if within else piece) :]
+
+
+def _cut_short(source: FileIO) -> ModelError:
     return ModelError(f"{source.name} ends before its last tensor.", "fetch or copy the model again, whole")
 
 
-def _change(delta: Delta, dtype: str, source: BinaryIO, out: BinaryIO, whole: torch.Tensor | None, let_go: Callable[[], None]) -> None:
+def _change(delta: Delta, dtype: str, source: FileIO, out: FileIO, whole: torch.Tensor | None, after_each: Callable[[], None]) -> None:
     """Write the tensor that begins here in the source, changed. `whole`: what is there in its place, in the tensor's shape."""
     import torch
 
@@ -231,11 +302,11 @@ def _change(delta: Delta, dtype: str, source: BinaryIO, out: BinaryIO, whole: to
                 f"Merged, {delta.tensor} would hold NaN or Inf.",
                 "take an earlier checkpoint of the adapter: its numbers are too large; or copy the base again: it may be damaged",
             )
-        out.write(written.view(torch.uint8).flatten().numpy().data)
-        let_go()
+        _write(out, written.view(torch.uint8).flatten().numpy().data)
+        after_each()
 
 
-def _rows(delta: Delta, kind: torch.dtype, source: BinaryIO, whole: torch.Tensor | None) -> Iterator[tuple[int, int, torch.Tensor]]:
+def _rows(delta: Delta, kind: torch.dtype, source: FileIO, whole: torch.Tensor | None) -> Iterator[tuple[int, int, torch.Tensor]]:
     """(matrix, first row in it, rows): W + delta in float32, some rows at a time, each valid until the next."""
     import torch
 
@@ -271,7 +342,7 @@ def _rows(delta: Delta, kind: torch.dtype, source: BinaryIO, whole: torch.Tensor
 Part = Callable[[int, int, "torch.Tensor"], None]  # changes rows in place: number of the matrix, of its first row, the rows in float32
 
 
-def _lengths(delta: Delta, kind: torch.dtype, source: BinaryIO, whole: torch.Tensor | None) -> Part | None:
+def _lengths(delta: Delta, kind: torch.dtype, source: FileIO, whole: torch.Tensor | None) -> Part | None:
     """What gives W + delta the lengths m that DoRA trained: m / ‖W + delta‖ × (W + delta), as PEFT (tuners/lora/variants.py).
 
     Lengths of columns, as they are stored, are known behind the last row alone: then all rows are read twice.
@@ -322,7 +393,7 @@ def _tokens(delta: Delta) -> Part | None:
     return put
 
 
-def _dtype(name: str, source: BinaryIO) -> torch.dtype:
+def _dtype(name: str, source: FileIO) -> torch.dtype:
     """Of a tensor in a safetensors file. Raises ModelError for what is no plain number of 16 bits or more."""
     import torch
 

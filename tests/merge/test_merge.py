@@ -6,8 +6,13 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from ftkit.merge import stream
 from ftkit.merge.deltas import refuse_what_cannot_be_merged
 from ftkit.merge.stream import merge
 from ftkit.model.source import header
+from ftkit.progress import SilentReporter
 from ftkit.recipe import Lora
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
@@ -201,6 +207,93 @@ def test_shards_are_merged_and_another_layout_beside_them_is_left(base: Path, tm
     many = {name: tensor for shard in shards for name, tensor in load_file(tmp_path / "many" / shard.name).items()}
     assert one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+class Steps(SilentReporter):
+    """What a bar shows."""
+
+    def __init__(self) -> None:
+        self.total, self.done = 0.0, list[float]()
+
+    @contextmanager
+    def bar(self, label: str, total: float) -> Iterator[Any]:
+        self.total = total
+        yield self
+
+    def update(self, done: float, **fields: Any) -> None:
+        self.done.append(done)
+
+
+def test_threads_beside_each_other_write_what_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large and small tensors, in one file and in several; Python changes threads as often as it can."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    one = tiny.make_model(tmp_path / "one", hidden_size=640, intermediate_size=1537)
+    AutoModelForCausalLM.from_pretrained(one, dtype=torch.bfloat16).save_pretrained(tmp_path / "many", max_shard_size="3MB")
+    shutil.copyfile(one / "tokenizer.json", tmp_path / "many" / "tokenizer.json")
+    tiny.make_adapter(one, tmp_path / "adapter")
+    monkeypatch.setattr(stream, "AT_ONCE_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(stream, "COPY_BYTES", 100_000)
+    before, threads = sys.getswitchinterval(), torch.get_num_threads()
+    for base in (one, tmp_path / "many"):
+        written: dict[int, dict[str, bytes]] = {}
+        for count in (1, 6):
+            monkeypatch.setattr(stream, "THREADS", count)
+            (merged := tmp_path / f"{base.name} by {count}").mkdir()
+            sys.setswitchinterval(1e-6)
+            try:
+                result = merge(base, tmp_path / "adapter", merged, reporter=(steps := Steps()))
+            finally:
+                sys.setswitchinterval(before)
+            assert steps.done == sorted(steps.done)
+            assert set(steps.done) - {0} == set(range(1, 1 + int(steps.total))) == set(range(1, 1 + result.merged_tensors))
+            written[count] = {file.name: file.read_bytes() for file in merged.iterdir()}
+        assert len(list(base.glob("*.safetensors"))) == (1 if base == one else 8)
+        assert written[1] == written[6]
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("fault", ["NaN", "Ctrl-C"])
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_fault_in_one_thread_ends_the_others(fault: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those would go on for a minute, and there is more to do; nothing gets a final name."""
+    import torch
+
+    tiny.make_adapter(base, tmp_path / "adapter")
+    (tmp_path / "merged").mkdir()
+    write, faulty, working = stream._write_part, list[Any](), threading.Event()
+    begun, told = list[Any](), list[Any]()
+
+    def write_part(part: Any, *given: Any) -> None:
+        begun.append(part)
+        if faulty:
+            working.set()
+            until = time.monotonic() + 60
+            while time.monotonic() < until:
+                try:
+                    write(faulty[0], *given)
+                except CancelledError:
+                    told.append(part)
+                    raise
+        elif part.delta:
+            faulty.append(part)
+            working.wait(60)
+            if fault == "NaN":
+                raise ModelError("NaN")
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        else:
+            write(part, *given)
+
+    monkeypatch.setattr(stream, "_write_part", write_part)
+    threads, of_torch = threading.active_count(), torch.get_num_threads()
+    with pytest.raises((ModelError, KeyboardInterrupt)) as caught:
+        merge(base, tmp_path / "adapter", tmp_path / "merged")
+    assert (caught.type is KeyboardInterrupt) == (fault == "Ctrl-C")
+    assert 1 <= len(told) <= stream.THREADS
+    assert len(begun) < 10
+    assert (threading.active_count(), torch.get_num_threads()) == (threads, of_torch)
+    assert not list((tmp_path / "merged").glob("*.safetensors"))
 
 
 def test_the_merged_folder_loads_with_tokenizer_and_template(base: Path, tmp_path: Path) -> None:
