@@ -80,8 +80,9 @@ def merge(
     deltas = changes.deltas
     tokenizer = _tokenizer_files(adapter) if "vocab_size" in changes.config else []
     quantised = _Quantised(shards, deltas, dtype, rounding) if rounding else None
+    threads = 1 if quantised else THREADS  # several would hold a whole W each
     done, written, added = 0, 0, dict[str, str]()
-    with reporter.bar("merging", len(deltas)) as bar, _threads(1 if quantised else THREADS, changes.let_go) as (pool, after_each):
+    with reporter.bar("merging", len(deltas)) as bar, _threads(threads, changes.let_go) as (pool, after_each):
         for shard in shards:
             own = [deltas[name] for name in shard.shapes if name in deltas]
             new = [delta for delta in deltas.values() if delta.tensor not in shard.shapes and delta.source in shard.shapes]  # a tied head
@@ -92,19 +93,20 @@ def merge(
                 path = shard.path or fetch(shard.name)  # type: ignore[misc]
                 parts = _parts(path, partial, own, new, deltas)
                 begun = [(part, pool.submit(_write_part, part, path, partial, quantised, after_each)) for part in parts]
-                number = done
-                for part, written_part in begun:
-                    written_part.result()
-                    number += part.delta is not None
-                    bar.update(number)
+                for part, end in begun:
+                    end.result()
+                    done += part.delta is not None
+                    bar.update(done)
                 if not shard.path:
                     with open(partial, "r+b") as out:
                         os.fsync(out.fileno())  # then its name says that it need not be fetched again
                 partial.replace(target)
                 if not shard.path:
                     path.unlink()
-            done, written = done + len(own) + len(new), written + target.stat().st_size
+            else:
+                done += len(own) + len(new)
             bar.update(done)
+            written += target.stat().st_size
     for file in [*base.iterdir(), *tokenizer]:
         if file.suffix in (".json", ".jinja", ".model", ".txt", *([".py"] if with_code else [])) and file.is_file():
             shutil.copyfile(file, folder / file.name)
@@ -117,9 +119,9 @@ def merge(
 
 @contextmanager
 def _threads(count: int, let_go: Callable[[], None]) -> Iterator[tuple[Executor, Callable[[], None]]]:
-    """Threads for the parts, and what each calls after some rows: it ends them soon where one failed, or on Ctrl-C.
+    """Threads for the parts, and what each calls after some rows: once one failed, or on Ctrl-C, it ends them.
 
-    Several compute on one core each, since torch's own take longer over some rows, waiting for each other, than one alone.
+    Several compute on one core each: torch's own threads would take longer over some rows, waiting for each other, than one does.
     """
     import torch
 
@@ -151,7 +153,7 @@ class _Part:
 
 
 def _parts(source: Path, out: Path, own: Sequence[Delta], new: Sequence[Delta], deltas: Mapping[str, Delta]) -> list[_Part]:
-    """What a file of the source is written as once more, behind its header, which is written here."""
+    """What a file of the source is written once more as; where its header becomes another, that is written here already."""
     entries, size = header(source), source.stat().st_size
     own = sorted(own, key=lambda delta: int(entries[delta.tensor]["begin"]))
     other = new or any(list(delta.stored) != entries[delta.tensor]["shape"] for delta in own)
@@ -174,6 +176,7 @@ def _parts(source: Path, out: Path, own: Sequence[Delta], new: Sequence[Delta], 
 
 
 def _write_part(part: _Part, source: Path, out: Path, quantised: _Quantised | None, after_each: Callable[[], None]) -> None:
+    """By files that it opens for itself, and so stands in where nobody else does."""
     with open(source, "rb", buffering=0) as read, open(out, "r+b", buffering=0) as written:
         read.seek(part.begin)
         written.seek(part.at)
@@ -406,7 +409,7 @@ def _dtype(name: str, source: FileIO) -> torch.dtype:
 
 
 class _Quantised:
-    """The weights of a base with a share of what 4-bit loading changes in them, each held until its last tensor is written."""
+    """A base's weights with a share of what 4-bit loading changes in them, each held until its last tensor is written; for one thread."""
 
     def __init__(self, shards: Sequence[Shard], deltas: Mapping[str, Delta], dtype: Dtype, share: float) -> None:
         """Of shards that are all here: a weight may stand in several."""
