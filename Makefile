@@ -33,13 +33,13 @@ unit: $(READY)
 	$(BIN)/python tests/llama_cpp.py
 	$(PYTEST) -m "not slow and not timing and not e2e and not ollama"
 
-# The demo's run is what these tests look at. Ollama's servers are compiled once (Go, C++) and kept outside the tree.
+# The first test says `make demo`, on one thread beside the other tests: a second thread makes that training a third faster at most.
+# Ollama's servers are compiled once (Go, C++) and kept outside the tree.
 e2e: $(READY)
 	@$(BIN)/ftkit setup converter llama.cpp smollm2
 	$(BIN)/python tests/llama_cpp.py
 	$(BIN)/python tests/servers.py
-	$(MAKE) demo
-	$(PYTEST) -m "slow or e2e or ollama" --durations=12
+	$(PYTEST) --no-loadscope-reorder -m "slow or e2e or ollama" --durations=12
 	$(BIN)/python -m pytest -m timing
 
 families: $(READY)
@@ -66,4 +66,4 @@ lock:
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(LOCK) --group compiling -o ftkit/machine/compiling.txt
 
 clean:
-	rm -rf $(VENV) $(DEMO) dist build
+	rm -rf $(VENV) $(DEMO) .demo.lock dist build

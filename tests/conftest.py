@@ -6,6 +6,7 @@ import ipaddress
 import json
 import shutil
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import hub as hubs
 import pytest
 import tiny
 from click.testing import CliRunner, Result
+from filelock import FileLock
 
 from ftkit.cli import main
 from ftkit.data.mask import learnt, tokenise
@@ -138,13 +140,25 @@ def small_project(tmp_path: Path, private_cache: Path, write_rows: Any, monkeypa
     return tmp_path
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in this order: one that makes the demo, those that do not look at it, the others that do.
+
+    So one process makes the demo while another is at work, and none waits for it. Long tests come before short ones.
+    """
+    looking = list(dict.fromkeys(item.path for item in items if "demo_run" in getattr(item, "fixturenames", ())))
+    long = {item.path for item in items if item.get_closest_marker("e2e")}
+    items.sort(key=lambda item: 0 if item.path in looking[:1] else 3 if item.path in looking else 1 if item.path in long else 2)
+
+
 @pytest.fixture(scope="session")
 def demo_run() -> Path:
-    """The run that `make demo` made in this checkout."""
-    folder = REPOSITORY / "demo" / "runs" / "recipe"
-    if not (folder / "manifest.json").exists():
-        pytest.fail("these tests look at the demo's run: make demo")
-    return folder
+    """The run of `make demo` in this checkout: made here, by that very command, where it is not there yet (half an hour on one thread)."""
+    with FileLock(REPOSITORY / ".demo.lock"):  # another process that looks at it waits
+        done = subprocess.run(["make", "demo"], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout)  # shown where the test fails
+    if done.returncode:
+        pytest.fail(f"make demo ended with exit status {done.returncode}", pytrace=False)
+    return REPOSITORY / "demo" / "runs" / "recipe"
 
 
 @pytest.fixture
