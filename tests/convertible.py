@@ -7,6 +7,10 @@ from typing import Any
 
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 TURNS = {"sot_token": "<|turn>", "eot_token": "<turn|>"}  # as Gemma 4 names them
+CHAT = (
+    "{% for m in messages %}{{ '<|turn>' + m['role'] + '\n' + m['content'] + '<turn|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn>assistant\n' }}{% endif %}"
+)  # it begins without a BOS, which llama.cpp would add
 SIZES = {
     "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 32, "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "initializer_range": 0.05,
@@ -38,13 +42,14 @@ def gemma4_text(vocab_size: int) -> Any:
     )  # fmt: skip
 
 
-def make(kind: str, folder: Path, spare_rows: int = 0) -> Any:
+def make(kind: str, folder: Path, spare_rows: int = 0, chat_template: str | None = None) -> Any:
     """Write a tiny model with random weights and its tokenizer; the model. `spare_rows`: of its embedding, for tokens to come."""
     import torch
     import transformers
 
     torch.manual_seed(0)
     words = tokenizer()
+    words.chat_template = chat_template
     if kind == "llama":
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=len(words) + spare_rows))
     elif kind == "gemma4":

@@ -40,6 +40,7 @@ class Family:
     tokens: dict[str, str] = field(default_factory=dict)  # names that this vocabulary has for what the template writes
     sizes: dict[str, Any] = field(default_factory=dict)
     says: dict[str, Any] = field(default_factory=dict)  # more of tokenizer_config.json
+    merges: int | None = None  # of a vocabulary of pieces only what so many of its merges, the first, join and make; None: all of it
 
 
 FAMILIES = (
@@ -114,6 +115,8 @@ def make_tokenizer(family: Family, folder: Path, template: str | None = None) ->
         return None if found is None else found.contents()
 
     tokens = [family.tokens.get(token, token) for token in read("tokens")]
+    if family.merges:
+        tokens, read = _first(tokens, read, family.merges)
     folder.mkdir(parents=True, exist_ok=True)
     if read("model") == "gpt2":
         tokenizer = _byte_level(tokens, read("merges"), read("token_type"), PATTERNS[read("pre")])
@@ -128,6 +131,23 @@ def make_tokenizer(family: Family, folder: Path, template: str | None = None) ->
     says = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "chat_template": chat_template, **family.says}
     (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in says.items() if v is not None}), encoding="utf-8")
     return {"vocab_size": len(tokens), **{f"{name}_id": tokens.index(token) if token else None for name, token in names.items()}}
+
+
+def _first(tokens: list[str], read: Any, count: int) -> tuple[list[str], Any]:
+    """A vocabulary's tokens that so many of its merges join and make, with those that are no plain text; and what reads it so.
+
+    Of the later merges those stay that make one of these tokens of others: SentencePiece joins whatever makes a token.
+    """
+    types, scores, number = read("token_type"), read("scores"), {token: n for n, token in enumerate(tokens)}
+    merges = [(merge, *_split(merge, number)) for merge in read("merges")]
+    used = {token for _, left, right in merges[:count] for token in (left, right, left + right)}
+    kept = [n for n, token in enumerate(tokens) if types[n] != NORMAL or token in used]
+    lists = {
+        "merges": [merge for merge, left, right in merges if {left, right, left + right} <= used],
+        "token_type": [types[n] for n in kept],
+        "scores": [scores[n] for n in kept],
+    }
+    return [tokens[n] for n in kept], lambda key: lists[key] if key in lists else read(key)
 
 
 def _byte_level(tokens: list[str], merges: list[str], types: list[int], pattern: str | tuple[str, ...]) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import convertible
 import families
 import pytest
 
@@ -34,7 +35,6 @@ def test_llama_server_is_told_what_the_base_file_does_not_say() -> None:
 @pytest.mark.parametrize("form", ["folder", "gguf"])
 def test_the_adapter_is_proved_beside_its_base(
     form: str,
-    made: Callable[..., Path],
     tmp_path: Path,
     write_rows: Callable[[Path, list[Any]], Path],
     rows: list[Any],
@@ -42,11 +42,11 @@ def test_the_adapter_is_proved_beside_its_base(
 ) -> None:
     for name in ("train", "test"):
         write_rows(tmp_path / f"{name}.jsonl", rows)
+    base = tmp_path / "base"
     if form == "gguf":
-        base = made(families.by_name("Qwen 2.5"))
-        gguf.convert(base, tmp_path / "base.gguf", "F16", need_converter())
+        gguf.convert(families.make_model(families.by_name("Qwen 2.5"), base), tmp_path / "base.gguf", "F16", need_converter())
     else:
-        base = made(families.by_name("Llama 3.1"), families.WITHOUT_BOS)  # asked without a BOS, which llama.cpp would add
+        convertible.make("llama", base, chat_template=convertible.CHAT)  # asked without a BOS, which llama.cpp would add
     recipe = {
         "model": "base.gguf" if form == "gguf" else str(base),
         "data": {"test": "test.jsonl"},

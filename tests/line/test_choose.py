@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import families
+import convertible
 import pytest
 
 from ftkit.errors import RecipeError, ToolMissingError
@@ -20,16 +20,16 @@ pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_
 
 
 def test_the_smallest_type_that_keeps_enough_ships(
-    made: Callable[..., Path],
     tmp_path: Path,
     write_rows: Callable[[Path, list[Any]], Path],
     rows: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    convertible.make("llama", tmp_path / "model", chat_template="<bos>" + convertible.CHAT)
     for name in ("train", "test"):
         write_rows(tmp_path / f"{name}.jsonl", rows)
     recipe = {
-        "model": str(made(families.by_name("Llama 3.1"))),
+        "model": str(tmp_path / "model"),
         "data": {"test": "test.jsonl"},
         "training": {"method": "lora", "max_steps": 12, "effective_batch_size": 2, "max_length": 128, "learning_rate": 2e-2},
         "ship": {
