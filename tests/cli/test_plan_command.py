@@ -31,6 +31,7 @@ from ftkit.units import GIB, MIB, bytes_text
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 Ftkit = Callable[..., Result]
+UNKNOWN_SYSTEM = "no training row has the system message of ship.system"
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
 
 
@@ -136,25 +137,23 @@ def test_a_rule_by_which_no_answer_could_be_right_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("learnt", "shipped", "said"),
+    ("learnt", "told_of"),
     [
-        ("Be brief.", None, "give it in ship.system"),
-        ("Be brief.", "Be brief.", ""),
-        ("Be brief.", "Be long.", "no training row has the system message of ship.system"),
-        (None, "Be brief.", "no training row has the system message of ship.system"),
-        (None, None, ""),
+        ("Be brief.", {None: "give it in ship.system", "Be brief.": "", "Be long.": UNKNOWN_SYSTEM}),
+        (None, {"Be brief.": UNKNOWN_SYSTEM, None: ""}),
     ],
 )
 def test_another_system_message_than_training_saw_is_told(
-    learnt: str | None, shipped: str | None, said: str, here: Path, model: Path, ftkit: Ftkit, write_rows: Any
+    learnt: str | None, told_of: dict[str | None, str], here: Path, model: Path, ftkit: Ftkit, write_rows: Any
 ) -> None:
     first = [{"role": "system", "content": learnt}] if learnt else []
     turns = [[*first, {"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes."}] for n in range(12)]
     write_rows(here / "t.jsonl", [{"messages": messages} for messages in turns])
-    setting = ("--set", f"ship.system={shipped}") if shipped else ()
-    told = ftkit("plan", "--model", model, "--data", "t.jsonl", "--vram", "8", "--length", "64", *setting).stderr
-    assert said in told
-    assert ("ship.system" in told) == bool(said)
+    for shipped, said in told_of.items():
+        setting = ("--set", f"ship.system={shipped}") if shipped else ()
+        told = ftkit("plan", "--model", model, "--data", "t.jsonl", "--vram", "8", "--length", "64", *setting).stderr
+        assert said in told
+        assert ("ship.system" in told) == bool(said)
 
 
 def test_rows_whose_answer_lies_beyond_the_length_are_left_out(
@@ -203,6 +202,7 @@ def test_a_plan_that_cannot_be_read_is_made_again(here: Path, model: Path, ftkit
         assert (again.exit_code, again.stdout) == (0, first.stdout)
 
 
+@pytest.mark.slow
 def test_output_that_is_no_utf_8_loses_letters_not_the_plan(here: Path, model: Path) -> None:
     words = [sys.executable, "-m", "ftkit", "plan", "--model", str(model), "--vram", "8", "--length", "64"]
     done = subprocess.run(words, env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True, encoding="cp1252")
@@ -228,6 +228,7 @@ def test_what_adafactor_keeps_is_shown(here: Path, model: Path, ftkit: Ftkit) ->
     assert re.search(rf"optimizer states +{bytes_text(kept)}", ftkit(*words).stdout)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_ends_with_3_and_a_way_out(here: Path, model: Path, ftkit: Ftkit) -> None:
     shown = ftkit("plan", "--model", model, "--vram", "0.56", "--length", "512", "--method", "full")
     assert shown.exit_code == 3

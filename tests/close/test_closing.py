@@ -19,6 +19,8 @@ from ftkit.errors import ModelError
 from ftkit.gguf import files as gguf
 from ftkit.machine.llama_cpp import need_converter
 
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
 ROWS = [Forced([2, *((7 * n + 3 * m) % 250 + 6 for m in range(12)), *((n + m) % 26 + 263 for m in range(8))], list(range(13, 21)))
         for n in range(24)]  # fmt: skip
 NOISE = 0.1  # of each weight: a merge and a quantisation that lose much

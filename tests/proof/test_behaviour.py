@@ -105,6 +105,7 @@ def changed_file(file: Path, change: Callable[[dict[str, Any]], None], path: Pat
     return path
 
 
+@pytest.mark.slow
 def test_llama_cpp_says_what_transformers_says(tiny: Tiny) -> None:
     form, told = tiny.judge(tiny.file)
     assert form.divergence_a_token is not None
@@ -142,6 +143,7 @@ def a_bit_flipped(tensors: dict[str, Any], _: Tiny) -> None:
     numbers[5, 5] ^= 1 << 30  # the highest of the exponent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sabotage", [twice, too_weak, not_merged, anothers_embeddings, rows_permuted, a_bit_flipped])
 def test_a_fault_is_seen(sabotage: Callable[[dict[str, Any], Tiny], None], tiny: Tiny, tmp_path: Path) -> None:
     path = changed(tiny, sabotage, tmp_path)
@@ -155,6 +157,7 @@ def changed(tiny: Tiny, change: Callable[[dict[str, Any], Tiny], None], folder: 
     return changed_file(tiny.file, lambda tensors: change(tensors, tiny), folder / "changed.gguf")
 
 
+@pytest.mark.slow
 def test_embeddings_that_were_trained_and_not_saved_are_seen(with_saved: Tiny, tmp_path: Path) -> None:
     assert set(with_saved.judge(with_saved.file)[1].values()) == {"passed"}
     _, told = with_saved.judge(changed(with_saved, not_merged, tmp_path))

@@ -121,6 +121,7 @@ class Notes(SilentReporter):
         self.warned.append(text)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_without_packing_where_it_changes_something(tmp_path: Path) -> None:
     """The same adapter as without packing, to the bit; and a model that can be packed ends near it."""
     import torch

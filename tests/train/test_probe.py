@@ -108,10 +108,8 @@ def test_a_step_that_cannot_be_traced_is_not_guessed_for_another_card(untraced: 
     assert "on the machine that trains" in refused.stderr
 
 
-@pytest.mark.parametrize(
-    ("model_type", "checkpointing"),
-    [("qwen3_moe", "true"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("qwen3_moe", "false"), ("lfm2_moe", "true")))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("model_type", "checkpointing"), [("qwen3_moe", "true"), ("qwen3_moe", "false"), ("lfm2_moe", "true")])
 @pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern keys did not match.*:RuntimeWarning")
 def test_a_plan_of_experts_in_4_bits_holds_in_the_real_trainer(project: Path, model_type: str, checkpointing: str) -> None:
     """Nine tenths of the weights are experts: in 16 bits they would be half as much again."""
@@ -155,7 +153,7 @@ def test_a_probe_of_another_device_is_refused(project: Path, ftkit: Ftkit, words
     assert said in refused.stderr
 
 
-@pytest.mark.parametrize("command", ["train", "build"])
+@pytest.mark.parametrize("command", ["train", pytest.param("build", marks=pytest.mark.slow)])
 def test_a_line_that_cannot_end_here_does_not_begin(project: Path, ftkit: Ftkit, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is too small for merging and converting: said by the plan, and before any training."""
     (project / "convert_hf_to_gguf.py").touch()

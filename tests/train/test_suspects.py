@@ -84,7 +84,7 @@ def test_what_is_kept_is_what_the_model_found_and_nothing_is_learnt_otherwise(
 
 @pytest.mark.torch
 @warned
-@pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.parametrize("stop", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_an_interrupted_training_saw_is_kept_once(
     stop: int, model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path
 ) -> None:

@@ -286,7 +286,7 @@ def test_ctrl_c_saves_a_checkpoint_and_tells_where_the_next_call_goes_on(
     assert adapter_hash(tmp_path) == unstopped
 
 
-@pytest.mark.parametrize("step", [7, 10])
+@pytest.mark.parametrize("step", [pytest.param(7, marks=pytest.mark.slow), 10])
 def test_a_training_resumed_in_a_later_epoch_sees_the_same_rows(
     step: int, model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path
 ) -> None:
