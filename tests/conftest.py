@@ -214,12 +214,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     folders: dict[str, Path] = {}
 
     def make(family: families.Family, chat_template: str | None = None) -> Path:
-        if family.name not in folders:
-            folders[family.name] = families.make_model(family, tmp_path_factory.mktemp("model"))
+        if (key := repr(family)) not in folders:
+            folders[key] = families.make_model(family, tmp_path_factory.mktemp("model"))
         if not chat_template:
-            return folders[family.name]
+            return folders[key]
         other = tmp_path_factory.mktemp("model") / "other"
-        shutil.copytree(folders[family.name], other)
+        shutil.copytree(folders[key], other)
         config = json.loads((other / "tokenizer_config.json").read_text(encoding="utf-8"))
         (other / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": chat_template}), encoding="utf-8")
         return other
