@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,19 @@ def make_model(family: Family, folder: Path, template: str | None = None) -> Pat
     return folder
 
 
+@cache
+def _vocabulary(name: str) -> Any:
+    """A reader of it, which takes up to 10 s to make; families share vocabularies."""
+    from ftkit.model.source import open_gguf
+
+    return open_gguf(llama_cpp.models() / f"ggml-vocab-{name}.gguf")
+
+
 def make_tokenizer(family: Family, folder: Path, template: str | None = None) -> dict[str, Any]:
     """Write the tokenizer of a family alone; returns what its model's config holds of it."""
     from tokenizers import processors
 
-    from ftkit.model.source import open_gguf
-
-    models = llama_cpp.models()
-    reader = open_gguf(models / f"ggml-vocab-{family.vocabulary}.gguf")
+    models, reader = llama_cpp.models(), _vocabulary(family.vocabulary)
 
     def read(key: str) -> Any:
         found = reader.get_field(f"tokenizer.ggml.{key}")
