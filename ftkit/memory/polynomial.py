@@ -65,7 +65,8 @@ class Fitted:
 class StepMemory:
     """One kind of training step at any batch and length; traces only what it is asked for.
 
-    A first length is traced at its batches alone; from the second length on, sizes are fitted over both.
+    A first length is traced at its batches alone; from the second length on, sizes are fitted over both. Where lengths differ in their
+    operations, each is traced.
     """
 
     def __init__(self, skeleton: Skeleton, settings: StepSettings) -> None:
@@ -84,7 +85,8 @@ class StepMemory:
         )
         self._tracer = StepTracer(skeleton, settings)
         self._optimizer_bytes = np.array([size for _, _, size in self._optimizer.events], dtype=np.int64)
-        self._fits: dict[tuple[int | bool, ...], Fitted] = {}
+        self._fits: dict[tuple[int | bool | None, ...], Fitted] = {}  # by regime and length, None: of every length
+        self._apart: set[tuple[bool, ...]] = set()  # regimes whose lengths differ in their operations
 
     def step(self, batch: int, length: int, *, accumulates: bool = False) -> TrainingStep:
         """The step for `batch` rows of `length` tokens. Raises ModelError where it cannot be traced."""
@@ -141,13 +143,11 @@ class StepMemory:
                 self._fits[batch, length] = self._fit([(batch, length)], length)
             return self._fits[batch, length]
         regime = self._regime(batch, length)
-        known = self._fits.get(regime)
-        if known and known.length in (None, length):
+        every, here = (*regime, None), (*regime, length)
+        if known := self._fits.get(every) or self._fits.get(here):
             return known
         batches = (1,) if batch == 1 else (2, 4) if self.settings.objective == "dpo" else (2, 3)  # a pair is two rows
-        if known is None:
-            self._fits[regime] = self._fit([(b, length) for b in batches], length)
-        else:
+        if regime not in self._apart and any(key[:-1] == regime for key in self._fits):
             window = self._window
             start = -(-window // 128) * 128 if regime[1] else 0
             steps = (
@@ -155,8 +155,14 @@ class StepMemory:
                 if not window or regime[1]
                 else tuple(max(MASK_ALIGNMENT, window // 4 * n // MASK_ALIGNMENT * MASK_ALIGNMENT) for n in (1, 2, 3))
             )
-            self._fits[regime] = self._fit([(b, start + s + (0 if regime[2] else MASK_ALIGNMENT // 2)) for s in steps for b in batches])
-        return self._fits[regime]
+            points = [(b, start + s + (0 if regime[2] else MASK_ALIGNMENT // 2)) for s in steps for b in batches]
+            try:
+                self._fits[every] = self._fit(points)
+                return self._fits[every]
+            except UntracedError:  # a layer that has a state works in as many chunks as the tokens need
+                self._apart.add(regime)
+        self._fits[here] = self._fit([(b, length) for b in batches], length)
+        return self._fits[here]
 
     def _fit(self, points: list[tuple[int, int]], length: int | None = None) -> Fitted:
         recorded = [self._tracer.record(*point) for point in points]

@@ -60,6 +60,16 @@ def test_a_fitted_length_is_the_traced_one(changes: dict[str, Any]) -> None:
     assert (fitted.step(5, 1024).sizes == direct.step(5, 1024).sizes).all()
 
 
+@pytest.mark.slow
+def test_lengths_that_differ_in_their_operations_are_traced_each() -> None:
+    """A layer that has a state works through a row in chunks: one more is other operations, and no sizes are fitted over both."""
+    steps = memory(config("qwen3_5_text"), StepSettings(method="lora", lora=Lora(r=8, target_modules=["q_proj"])), shorten=False)
+    for batch, length in ((1, 128), (1, 256), (5, 256)):
+        fitted = steps._fitted(batch, length)
+        assert fitted.length == length
+        assert fitted.sizes.at(batch, length).tolist() == steps._tracer.record(batch, length).sizes
+
+
 def test_pairs_are_fitted_to_traces_of_whole_pairs() -> None:
     """A batch of preferences is as many chosen rows as rejected ones; what was fitted is a trace of one more pair, to the byte."""
     steps = memory(config("llama"), StepSettings(method="lora", lora=Lora(r=8, target_modules=["q_proj"]), objective="dpo"))
