@@ -23,7 +23,7 @@ from ftkit.progress import Reporter
 # The steps follow llama.cpp's table (src/llama-vocab.cpp); `parity.compare_tokens` checks the result against llama.cpp itself.
 PRE_TOKENIZERS_WITH_SINGLE_DIGITS = ("smollm",)
 
-
+ORIGINAL = "use the model's original safetensors instead: --model org/name"
 DEQUANTISED = "gguf-1"  # begins the name of what `dequantise` keeps; another number once it would write other files
 
 
@@ -80,7 +80,10 @@ def _write_checkpoint(path: Path, folder: Path) -> None:
 
 
 def rebuilt_tokenizer(path: Path) -> Any:
-    """The tokenizer of a GGUF, as far as transformers makes it of the file's metadata: a guess until llama.cpp gives the same ids."""
+    """The tokenizer of a GGUF, as far as transformers makes it of the file's metadata: a guess until llama.cpp gives the same ids.
+
+    Raises ModelError where transformers cannot, or makes tokens for which the file has no embedding.
+    """
     from tokenizers import decoders
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence
     from transformers import AutoTokenizer
@@ -88,6 +91,10 @@ def rebuilt_tokenizer(path: Path) -> Any:
     with _reading(path) as where:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **where)
         fields = open_gguf(path).fields
+        count = len(fields["tokenizer.ggml.tokens"].data)
+    if len(tokenizer) > count:
+        more = ", ".join(f"`{token}`" for token in tokenizer.convert_ids_to_tokens(range(count, len(tokenizer))))
+        raise ModelError(f"transformers reads {path.name} with tokens that the file does not have: {more}.", ORIGINAL)
     pre_tokenizer = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else None
     if pre_tokenizer in PRE_TOKENIZERS_WITH_SINGLE_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
@@ -120,5 +127,5 @@ def _reading(path: Path) -> Iterator[dict[str, Any]]:
     ) as error:
         raise ModelError(
             f"transformers cannot read {path.name} back: {first_line(error)}.",
-            "download it again, whole; or use the model's original safetensors instead: --model org/name",
+            f"download it again, whole; or {ORIGINAL}",
         ) from None

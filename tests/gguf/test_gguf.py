@@ -51,6 +51,27 @@ def test_a_base_model_that_is_cut_is_refused(whole: Path, private_cache: Path) -
     assert [path for path in (private_cache / "models").iterdir() if path.is_dir()] == []
 
 
+@pytest.mark.torch
+def test_tokens_that_the_file_does_not_have_are_refused(tmp_path: Path) -> None:
+    """transformers gives a SentencePiece vocabulary <s> and </s>, whatever it has in their place: no row of the embedding is theirs."""
+    tokens = ["<unk>", "<bos>", "<eos>", "a", "b", "ab"]
+    writer = GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    for add in (writer.add_context_length, writer.add_embedding_length, writer.add_block_count, writer.add_head_count):
+        add(1)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([float(-n) for n in range(len(tokens))])
+    writer.add_token_types([2, 3, 3, 1, 1, 1])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match="with tokens that the file does not have: `<s>`, `</s>`") as refused:
+        dequantise.rebuilt_tokenizer(tmp_path / "tiny.gguf")
+    assert "original safetensors" in str(refused.value.hint)
+
+
 def test_a_private_folder_that_is_full(whole: Path, private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As safetensors says it; `test_run.py` holds the words of each writer."""
     from safetensors import SafetensorError
