@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,10 @@ def test_the_demo_learned_its_task(demo_run: Path, report_figures: Callable[[str
 
 
 def test_the_demo_is_up_to_date_in_seconds(demo_run: Path) -> None:
-    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(["make", "demo"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert time.monotonic() - started < 20
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20  # of processors: others may be busy
     assert "Up to date" in done.stdout
     assert "training:" not in done.stderr
 
