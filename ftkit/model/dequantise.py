@@ -66,11 +66,15 @@ def _write_checkpoint(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    tokenizer = rebuilt_tokenizer(path)
     with _reading(path) as where:
+        count = len(open_gguf(path).fields["tokenizer.ggml.tokens"].data)
+        if len(tokenizer) > count:  # of which no row of the embedding is: no file could be made of it
+            more = ", ".join(f"`{token}`" for token in tokenizer.convert_ids_to_tokens(range(count, len(tokenizer))))
+            raise ModelError(f"transformers reads {path.name} with tokens that the file does not have: {more}.", ORIGINAL)
         model = AutoModelForCausalLM.from_pretrained(
             str(path.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **where
         )
-    tokenizer = rebuilt_tokenizer(path)
     tokenizer.model_max_length = model.config.get_text_config().max_position_embeddings
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -80,10 +84,7 @@ def _write_checkpoint(path: Path, folder: Path) -> None:
 
 
 def rebuilt_tokenizer(path: Path) -> Any:
-    """The tokenizer of a GGUF, as far as transformers makes it of the file's metadata: a guess until llama.cpp gives the same ids.
-
-    Raises ModelError where transformers cannot, or makes tokens for which the file has no embedding.
-    """
+    """The tokenizer of a GGUF, as far as transformers makes it of the file's metadata: a guess until llama.cpp gives the same ids."""
     from tokenizers import decoders
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence
     from transformers import AutoTokenizer
@@ -91,10 +92,6 @@ def rebuilt_tokenizer(path: Path) -> Any:
     with _reading(path) as where:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **where)
         fields = open_gguf(path).fields
-        count = len(fields["tokenizer.ggml.tokens"].data)
-    if len(tokenizer) > count:
-        more = ", ".join(f"`{token}`" for token in tokenizer.convert_ids_to_tokens(range(count, len(tokenizer))))
-        raise ModelError(f"transformers reads {path.name} with tokens that the file does not have: {more}.", ORIGINAL)
     pre_tokenizer = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else None
     if pre_tokenizer in PRE_TOKENIZERS_WITH_SINGLE_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(

@@ -52,7 +52,7 @@ def test_a_base_model_that_is_cut_is_refused(whole: Path, private_cache: Path) -
 
 
 @pytest.mark.torch
-def test_tokens_that_the_file_does_not_have_are_refused(tmp_path: Path) -> None:
+def test_tokens_that_the_file_does_not_have_are_refused(tmp_path: Path, private_cache: Path) -> None:
     """transformers gives a SentencePiece vocabulary <s> and </s>, whatever it has in their place: no row of the embedding is theirs."""
     tokens = ["<unk>", "<bos>", "<eos>", "a", "b", "ab"]
     writer = GGUFWriter(tmp_path / "tiny.gguf", "llama")
@@ -68,7 +68,7 @@ def test_tokens_that_the_file_does_not_have_are_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(ModelError, match="with tokens that the file does not have: `<s>`, `</s>`") as refused:
-        dequantise.rebuilt_tokenizer(tmp_path / "tiny.gguf")
+        open_weights(locate(str(tmp_path / "tiny.gguf"), tmp_path))
     assert "original safetensors" in str(refused.value.hint)
 
 
