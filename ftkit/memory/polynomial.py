@@ -85,8 +85,7 @@ class StepMemory:
         )
         self._tracer = StepTracer(skeleton, settings)
         self._optimizer_bytes = np.array([size for _, _, size in self._optimizer.events], dtype=np.int64)
-        self._fits: dict[tuple[int | bool | None, ...], Fitted] = {}  # by regime and length, None: of every length
-        self._apart: set[tuple[bool, ...]] = set()  # regimes whose lengths differ in their operations
+        self._fits: dict[tuple[int | bool, ...], list[Fitted]] = {}  # of a regime one, or one a length where these differ in operations
 
     def step(self, batch: int, length: int, *, accumulates: bool = False) -> TrainingStep:
         """The step for `batch` rows of `length` tokens. Raises ModelError where it cannot be traced."""
@@ -140,14 +139,14 @@ class StepMemory:
     def _fitted(self, batch: int, length: int) -> Fitted:
         if self.settings.device == "cpu":  # whose loss head works in as many tiles as the tokens need: no two points are alike
             if (batch, length) not in self._fits:
-                self._fits[batch, length] = self._fit([(batch, length)], length)
-            return self._fits[batch, length]
+                self._fits[batch, length] = [self._fit([(batch, length)], length)]
+            return self._fits[batch, length][0]
         regime = self._regime(batch, length)
-        every, here = (*regime, None), (*regime, length)
-        if known := self._fits.get(every) or self._fits.get(here):
+        fits = self._fits.setdefault(regime, [])
+        if known := next((fitted for fitted in fits if fitted.length in (None, length)), None):
             return known
         batches = (1,) if batch == 1 else (2, 4) if self.settings.objective == "dpo" else (2, 3)  # a pair is two rows
-        if regime not in self._apart and any(key[:-1] == regime for key in self._fits):
+        if len(fits) == 1:  # a second length
             window = self._window
             start = -(-window // 128) * 128 if regime[1] else 0
             steps = (
@@ -157,12 +156,12 @@ class StepMemory:
             )
             points = [(b, start + s + (0 if regime[2] else MASK_ALIGNMENT // 2)) for s in steps for b in batches]
             try:
-                self._fits[every] = self._fit(points)
-                return self._fits[every]
-            except UntracedError:  # a layer that has a state works in as many chunks as the tokens need
-                self._apart.add(regime)
-        self._fits[here] = self._fit([(b, length) for b in batches], length)
-        return self._fits[here]
+                fits[:] = [self._fit(points)]
+                return fits[0]
+            except UntracedError:  # a layer that has a state works in as many chunks as the tokens need: it is one a length
+                pass
+        fits.append(self._fit([(b, length) for b in batches], length))
+        return fits[-1]
 
     def _fit(self, points: list[tuple[int, int]], length: int | None = None) -> Fitted:
         recorded = [self._tracer.record(*point) for point in points]
