@@ -26,7 +26,7 @@ from ftkit.model.dequantise import rebuilt_tokenizer
 from ftkit.model.given import ADAPTER_CONFIG, ADAPTER_WEIGHTS, UNQUANTISED, Given, Kind, config_of, four_bits, quantised_by, tokenizer_files
 from ftkit.model.locate import locate
 from ftkit.model.open import open_config, open_shards, open_weights
-from ftkit.model.source import open_gguf, weight_files
+from ftkit.model.source import weight_files
 from ftkit.plan.cost import Sizes
 from ftkit.proof.compare import same_ids
 from ftkit.proof.probes import HARD_TEXTS
@@ -171,7 +171,7 @@ def lay_out(model: Path, target: Path, *, with_code: bool) -> None:
 
 def _gguf(job: Job, given: Given, folder: Path) -> None:
     """Of the file its tokenizer, as transformers rebuilds it and llama.cpp confirms; the file itself is linked where it is converted to."""
-    tokenizer, fields = rebuilt_tokenizer(given.path), open_gguf(given.path).fields
+    tokenizer, fields = rebuilt_tokenizer(given.path)
     ends = list(dict.fromkeys(int(fields[name].contents()) for name in ENDS if name in fields))
     tokenizer.add_tokens([str(token) for token in tokenizer.convert_ids_to_tokens(ends)], special_tokens=True)  # of whichever type there
     with llamacpp.load(given.path, 64) as engine:

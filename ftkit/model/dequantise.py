@@ -6,7 +6,7 @@ import json
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,9 @@ def _write_checkpoint(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    tokenizer = rebuilt_tokenizer(path)
+    tokenizer, fields = rebuilt_tokenizer(path)
     with _reading(path) as where:
-        count = len(open_gguf(path).fields["tokenizer.ggml.tokens"].data)
+        count = len(fields["tokenizer.ggml.tokens"].data)
         if len(tokenizer) > count:  # of which no row of the embedding is: no file could be made of it
             more = ", ".join(f"`{token}`" for token in tokenizer.convert_ids_to_tokens(range(count, len(tokenizer))))
             raise ModelError(f"transformers reads {path.name} with tokens that the file does not have: {more}.", ORIGINAL)
@@ -83,8 +83,11 @@ def _write_checkpoint(path: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def rebuilt_tokenizer(path: Path) -> Any:
-    """The tokenizer of a GGUF, as far as transformers makes it of the file's metadata: a guess until llama.cpp gives the same ids."""
+def rebuilt_tokenizer(path: Path) -> tuple[Any, Mapping[str, Any]]:
+    """The tokenizer of a GGUF, as far as transformers makes it of the file's metadata: a guess until llama.cpp gives the same ids.
+
+    Beside it the file's fields: of a large vocabulary they take seconds to read.
+    """
     from tokenizers import decoders
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence
     from transformers import AutoTokenizer
@@ -102,7 +105,7 @@ def rebuilt_tokenizer(path: Path) -> Any:
     if space is not None and not space.contents() and isinstance(backend.pre_tokenizer, Metaspace):  # transformers puts one all the same
         backend.pre_tokenizer = Metaspace(prepend_scheme="never", split=False)
         backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return tokenizer
+    return tokenizer, fields
 
 
 @contextmanager
