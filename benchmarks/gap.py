@@ -178,17 +178,18 @@ def _found(job: Any, questions: Any, answers: list[str], told: Any, outside: Any
     import math
 
     from ftkit.line import behaviour
+    from ftkit.proof.behaviour import gain_kept
     from ftkit.proof.score import same, score
 
     forms, rule = behaviour.read(asked.folder), job.recipe.evaluate
-    base, trained = forms["before"].loss_a_token, forms["trained"].loss_a_token
+    kept = gain_kept(forms["before"], forms["trained"], told)
     return Found(
         score(questions.expected, answers, rule).right,
         same(questions.answers["trained"], answers, rule).right,
         len(answers),
         told.loss_a_token,
         told.divergence_a_token,
-        100 * (base - told.loss_a_token) / (base - trained),
+        kept.percent if kept else None,
         math.exp(outside.loss_a_token),
         size_bytes,
     )
@@ -199,12 +200,10 @@ def table(by_seed: dict[int, dict[str, Found]], ways: list[str]) -> str:
 
     def row(name: str, title: str, value: Callable[[Found, Found], float | None], form: str) -> str:
         values = [value(found[name], found["trained"]) for found in by_seed.values()]
-        known = [number for number in values if number is not None]
-        return (
-            f"  {title:<28}" + "".join(f"{number:{form}}" for number in known) + f"   mean {statistics.fmean(known):{form}}"
-            if known
-            else ""
-        )
+        numbers = [number for number in values if number is not None]
+        if not numbers:
+            return ""
+        return f"  {title:<28}{''.join(f'{number:{form}}' for number in numbers)}   mean {statistics.fmean(numbers):{form}}"
 
     lines = []
     for name in ("before", "trained", *ways):
