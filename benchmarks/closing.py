@@ -14,11 +14,13 @@ import threading
 import time
 from pathlib import Path
 
-from ftkit.close.closing import OUTSIDE_ROWS_A_STEP, RATE, ROWS_A_STEP, Lesson, Trained, close, distribution
-from ftkit.close.student import load_student, lossless, ways_of
+from ftkit.close.closing import OUTSIDE_ROWS_A_STEP, RATE, ROWS_A_STEP, STRETCH_RATE, Lesson, Trained, close, distribution
+from ftkit.close.student import load_student, lossless, scales, ways_of
 from ftkit.engines import logits
 from ftkit.engines.logits import Forced
 from ftkit.line.close import OUTSIDE_WEIGHT
+from ftkit.machine import device
+from ftkit.machine.device import best_dtype
 from ftkit.model.source import open_gguf
 
 
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=128, help="of each row that are looked at, the last")
     parser.add_argument("--steps", type=int, default=1)
     asked = parser.parse_args()
-    cuda = torch.cuda.is_available()
+    cuda, bfloat16 = torch.cuda.is_available(), best_dtype(device.choose()) == "bfloat16"
     vocabulary = next(int(tensor.shape[-1]) for tensor in open_gguf(asked.file).tensors if tensor.name == "token_embd.weight")
     drawn = random.Random(0)  # noqa: S311
     rows = [
@@ -58,19 +60,22 @@ def main() -> None:
     peaks = Peaks()
     lessons = [Lesson(row, distribution(found)) for row, found in zip(rows, logits.of_file(asked.file, rows), strict=True)]
     begun, before = time.monotonic(), dict(peaks.bytes)
-    student = load_student(asked.file, asked.model, asked.way, bfloat16=cuda, cuda=cuda)
+    student = load_student(asked.file, asked.model, asked.way, bfloat16=bfloat16, cuda=cuda)
     loaded, after_loading = time.monotonic(), dict(peaks.bytes)
-    vectors = lossless(student, asked.file)
+    vectors, stretched = lossless(student, asked.file), scales(student, asked.file)
     worked = time.process_time()
     learning = [Trained(vector.parameter, RATE * vector.scale) for vector in vectors]
+    learning += [Trained(one.stretch, STRETCH_RATE) for one in stretched]
     close(student, learning, lessons[:ROWS_A_STEP], lessons[ROWS_A_STEP:], asked.steps, lambda: 0.0, 1.0, outside_weight=OUTSIDE_WEIGHT)
     seconds = (time.monotonic() - loaded) / asked.steps
-    planned = next(way for way in ways_of(asked.file, rows, bfloat16=cuda, cuda=cuda) if way.name == asked.way)
+    planned = next(way for way in ways_of(asked.file, rows, bfloat16=bfloat16, cuda=cuda) if way.name == asked.way)
     told = {
         "way": asked.way,
         "planned_ram_bytes": planned.ram_bytes,
         "planned_vram_bytes": planned.device_bytes,
+        "format": "bfloat16" if bfloat16 else "float32",
         "vectors": len(vectors),
+        "scales": sum(one.stretch.numel() for one in stretched),
         "loading_seconds": round(loaded - begun, 1),
         "seconds_a_step": round(seconds, 2),
         "processor_seconds_a_step": round((time.process_time() - worked) / asked.steps, 2),

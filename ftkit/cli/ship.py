@@ -225,8 +225,7 @@ def show(job: Job, shipped: Shipped, as_json: bool, html: Path | None = None) ->
     if bits := shipped.bits:
         say(f"Plain bits: {bits.why_not}." if bits.why_not else f"More bits for {bits.words}.")
     if closed := shipped.closed:
-        done = f"{closed.vectors} norms and biases, {closed.steps} steps; KL a token {closed.before or 0:.2g} → {closed.after or 0:.2g}"
-        say(f"Not closed: {closed.why_not}" if closed.why_not else f"Closed: {done}, on rows that it did not learn from.")
+        say(closed.words[0].upper() + closed.words[1:])
     say("")
     print_table("What was checked", ["", "", ""], [[c.name, c.outcome, c.detail] for c in shipped.checks], figures=False)
     say("")

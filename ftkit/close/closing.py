@@ -1,4 +1,4 @@
-"""Train the numbers that a quantised file stores without loss, so that it answers as the trained model does.
+"""Train the numbers that a quantised file stores without loss, and the scales of its blocks, so that it answers as the trained model does.
 
 Merging into the source and quantising both move the weights; norms and biases, which a GGUF keeps in float32, can take much of it
 back. Each step goes towards the trained model's distribution at the tokens of answers; so that nothing is unlearnt elsewhere, also
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ROWS_A_STEP = CLOSING_ROWS_A_STEP
 RATE = 7e-3  # of the mean size of a vector's numbers, by AdamW a step
+STRETCH_RATE = 1e-3  # of the logarithms by which scales are multiplied
 WARM_UP = 5
 PROMPT_WEIGHT = 0.2
 OUTSIDE_ROWS_A_STEP = 2

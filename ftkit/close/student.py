@@ -1,4 +1,4 @@
-"""A quantised GGUF as a model in torch, and the numbers that it stores without loss: to be trained, and written back in place."""
+"""A quantised GGUF as a model in torch, and what of it can be trained and written back in place: vectors in float32, and blocks' scales."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit import patches
-from ftkit.close.packed import Blocks, PackedWeight
+from ftkit.close.scales import Scales
+from ftkit.close.weights import Blocks, FileWeight
 from ftkit.engines import hf
 from ftkit.engines.logits import Forced
 from ftkit.errors import ModelError, first_line
+from ftkit.gguf.types import scales_of
 from ftkit.model.source import from_files, gguf_architecture, gguf_names, open_gguf
 from ftkit.plan.cost import ClosingWay, Way, closing_ways
 
@@ -100,42 +102,22 @@ def _packed(path: Path, config: Any, dtype: torch.dtype, way: Way, *, cuda: bool
     Names, and what llama.cpp's converter did to a tensor that has to be undone, are those of transformers' own loader: run on the
     numbers of a weight's rows, it tells their order.
     """
-    import gguf
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
-    from transformers import modeling_gguf_pytorch_utils as loader
 
-    patches.require("computing with packed weights")
-    device, reader = torch.device("cuda", 0) if cuda else torch.device("cpu"), open_gguf(path)
-    architecture = gguf_architecture(reader)
-    if re.sub("[-_]", "", architecture) not in (re.sub("[-_]", "", known) for known in loader.GGUF_SUPPORTED_ARCHITECTURES):
-        raise ValueError(f"GGUF model with architecture {architecture} is not supported yet")
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     with init_empty_weights():
         student: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, experts_implementation="eager", trust_remote_code=trust_remote_code
         )
-    processor = loader.TENSOR_PROCESSORS.get(architecture, loader.TensorProcessor)(config=config.to_dict())
-    names = loader.get_gguf_hf_weights_map(student, processor, architecture)
-    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-    packed: dict[str, PackedWeight] = {}
-    for tensor in sorted(reader.tensors, key=lambda tensor: str(tensor.name)):  # of experts the gate comes before the up
-        name = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
-        if name is None:
-            continue
+    packed, others = _of_file(student, path, dtype, device)
+    for name, values in others.items():
         owner, _, leaf = name.rpartition(".")
-        module = student.get_submodule(owner)
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        if len(shape) > 1 and tensor.tensor_type != gguf.GGMLQuantizationType.F32:
-            data = mapped[tensor.data_offset :][: tensor.n_bytes].reshape(*shape[:-1], -1)
-            kept = data if way == "mapped" or isinstance(module, torch.nn.Embedding) else data.to(device)
-            part, order = Blocks(kept, int(tensor.tensor_type)), _order(processor, tensor.name, shape)
-            before = packed[name].parts if name in packed else ()
-            packed[name] = PackedWeight((*before, part), shape[-1], device, dtype, order)
-        else:
-            values = processor.process(weights=gguf.dequantize(tensor.data, tensor.tensor_type), name=tensor.name).weights
-            _put(module, leaf, torch.from_numpy(values.copy()).to(device, dtype))
+        _put(student.get_submodule(owner), leaf, values.to(device, dtype))
     for name, weight in packed.items():
+        if way == "packed" and not isinstance(student.get_submodule(name.rpartition(".")[0]), torch.nn.Embedding):
+            weight.parts = tuple(replace(part, data=part.data.to(device)) for part in weight.parts)
         owner, _, leaf = name.rpartition(".")
         _put(student.get_submodule(owner), leaf, weight)
     for name, source in student.all_tied_weights_keys.items():
@@ -143,7 +125,7 @@ def _packed(path: Path, config: Any, dtype: torch.dtype, way: Way, *, cuda: bool
             owner, _, leaf = name.rpartition(".")
             table = packed[source]
             parts = [replace(part, data=part.data if way == "mapped" else part.data.to(device)) for part in table.parts]
-            _put(student.get_submodule(owner), leaf, PackedWeight(parts, table.columns, device, dtype, table.order))
+            _put(student.get_submodule(owner), leaf, FileWeight(parts, table.columns, device, dtype, table.order))
     if missing := [name for name, parameter in student.named_parameters() if parameter.is_meta]:
         raise ValueError(f"it holds nothing for {missing[0]}")
     for module in student.modules():
@@ -152,6 +134,43 @@ def _packed(path: Path, config: Any, dtype: torch.dtype, way: Way, *, cuda: bool
     with torch.no_grad():
         student(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))  # what cannot be computed with packed weights says so
     return student
+
+
+def _of_file(
+    student: PreTrainedModel, path: Path, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, FileWeight], dict[str, torch.Tensor]]:
+    """By the model's names, its matrices in the mapped file, and numbers of all else that it has there.
+
+    Raises ValueError where transformers does not know the architecture's files, or more of a matrix is changed than the order of rows.
+    """
+    import gguf
+    import torch
+    from transformers import modeling_gguf_pytorch_utils as loader
+
+    patches.require("computing with packed weights")
+    reader = open_gguf(path)
+    architecture, config = gguf_architecture(reader), student.config.get_text_config()
+    if re.sub("[-_]", "", architecture) not in (re.sub("[-_]", "", known) for known in loader.GGUF_SUPPORTED_ARCHITECTURES):
+        raise ValueError(f"GGUF model with architecture {architecture} is not supported yet")
+    processor = loader.TENSOR_PROCESSORS.get(architecture, loader.TensorProcessor)(config=config.to_dict())
+    names = loader.get_gguf_hf_weights_map(student, processor, architecture)
+    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    matrices: dict[str, FileWeight] = {}
+    others: dict[str, torch.Tensor] = {}
+    for tensor in sorted(reader.tensors, key=lambda tensor: str(tensor.name)):  # of experts the gate comes before the up
+        name = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
+        if name is None:
+            continue
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        if len(shape) > 1 and tensor.tensor_type != gguf.GGMLQuantizationType.F32:
+            data = mapped[tensor.data_offset :][: tensor.n_bytes].reshape(*shape[:-1], -1)
+            part, order = Blocks(data, int(tensor.tensor_type), str(tensor.name)), _order(processor, tensor.name, shape)
+            before = matrices[name].parts if name in matrices else ()
+            matrices[name] = FileWeight((*before, part), shape[-1], device, dtype, order)
+        else:
+            values = processor.process(weights=gguf.dequantize(tensor.data, tensor.tensor_type), name=tensor.name).weights
+            others[name] = torch.from_numpy(values.copy())
+    return matrices, others
 
 
 def _fill(student: PreTrainedModel, path: Path, missing: Collection[str]) -> None:
@@ -191,7 +210,7 @@ def _put(module: Any, leaf: str, value: Any) -> None:
 
     if (there := getattr(module, leaf)).shape != value.shape:
         raise ValueError(f"{type(module).__name__}.{leaf} is {tuple(there.shape)}, not {tuple(value.shape)}")
-    if isinstance(value, PackedWeight):
+    if isinstance(value, FileWeight):
         delattr(module, leaf)
         object.__setattr__(module, leaf, value)
     else:
@@ -221,6 +240,57 @@ def lossless(student: PreTrainedModel, path: Path) -> list[Lossless]:
             parameter.data = (there - offset).to(parameter.device)
             found.append(Lossless(tensor.name, parameter, offset))
     return found
+
+
+def scales(student: PreTrainedModel, path: Path) -> list[Scales]:
+    """Those of its linear layers whose types have some that can be trained.
+
+    The layers then compute with weights that follow them: packed ones do, others where they are the file's, number for number.
+    """
+    found = []
+    for weight in file_weights(student) if is_packed(student) else _followed(student, path):
+        parts = []
+        for part in weight.parts:
+            if _has_scales(weight, part):
+                found.append(Scales(part.name, _type(part), len(part.data), weight.columns, weight.device))
+                parts.append(replace(part, scales=found[-1]))
+            else:
+                parts.append(part)
+        weight.parts = tuple(parts)
+    return found
+
+
+def _followed(student: PreTrainedModel, path: Path) -> Iterator[FileWeight]:
+    """Weights of a dequantised student that can be computed anew from the file: they take the place of its own."""
+    from torch import nn
+
+    try:
+        weights, _ = _of_file(student, path, student.config.dtype, student.device)
+    except ValueError:
+        return
+    for name, weight in weights.items():
+        owner, _, leaf = name.rpartition(".")
+        module = student.get_submodule(owner)
+        if (
+            isinstance(module, nn.Linear)
+            and weight.shape == module.weight.shape
+            and any(_has_scales(weight, part) for part in weight.parts)
+        ):
+            most = EXACT[str(weight.dtype).removeprefix("torch.")] * float(module.weight.abs().max())
+            if all(float((module.weight[which] - numbers).abs().max()) <= most for which, numbers in weight.in_turn()):
+                weight.in_full = module.weight.data
+                _put(module, leaf, weight)
+                yield weight
+
+
+def _has_scales(weight: FileWeight, part: Blocks) -> bool:
+    return weight.ndim == 2 and scales_of(part.name, (len(part.data), weight.columns), _type(part)) > 0
+
+
+def _type(part: Blocks) -> str:
+    from gguf import GGMLQuantizationType
+
+    return str(GGMLQuantizationType(part.kind).name)
 
 
 @contextmanager
@@ -258,16 +328,23 @@ def learning(student: PreTrainedModel, *, recompute: bool = False) -> Iterator[N
 
 def is_packed(student: PreTrainedModel) -> bool:
     """Whether it computes with weights as the file has them."""
-    return any(isinstance(part, PackedWeight) for module in student.modules() for part in vars(module).values())
+    return any(weight.in_full is None for weight in file_weights(student))
 
 
-def write_back(path: Path, trained: Sequence[Lossless], target: Path) -> None:
-    """A copy of the file with the parameters' values in place of its own; types, places and size stay."""
+def file_weights(student: PreTrainedModel) -> list[FileWeight]:
+    """Those that stand in its modules."""
+    return [weight for module in student.modules() for weight in vars(module).values() if isinstance(weight, FileWeight)]
+
+
+def write_back(path: Path, vectors: Sequence[Lossless], stretched: Sequence[Scales], target: Path) -> None:
+    """A copy of the file with the vectors' values in place of its own, and its scales stretched; types, places and size stay."""
     from gguf import GGUFReader
 
     shutil.copyfile(path, target)
     reader = GGUFReader(target, "r+")
     tensors: dict[str, Any] = {tensor.name: tensor.data for tensor in reader.tensors}
-    for vector in trained:
+    for vector in vectors:
         tensors[vector.name][:] = (vector.parameter.detach().float().cpu() + vector.offset).numpy()
+    for one in stretched:
+        one.write(tensors[one.name])
     reader.data.flush()

@@ -31,6 +31,15 @@ ROLES = {
     "attn_qkv.weight": "attn_v", "attn_kv_b.weight": "attn_v", "attn_v.weight": "attn_v", "attn_k.weight": "attn_k",
     "attn_q.weight": "attn_q", "attn_output.weight": "attn_output", "ffn_up": "ffn_up", "ffn_gate": "ffn_gate", "ffn_down": "ffn_down",
 }  # fmt: skip
+# Of each type, where in a block its scales stand in float16, in bytes (ggml-common.h). MXFP4's are powers of two, IQ1_M's lie in pieces.
+SCALES: dict[str, tuple[int, ...]] = {
+    "Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,), "IQ4_NL": (0,),
+    "Q4_1": (0, 2), "Q5_1": (0, 2),  # and the least number
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "IQ1_S": (0,), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ4_XS": (0,),
+    "TQ1_0": (52,), "TQ2_0": (64,),
+}  # fmt: skip
+SCALED_TOGETHER = 256  # numbers of a row whose scales are changed as one, where a row divides by that
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 # llama_ftype_get_default_type: the type that most tensors get, where it is not the name without its _S, _M or _L
 DEFAULTS = {
@@ -344,6 +353,19 @@ def block(type_name: str) -> tuple[int, int]:
 
     elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
     return int(elements), int(size)
+
+
+def scaled_together(type_name: str, columns: int) -> int:
+    """Numbers of a row of so many whose scales are changed as one: of a block, or of SCALED_TOGETHER."""
+    elements, _ = block(type_name)
+    return elements if columns % SCALED_TOGETHER else max(elements, SCALED_TOGETHER)
+
+
+def scales_of(name: str, shape: tuple[int, ...], type_name: str) -> int:
+    """How many can be trained of a tensor: none of tables of tokens, the head, experts, and types that keep theirs otherwise."""
+    if type_name not in SCALES or _dimensions(shape) != 2 or name in (*EMBEDDINGS, "output.weight"):
+        return 0
+    return shape[0] * (shape[1] // scaled_together(type_name, shape[1]))
 
 
 def tensor_bytes(shape: tuple[int, ...], type_name: str) -> int:

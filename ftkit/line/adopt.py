@@ -229,7 +229,7 @@ def sizes(job: Job) -> Sizes | None:
     return Sizes(
         *(gguf, counted, job.recipe.ship, job.recipe.training.max_length, DTYPE_BYTES[dtype], vram_bytes, 0),
         ram_bytes=device.processor().total_bytes,
-        closing_bytes=2 if cuda and dtype == "bfloat16" else 4,
+        closing_bytes=2 if dtype == "bfloat16" else 4,
     )
 
 

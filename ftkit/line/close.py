@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit.close.closing import RATE, Lesson, Trained, close, mean_divergence
+from ftkit.close.closing import RATE, STRETCH_RATE, Lesson, Trained, close, mean_divergence
 from ftkit.close.kept import keep, last, readings
-from ftkit.close.student import load_student, lossless, running, ways_of, write_back
+from ftkit.close.student import load_student, lossless, running, scales, ways_of, write_back
 from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import DoesNotFitError, InterruptedRunError, ModelError, ToolFailedError
@@ -50,6 +50,15 @@ class Closed:
     before: float | None
     after: float | None
     why_not: str | None  # made no better, or not made at all
+    scales: int = 0  # that were trained: of blocks, or of some together
+
+    @property
+    def words(self) -> str:
+        if self.why_not:
+            return f"not closed: {self.why_not}"
+        scales = f" and {self.scales:,} scales" if self.scales else ""
+        told = f"KL a token {self.before or 0:.2g} → {self.after or 0:.2g}, on rows that it did not learn from"
+        return f"closed: {self.vectors} norms and biases{scales}, {self.steps} steps; {told}."
 
 
 def _close(
@@ -78,11 +87,12 @@ def _closed(
     lessons = [Lesson(row, found) for row, found in zip(answers, told, strict=True)]
     before = mean_divergence(logits.of_file(path, [lesson.answer for lesson in checks]), checks)
     student, way = _student(job, path, merged.folder / MODEL, answers, begun[1] if begun else None)
-    vectors = lossless(student, path)
-    if not vectors:
-        raise ModelError(f"no norm or bias of {path.name} is known in transformers.", "ship it as it is: ship.closing_steps=0")
-
-    if begun and [value.shape for value in begun[0].values] == [vector.parameter.shape for vector in vectors]:
+    vectors, stretched = lossless(student, path), scales(student, path)
+    learning = [Trained(vector.parameter, RATE * vector.scale) for vector in vectors]
+    learning += [Trained(one.stretch, STRETCH_RATE) for one in stretched]
+    if not learning:
+        raise ModelError(f"no norm, bias or scale of {path.name} is known in transformers.", "ship it as it is: ship.closing_steps=0")
+    if begun and [value.shape for value in begun[0].values] == [one.parameter.shape for one in learning]:
         job.reporter.note(f"closing goes on from step {begun[0].step}")
     else:
         begun = None
@@ -99,12 +109,13 @@ def _closed(
         for (n, row), found in zip(prompts.items(), readings(kept / "prompts", list(prompts.values()), reads), strict=True):
             lessons[n] = replace(lessons[n], prompt=row, prompted=found)
     others = _outside(job, tokenizer, converted, kept / "outside")
-    numbers, steps = sum(vector.parameter.numel() for vector in vectors), recipe.ship.closing_steps
-    job.reporter.step(f"closing {path.name}: {numbers:,} numbers of {len(vectors)} vectors, at most {steps} steps")
+    steps, numbers = recipe.ship.closing_steps, sum(vector.parameter.numel() for vector in vectors)
+    scaled = sum(one.stretch.numel() for one in stretched)
+    job.reporter.step(f"closing {path.name}: {numbers:,} numbers of {len(vectors)} vectors, {scaled:,} scales, at most {steps} steps")
     with job.reporter.bar("closing", steps) as bar:
         done, _ = close(
             student,
-            [Trained(vector.parameter, RATE * vector.scale) for vector in vectors],
+            learning,
             lessons,
             others,
             steps,
@@ -117,12 +128,13 @@ def _closed(
             keep=lambda progress: keep(kept, progress, way),
         )
     target = folder / path.name
-    write_back(path, vectors, target)
+    write_back(path, vectors, stretched, target)
     after = mean_divergence(logits.of_file(target, [lesson.answer for lesson in checks]), checks)
     if not after < before:
         target.unlink()
-        return Closed(None, len(vectors), done, before, after, f"{done} steps made it no better: KL a token {before:.3g}, then {after:.3g}")
-    return Closed(replace(shipped.file, path=Path(target.name)), len(vectors), done, before, after, None)
+        why_not = f"{done} steps made it no better: KL a token {before:.3g}, then {after:.3g}."
+        return Closed(None, len(vectors), done, before, after, why_not, scaled)
+    return Closed(replace(shipped.file, path=Path(target.name)), len(vectors), done, before, after, None, scaled)
 
 
 def _student(job: Job, path: Path, model: Path, rows: Sequence[Forced], begun: Way | None) -> tuple[PreTrainedModel, Way]:
@@ -131,7 +143,7 @@ def _student(job: Job, path: Path, model: Path, rows: Sequence[Forced], begun: W
     Where one cannot be had, the next is. Raises DoesNotFitError where there is room for none, ModelError where none can be had.
     """
     on, (cuda, dtype) = device.choose(), computes_on(job, hf.model_type(model))
-    bfloat16 = cuda and dtype == "bfloat16"
+    bfloat16 = dtype == "bfloat16"
     ways = ways_of(path, rows, bfloat16=bfloat16, cuda=cuda)
     chosen = next((way for way in ways if way.name == begun), None) or fitting(
         ways, device.processor().free_bytes, without_margin(on.free_bytes) if cuda else None

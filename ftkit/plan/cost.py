@@ -19,6 +19,7 @@ from ftkit.gguf.types import (
     cache_elements,
     converted_type,
     gguf_bytes,
+    scales_of,
     tensor_bytes,
     tensor_types,
 )
@@ -45,10 +46,10 @@ CLOSING_PLACES = 160  # of a row, at most, that are looked at: 128 of its answer
 HEAD, LAYER_KEEPS, IN_A_LAYER = 4, 2, 4
 IN_AN_ADAPTED_LAYER = 2 * IN_A_LAYER  # what the adapter adds to a layer is as wide
 ADAPTER_COPIES = 13  # in float32: as a vector below, AdamW's temporaries, and what is written at a check, twice
-VECTORS = 7  # of a vector: its values now, at the check and of the best, its gradient, AdamW's two, a copy
+TRAINED = 7  # of a number that is trained: its value now, at the check and of the best, its gradient, AdamW's two, a copy
 VOCABULARY_BYTES = 2000  # of a token, as gguf's reader holds the vocabulary
 EXPERTS_A_TOKEN = 8
-DEQUANTISED_AT_ONCE = {"cpu": 16 << 20, "cuda": 256 << 20}  # close/packed.py: of 1/2 and 8 Mi elements, with what lies between
+DEQUANTISED_AT_ONCE = {"cpu": 16 << 20, "cuda": 256 << 20}  # close/weights.py: of 1/2 and 8 Mi elements, with what lies between
 CHECKPOINTS_KEPT = 3  # the best, the last, and while it is written one more: save_total_limit=2 in train/arguments.py
 TRAIN, MERGE = "train", "merge"
 Place = Literal["the run folder", "Ollama's models"]
@@ -89,7 +90,7 @@ class Sizes:
     vram_bytes: int | None  # of the GPU that is trained on; None: the CPU
     training_bytes: int  # training's peak on its device
     ram_bytes: int | None = None  # of this machine; None: enough
-    closing_bytes: int = 4  # of an element of the format that a file is closed in: 4, or with bfloat16 on a GPU 2
+    closing_bytes: int = 4  # of an element of the format that a file is closed in: 4, or of bfloat16 2
 
     @property
     def model_bytes(self) -> int:
@@ -132,9 +133,10 @@ def of_transferring(sizes: Sizes) -> tuple[Cost, ...]:
     if not sizes.ship.transfer_steps or sizes.counted.method != "qlora":
         return ()
     on_cuda, adapter = sizes.vram_bytes is not None, adapter_file_bytes(sizes.counted)
-    row = _row(sizes.gguf.tensors, sizes.length, sizes.closing_bytes)
-    learning = sizes.closing_bytes * sizes.counted.parameters + row.head + row.went_in + IN_AN_ADAPTED_LAYER * max(row.layers)
-    begins = sizes.closing_bytes * sizes.counted.parameters + (_rounding_bytes(sizes.gguf) if sizes.ship.rounding_kept else 0)
+    each = sizes.closing_bytes if on_cuda else 4  # as it was measured
+    row = _row(sizes.gguf.tensors, sizes.length, each)
+    learning = each * sizes.counted.parameters + row.head + row.went_in + IN_AN_ADAPTED_LAYER * max(row.layers)
+    begins = each * sizes.counted.parameters + (_rounding_bytes(sizes.gguf) if sizes.ship.rounding_kept else 0)
     peak, told = max(begins, learning + ADAPTER_COPIES * adapter), readings_bytes(CLOSING_ROWS_A_STEP * sizes.ship.transfer_steps)
     ram, vram = TRAINING_BYTES + told + (0 if on_cuda else peak), CONTEXT_BYTES + peak if on_cuda else 0
     return (Cost("fit to the source", ram, vram, 5 * adapter + told, RUN_FOLDER, 2 * (sizes.model_bytes + adapter), needed=False),)
@@ -235,15 +237,16 @@ def closing_ways(
 
     One row at a time is computed: of the head, at the places that are looked at, the vocabulary; of layers, what goes through their
     weights, of all where these are in full, else of one, and of each other what went in. With SmolLM2-135M on a CPU, rows of 128 and
-    512 tokens, 77 to 95 % of this was measured (benchmarks/closing.py).
+    512 tokens, 76 to 85 % of this was measured (benchmarks/closing.py).
     """
     elements = {name: math.prod(shape) for name, shape in tensors.items()}
     embedding, largest = tensors["token_embd.weight"], max(elements.values())
     vocabulary, row = embedding[0], _row(tensors, length, compute_bytes)
-    vectors = 4 * VECTORS * sum(size for name, size in elements.items() if len(tensors[name]) == 1)
+    vectors = sum(size for name, size in elements.items() if len(tensors[name]) == 1)
+    trained = 4 * TRAINED * (vectors + sum(scales_of(name, shape, types[name]) for name, shape in tensors.items()))
     ram = FTKIT_BYTES + LLAMA_CPP_BYTES + VOCABULARY_BYTES * vocabulary + readings_bytes(rows)
-    in_turn = row.head + vectors + DEQUANTISED_AT_ONCE["cuda" if on_cuda else "cpu"] + row.went_in + IN_A_LAYER * max(row.layers)
-    whole = row.head + vectors + compute_bytes * sum(elements.values()) + LAYER_KEEPS * sum(row.layers)
+    in_turn = row.head + trained + DEQUANTISED_AT_ONCE["cuda" if on_cuda else "cpu"] + row.went_in + IN_A_LAYER * max(row.layers)
+    whole = row.head + trained + compute_bytes * sum(elements.values()) + LAYER_KEEPS * sum(row.layers)
     # transformers' loader: the tensors before they are the model's, and the largest in float32, twice
     loading = 8 * largest + compute_bytes * sum(elements.values())
     if not on_cuda:

@@ -119,7 +119,7 @@ class MemoryPlan:
         return Sizes(
             *(self.gguf, self.chosen.inventory, ship, self.max_length, compute_bytes, vram_bytes, self.chosen.peak.device_bytes),
             ram_bytes=processor().total_bytes,
-            closing_bytes=2 if self.device.kind == "cuda" and self.compute_dtype == "bfloat16" else 4,
+            closing_bytes=2 if self.compute_dtype == "bfloat16" else 4,
         )
 
     def beside_tensors(self, fit: Candidate) -> dict[str, int]:

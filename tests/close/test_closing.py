@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import pytest
 
 from ftkit.close import closing, kept
 from ftkit.close.closing import RATE, Lesson, Progress, Trained, close, distribution, divergence, mean_divergence
-from ftkit.close.student import Lossless, load_student, lossless, write_back
+from ftkit.close.scales import Scales
+from ftkit.close.student import Lossless, load_student, lossless, scales, write_back
 from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import ModelError
@@ -35,10 +36,16 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A model as trained, and a Q8_0 file of one whose weights are off."""
+    """The file's weights are off, each by itself."""
     import torch
 
-    folder = tmp_path_factory.mktemp("model")
+    return make(tmp_path_factory.mktemp("model"), lambda _, weight: weight.mul_(1 + NOISE * torch.randn_like(weight)))
+
+
+def make(folder: Path, spoil: Callable[[str, Any], Any]) -> Made:
+    """A model as trained, and a Q8_0 file of one whose matrices are spoiled, by their names."""
+    import torch
+
     convertible.make("llama", folder)
     model: Any = hf.load_model(folder, None, dtype="float32", cuda=False)
     with torch.no_grad():
@@ -47,9 +54,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     lessons = [Lesson(row, distribution(found)) for row, found in zip(ROWS, logits.of_model(model, ROWS), strict=True)]
     torch.manual_seed(3)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if len(parameter.shape) > 1:
-                parameter.mul_(1 + NOISE * torch.randn_like(parameter))
+                spoil(name, parameter)
     model.save_pretrained(folder)
     gguf.convert(folder, folder / "m.gguf", "Q8_0", need_converter())
     return Made(folder, folder / "m.gguf", lessons)
@@ -63,29 +70,51 @@ def test_a_distribution_is_no_further_from_itself_than_rounding(made: Made) -> N
     assert float(divergence(torch.from_numpy(found[::-1].copy()), distribution(found)).max()) > 1e-3
 
 
-def test_closing_brings_the_file_nearer_and_changes_its_vectors_alone(made: Made, tmp_path: Path) -> None:
+def closed(
+    made: Made, learnt: Sequence[Lesson], checked: Sequence[Lesson], target: Path, *, with_scales: bool
+) -> tuple[float, float, set[str]]:
+    """KL a token of the file before and after, and what was trained of it; nothing else has changed."""
     from gguf import GGUFReader
 
-    learnt, checked = made.lessons[4:], made.lessons[:4]
     asked = [lesson.answer for lesson in checked]
     student = load_student(made.file, made.folder, bfloat16=False, cuda=False)
-    vectors = lossless(student, made.file)
-    names = {tensor.name for tensor in GGUFReader(made.file).tensors if len(tensor.shape) == 1}
-    assert {vector.name for vector in vectors} == names
+    vectors, stretched = lossless(student, made.file), scales(student, made.file) if with_scales else []
     before = mean_divergence(logits.of_file(made.file, asked), checked)
     measured = lambda: mean_divergence(logits.of_model(student, asked), checked)  # noqa: E731
     first = measured()
-    assert first == pytest.approx(before, rel=0.1)
-    steps, _ = close(student, trained(vectors), learnt, learnt[:2], 40, measured, first, outside_weight=0.5)
-    assert steps > 0
-    write_back(made.file, vectors, tmp_path / "closed.gguf")
-    after = mean_divergence(logits.of_file(tmp_path / "closed.gguf", asked), checked)
+    assert first == pytest.approx(before, rel=0.1, abs=1e-3)
+    _, found = close(student, trained(vectors, stretched), learnt, learnt[:2], 40, measured, first, outside_weight=0.5)
+    write_back(made.file, vectors, stretched, target)
+    after = mean_divergence(logits.of_file(target, asked), checked)
+    assert after == pytest.approx(found, rel=0.1, abs=1e-3)
+    assert made.file.stat().st_size == target.stat().st_size
+    for old, new in zip(GGUFReader(made.file).tensors, GGUFReader(target).tensors, strict=True):
+        assert (old.name, old.tensor_type) == (new.name, new.tensor_type)
+        if old.name in {one.name for one in stretched}:
+            assert (old.data != new.data).any()
+            assert (old.data.reshape(-1, 34)[:, 2:] == new.data.reshape(-1, 34)[:, 2:]).all()  # a block of Q8_0 begins with its scale
+        elif old.name not in {vector.name for vector in vectors}:
+            assert (old.data == new.data).all()
+    return before, after, {one.name for one in (*vectors, *stretched)}
+
+
+def test_closing_brings_the_file_nearer_and_changes_its_vectors_alone(made: Made, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    before, after, names = closed(made, made.lessons[4:], made.lessons[:4], tmp_path / "closed.gguf", with_scales=False)
+    assert names == {tensor.name for tensor in GGUFReader(made.file).tensors if len(tensor.shape) == 1}
     assert after < 0.95 * before  # of a random model, whose weights are off at random, 1,664 numbers take back a tenth
-    old, new = (GGUFReader(path) for path in (made.file, tmp_path / "closed.gguf"))
-    assert made.file.stat().st_size == (tmp_path / "closed.gguf").stat().st_size
-    changed = {a.name for a, b in zip(old.tensors, new.tensors, strict=True) if (a.data != b.data).any()}
-    assert changed <= names
-    assert all(a.tensor_type == b.tensor_type for a, b in zip(old.tensors, new.tensors, strict=True))
+
+
+def test_scales_take_back_what_vectors_cannot(tmp_path: Path) -> None:
+    weaker = make(tmp_path, lambda name, weight: weight.mul_(0.7 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1))
+    learnt = weaker.lessons[:8]  # which are checked, too: a random model's other rows say nothing of each other
+    (before, alone, _), (_, after, names) = (
+        closed(weaker, learnt, learnt, tmp_path / "closed.gguf", with_scales=one) for one in (False, True)
+    )
+    assert after < 0.5 * alone < 0.25 * before
+    assert "blk.0.ffn_down.weight" in names
+    assert not {"token_embd.weight", "output.weight"} & names
 
 
 def test_no_worse_values_are_kept(made: Made) -> None:
@@ -97,8 +126,11 @@ def test_no_worse_values_are_kept(made: Made) -> None:
     assert all((vector.parameter == old).all() for vector, old in zip(vectors, first, strict=True))
 
 
-def trained(vectors: list[Lossless]) -> list[Trained]:
-    return [Trained(vector.parameter, RATE * vector.scale) for vector in vectors]
+def trained(vectors: list[Lossless], stretched: Sequence[Scales] = ()) -> list[Trained]:
+    return [
+        *(Trained(vector.parameter, RATE * vector.scale) for vector in vectors),
+        *(Trained(one.stretch, 1e-2) for one in stretched),
+    ]
 
 
 def learnt(made: Made, folder: Path, *, interrupted_at: int | None = None) -> tuple[list[Any], tuple[int, float], list[int]]:

@@ -9,10 +9,10 @@ import architectures
 import convertible
 import pytest
 
-from ftkit.close import packed, student
+from ftkit.close import student, weights
 from ftkit.close.closing import Lesson, distribution, mean_divergence
-from ftkit.close.packed import PackedWeight, dequantise
-from ftkit.close.student import Lossless, learning, load_student, lossless, running
+from ftkit.close.student import learning, load_student, lossless, running, scales
+from ftkit.close.weights import FileWeight, dequantise
 from ftkit.engines import logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import ModelError
@@ -47,16 +47,16 @@ def file_of(folder: Path, quantization: str = "Q8_0") -> Path:
     return folder / "m.gguf"
 
 
-def gradients(model: Any, vectors: list[Lossless]) -> tuple[Any, list[Any]]:
-    """Logits of a row, and what a loss of them asks of each vector."""
+def gradients(model: Any, parameters: list[Any]) -> tuple[Any, list[Any]]:
+    """Logits of a row, and what a loss of them asks of each parameter."""
     import torch
 
-    for vector in vectors:
-        vector.parameter.requires_grad_()
+    for parameter in parameters:
+        parameter.requires_grad_()
     with learning(model), running(model):
         found = model(input_ids=torch.tensor([ROW.ids]), use_cache=False).logits[0].float()
     found.log_softmax(-1)[:, 5].sum().backward()
-    return found.detach(), [vector.parameter.grad for vector in vectors]
+    return found.detach(), [parameter.grad for parameter in parameters]
 
 
 def compare(folder: Path, path: Path, *, bfloat16: bool = False, within: float = 1e-5) -> Any:
@@ -66,16 +66,23 @@ def compare(folder: Path, path: Path, *, bfloat16: bool = False, within: float =
     whole, kept = (load_student(path, folder, way, bfloat16=bfloat16, cuda=False) for way in ("dequantised", "mapped"))
     vectors = [lossless(model, path) for model in (whole, kept)]
     assert [vector.name for vector in vectors[0]] == [vector.name for vector in vectors[1]]
-    (one, asked), (other, asked_too) = (gradients(model, found) for model, found in zip((whole, kept), vectors, strict=True))
+    of_whole = {name for name, parameter in whole.named_parameters() if len(parameter.shape) > 1}
+    stretched = [sorted(scales(model, path), key=lambda one: one.name) for model in (whole, kept)]
+    assert [one.name for one in stretched[0]] == [one.name for one in stretched[1]]
+    assert stretched[0]
+    learnt = [
+        [*(vector.parameter for vector in some), *(one.stretch for one in more)] for some, more in zip(vectors, stretched, strict=True)
+    ]
+    (one, asked), (other, asked_too) = (gradients(model, found) for model, found in zip((whole, kept), learnt, strict=True))
     assert float((one - other).abs().max()) <= within * float(one.abs().max())
     assert any(found is not None for found in asked)
     for wanted, found in zip(asked, asked_too, strict=True):
         assert (wanted is None) == (found is None)
         assert wanted is None or torch.allclose(wanted, found, rtol=0, atol=10 * within * float(wanted.abs().max()))
-    large = {id(part) for module in kept.modules() for part in vars(module).values() if isinstance(part, PackedWeight)}
+    large = {id(part) for module in kept.modules() for part in vars(module).values() if isinstance(part, FileWeight)}
     in_full = sum(len(parameter.shape) > 1 for parameter in kept.parameters())  # routers alone, which a file has in float32
     tied = whole.config.tie_word_embeddings is True
-    assert len(large) + in_full == sum(len(parameter.shape) > 1 for parameter in whole.parameters()) + tied
+    assert len(large) + in_full == len(of_whole) + tied
     assert large
     return kept
 
@@ -100,7 +107,7 @@ def test_a_packed_student_is_the_dequantised_one(llama: Path, bfloat16: bool) ->
 
 
 def test_some_rows_at_a_time_are_the_same(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(packed.ELEMENTS_AT_ONCE, "cpu", 5 * 128)  # of the narrowest weight, five rows
+    monkeypatch.setitem(weights.ELEMENTS_AT_ONCE, "cpu", 5 * 128)  # of the narrowest weight, five rows
     compare(llama.parent, llama)
 
 
@@ -114,7 +121,9 @@ def apart(path: Path) -> float:
 def test_weights_that_are_read_in_a_wrong_order_are_seen(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert apart(llama) < MOST_APART / 10
     with monkeypatch.context() as swapped:
-        swapped.setattr(packed, "dequantise", lambda data, kind: dequantise(data, kind).roll(32, -1))  # each block in its neighbour's place
+        swapped.setattr(
+            weights, "dequantise", lambda data, kind: dequantise(data, kind).roll(32, -1)
+        )  # each block in its neighbour's place
         assert apart(llama) > MOST_APART
     with monkeypatch.context() as swapped:
         swapped.setattr(student, "_order", lambda *_: None)  # queries and keys as llama.cpp turns them
@@ -122,7 +131,7 @@ def test_weights_that_are_read_in_a_wrong_order_are_seen(llama: Path, monkeypatc
 
 
 def test_what_cannot_be_computed_with_is_refused_by_name(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PackedWeight, "COMPUTED", {})
+    monkeypatch.setattr(FileWeight, "COMPUTED", {})
     with pytest.raises(ModelError, match="packed weights are not computed with by embedding"):
         load_student(llama, llama.parent, "mapped", bfloat16=False, cuda=False)
 
