@@ -298,8 +298,10 @@ class Ship(Group):
     transfer_steps: Annotated[int, Field(ge=0)] = Field(
         default=0, description="train a QLoRA adapter on the 16-bit source, before it is merged into it, for at most so many steps"
     )
-    closing_steps: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="train norms and biases of the shipped file for at most so many steps, towards the trained model"
+    closing_steps: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="train norms, biases and scales of the shipped file for at most so many steps, towards the trained model; 0: never; "
+        "without it, 60 where it otherwise loses too much",
     )
     bits_by_task: bool = Field(
         default=False, description="give tensors whose rounding costs this task's answers most more bits, for at most 3 % more bytes"

@@ -178,7 +178,8 @@ def _share(step: int, steps: int) -> float:
 
 
 def _copies(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in parameters]
+    """In RAM."""
+    return [parameter.detach().clone().cpu() for parameter in parameters]
 
 
 def _set(parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:

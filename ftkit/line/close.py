@@ -1,6 +1,6 @@
 """The step `close`: the file that ships, its lossless numbers trained towards the trained model; and which of the files ships.
 
-`ship.closing_steps` has the step made.
+`ship.closing_steps` has the step made, or that the file loses too much as it was quantised.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _closed(
 ) -> Closed:
     recipe, path = job.recipe, shipped.path
     tokenizer, kept = tokenizer_of(job, merged.folder / MODEL), folder / CHECKPOINTS
-    checks, answers = checks_as_trained(asked), rows_to_learn(job, tokenizer, recipe.ship.closing_steps)
+    checks, answers = checks_as_trained(asked), rows_to_learn(job, tokenizer, job.closing_steps)
     begun = last(kept)
     told = readings(kept / "answers", answers, partial(as_trained, job, trained))
     hf.release_memory()
@@ -109,7 +109,7 @@ def _closed(
         for (n, row), found in zip(prompts.items(), readings(kept / "prompts", list(prompts.values()), reads), strict=True):
             lessons[n] = replace(lessons[n], prompt=row, prompted=found)
     others = _outside(job, tokenizer, converted, kept / "outside")
-    steps, numbers = recipe.ship.closing_steps, sum(vector.parameter.numel() for vector in vectors)
+    steps, numbers = job.closing_steps, sum(vector.parameter.numel() for vector in vectors)
     scaled = sum(one.stretch.numel() for one in stretched)
     job.reporter.step(f"closing {path.name}: {numbers:,} numbers of {len(vectors)} vectors, {scaled:,} scales, at most {steps} steps")
     with job.reporter.bar("closing", steps) as bar:
@@ -181,11 +181,11 @@ CLOSE: Step[Closed] = Step(
     command="ftkit ship",
     result=Closed,
     after=(TRAIN, ADOPT, ASK, MERGE, GGUF, QUANTISE, BITS),
-    follows_from=lambda job: [job.recipe.ship.quantization, job.recipe.ship.closing_steps],
+    follows_from=lambda job: [job.recipe.ship.quantization, job.closing_steps],
     costs=of_closing,
     make=_close,
     resumable=lambda _: True,
-    applies=lambda job: job.recipe.ship.closing_steps > 0,
+    applies=lambda job: job.closing_steps > 0,
     keep=True,
 )
 

@@ -24,7 +24,7 @@ from ftkit.model.hub import missing_weights
 from ftkit.model.locate import locate
 from ftkit.model.open import open_config, open_weights, weight_bytes
 from ftkit.model.source import Source
-from ftkit.plan.cost import LOOKED_AT_BYTES
+from ftkit.plan.cost import CLOSING_STEPS, LOOKED_AT_BYTES
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Dtype, Recipe, load_recipe, make_recipe
 from ftkit.run import MANIFEST, Run
@@ -82,6 +82,7 @@ class Job:
     chat_template: str | None  # the recipe's own
     reporter: Reporter
     onto: Onto = "source"  # the 16-bit model, or the 4-bit base that was trained on, dequantised
+    closes: bool = False  # the file is closed, though the recipe does not ask for it: as it was quantised it loses too much
     given: Given | None = None  # what was trained elsewhere; None: it is trained here
     begins_with: Given | None = None  # the adapter that training goes on with; None: a new one
     changed: tuple[tuple[str, Any], ...] = ()  # of the recipe's file, by `--set` and its like
@@ -97,6 +98,12 @@ class Job:
     def rounded(self) -> list[float]:
         """What a merge into the source follows from beside: nothing, where none is kept, as before that could be asked for."""
         return [self.rounding] if self.onto == "source" and self.rounding else []
+
+    @property
+    def closing_steps(self) -> int:
+        """At most so many are made."""
+        wanted = self.recipe.ship.closing_steps
+        return (CLOSING_STEPS if self.closes else 0) if wanted is None else wanted
 
     @property
     def has_base(self) -> bool:
@@ -243,7 +250,7 @@ def base_to_fetch(job: Job) -> ToFetch:
     ship, finished = job.recipe.ship, job.run.finished
     trains, asks = not job.given and not finished("train"), bool(job.data) and not finished("ask")
     looks = ship.adapter and not finished("adapter") and weight_bytes(job.source) <= LOOKED_AT_BYTES
-    closes = (ship.closing_steps and not finished("close")) or (ship.transfer_steps and not finished("transfer"))
+    closes = (job.closing_steps and not finished("close")) or (ship.transfer_steps and not finished("transfer"))
     loads = trains or asks or looks or closes
     if not loads and finished("merge"):
         return ToFetch(0, 0, 0)

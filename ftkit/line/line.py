@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,7 +30,7 @@ from ftkit.line.adopt import sizes as adopted_sizes
 from ftkit.line.ask import ASK, refuse_rule
 from ftkit.line.bits import BITS, Bits
 from ftkit.line.choose import WEIGH, Weighed, candidates, is_smallest, of_type, trials
-from ftkit.line.close import CLOSE, OF_FILE, Closed, shipping
+from ftkit.line.close import CLOSE, OF_FILE, Closed, Shipping, shipping
 from ftkit.line.gguf import GGUF, IMATRIX, QUANTISE, refuse_missing_imatrix, refuse_type
 from ftkit.line.job import Job, Onto, ToFetch, base_to_fetch
 from ftkit.line.merge import MERGE
@@ -240,17 +241,10 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
     _refuse_what_cannot_ship(job, use_ollama, replace_model)
     asked = ensure(job, ASK)
     refuse_rule(job, asked)
-    job = choose_merge(job)
-    merged, converted = ensure(job, MERGE), ensure(job, GGUF)
-    if REASK.applies(job):
-        ensure(job, REASK)
-    job, weighed = choose_type(job)
-    later: list[Made[Any]] = [ensure(job, step) for step in OF_FILE if step.applies(job)]
-    shipped = shipping(job, converted, *later)
-    proven = ensure(job, PROVE)
+    walked = _walk_until_kept(job, asked)
+    job, merged, converted, shipped, proven = walked.job, walked.merged, walked.converted, walked.shipped, walked.proven
     proof = judge(job, asked, proven, shipped)
     modelfile = write_modelfile(job, merged, shipped)
-    closed = next((made.result for made in later if made.name == CLOSE.name), None)
     checks, registered, because, register_with = proof.checks, None, None, None
     adapted = ensure(job, ADAPTER) if ADAPTER.applies(job) else None
     if adapted:
@@ -267,7 +261,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
         because, register_with = error.message, error.hint
     finally:  # also where Ollama fails: the file has passed
         told, others = replace(proof, checks=checks), adapter_files(adapted) if adapted else ()
-        record = hand_over(job, merged, shipped, proven, ensure(job, trained_by(job)), closed, told, weighed, others)
+        record = hand_over(job, merged, shipped, proven, ensure(job, trained_by(job)), walked.closed, told, walked.weighed, others)
     return Shipped(
         gguf=record.with_name(shipped.path.name),
         record=record,
@@ -282,9 +276,9 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
         same_answers=proof.same_answers,
         examples=proof.examples[:3],
         missing_quantization=shipped.missing,
-        weighed=weighed,
+        weighed=walked.weighed,
         bits=shipped.bits,
-        closed=closed,
+        closed=walked.closed,
         adapter=served(job, adapted, record.parent) if adapted else None,
         registered_as=registered,
         not_registered_because=because,
@@ -328,27 +322,79 @@ def refuse_missing_tools(job: Job) -> None:
     refuse_missing_imatrix(job)
 
 
-def choose_merge(job: Job) -> Job:
-    """The job, with the merge that ships.
+@dataclass(frozen=True)
+class Walked:
+    """The line from the merge to the proof, as it was made for a job."""
 
-    Where QLoRA's gain is lost by merging into the 16-bit source – an adapter learns around the 4-bit base – the merge is made
-    onto the dequantised base instead. One that was made so stays: a wider limit takes nothing back.
+    job: Job
+    merged: Made[Any]
+    converted: Made[Any]
+    shipped: Shipping
+    proven: Made[Any]
+    closed: Closed | None  # None: it was not asked for, and not needed
+    weighed: tuple[Weighed, ...]
+
+
+def _walk_until_kept(job: Job, asked: Made[Any]) -> Walked:
+    """The first of the ways by which the file keeps what the recipe asks for; else the last, which `judge` then refuses."""
+    last = None
+    for way in ways(job, asked):
+        if not (walked := _walk(way)):
+            continue
+        last, proof = walked, judged(walked.job, asked, walked.proven, walked.shipped)
+        if not proof.would_pass:
+            break
+        lost = next(check for check in proof.checks if check.outcome == "failed")
+        job.reporter.warn(f"{walked.shipped.path.name} loses too much: {lost.words}")
+    assert last
+    return last
+
+
+def _walk(job: Job) -> Walked | None:
+    """None: the file is to be closed, as it was it loses too much, and it could not be."""
+    merged, converted = ensure(job, MERGE), ensure(job, GGUF)
+    if REASK.applies(job):
+        ensure(job, REASK)
+    job, weighed = choose_type(job)
+    later: list[Made[Any]] = [ensure(job, step) for step in OF_FILE if step.applies(job)]
+    closed = next((made.result for made in later if made.name == CLOSE.name), None)
+    if job.closes and closed and not closed.file:
+        return None
+    return Walked(job, merged, converted, shipping(job, converted, *later), ensure(job, PROVE), closed, weighed)
+
+
+def ways(job: Job, asked: Made[Any]) -> Iterator[Job]:
+    """The job as it can ship, one way after the other: the next is asked for where the file of the one before loses too much.
+
+    It is merged into the 16-bit source, and quantised; closed, unless the recipe says otherwise; and of QLoRA, whose adapter learns
+    around the 4-bit base, merged onto that, dequantised, which costs the model elsewhere. One that was made so stays: a wider limit
+    takes nothing back.
     """
-    if job.recipe.ship.closing_steps:  # the file that ships gets back what the merge loses
-        return job
-    dequantised = replace(job, onto="dequantised")
-    if find(dequantised, MERGE):
-        return dequantised
-    if job.recipe.training.method != "qlora" or (job.given and not job.data):
-        return job
-    lost = loses_gain(job, ensure(job, ASK), ensure(job, REASK))
-    if lost is None:
-        return job
-    job.reporter.warn(f"merged into the 16-bit source the model loses {lost}; merging onto the dequantised base that it was trained on")
-    for step in (GGUF, MERGE):  # what was made of the other merge would take the disk twice
-        if stale := job.run.finished(step.name):
-            discard(stale.folder)
-    return dequantised
+    made, dequantised, closed = _as_made(job), replace(job, onto="dequantised"), replace(job, closes=True)
+    if job.recipe.ship.closing_steps or made.onto == "dequantised":
+        yield replace(job, onto=made.onto)
+        return
+    lost = None
+    if job.recipe.training.method == "qlora" and not (job.given and not job.data):
+        lost = loses_gain(job, asked, ensure(job, REASK))
+    if not lost and not made.closes:
+        yield job
+    if _closes_by_itself(job):
+        if lost:
+            job.reporter.warn(f"merged into the 16-bit source the model loses {lost}; its file is closed, to take that back")
+        yield closed
+    if lost:
+        job.reporter.warn(f"merged into the 16-bit source the model loses {lost}; merging onto the dequantised base that it was trained on")
+        for step in (*reversed(OF_FILE), GGUF, MERGE):  # what was made of the other merge would take the disk twice
+            if stale := job.run.finished(step.name):
+                discard(stale.folder)
+        yield dequantised
+
+
+def _closes_by_itself(job: Job) -> bool:
+    """Whether a file that loses too much may be closed: there is a trained model beside it, and rows to learn from and to judge by."""
+    rows = not job.given or (job.given.kind != "gguf" and {"train", "test"} <= job.data.keys())
+    return job.recipe.ship.closing_steps is None and rows
 
 
 def judge_again(job: Job) -> Proof:
@@ -414,9 +460,10 @@ def named(name: str) -> Step[Any]:
 
 
 def _as_made(job: Job) -> Job:
-    """The job, with the merge that is there and the type that was chosen, where that is done."""
-    dequantised = replace(job, onto="dequantised")
-    job = dequantised if find(dequantised, MERGE) and not job.recipe.ship.closing_steps else job
+    """The job, with the merge that is there, whether its file was closed, and the type that was chosen, where that is done."""
+    if not job.recipe.ship.closing_steps:
+        dequantised, closed = replace(job, onto="dequantised"), replace(job, closes=True)
+        job = dequantised if find(dequantised, MERGE) else closed if _is_closed(closed) else job
     if not is_smallest(job):
         return job
 
@@ -425,6 +472,12 @@ def _as_made(job: Job) -> Job:
         return found.result if found else None
 
     return next((tried for tried, _, ships in trials(job, weighed) if ships), job)
+
+
+def _is_closed(job: Job) -> bool:
+    """Whether a file of it was closed, of whichever type where that is chosen."""
+    found = (find(one, CLOSE) for one in (candidates(job) if is_smallest(job) else (job,)) if CLOSE.applies(one))
+    return any(made.result.file for made in found if made)
 
 
 @dataclass(frozen=True)
@@ -508,9 +561,9 @@ def start_from(job: Job, name: str) -> None:
         )
     made = LINE[first:] if first > LINE.index(CLOSE) else (*LINE[first:], WEIGH)
     for one in candidates(job) if is_smallest(job) else (job,):
-        for step in made:
-            for onto in get_args(Onto) if step.make else ():
-                if step.applies(one) and (found := find(replace(one, onto=onto), step)):
-                    discard(found.folder)
+        for step, onto, closes in product(made, get_args(Onto), (False, True)):
+            way = replace(one, onto=onto, closes=closes)
+            if step.make and step.applies(way) and (found := find(way, step)):
+                discard(found.folder)
     if index := job.run.manifest().get("ollama"):
         job.run.record(ollama={key: value for key, value in index.items() if key != "shipped"})

@@ -39,6 +39,7 @@ LLAMA_CPP_BYTES = 100 << 20  # compute buffers; 41 MiB for SmolLM2-135M, 86 MiB 
 LOGITS_BYTES = 256 << 20  # of the trained model on held-out answers, at most: line/behaviour.py
 LOOKED_AT_BYTES = 1 << 30  # of a base's F16 file that is made only to look at its adapter: line/adapter.py
 LIKELIEST = 256  # tokens whose probabilities are kept of a distribution: close/closing.py
+CLOSING_STEPS = 60  # where a recipe names no number: line/close.py
 CLOSING_ROWS_A_STEP = 8
 CLOSING_PLACES = 160  # of a row, at most, that are looked at: 128 of its answer (line/behaviour.py), 32 of its prompt
 # closing_ways, in numbers of float32: of the head at a place and of layers at a token, for each number that weights make of it. Live
@@ -46,7 +47,8 @@ CLOSING_PLACES = 160  # of a row, at most, that are looked at: 128 of its answer
 HEAD, LAYER_KEEPS, IN_A_LAYER = 4, 2, 4
 IN_AN_ADAPTED_LAYER = 2 * IN_A_LAYER  # what the adapter adds to a layer is as wide
 ADAPTER_COPIES = 13  # in float32: as a vector below, AdamW's temporaries, and what is written at a check, twice
-TRAINED = 7  # of a number that is trained: its value now, at the check and of the best, its gradient, AdamW's two, a copy
+TRAINED = 5  # of a number that is trained, where it is computed with: its value, its gradient, AdamW's two, a copy
+CHECKED = 2  # … and in RAM: its values at the check and of the best; on a GPU's machine AdamW's two beside, and the file of all four
 VOCABULARY_BYTES = 2000  # of a token, as gguf's reader holds the vocabulary
 EXPERTS_A_TOKEN = 8
 DEQUANTISED_AT_ONCE = {"cpu": 16 << 20, "cuda": 256 << 20}  # close/weights.py: of 1/2 and 8 Mi elements, with what lies between
@@ -197,22 +199,29 @@ def of_bits(sizes: Sizes) -> tuple[Cost, ...]:
 
 
 def of_closing(sizes: Sizes) -> tuple[Cost, ...]:
-    """By the first way that the memory of this machine has room for; where it has room for none, by the last, which then is refused."""
-    if not sizes.ship.closing_steps:
+    """By the first way that the memory of this machine has room for; where it has room for none, by the last, which then is refused.
+
+    Without a number of steps it is made where the file loses too much, and not refused.
+    """
+    wanted = sizes.ship.closing_steps
+    steps = CLOSING_STEPS if wanted is None else wanted
+    if not steps:
         return ()
     kind, file = sizes.ship.quantization, sizes.file_bytes(sizes.ship.quantization)
     ways = closing_ways(
         sizes.gguf.tensors,
         tensor_types(sizes.gguf, kind),
         length=sizes.length,
-        rows=CLOSING_ROWS_A_STEP * sizes.ship.closing_steps,
+        rows=CLOSING_ROWS_A_STEP * steps,
         compute_bytes=sizes.closing_bytes,
         on_cuda=sizes.vram_bytes is not None,
     )
     fits = fitting(ways, sizes.ram_bytes, sizes.vram_bytes)
+    if wanted is None and not fits:
+        return ()
     way = fits or ways[-1]
-    name, disk, read = f"close {kind}", file + readings_bytes(CLOSING_ROWS_A_STEP * sizes.ship.closing_steps), sizes.model_bytes + 4 * file
-    name += "" if way is ways[0] else f", its weights {WAYS[way.name]}"
+    name, disk, read = f"close {kind}", file + readings_bytes(CLOSING_ROWS_A_STEP * steps), sizes.model_bytes + 4 * file
+    name += ", if it loses too much" if wanted is None else "" if way is ways[0] else f", its weights {WAYS[way.name]}"
     pages = file if way.name == "mapped" else 0  # each row reads them all
     ram = way.ram_bytes + (pages if fits else 0)
     return (Cost(name, ram, way.device_bytes, disk, RUN_FOLDER, read, needed=not fits),)
@@ -243,8 +252,9 @@ def closing_ways(
     embedding, largest = tensors["token_embd.weight"], max(elements.values())
     vocabulary, row = embedding[0], _row(tensors, length, compute_bytes)
     vectors = sum(size for name, size in elements.items() if len(tensors[name]) == 1)
-    trained = 4 * TRAINED * (vectors + sum(scales_of(name, shape, types[name]) for name, shape in tensors.items()))
-    ram = FTKIT_BYTES + LLAMA_CPP_BYTES + VOCABULARY_BYTES * vocabulary + readings_bytes(rows)
+    each = 4 * (vectors + sum(scales_of(name, shape, types[name]) for name, shape in tensors.items()))
+    trained, kept = TRAINED * each, (CHECKED + 6 if on_cuda else CHECKED) * each
+    ram = FTKIT_BYTES + LLAMA_CPP_BYTES + VOCABULARY_BYTES * vocabulary + readings_bytes(rows) + kept
     in_turn = row.head + trained + DEQUANTISED_AT_ONCE["cuda" if on_cuda else "cpu"] + row.went_in + IN_A_LAYER * max(row.layers)
     whole = row.head + trained + compute_bytes * sum(elements.values()) + LAYER_KEEPS * sum(row.layers)
     # transformers' loader: the tensors before they are the model's, and the largest in float32, twice

@@ -1,0 +1,85 @@
+"""What ships where the file loses too much: it is closed; and of QLoRA, where that is not enough, merged onto the dequantised base."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+
+from ftkit.errors import ProofError
+from ftkit.line import line
+from ftkit.line.close import CLOSE
+from ftkit.line.job import Job, open_job
+from ftkit.line.merge import MERGE
+from ftkit.line.prove import PROVE
+from ftkit.line.step import find
+
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
+
+
+@pytest.fixture
+def trained(
+    made: Callable[..., Path], tmp_path: Path, write_rows: Callable[[Path, list[Any]], Path], rows: list[Any]
+) -> Callable[..., Job]:
+    """A job with some keys of `ship`, of one training a method."""
+    write_rows(tmp_path / "train.jsonl", rows)
+
+    def job(method: str, **ship: Any) -> Job:
+        recipe = {
+            "model": str(made(families.by_name("Phi 3.5"))),
+            "training": {"method": method, "max_steps": 12, "effective_batch_size": 4, "max_length": 128, "learning_rate": 1e-2},
+            "lora": {"r": 4},
+            "ship": {"name": "tiny", "quantization": "Q2_K", "max_new_tokens": 4, "test_rows": 8, "num_ctx": 512, **ship},
+        }
+        (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe, "ship": {"max_loss_points": 100, **recipe["ship"]}}), encoding="utf-8")
+        return open_job(tmp_path, run_dir=tmp_path / method)
+
+    return job
+
+
+def kept(job: Job) -> float:
+    """Percent of the training that the file keeps, as it was last proved."""
+    return line.judge_again(job).would_pass["ship.keep"]
+
+
+def test_a_file_that_loses_too_much_is_closed(trained: Callable[..., Job]) -> None:
+    plain = trained("lora", keep=100, closing_steps=0)
+    with plain.run:
+        line.train(plain)
+        with pytest.raises(ProofError):
+            line.ship(plain, use_ollama=False)
+        least = kept(plain)
+    wanted = math.floor(least) + 1
+    job = trained("lora", keep=wanted)
+    with job.run:
+        assert not find(replace(job, closes=True), CLOSE)
+        shipped = line.ship(job, use_ollama=False)
+        assert shipped.closed
+        assert shipped.closed.file
+        assert shipped.closed.scales > 0
+        assert shipped.merged_onto == "the 16-bit source"
+        again = line.ship(job, use_ollama=False)
+        assert (again.fresh, again.gguf) == (False, shipped.gguf)
+        done = {state.step.name for state in line.states(job) if state.done}
+        assert {CLOSE.name, PROVE.name} <= done
+        line.judge_again(job)
+
+
+def test_what_closing_does_not_take_back_is_merged_onto_the_dequantised_base(
+    trained: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line, "loses_gain", lambda *_: "7.0 points")  # of a random model's few answers no merge loses any
+    job = trained("qlora", keep=100)
+    with job.run:
+        line.train(job)
+        with pytest.raises(ProofError, match="answers worse"):
+            line.ship(job, use_ollama=False)
+        assert find(replace(job, onto="dequantised"), MERGE)
+        assert not find(replace(job, closes=True), CLOSE)  # its files went, with those of the merge into the source
+        assert next(state.done for state in line.states(job) if state.step is MERGE)
