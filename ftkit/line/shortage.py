@@ -39,7 +39,7 @@ def shortages(job: Job, costs: Sequence[Cost], fetch: ToFetch, *, begun: Path | 
 
     What a training that was `begun` in this folder has written already is not needed once more.
     """
-    found = []
+    found, costs = [], [cost for cost in costs if not cost.if_needed]
     held = size_bytes(begun) if begun and begun.is_dir() else 0
     by_disk: dict[int, list[tuple[Path, Path, int]]] = {}  # a folder, what is there already of its path, bytes
     for folder, size in disk_by_folder(job, costs, fetch, trained=trained).items():

@@ -78,6 +78,7 @@ class Cost:
     read_bytes: int
     kept_bytes: int = 0  # of training's disk: what stays of it for the steps after, whose own stays whole
     needed: bool = True  # False: with less RAM it is slower, or left out and said; no reason to refuse
+    if_needed: bool = False  # made only of a file that loses too much: for its disk nothing is refused either
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def of_closing(sizes: Sizes) -> tuple[Cost, ...]:
     name += ", if it loses too much" if wanted is None else "" if way is ways[0] else f", its weights {WAYS[way.name]}"
     pages = file if way.name == "mapped" else 0  # each row reads them all
     ram = way.ram_bytes + (pages if fits else 0)
-    return (Cost(name, ram, way.device_bytes, disk, RUN_FOLDER, read, needed=not fits),)
+    return (Cost(name, ram, way.device_bytes, disk, RUN_FOLDER, read, needed=not fits, if_needed=wanted is None),)
 
 
 @dataclass(frozen=True)

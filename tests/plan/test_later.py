@@ -507,7 +507,7 @@ def test_a_file_is_closed_by_the_way_that_there_is_room_for() -> None:
     assert not any(cost.needed for cost in (whole, card, small, packed, on_cpu))
     assert of_closing(llama_8b(1 << 30, None)) == ()  # which the recipe does not ask for: without room it is left out
     (if_needed,) = of_closing(llama_8b(64 << 30, None))
-    assert (if_needed.name, if_needed.needed) == ("close Q4_K_M, if it loses too much", False)
+    assert (if_needed.name, if_needed.needed, if_needed.if_needed) == ("close Q4_K_M, if it loses too much", False, True)
 
 
 def test_fitting_the_adapter_is_planned_where_it_is_fitted() -> None:
