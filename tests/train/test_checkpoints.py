@@ -209,7 +209,12 @@ def test_room_is_looked_for_before_the_start_and_what_was_begun_is_not_counted_t
     )
     usage, free = shutil.disk_usage(small_project), 1000
     monkeypatch.setattr("ftkit.line.shortage.shutil.disk_usage", lambda folder: usage._replace(free=free))
-    needed = json.loads(ftkit("plan", small_project, "--json").stdout)["shortages"][0]["needed_bytes"]
+
+    def planned(*settings: str) -> int:
+        return int(json.loads(ftkit("plan", small_project, "--json", *settings).stdout)["shortages"][0]["needed_bytes"])
+
+    needed = planned()
+    assert needed == planned("--set", "ship.closing_steps=0") < planned("--set", "ship.closing_steps=60")  # unasked, it refuses nothing
     free = needed - 1
     refused = ftkit("train", small_project)
     assert refused.exit_code == 3
