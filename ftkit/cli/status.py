@@ -44,7 +44,7 @@ def command(run: Path, as_json: bool, html: Path | None) -> None:
     for name in ("plan", "train") if elsewhere else ("adopt",):
         del steps[name]
     if proven:  # what is not there was not needed: F16 or Q8_0 ships, or nothing is closed
-        steps = {name: step for name, step in steps.items() if step}
+        steps = {name: step for name, step in steps.items() if step or begun[name]}
     checks = proof["checks"] if proven and proof.get("step") == proven.fingerprint else []
     checks = [*checks, *(ollama.get("checks", []) if registered else [])]
     doubts = [f"{check['name']}: {check['outcome']}" for check in checks if check["outcome"] != "passed"]

@@ -178,8 +178,7 @@ def _share(step: int, steps: int) -> float:
 
 
 def _copies(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """In RAM."""
-    return [parameter.detach().clone().cpu() for parameter in parameters]
+    return [parameter.detach().clone() for parameter in parameters]
 
 
 def _set(parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:

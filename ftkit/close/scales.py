@@ -1,42 +1,45 @@
-"""The scales of a quantised file's blocks: 16-bit numbers, by which all others of a block are multiplied. They can be trained, too."""
+"""The scales of a quantised file's blocks, by which all other numbers of a block are multiplied: those of a row are trained as one."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ftkit.gguf.types import SCALES, scaled_together
+from ftkit.gguf.types import SCALES
 
 if TYPE_CHECKING:
     import torch
 
 
 class Scales:
-    """Of a tensor: `stretch` (rows, groups) in float32, the logarithm of what the scales of a group of blocks are multiplied by."""
+    """Of a linear layer: `stretch` (rows,) in float32, the logarithm of what the scales of each row are multiplied by.
 
-    def __init__(self, name: str, kind: str, rows: int, columns: int, device: torch.device) -> None:
+    A row that is stretched gives an output that is, so that the layer's outputs are stretched, and its weight stays as it is.
+    """
+
+    def __init__(self, name: str, kind: str, layer: torch.nn.Linear, order: torch.Tensor | None, device: torch.device) -> None:
+        """`name`, `kind`: of the tensor; `order`: which rows of the file are the layer's, in its order."""
         import torch
 
-        self.name, self.kind, self.together = name, kind, scaled_together(kind, columns)
-        self.stretch = torch.nn.Parameter(torch.zeros(rows, columns // self.together, device=device), requires_grad=False)
+        self.name, self.kind, self.order = name, kind, order
+        self.stretch = torch.nn.Parameter(torch.zeros(layer.weight.shape[0], device=device), requires_grad=False)
+        layer.register_forward_hook(self._stretched)
 
-    def scaled(self, numbers: torch.Tensor, rows: Any) -> torch.Tensor:
-        """Numbers (rows, columns) of some of the tensor's rows, with their scales as they are now."""
-        groups = numbers.view(len(numbers), -1, self.together)
-        return groups.mul(self.stretch.detach()[rows].exp()[..., None]).view_as(numbers)
-
-    def slope(self, slopes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """(rows, groups) of `stretch`, from slopes of the numbers that `scaled` gave."""
-        return slopes.float().mul_(numbers).view(len(numbers), -1, self.together).sum(-1)
+    def _stretched(self, layer: torch.nn.Linear, _: Any, found: torch.Tensor) -> torch.Tensor:
+        product = found if layer.bias is None else found - layer.bias
+        stretched = product * self.stretch.exp()
+        return (stretched if layer.bias is None else stretched + layer.bias).to(found.dtype)
 
     def write(self, data: Any) -> None:
         """Into the tensor's bytes in a file: (rows, bytes of a row)."""
         import gguf
         import numpy as np
 
-        elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
+        factors = self.stretch.detach().exp().cpu()
+        if self.order is not None:
+            factors = factors[self.order.argsort()]
+        _, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
         blocks = data.reshape(len(data), -1, size)
-        factors = self.stretch.detach().exp().cpu().repeat_interleave(self.together // elements, -1).numpy()
         for place in SCALES[self.kind]:
             there = blocks[..., place : place + 2]
             before = there.copy().view(np.float16)[..., 0].astype(np.float32)
-            there[:] = (before * factors).astype(np.float16)[..., None].view(np.uint8)
+            there[:] = (before * factors.numpy()[:, None]).astype(np.float16)[..., None].view(np.uint8)

@@ -1,22 +1,22 @@
-"""A quantised GGUF as a model in torch, and what of it can be trained and written back in place: vectors in float32, and blocks' scales."""
+"""A quantised GGUF as a model in torch, and what of it can be trained and written back in place: vectors in float32, and rows' scales."""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit import patches
+from ftkit.close.packed import Blocks, PackedWeight, dequantise
 from ftkit.close.scales import Scales
-from ftkit.close.weights import Blocks, FileWeight
 from ftkit.engines import hf
 from ftkit.engines.logits import Forced
 from ftkit.errors import ModelError, first_line
-from ftkit.gguf.types import scales_of
+from ftkit.gguf.types import has_scales
 from ftkit.model.source import from_files, gguf_architecture, gguf_names, open_gguf
 from ftkit.plan.cost import ClosingWay, Way, closing_ways
 
@@ -102,22 +102,35 @@ def _packed(path: Path, config: Any, dtype: torch.dtype, way: Way, *, cuda: bool
     Names, and what llama.cpp's converter did to a tensor that has to be undone, are those of transformers' own loader: run on the
     numbers of a weight's rows, it tells their order.
     """
+    import gguf
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    device, reader = torch.device("cuda", 0) if cuda else torch.device("cpu"), open_gguf(path)
     with init_empty_weights():
         student: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, experts_implementation="eager", trust_remote_code=trust_remote_code
         )
-    packed, others = _of_file(student, path, dtype, device)
-    for name, values in others.items():
+    processor, names = _as_loaded(student, reader)
+    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    packed: dict[str, PackedWeight] = {}
+    for tensor in sorted(reader.tensors, key=lambda tensor: str(tensor.name)):  # of experts the gate comes before the up
+        if not (name := names(tensor.name)):
+            continue
         owner, _, leaf = name.rpartition(".")
-        _put(student.get_submodule(owner), leaf, values.to(device, dtype))
+        module = student.get_submodule(owner)
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        if len(shape) > 1 and tensor.tensor_type != gguf.GGMLQuantizationType.F32:
+            data = mapped[tensor.data_offset :][: tensor.n_bytes].reshape(*shape[:-1], -1)
+            kept = data if way == "mapped" or isinstance(module, torch.nn.Embedding) else data.to(device)
+            part, order = Blocks(kept, int(tensor.tensor_type), str(tensor.name)), _order(processor, tensor.name, shape)
+            before = packed[name].parts if name in packed else ()
+            packed[name] = PackedWeight((*before, part), shape[-1], device, dtype, order)
+        else:
+            values = processor.process(weights=gguf.dequantize(tensor.data, tensor.tensor_type), name=tensor.name).weights
+            _put(module, leaf, torch.from_numpy(values.copy()).to(device, dtype))
     for name, weight in packed.items():
-        if way == "packed" and not isinstance(student.get_submodule(name.rpartition(".")[0]), torch.nn.Embedding):
-            weight.parts = tuple(replace(part, data=part.data.to(device)) for part in weight.parts)
         owner, _, leaf = name.rpartition(".")
         _put(student.get_submodule(owner), leaf, weight)
     for name, source in student.all_tied_weights_keys.items():
@@ -125,7 +138,7 @@ def _packed(path: Path, config: Any, dtype: torch.dtype, way: Way, *, cuda: bool
             owner, _, leaf = name.rpartition(".")
             table = packed[source]
             parts = [replace(part, data=part.data if way == "mapped" else part.data.to(device)) for part in table.parts]
-            _put(student.get_submodule(owner), leaf, FileWeight(parts, table.columns, device, dtype, table.order))
+            _put(student.get_submodule(owner), leaf, PackedWeight(parts, table.columns, device, dtype, table.order))
     if missing := [name for name, parameter in student.named_parameters() if parameter.is_meta]:
         raise ValueError(f"it holds nothing for {missing[0]}")
     for module in student.modules():
@@ -136,41 +149,17 @@ def _packed(path: Path, config: Any, dtype: torch.dtype, way: Way, *, cuda: bool
     return student
 
 
-def _of_file(
-    student: PreTrainedModel, path: Path, dtype: torch.dtype, device: torch.device
-) -> tuple[dict[str, FileWeight], dict[str, torch.Tensor]]:
-    """By the model's names, its matrices in the mapped file, and numbers of all else that it has there.
-
-    Raises ValueError where transformers does not know the architecture's files, or more of a matrix is changed than the order of rows.
-    """
-    import gguf
-    import torch
+def _as_loaded(student: PreTrainedModel, reader: Any) -> tuple[Any, Callable[[str], str | None]]:
+    """transformers' processor of a file's tensors, and the model's name of each. Raises ValueError where it does not know the kind."""
     from transformers import modeling_gguf_pytorch_utils as loader
 
     patches.require("computing with packed weights")
-    reader = open_gguf(path)
-    architecture, config = gguf_architecture(reader), student.config.get_text_config()
+    architecture = gguf_architecture(reader)
     if re.sub("[-_]", "", architecture) not in (re.sub("[-_]", "", known) for known in loader.GGUF_SUPPORTED_ARCHITECTURES):
         raise ValueError(f"GGUF model with architecture {architecture} is not supported yet")
-    processor = loader.TENSOR_PROCESSORS.get(architecture, loader.TensorProcessor)(config=config.to_dict())
+    processor = loader.TENSOR_PROCESSORS.get(architecture, loader.TensorProcessor)(config=student.config.get_text_config().to_dict())
     names = loader.get_gguf_hf_weights_map(student, processor, architecture)
-    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-    matrices: dict[str, FileWeight] = {}
-    others: dict[str, torch.Tensor] = {}
-    for tensor in sorted(reader.tensors, key=lambda tensor: str(tensor.name)):  # of experts the gate comes before the up
-        name = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
-        if name is None:
-            continue
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        if len(shape) > 1 and tensor.tensor_type != gguf.GGMLQuantizationType.F32:
-            data = mapped[tensor.data_offset :][: tensor.n_bytes].reshape(*shape[:-1], -1)
-            part, order = Blocks(data, int(tensor.tensor_type), str(tensor.name)), _order(processor, tensor.name, shape)
-            before = matrices[name].parts if name in matrices else ()
-            matrices[name] = FileWeight((*before, part), shape[-1], device, dtype, order)
-        else:
-            values = processor.process(weights=gguf.dequantize(tensor.data, tensor.tensor_type), name=tensor.name).weights
-            others[name] = torch.from_numpy(values.copy())
-    return matrices, others
+    return processor, lambda name: names.get(name) or names.get(name.removesuffix(".weight"))
 
 
 def _fill(student: PreTrainedModel, path: Path, missing: Collection[str]) -> None:
@@ -210,7 +199,7 @@ def _put(module: Any, leaf: str, value: Any) -> None:
 
     if (there := getattr(module, leaf)).shape != value.shape:
         raise ValueError(f"{type(module).__name__}.{leaf} is {tuple(there.shape)}, not {tuple(value.shape)}")
-    if isinstance(value, FileWeight):
+    if isinstance(value, PackedWeight):
         delattr(module, leaf)
         object.__setattr__(module, leaf, value)
     else:
@@ -243,54 +232,54 @@ def lossless(student: PreTrainedModel, path: Path) -> list[Lossless]:
 
 
 def scales(student: PreTrainedModel, path: Path) -> list[Scales]:
-    """Those of its linear layers whose types have some that can be trained.
-
-    The layers then compute with weights that follow them: packed ones do, others where they are the file's, number for number.
-    """
-    found = []
-    for weight in file_weights(student) if is_packed(student) else _followed(student, path):
-        parts = []
-        for part in weight.parts:
-            if _has_scales(weight, part):
-                found.append(Scales(part.name, _type(part), len(part.data), weight.columns, weight.device))
-                parts.append(replace(part, scales=found[-1]))
-            else:
-                parts.append(part)
-        weight.parts = tuple(parts)
-    return found
-
-
-def _followed(student: PreTrainedModel, path: Path) -> Iterator[FileWeight]:
-    """Weights of a dequantised student that can be computed anew from the file: they take the place of its own."""
-    from torch import nn
-
-    try:
-        weights, _ = _of_file(student, path, student.config.dtype, student.device)
-    except ValueError:
-        return
-    for name, weight in weights.items():
-        owner, _, leaf = name.rpartition(".")
-        module = student.get_submodule(owner)
-        if (
-            isinstance(module, nn.Linear)
-            and weight.shape == module.weight.shape
-            and any(_has_scales(weight, part) for part in weight.parts)
-        ):
-            most = EXACT[str(weight.dtype).removeprefix("torch.")] * float(module.weight.abs().max())
-            if all(float((module.weight[which] - numbers).abs().max()) <= most for which, numbers in weight.in_turn()):
-                weight.in_full = module.weight.data
-                _put(module, leaf, weight)
-                yield weight
-
-
-def _has_scales(weight: FileWeight, part: Blocks) -> bool:
-    return weight.ndim == 2 and scales_of(part.name, (len(part.data), weight.columns), _type(part)) > 0
-
-
-def _type(part: Blocks) -> str:
+    """Those of its linear layers that are the file's tensors, row for row, whose types have some that can be trained; by name."""
     from gguf import GGMLQuantizationType
 
-    return str(GGMLQuantizationType(part.kind).name)
+    tensors = {str(tensor.name): tensor for tensor in open_gguf(path).tensors}
+    found = []
+    for name, layer, order in _packed_layers(student) if is_packed(student) else _layers_in_full(student, path):
+        shape, kind = tuple(layer.weight.shape), GGMLQuantizationType(tensors[name].tensor_type).name
+        if has_scales(name, shape, kind) and (is_packed(student) or _holds(layer.weight, tensors[name], order)):
+            found.append(Scales(name, kind, layer, order, student.device))
+    return sorted(found, key=lambda one: one.name)
+
+
+def _packed_layers(student: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear, torch.Tensor | None]]:
+    """(tensor's name, layer, order of rows) of each linear layer that is one tensor of the file."""
+    from torch import nn
+
+    for layer in student.modules():
+        if isinstance(layer, nn.Linear) and isinstance(layer.weight, PackedWeight) and len(layer.weight.parts) == 1:
+            yield layer.weight.parts[0].name, layer, layer.weight.order
+
+
+def _layers_in_full(student: PreTrainedModel, path: Path) -> Iterator[tuple[str, torch.nn.Linear, torch.Tensor | None]]:
+    """The same of a dequantised student; those of which more is changed than the order of rows are left out."""
+    from torch import nn
+
+    reader = open_gguf(path)
+    try:
+        processor, names = _as_loaded(student, reader)
+    except ValueError:
+        return
+    for tensor in reader.tensors:
+        owner, _, leaf = (names(tensor.name) or "").rpartition(".")
+        layer, shape = student.get_submodule(owner), tuple(int(size) for size in reversed(tensor.shape))
+        if isinstance(layer, nn.Linear) and leaf == "weight" and tuple(layer.weight.shape) == shape:
+            try:
+                order = _order(processor, tensor.name, shape)
+            except ValueError:
+                continue
+            yield str(tensor.name), layer, order
+
+
+def _holds(weight: torch.Tensor, tensor: Any, order: torch.Tensor | None) -> bool:
+    """Whether a weight is a tensor of the file, number for number."""
+    import torch
+
+    numbers = dequantise(torch.from_numpy(tensor.data.copy()), int(tensor.tensor_type))
+    there, most = weight.detach().float().cpu(), EXACT[str(weight.dtype).removeprefix("torch.")]
+    return float((there - (numbers if order is None else numbers[order])).abs().max()) <= most * float(there.abs().max())
 
 
 @contextmanager
@@ -328,12 +317,7 @@ def learning(student: PreTrainedModel, *, recompute: bool = False) -> Iterator[N
 
 def is_packed(student: PreTrainedModel) -> bool:
     """Whether it computes with weights as the file has them."""
-    return any(weight.in_full is None for weight in file_weights(student))
-
-
-def file_weights(student: PreTrainedModel) -> list[FileWeight]:
-    """Those that stand in its modules."""
-    return [weight for module in student.modules() for weight in vars(module).values() if isinstance(weight, FileWeight)]
+    return any(isinstance(part, PackedWeight) for module in student.modules() for part in vars(module).values())
 
 
 def write_back(path: Path, vectors: Sequence[Lossless], stretched: Sequence[Scales], target: Path) -> None:

@@ -39,7 +39,6 @@ SCALES: dict[str, tuple[int, ...]] = {
     "IQ1_S": (0,), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ4_XS": (0,),
     "TQ1_0": (52,), "TQ2_0": (64,),
 }  # fmt: skip
-SCALED_TOGETHER = 256  # numbers of a row whose scales are changed as one, where a row divides by that
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 # llama_ftype_get_default_type: the type that most tensors get, where it is not the name without its _S, _M or _L
 DEFAULTS = {
@@ -355,17 +354,9 @@ def block(type_name: str) -> tuple[int, int]:
     return int(elements), int(size)
 
 
-def scaled_together(type_name: str, columns: int) -> int:
-    """Numbers of a row of so many whose scales are changed as one: of a block, or of SCALED_TOGETHER."""
-    elements, _ = block(type_name)
-    return elements if columns % SCALED_TOGETHER else max(elements, SCALED_TOGETHER)
-
-
-def scales_of(name: str, shape: tuple[int, ...], type_name: str) -> int:
-    """How many can be trained of a tensor: none of tables of tokens, the head, experts, and types that keep theirs otherwise."""
-    if type_name not in SCALES or _dimensions(shape) != 2 or name in (*EMBEDDINGS, "output.weight"):
-        return 0
-    return shape[0] * (shape[1] // scaled_together(type_name, shape[1]))
+def has_scales(name: str, shape: tuple[int, ...], type_name: str) -> bool:
+    """Whether each row's scales can be trained: not of tables of tokens, the head, experts, and types that keep theirs otherwise."""
+    return type_name in SCALES and _dimensions(shape) == 2 and name not in (*EMBEDDINGS, "output.weight")
 
 
 def tensor_bytes(shape: tuple[int, ...], type_name: str) -> int:

@@ -28,7 +28,7 @@ from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step
 from ftkit.line.train import TRAIN
 from ftkit.machine import device
-from ftkit.plan.cost import WAYS, Way, fitting, of_closing
+from ftkit.plan.cost import WAYS, ClosingWay, Way, fitting, of_closing
 from ftkit.plan.plan import without_margin
 from ftkit.run import CHECKPOINTS
 from ftkit.units import bytes_text
@@ -71,6 +71,8 @@ def _close(
     except KeyboardInterrupt:
         raise InterruptedRunError("Interrupted.", "the same command goes on with the closing, from its last check") from None
     except (ModelError, DoesNotFitError, ToolFailedError) as error:
+        if job.closes and isinstance(error, DoesNotFitError):
+            raise  # there may be room another time
         job.reporter.warn(f"{shipped.path.name} is not closed: {error.message}")
         return Closed(None, 0, 0, None, None, error.message)
 
@@ -82,11 +84,12 @@ def _closed(
     tokenizer, kept = tokenizer_of(job, merged.folder / MODEL), folder / CHECKPOINTS
     checks, answers = checks_as_trained(asked), rows_to_learn(job, tokenizer, job.closing_steps)
     begun = last(kept)
+    ways = _ways_that_fit(job, path, merged.folder / MODEL, answers, begun[1] if begun else None)
     told = readings(kept / "answers", answers, partial(as_trained, job, trained))
     hf.release_memory()
     lessons = [Lesson(row, found) for row, found in zip(answers, told, strict=True)]
     before = mean_divergence(logits.of_file(path, [lesson.answer for lesson in checks]), checks)
-    student, way = _student(job, path, merged.folder / MODEL, answers, begun[1] if begun else None)
+    student, way = _student(job, path, merged.folder / MODEL, ways)
     vectors, stretched = lossless(student, path), scales(student, path)
     learning = [Trained(vector.parameter, RATE * vector.scale) for vector in vectors]
     learning += [Trained(one.stretch, STRETCH_RATE) for one in stretched]
@@ -137,14 +140,11 @@ def _closed(
     return Closed(replace(shipped.file, path=Path(target.name)), len(vectors), done, before, after, None, scaled)
 
 
-def _student(job: Job, path: Path, model: Path, rows: Sequence[Forced], begun: Way | None) -> tuple[PreTrainedModel, Way]:
-    """The file in torch, its weights as it was begun, else in the first way that this machine's memory has room for; said.
-
-    Where one cannot be had, the next is. Raises DoesNotFitError where there is room for none, ModelError where none can be had.
-    """
+def _ways_that_fit(job: Job, path: Path, model: Path, rows: Sequence[Forced], begun: Way | None) -> tuple[ClosingWay, ...]:
+    """How the file's weights can be computed with: as it was begun, else in the first way that this machine's memory has room for, and
+    those after it. Raises DoesNotFitError where there is room for none."""
     on, (cuda, dtype) = device.choose(), computes_on(job, hf.model_type(model))
-    bfloat16 = dtype == "bfloat16"
-    ways = ways_of(path, rows, bfloat16=bfloat16, cuda=cuda)
+    ways = ways_of(path, rows, bfloat16=dtype == "bfloat16", cuda=cuda)
     chosen = next((way for way in ways if way.name == begun), None) or fitting(
         ways, device.processor().free_bytes, without_margin(on.free_bytes) if cuda else None
     )
@@ -152,13 +152,19 @@ def _student(job: Job, path: Path, model: Path, rows: Sequence[Forced], begun: W
         least = ways[-1]
         needed = f"{bytes_text(least.ram_bytes)} of RAM" + (f" and {bytes_text(least.device_bytes)} of {on.name}" if cuda else "")
         raise DoesNotFitError(f"closing {path.name} needs {needed}.", "ship it as it is: ship.closing_steps=0")
-    for way in ways[ways.index(chosen) :]:
-        if way is not ways[0]:
-            needed = bytes_text(ways[0].device_bytes or ways[0].ram_bytes)
-            job.reporter.note(f"closing {path.name} with its weights {WAYS[way.name]}; dequantised it takes {needed}")
+    if chosen is not ways[0]:
+        needed = bytes_text(ways[0].device_bytes or ways[0].ram_bytes)
+        job.reporter.note(f"closing {path.name} with its weights {WAYS[chosen.name]}; dequantised it takes {needed}")
+    return ways[ways.index(chosen) :]
+
+
+def _student(job: Job, path: Path, model: Path, ways: Sequence[ClosingWay]) -> tuple[PreTrainedModel, Way]:
+    """The file in torch, in the first of the ways that can be had. Raises ModelError or DoesNotFitError where none can."""
+    cuda, dtype = computes_on(job, hf.model_type(model))
+    for way in ways:
         try:
             trust = job.recipe.trust_remote_code
-            return load_student(path, model, way.name, bfloat16=bfloat16, cuda=cuda, trust_remote_code=trust), way.name
+            return load_student(path, model, way.name, bfloat16=dtype == "bfloat16", cuda=cuda, trust_remote_code=trust), way.name
         except (ModelError, DoesNotFitError) as error:
             if way is ways[-1]:
                 raise

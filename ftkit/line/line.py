@@ -74,6 +74,9 @@ LINE: tuple[Step[Any], ...] = (
 )
 
 
+DEQUANTISED = "dequantised"  # in the run's manifest: of which training neither the merge into the source nor its closed file kept enough
+
+
 @dataclass(frozen=True)
 class Planned:
     """A plan with what is free, fetched and measured today, and what every step of the line will cost."""
@@ -343,20 +346,27 @@ def _walk_until_kept(job: Job, asked: Made[Any]) -> Walked:
             continue
         last, proof = walked, judged(walked.job, asked, walked.proven, walked.shipped)
         if not proof.would_pass:
-            break
+            return last
         lost = next(check for check in proof.checks if check.outcome == "failed")
         job.reporter.warn(f"{walked.shipped.path.name} loses too much: {lost.words}")
-    assert last
+    if not last and not (last := _walk(job)):
+        raise AssertionError("a file that is not to be closed by itself is one")
     return last
 
 
 def _walk(job: Job) -> Walked | None:
-    """None: the file is to be closed, as it was it loses too much, and it could not be."""
+    """None: the file is to be closed by itself, since as it was it loses too much, and cannot be, which was said."""
     merged, converted = ensure(job, MERGE), ensure(job, GGUF)
     if REASK.applies(job):
         ensure(job, REASK)
     job, weighed = choose_type(job)
-    later: list[Made[Any]] = [ensure(job, step) for step in OF_FILE if step.applies(job)]
+    try:
+        later: list[Made[Any]] = [ensure(job, step) for step in OF_FILE if step.applies(job)]
+    except (DoesNotFitError, RunError) as error:  # as of a full disk
+        if not job.closes:
+            raise
+        job.reporter.warn(f"it is not closed: {error.message}")
+        return None
     closed = next((made.result for made in later if made.name == CLOSE.name), None)
     if job.closes and closed and not closed.file:
         return None
@@ -385,6 +395,7 @@ def ways(job: Job, asked: Made[Any]) -> Iterator[Job]:
         yield closed
     if lost:
         job.reporter.warn(f"merged into the 16-bit source the model loses {lost}; merging onto the dequantised base that it was trained on")
+        job.run.record(**{DEQUANTISED: fingerprint_of(job, trained_by(job))})  # what follows may be interrupted
         for step in (*reversed(OF_FILE), GGUF, MERGE):  # what was made of the other merge would take the disk twice
             if stale := job.run.finished(step.name):
                 discard(stale.folder)
@@ -392,9 +403,12 @@ def ways(job: Job, asked: Made[Any]) -> Iterator[Job]:
 
 
 def _closes_by_itself(job: Job) -> bool:
-    """Whether a file that loses too much may be closed: there is a trained model beside it, and rows to learn from and to judge by."""
+    """Whether a file that loses too much may be closed: there is a trained model beside it, and rows to learn from and to judge by.
+
+    Not of types that are tried from small to large: that would close each of them.
+    """
     rows = not job.given or (job.given.kind != "gguf" and {"train", "test"} <= job.data.keys())
-    return job.recipe.ship.closing_steps is None and rows
+    return job.recipe.ship.closing_steps is None and rows and not is_smallest(job)
 
 
 def judge_again(job: Job) -> Proof:
@@ -463,7 +477,8 @@ def _as_made(job: Job) -> Job:
     """The job, with the merge that is there, whether its file was closed, and the type that was chosen, where that is done."""
     if not job.recipe.ship.closing_steps:
         dequantised, closed = replace(job, onto="dequantised"), replace(job, closes=True)
-        job = dequantised if find(dequantised, MERGE) else closed if _is_closed(closed) else job
+        onto = find(dequantised, MERGE) or job.run.manifest().get(DEQUANTISED) == fingerprint_of(job, trained_by(job))
+        job = dequantised if onto else closed if _closes_by_itself(job) and _is_closed(closed) else job
     if not is_smallest(job):
         return job
 
@@ -475,9 +490,9 @@ def _as_made(job: Job) -> Job:
 
 
 def _is_closed(job: Job) -> bool:
-    """Whether a file of it was closed, of whichever type where that is chosen."""
-    found = (find(one, CLOSE) for one in (candidates(job) if is_smallest(job) else (job,)) if CLOSE.applies(one))
-    return any(made.result.file for made in found if made)
+    """Whether its file was closed, or that was begun."""
+    begun, made = job.run.partial(CLOSE.name, fingerprint_of(job, CLOSE)), find(job, CLOSE)
+    return bool(made.result.file) if made else begun.is_dir()
 
 
 @dataclass(frozen=True)
@@ -531,7 +546,7 @@ def _costs(job: Job, step: Step[Any], sizes: Sizes) -> tuple[Cost, ...]:
 def make_only(job: Job, name: str) -> Made[Any]:
     """Make one step alone. Raises RunError where one that it comes after is not finished, RecipeError where there is no such step."""
     step = named(name)
-    if step.make is None or not step.applies(job):
+    if step.make is None or not step.applies(_as_made(job)):
         why = "keeps nothing in the run" if step.make is None else "is no step of this recipe"
         raise RecipeError(f"`{name}` {why}.", "those that are: ftkit ship --dry-run; the whole line: ftkit ship")
     if step is PLAN or step is TRAIN:
@@ -565,5 +580,7 @@ def start_from(job: Job, name: str) -> None:
             way = replace(one, onto=onto, closes=closes)
             if step.make and step.applies(way) and (found := find(way, step)):
                 discard(found.folder)
+    if first <= LINE.index(MERGE):
+        job.run.record(**{DEQUANTISED: None})
     if index := job.run.manifest().get("ollama"):
         job.run.record(ollama={key: value for key, value in index.items() if key != "shipped"})

@@ -19,7 +19,7 @@ from ftkit.gguf.types import (
     cache_elements,
     converted_type,
     gguf_bytes,
-    scales_of,
+    has_scales,
     tensor_bytes,
     tensor_types,
 )
@@ -47,11 +47,10 @@ CLOSING_PLACES = 160  # of a row, at most, that are looked at: 128 of its answer
 HEAD, LAYER_KEEPS, IN_A_LAYER = 4, 2, 4
 IN_AN_ADAPTED_LAYER = 2 * IN_A_LAYER  # what the adapter adds to a layer is as wide
 ADAPTER_COPIES = 13  # in float32: as a vector below, AdamW's temporaries, and what is written at a check, twice
-TRAINED = 5  # of a number that is trained, where it is computed with: its value, its gradient, AdamW's two, a copy
-CHECKED = 2  # … and in RAM: its values at the check and of the best; on a GPU's machine AdamW's two beside, and the file of all four
+TRAINED = 7  # of a number that is trained: its value now, at the check and of the best, its gradient, AdamW's two, a copy
 VOCABULARY_BYTES = 2000  # of a token, as gguf's reader holds the vocabulary
 EXPERTS_A_TOKEN = 8
-DEQUANTISED_AT_ONCE = {"cpu": 16 << 20, "cuda": 256 << 20}  # close/weights.py: of 1/2 and 8 Mi elements, with what lies between
+DEQUANTISED_AT_ONCE = {"cpu": 16 << 20, "cuda": 256 << 20}  # close/packed.py: of 1/2 and 8 Mi elements, with what lies between
 CHECKPOINTS_KEPT = 3  # the best, the last, and while it is written one more: save_total_limit=2 in train/arguments.py
 TRAIN, MERGE = "train", "merge"
 Place = Literal["the run folder", "Ollama's models"]
@@ -253,9 +252,8 @@ def closing_ways(
     embedding, largest = tensors["token_embd.weight"], max(elements.values())
     vocabulary, row = embedding[0], _row(tensors, length, compute_bytes)
     vectors = sum(size for name, size in elements.items() if len(tensors[name]) == 1)
-    each = 4 * (vectors + sum(scales_of(name, shape, types[name]) for name, shape in tensors.items()))
-    trained, kept = TRAINED * each, (CHECKED + 6 if on_cuda else CHECKED) * each
-    ram = FTKIT_BYTES + LLAMA_CPP_BYTES + VOCABULARY_BYTES * vocabulary + readings_bytes(rows) + kept
+    trained = 4 * TRAINED * (vectors + sum(shape[0] for name, shape in tensors.items() if has_scales(name, shape, types[name])))
+    ram = FTKIT_BYTES + LLAMA_CPP_BYTES + VOCABULARY_BYTES * vocabulary + readings_bytes(rows)
     in_turn = row.head + trained + DEQUANTISED_AT_ONCE["cuda" if on_cuda else "cpu"] + row.went_in + IN_A_LAYER * max(row.layers)
     whole = row.head + trained + compute_bytes * sum(elements.values()) + LAYER_KEEPS * sum(row.layers)
     # transformers' loader: the tensors before they are the model's, and the largest in float32, twice

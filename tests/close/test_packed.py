@@ -9,10 +9,10 @@ import architectures
 import convertible
 import pytest
 
-from ftkit.close import student, weights
+from ftkit.close import packed, student
 from ftkit.close.closing import Lesson, distribution, mean_divergence
+from ftkit.close.packed import PackedWeight, dequantise
 from ftkit.close.student import learning, load_student, lossless, running, scales
-from ftkit.close.weights import FileWeight, dequantise
 from ftkit.engines import logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import ModelError
@@ -66,8 +66,7 @@ def compare(folder: Path, path: Path, *, bfloat16: bool = False, within: float =
     whole, kept = (load_student(path, folder, way, bfloat16=bfloat16, cuda=False) for way in ("dequantised", "mapped"))
     vectors = [lossless(model, path) for model in (whole, kept)]
     assert [vector.name for vector in vectors[0]] == [vector.name for vector in vectors[1]]
-    of_whole = {name for name, parameter in whole.named_parameters() if len(parameter.shape) > 1}
-    stretched = [sorted(scales(model, path), key=lambda one: one.name) for model in (whole, kept)]
+    stretched = [scales(model, path) for model in (whole, kept)]
     assert [one.name for one in stretched[0]] == [one.name for one in stretched[1]]
     assert stretched[0]
     learnt = [
@@ -79,10 +78,10 @@ def compare(folder: Path, path: Path, *, bfloat16: bool = False, within: float =
     for wanted, found in zip(asked, asked_too, strict=True):
         assert (wanted is None) == (found is None)
         assert wanted is None or torch.allclose(wanted, found, rtol=0, atol=10 * within * float(wanted.abs().max()))
-    large = {id(part) for module in kept.modules() for part in vars(module).values() if isinstance(part, FileWeight)}
+    large = {id(part) for module in kept.modules() for part in vars(module).values() if isinstance(part, PackedWeight)}
     in_full = sum(len(parameter.shape) > 1 for parameter in kept.parameters())  # routers alone, which a file has in float32
     tied = whole.config.tie_word_embeddings is True
-    assert len(large) + in_full == len(of_whole) + tied
+    assert len(large) + in_full == sum(len(parameter.shape) > 1 for parameter in whole.parameters()) + tied
     assert large
     return kept
 
@@ -107,7 +106,7 @@ def test_a_packed_student_is_the_dequantised_one(llama: Path, bfloat16: bool) ->
 
 
 def test_some_rows_at_a_time_are_the_same(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(weights.ELEMENTS_AT_ONCE, "cpu", 5 * 128)  # of the narrowest weight, five rows
+    monkeypatch.setitem(packed.ELEMENTS_AT_ONCE, "cpu", 5 * 128)  # of the narrowest weight, five rows
     compare(llama.parent, llama)
 
 
@@ -121,9 +120,7 @@ def apart(path: Path) -> float:
 def test_weights_that_are_read_in_a_wrong_order_are_seen(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert apart(llama) < MOST_APART / 10
     with monkeypatch.context() as swapped:
-        swapped.setattr(
-            weights, "dequantise", lambda data, kind: dequantise(data, kind).roll(32, -1)
-        )  # each block in its neighbour's place
+        swapped.setattr(packed, "dequantise", lambda data, kind: dequantise(data, kind).roll(32, -1))  # each block in its neighbour's place
         assert apart(llama) > MOST_APART
     with monkeypatch.context() as swapped:
         swapped.setattr(student, "_order", lambda *_: None)  # queries and keys as llama.cpp turns them
@@ -131,7 +128,7 @@ def test_weights_that_are_read_in_a_wrong_order_are_seen(llama: Path, monkeypatc
 
 
 def test_what_cannot_be_computed_with_is_refused_by_name(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FileWeight, "COMPUTED", {})
+    monkeypatch.setattr(PackedWeight, "COMPUTED", {})
     with pytest.raises(ModelError, match="packed weights are not computed with by embedding"):
         load_student(llama, llama.parent, "mapped", bfloat16=False, cuda=False)
 

@@ -1,5 +1,4 @@
-"""The weights of a quantised file, which a model computes with: as they lie in it, some rows dequantised whenever they are needed; or
-dequantised once, and again when their scales were changed."""
+"""The weights of a quantised file as they lie in it: some rows are dequantised whenever they are computed with, and none is kept."""
 
 from __future__ import annotations
 
@@ -7,8 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
-
-from ftkit.close.scales import Scales
 
 if TYPE_CHECKING:
     import torch
@@ -18,22 +15,19 @@ ELEMENTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 23}  # that are dequantised at 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A tensor of the file: bytes (rows, bytes of a row), of experts (experts, rows, bytes of a row); its type's number in GGUF, and its
-    name; and its scales, where they are trained."""
+    """A tensor of the file: bytes (rows, bytes of a row), of experts (experts, rows, bytes of a row); its type in GGUF, and its name."""
 
     data: torch.Tensor
     kind: int
     name: str
-    scales: Scales | None = None
 
     def rows(self, which: slice | torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """Some rows of it, computed in float32 and rounded once: (rows, columns) on a device, in a format."""
-        numbers = dequantise(self.data[which].to(device), self.kind)
-        return (self.scales.scaled(numbers, which) if self.scales else numbers).to(dtype)
+        return dequantise(self.data[which].to(device), self.kind).to(dtype)
 
 
-class FileWeight:
-    """Stands where a weight (rows, columns) of a model stands, or (experts, rows, columns). Of it, scales alone can have a gradient.
+class PackedWeight:
+    """Stands where a frozen weight (rows, columns) of a model stands, or (experts, rows, columns), and is computed with as it is.
 
     torch asks `__torch_function__` of what is no tensor, so that the model's own layers stay. What is not in COMPUTED raises
     NotImplementedError by its name.
@@ -42,26 +36,11 @@ class FileWeight:
     COMPUTED: ClassVar[dict[str, Callable[..., torch.Tensor]]] = {}  # by the names of torch's functions; filled below
 
     def __init__(
-        self,
-        parts: Sequence[Blocks],
-        columns: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        order: torch.Tensor | None = None,
-        in_full: torch.Tensor | None = None,
+        self, parts: Sequence[Blocks], columns: int, device: torch.device, dtype: torch.dtype, order: torch.Tensor | None = None
     ) -> None:
-        """`parts`: one after the other they are the rows; `order`: which rows of the file are the model's, in its order.
-
-        `in_full`: the numbers; None: it stays packed.
-        """
+        """`parts`: one after the other they are the rows; `order`: which rows of the file are the model's, in its order."""
         self.parts, self.columns, self.device, self.dtype, self.order = tuple(parts), columns, device, dtype, order
-        self.in_full, self._stretched = in_full, 0
         self.requires_grad = False
-
-    @property
-    def scales(self) -> list[Scales]:
-        """Those that are trained."""
-        return [part.scales for part in self.parts if part.scales]
 
     @property
     def shape(self) -> torch.Size:
@@ -74,36 +53,23 @@ class FileWeight:
     def ndim(self) -> int:
         return len(self.shape)
 
-    def __getitem__(self, expert: int | torch.Tensor) -> FileWeight:
+    def __getitem__(self, expert: int | torch.Tensor) -> PackedWeight:
         """Of one expert."""
         if self.ndim != 3:
             raise NotImplementedError("packed weights are not indexed")
         parts = [replace(part, data=part.data[int(expert)]) for part in self.parts]
-        return FileWeight(parts, self.columns, self.device, self.dtype)
+        return PackedWeight(parts, self.columns, self.device, self.dtype)
 
     def in_turn(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """All rows, some at a time: which, and their numbers."""
-        if self.in_full is None:
-            yield from ((which, self._dequantised(part, there)) for which, part, there in self.places())
-            return
-        if (stretched := sum(one.stretch._version for one in self.scales)) != self._stretched:
-            for which, part, there in self.places():
-                self.in_full[which] = self._dequantised(part, there)
-            self._stretched = stretched
-        yield from ((which, self.in_full[which]) for which, _, _ in self.places())
-
-    def places(self) -> Iterator[tuple[slice, Blocks, slice | torch.Tensor]]:
-        """All rows, some at a time: which, in which part of the file, and which of its rows."""
         at_once, begin = max(1, ELEMENTS_AT_ONCE[self.device.type] // self.columns), 0
         for part in self.parts:
             count = part.data.shape[0]
             for first in range(0, count, at_once):
                 which = slice(first, min(first + at_once, count))
-                yield slice(begin + which.start, begin + which.stop), part, which if self.order is None else self.order[which]
+                rows = part.rows(which if self.order is None else self.order[which], self.device, self.dtype)
+                yield slice(begin + which.start, begin + which.stop), rows
             begin += count
-
-    def _dequantised(self, part: Blocks, rows: slice | torch.Tensor) -> torch.Tensor:
-        return part.rows(rows, self.device, self.dtype)
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """(…,) numbers of rows → (…, columns)."""
@@ -120,45 +86,40 @@ class FileWeight:
         return cls.COMPUTED[name](*args, **(kwargs or {}))
 
 
-def _linear(given: torch.Tensor, weight: FileWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _linear(given: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     flat = given.to(weight.dtype).reshape(-1, weight.columns)
-    found: torch.Tensor = _through().apply(flat, weight, *(one.stretch for one in weight.scales)).reshape(*given.shape[:-1], -1)
+    found: torch.Tensor = _through().apply(flat, weight).reshape(*given.shape[:-1], -1)
     return found if bias is None else found + bias.to(found.dtype)
 
 
-def _embedding(ids: torch.Tensor, weight: FileWeight, *_: Any, **__: Any) -> torch.Tensor:
+def _embedding(ids: torch.Tensor, weight: PackedWeight, *_: Any, **__: Any) -> torch.Tensor:
     return weight.look_up(ids)
 
 
-FileWeight.COMPUTED.update(linear=_linear, embedding=_embedding)
+PackedWeight.COMPUTED.update(linear=_linear, embedding=_embedding)
 
 
 @cache
 def _through() -> Any:
-    """(tokens, columns) through a weight of the file: (tokens, rows); one that is packed is dequantised again for the gradient."""
+    """(tokens, columns) through a packed weight: (tokens, rows); the weight is dequantised again for the gradient, and has none."""
     import torch
 
     class Through(torch.autograd.Function):
         @staticmethod
-        def forward(context: Any, given: torch.Tensor, weight: FileWeight, *stretches: torch.Tensor) -> torch.Tensor:
+        def forward(context: Any, given: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
             context.weight = weight
-            if stretches:
-                context.save_for_backward(given)
             found = given.new_empty(len(given), weight.shape[0])
             for which, rows in weight.in_turn():
                 found[:, which] = given @ rows.T
             return found
 
         @staticmethod
-        def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            (gradient,), weight, saved = gradients, context.weight, context.saved_tensors
-            found = gradient.new_zeros(len(gradient), weight.columns)
-            slopes = {id(one): torch.zeros_like(one.stretch) for one in weight.scales}
-            for (which, numbers), (_, part, rows) in zip(weight.in_turn(), weight.places(), strict=True):
-                found += gradient[:, which] @ numbers
-                if part.scales:
-                    slopes[id(part.scales)][rows] = part.scales.slope(gradient[:, which].T @ saved[0], numbers)
-            return found, None, *slopes.values()
+        def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+            (gradient,) = gradients
+            found = gradient.new_zeros(len(gradient), context.weight.columns)
+            for which, rows in context.weight.in_turn():
+                found += gradient[:, which] @ rows
+            return found, None
 
     return Through
 
