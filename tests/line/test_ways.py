@@ -14,11 +14,12 @@ import pytest
 
 from ftkit.errors import ProofError
 from ftkit.line import line
+from ftkit.line.ask import ASK
 from ftkit.line.close import CLOSE
 from ftkit.line.job import Job, open_job
 from ftkit.line.merge import MERGE
 from ftkit.line.prove import PROVE
-from ftkit.line.step import find
+from ftkit.line.step import ensure, find
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -48,7 +49,7 @@ def kept(job: Job) -> float:
     return line.judge_again(job).would_pass["ship.keep"]
 
 
-def test_a_file_that_loses_too_much_is_closed(trained: Callable[..., Job]) -> None:
+def test_a_file_that_loses_too_much_is_closed(trained: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
     plain = trained("lora", keep=100, closing_steps=0)
     with plain.run:
         line.train(plain)
@@ -57,6 +58,11 @@ def test_a_file_that_loses_too_much_is_closed(trained: Callable[..., Job]) -> No
         least = kept(plain)
     wanted = math.floor(least) + 1
     job = trained("lora", keep=wanted)
+    with job.run, monkeypatch.context() as small:
+        small.setattr("ftkit.line.close.fitting", lambda *_: None)
+        with pytest.raises(ProofError):  # of the file as it was quantised
+            line.ship(job, use_ollama=False)
+        assert not find(replace(job, closes=True), CLOSE)  # there may be room another time
     with job.run:
         assert not find(replace(job, closes=True), CLOSE)
         shipped = line.ship(job, use_ollama=False)
@@ -78,6 +84,11 @@ def test_what_closing_does_not_take_back_is_merged_onto_the_dequantised_base(
     job = trained("qlora", keep=100)
     with job.run:
         line.train(job)
+        with monkeypatch.context() as interrupted:
+            interrupted.setattr(line, "_walk", lambda way, walk=line._walk: 1 / 0 if way.onto == "dequantised" else walk(way))
+            with pytest.raises(ZeroDivisionError):
+                line.ship(job, use_ollama=False)
+        assert [way.onto for way in line.ways(job, ensure(job, ASK))] == ["dequantised"]  # what did not suffice is not made again
         with pytest.raises(ProofError, match="answers worse"):
             line.ship(job, use_ollama=False)
         assert find(replace(job, onto="dequantised"), MERGE)
