@@ -132,7 +132,7 @@ def of_asking(sizes: Sizes) -> tuple[Cost, ...]:
 def of_transferring(sizes: Sizes) -> tuple[Cost, ...]:
     """The source's weights in the format that is computed in, the adapter as often as learning and keeping it needs, and of a row what
     is computed of it, each layer twice. Of SmolLM2-135M on a CPU, rows of 182 tokens, ten steps, 101 % of this was measured."""
-    if not sizes.ship.transfer_steps or sizes.counted.method != "qlora":
+    if not sizes.ship.transfer_steps or sizes.counted.method != "qlora" or not _has_layers(sizes.gguf):
         return ()
     on_cuda, adapter = sizes.vram_bytes is not None, adapter_file_bytes(sizes.counted)
     each = sizes.closing_bytes if on_cuda else 4  # as it was measured
@@ -201,11 +201,12 @@ def of_bits(sizes: Sizes) -> tuple[Cost, ...]:
 def of_closing(sizes: Sizes) -> tuple[Cost, ...]:
     """By the first way that the memory of this machine has room for; where it has room for none, by the last, which then is refused.
 
-    Without a number of steps it is made where the file loses too much, and not refused.
+    Without a number of steps it is made where the file loses too much, and not refused. Of a model whose layers have no names known here
+    it is not known what that takes: the file says it.
     """
     wanted = sizes.ship.closing_steps
     steps = CLOSING_STEPS if wanted is None else wanted
-    if not steps:
+    if not steps or not _has_layers(sizes.gguf):
         return ()
     kind, file = sizes.ship.quantization, sizes.file_bytes(sizes.ship.quantization)
     ways = closing_ways(
@@ -293,6 +294,12 @@ def _row(tensors: Mapping[str, tuple[int, ...]], length: int, compute_bytes: int
         layers=[4 * length * (width + 2 * hidden) for width in widths.values()],
         went_in=len(widths) * compute_bytes * length * hidden,
     )
+
+
+def _has_layers(model: GgufModel) -> bool:
+    """Whether what `_row` asks for has names as in the file."""
+    layers = any(name.startswith("blk.") and len(shape) > 1 for name, shape in model.tensors.items())
+    return layers and "token_embd.weight" in model.tensors
 
 
 def fitting(ways: Sequence[ClosingWay], ram_bytes: int | None, vram_bytes: int | None) -> ClosingWay | None:

@@ -510,6 +510,14 @@ def test_a_file_is_closed_by_the_way_that_there_is_room_for() -> None:
     assert (if_needed.name, if_needed.needed, if_needed.if_needed) == ("close Q4_K_M, if it loses too much", False, True)
 
 
+def test_what_closing_takes_is_not_known_of_layers_without_names() -> None:
+    known = llama_8b(64 << 30, None, closing_steps=60, transfer_steps=40)
+    nameless = replace(known.gguf, tensors={f"other.{name}": shape for name, shape in known.gguf.tensors.items()})
+    assert of_closing(known)
+    assert of_transferring(known)
+    assert of_closing(replace(known, gguf=nameless)) == of_transferring(replace(known, gguf=nameless)) == ()
+
+
 def test_fitting_the_adapter_is_planned_where_it_is_fitted() -> None:
     assert of_transferring(llama_8b(64 << 30, None)) == ()
     weights = 8_030_261_248
