@@ -50,7 +50,7 @@ class Closed:
     before: float | None
     after: float | None
     why_not: str | None  # made no better, or not made at all
-    scales: int = 0  # that were trained: of blocks, or of some together
+    scales: int = 0  # that were trained, one a row of its linear layers
 
     @property
     def words(self) -> str:

@@ -127,7 +127,7 @@ def _closed(closed: Mapping[str, Any] | None) -> str:
     if not closed or closed["why_not"]:
         return ""
     figures = f"KL a token {closed['before'] or 0:.2g} → {closed['after'] or 0:.2g}, on rows that this did not learn from"
-    scales = f" and {closed['scales']:,} scales of its blocks" if closed.get("scales") else ""
+    scales = f" and {closed['scales']:,} scales of its rows" if closed.get("scales") else ""
     what = f"{closed['vectors']} of its norms and biases{scales}"
     return f"Then {what} were trained towards the trained model, {closed['steps']} steps: {figures}."
 
