@@ -247,7 +247,7 @@ def closing_ways(
 
     One row at a time is computed: of the head, at the places that are looked at, the vocabulary; of layers, what goes through their
     weights, of all where these are in full, else of one, and of each other what went in. With SmolLM2-135M on a CPU, rows of 128 and
-    512 tokens, 76 to 85 % of this was measured (benchmarks/closing.py).
+    512 tokens, 80 to 90 % of this was measured (benchmarks/closing.py).
     """
     elements = {name: math.prod(shape) for name, shape in tensors.items()}
     embedding, largest = tensors["token_embd.weight"], max(elements.values())
