@@ -155,15 +155,16 @@ def test_the_shipped_files_answer_as_the_trained_model(
     merged = json.loads((reasked.folder / "answers.json").read_text(encoding="utf-8"))["answers"]["merged"]
     chat = find_format(lambda m, ask: template.render(tokenizer, m, ask=ask))
     lines = [version]
-    quantised = Run(run).finished("quantise")
+    quantised, closed = Run(run).finished("quantise"), Run(run).finished("close")
     assert quantised
-    files = [*((converted.folder, file) for file in converted.result["files"]), (quantised.folder, quantised.result)]
+    ships = (closed.folder, closed.result["file"]) if closed and closed.result["file"] else (quantised.folder, quantised.result)
+    files = [*((converted.folder, file) for file in converted.result["files"]), ships]
     for folder, file in files:
         # all sampling values written out, as ftkit ships: v0.24.0 would penalise repetition by 1.1
         modelfile = make_modelfile(file["path"], chat, Ship(), bos="", stops=[tokenizer.eos_token])
         name = f"parity-{file['quantization'].lower()}"
         register(client, name, folder / file["path"], modelfile, lambda m, ask: template.render(tokenizer, m, ask=ask))
-        rows = every if folder == quantised.folder else FEWER
+        rows = every if folder == ships[0] else FEWER
         answers = ollama.answer(client, name, asked["questions"][:rows], 64, options=ONE_THREAD)
         expected = asked["expected"][:rows]
         score, trained = (
