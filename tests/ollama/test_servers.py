@@ -30,7 +30,7 @@ pytestmark = pytest.mark.ollama
 NAME = "c-reviewer"
 ONE_THREAD = {"num_thread": 1}  # two threads on two busy cores spin: forty times slower
 FEWER = 20  # questions
-ALLOWED_LOSS_POINTS = 8  # the recipe's ship.max_loss_points
+ALLOWED_LOSS_POINTS = 8
 DEFAULT_SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM"
 
 
@@ -144,7 +144,7 @@ def test_shipping_again_is_up_to_date(shipped: tuple[str, str], run: Path) -> No
 def test_the_shipped_files_answer_as_the_trained_model(
     server: tuple[str, str], run: Path, client: Any, report_figures: Callable[[str], None]
 ) -> None:
-    """F16 says what the merged model says, and what ships keeps the score that was proved. Only that, on the newest server, is asked every question."""
+    """F16 says what the merged model says, and what ships keeps the score that was proved: on the newest server, asked every question."""
     version = server[0]
     asked, converted = record(run), Run(run).finished("gguf")
     assert converted
