@@ -30,7 +30,7 @@ pytestmark = pytest.mark.ollama
 NAME = "c-reviewer"
 ONE_THREAD = {"num_thread": 1}  # two threads on two busy cores spin: forty times slower
 FEWER = 20  # questions
-ALLOWED_LOSS_POINTS = 8
+APART_POINTS = 4  # from what was proved, which the recipe's ship.max_loss_points bounds: another build and other threads round otherwise
 DEFAULT_SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM"
 
 
@@ -182,6 +182,6 @@ def test_the_shipped_files_answer_as_the_trained_model(
         if file["quantization"] == "F16":
             assert equal.percent >= 95
         if rows > FEWER:
-            assert score.percent >= proven.percent - ALLOWED_LOSS_POINTS, lines
+            assert score.percent >= proven.percent - APART_POINTS, lines
         client.delete(name)
     report_figures("\n".join(lines))
