@@ -551,9 +551,6 @@ def make_only(job: Job, name: str) -> Made[Any]:
         raise RecipeError(f"`{name}` {why}.", "those that are: ftkit ship --dry-run; the whole line: ftkit ship")
     if step is PLAN or step is TRAIN:
         return train(job) if step is TRAIN else ensure(job, PLAN)
-    if step.make is None or not step.applies(job):
-        why = "keeps nothing in the run" if step.make is None else f"makes nothing of {job.recipe.ship.quantization}"
-        raise RecipeError(f"`{name}` {why}.", "the whole line: ftkit ship")
     job = _as_made(job)
     if is_smallest(job) and step is QUANTISE:
         raise RecipeError("Which type is the smallest that keeps enough is not chosen yet.", "the whole line: ftkit ship")

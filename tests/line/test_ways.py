@@ -74,6 +74,7 @@ def test_a_file_that_loses_too_much_is_closed(trained: Callable[..., Job], monke
         assert (again.fresh, again.gguf) == (False, shipped.gguf)
         done = {state.step.name for state in line.states(job) if state.done}
         assert {CLOSE.name, PROVE.name} <= done
+        assert not line.make_only(job, CLOSE.name).fresh
         line.judge_again(job)
 
 
