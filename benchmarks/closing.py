@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from ftkit.close.closing import OUTSIDE_ROWS_A_STEP, RATE, ROWS_A_STEP, STRETCH_RATE, Lesson, Trained, close, distribution
+from ftkit.close.closing import OUTSIDE_ROWS_A_STEP, ROWS_A_STEP, Lesson, close, distribution, to_train
 from ftkit.close.student import load_student, lossless, scales, ways_of
 from ftkit.engines import logits
 from ftkit.engines.logits import Forced
@@ -64,8 +64,7 @@ def main() -> None:
     loaded, after_loading = time.monotonic(), dict(peaks.bytes)
     vectors, stretched = lossless(student, asked.file), scales(student, asked.file)
     worked = time.process_time()
-    learning = [Trained(vector.parameter, RATE * vector.scale) for vector in vectors]
-    learning += [Trained(one.stretch, STRETCH_RATE) for one in stretched]
+    learning = to_train(vectors, stretched)
     close(student, learning, lessons[:ROWS_A_STEP], lessons[ROWS_A_STEP:], asked.steps, lambda: 0.0, 1.0, outside_weight=OUTSIDE_WEIGHT)
     seconds = (time.monotonic() - loaded) / asked.steps
     planned = next(way for way in ways_of(asked.file, rows, bfloat16=bfloat16, cuda=cuda) if way.name == asked.way)

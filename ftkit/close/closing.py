@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ftkit.close.student import learning, running
+from ftkit.close.scales import Scales
+from ftkit.close.student import Lossless, learning, running
 from ftkit.engines.logits import Forced
 from ftkit.plan.cost import CLOSING_ROWS_A_STEP, LIKELIEST
 
@@ -81,6 +82,14 @@ class Trained:
 
     parameter: torch.nn.Parameter
     rate: float
+
+
+def to_train(vectors: Sequence[Lossless], stretched: Sequence[Scales]) -> list[Trained]:
+    """What is trained of a file, at its rates."""
+    return [
+        *(Trained(vector.parameter, RATE * vector.scale) for vector in vectors),
+        *(Trained(one.stretch, STRETCH_RATE) for one in stretched),
+    ]
 
 
 def mean_divergence(logits: Iterable[np.ndarray[Any, Any]], lessons: Sequence[Lesson]) -> float:

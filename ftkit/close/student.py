@@ -235,11 +235,11 @@ def scales(student: PreTrainedModel, path: Path) -> list[Scales]:
     """Those of its linear layers that are the file's tensors, row for row, whose types have some that can be trained; by name."""
     from gguf import GGMLQuantizationType
 
-    tensors = {str(tensor.name): tensor for tensor in open_gguf(path).tensors}
+    tensors, packed = {str(tensor.name): tensor for tensor in open_gguf(path).tensors}, is_packed(student)
     found = []
-    for name, layer, order in _packed_layers(student) if is_packed(student) else _layers_in_full(student, path):
+    for name, layer, order in _packed_layers(student) if packed else _layers_in_full(student, path):
         shape, kind = tuple(layer.weight.shape), GGMLQuantizationType(tensors[name].tensor_type).name
-        if has_scales(name, shape, kind) and (is_packed(student) or _holds(layer.weight, tensors[name], order)):
+        if has_scales(name, shape, kind) and (packed or _holds(layer.weight, tensors[name], order)):
             found.append(Scales(name, kind, layer, order, student.device))
     return sorted(found, key=lambda one: one.name)
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit.close.closing import RATE, STRETCH_RATE, Lesson, Trained, close, mean_divergence
+from ftkit.close.closing import Lesson, close, mean_divergence, to_train
 from ftkit.close.kept import keep, last, readings
 from ftkit.close.student import load_student, lossless, running, scales, ways_of, write_back
 from ftkit.engines import hf, logits
@@ -91,8 +91,7 @@ def _closed(
     before = mean_divergence(logits.of_file(path, [lesson.answer for lesson in checks]), checks)
     student, way = _student(job, path, merged.folder / MODEL, ways)
     vectors, stretched = lossless(student, path), scales(student, path)
-    learning = [Trained(vector.parameter, RATE * vector.scale) for vector in vectors]
-    learning += [Trained(one.stretch, STRETCH_RATE) for one in stretched]
+    learning = to_train(vectors, stretched)
     if not learning:
         raise ModelError(f"no norm, bias or scale of {path.name} is known in transformers.", "ship it as it is: ship.closing_steps=0")
     if begun and [value.shape for value in begun[0].values] == [one.parameter.shape for one in learning]:
