@@ -151,13 +151,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def demo_run() -> Path:
-    """The run of `make demo` in this checkout: made here, by that very command, where it is not there yet (half an hour on one thread)."""
+def demo_run(testrun_uid: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `make demo` in this checkout: made here, by that very command, where it is not there yet (half an hour on one thread).
+
+    Once a test run: a second `make demo` beside a test that holds the run would be refused.
+    """
+    made = tmp_path_factory.getbasetemp().parent / f"demo-{testrun_uid}"
     with FileLock(REPOSITORY / ".demo.lock"):  # another process that looks at it waits
-        done = subprocess.run(["make", "demo"], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout)  # shown where the test fails
-    if done.returncode:
-        pytest.fail(f"make demo ended with exit status {done.returncode}", pytrace=False)
+        if not made.exists():
+            done = subprocess.run(["make", "demo"], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            print(done.stdout)  # shown where the test fails
+            if done.returncode:
+                pytest.fail(f"make demo ended with exit status {done.returncode}", pytrace=False)
+            made.touch()
     return REPOSITORY / "demo" / "runs" / "recipe"
 
 
