@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +19,7 @@ from ftkit.data.rows import Row
 from ftkit.engines import hf
 from ftkit.errors import ToolMissingError
 from ftkit.recipe import ReportTo
+from ftkit.train.metrics import METRICS
 from ftkit.train.reporting import PACKAGES, refuse_missing_reporters
 from ftkit.train.training import train
 
@@ -58,9 +62,24 @@ def test_it_is_found_before_the_training_and_is_no_reason_to_train_again(
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_tensorboard_finds_the_losses_in_the_folder_of_the_training(tmp_path: Path, rows: list[Any]) -> None:
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    """Through tensorboardX, which transformers takes where TensorBoard itself is not; a reader of its events beside it is not needed."""
     model = tiny.make_model(tmp_path / "model")
     tokenizer = hf.load_tokenizer(model)
     examples = list(tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(rows, 1)]))
     train(tiny.recipe(model, method="lora", report_to=["tensorboard"]), tiny.SETTINGS, model, tokenizer, examples, examples[:2], tmp_path)
-    assert list((tmp_path / "tensorboard").glob("events.*"))
+    (events,) = (tmp_path / "tensorboard").glob("events.*")
+    told = {value.tag: value.simple_value for event in _events(events) for value in event.summary.value}
+    logged = [json.loads(line) for line in (tmp_path / METRICS).read_text(encoding="utf-8").splitlines()]
+    assert told["eval/loss"] == pytest.approx(next(one["validation_loss"] for one in reversed(logged) if "validation_loss" in one))
+    assert math.isfinite(told["train/loss"])
+
+
+def _events(path: Path) -> Iterator[Any]:
+    """Of a TFRecord file: each record's length in 8 bytes, a checksum of that in 4, the record, and its checksum in 4."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    content = path.read_bytes()
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        yield Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
