@@ -21,6 +21,7 @@ from ftkit.units import parse_vram
 ReportTo = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "clearml", "dvclive", "swanlab"]  # transformers' names
 Method = Literal["qlora", "lora", "full"]
 Dtype = Literal["bfloat16", "float16", "float32"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]  # transformers' names
 Objective = Literal["sft", "dpo"]
 # llama-quantize's names, without Q1_0 and Q2_0, which it makes of no row that their own block does not divide.
 QUANTIZATIONS = (
@@ -138,6 +139,9 @@ class Training(Group):
     save_minutes: Annotated[float, Field(gt=0)] = 10.0
     report_to: list[ReportTo] = []
     seed: Annotated[int, Field(ge=0)] = 42
+    attention: Attention | None = Field(
+        default=None, description="what computes attention; left out: PyTorch's own, where the model has it"
+    )
     compute_dtype: Dtype | None = Field(default=None, description="what is computed in; left out: by the device and the model")
 
     @property

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,13 @@ from ftkit.data.rows import Message
 from ftkit.data.stops import stops
 from ftkit.data.template import ChatSettings, render, settle, token_ids
 from ftkit.data.turns import answer_reader
-from ftkit.errors import DoesNotFitError, ModelError, first_line
+from ftkit.errors import DoesNotFitError, ModelError, ToolMissingError, first_line
 from ftkit.machine import ranks
 from ftkit.model.adapter import embedding_rows
 from ftkit.model.four_bits import adaptable, left_alone, nf4_config
 from ftkit.model.source import from_files, name_body, needs_code
 from ftkit.progress import SILENT, Reporter
-from ftkit.recipe import Dtype, Method
+from ftkit.recipe import Attention, Dtype, Method
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -93,8 +94,24 @@ def load_tokenizer(folder: Path, settings: ChatSettings | None = None, *, trust_
     return tokenizer  # type: ignore[no-any-return]
 
 
+def refuse_missing_attention(attention: Attention | None, *, cuda: bool) -> None:
+    """Raise ToolMissingError where the kernels that the recipe asks for are not here."""
+    if attention == "flash_attention_2" and not (cuda and find_spec("flash_attn")):
+        lacks = "the package flash-attn" if cuda else "a GPU"
+        other = "leave it out: PyTorch's own attention"
+        hint = f"pip install flash-attn --no-build-isolation, or {other}" if cuda else other
+        raise ToolMissingError(f"training.attention: flash_attention_2 needs {lacks}, which is not here.", hint)
+
+
 def load_model(
-    folder: Path, method: Method | None, *, dtype: Dtype, cuda: bool, trust_remote_code: bool = False, shared_out: bool = False
+    folder: Path,
+    method: Method | None,
+    *,
+    dtype: Dtype,
+    cuda: bool,
+    trust_remote_code: bool = False,
+    shared_out: bool = False,
+    attention: Attention | None = None,
 ) -> PreTrainedModel:
     """The base model as `method` trains it, or (None) as it is asked: frozen weights in the compute format.
 
@@ -109,6 +126,8 @@ def load_model(
     settings: dict[str, Any] = {"dtype": kept, "use_safetensors": True, **from_files(trust_remote_code)}
     if method == "qlora":
         settings["quantization_config"] = nf4_config(kept, left_alone(model_type(folder)), shared_out=shared_out)
+    if attention:
+        settings["attn_implementation"] = attention
     if cuda and (method == "qlora" or not shared_out):
         settings["device_map"] = {"": ranks.local_rank()}
     patched = patches.applied("loading in 4 bits") if method == "qlora" else nullcontext()
@@ -120,7 +139,8 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
         if refused := needs_code(folder, error) or out_of_memory(error, f"load {folder.name}"):
             raise refused from None
-        raise ModelError(f"transformers cannot load {folder}: {first_line(error)}", "fetch or copy the model again, whole") from None
+        hint = "leave training.attention out, or fetch the model again, whole" if attention else "fetch or copy the model again, whole"
+        raise ModelError(f"transformers cannot load {folder}: {first_line(error)}", hint) from None
     model, info = loaded
     if lost := sorted({*map(str, info["missing_keys"]), *(str(key[0]) for key in info["mismatched_keys"])}):  # else filled at random
         more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""

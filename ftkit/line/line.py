@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from ftkit.check import Check
 from ftkit.data.lengths import TokenCounts
-from ftkit.engines import ollama
+from ftkit.engines import hf, ollama
 from ftkit.errors import DoesNotFitError, NameTakenError, ProofError, RecipeError, RunError, ToolMissingError
 from ftkit.gguf.files import GgufFile
 from ftkit.line.adapter import (
@@ -149,6 +149,7 @@ def train(job: Job) -> Made[Trained]:
         ranks.tell(None)  # there is nothing to train
         return ensure(job, TRAIN)  # up to date: nothing has to fit any more
     refuse_missing_reporters(job.recipe.training.report_to)
+    hf.refuse_missing_attention(job.recipe.training.attention, cuda=job.device.kind == "cuda")
     planned = plan(job)
     memory, fit = planned.memory, planned.memory.chosen
     if not fit.fits and not goes_on_smaller(job):

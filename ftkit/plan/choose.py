@@ -62,7 +62,9 @@ class Planner:
         self.recipe, self.device, self.length, self.lengths = recipe, device, length, lengths
         self.sequences = KINDS[recipe.training.objective].sequences
         self.dtype = dtype
-        self.skeleton = Skeleton(config, self.dtype, trust_remote_code=recipe.trust_remote_code)
+        attention = recipe.training.attention
+        traced = "sdpa" if attention == "flash_attention_2" else attention  # which keeps as much: its output, and a number a row and head
+        self.skeleton = Skeleton(config, self.dtype, traced, trust_remote_code=recipe.trust_remote_code)
         self.skeleton.shorten()
         self._memories: dict[str, StepMemory] = {}  # by the settings in words: a list of target modules has no hash
         self._peaks: dict[tuple[object, ...], Peak] = {}

@@ -60,8 +60,15 @@ def build_trainer(
     told = {**arguments(recipe.training, settings, len(training), folder / CHECKPOINTS), **whole_steps}
     dpo = recipe.training.objective == "dpo"
     config = preference_config(recipe, told) if dpo else SFTConfig(**told)
-    remote = recipe.trust_remote_code
-    model = hf.load_model(base, method, dtype=settings.dtype, cuda=settings.cuda, trust_remote_code=remote, shared_out=settings.fsdp)
+    model = hf.load_model(
+        base,
+        method,
+        dtype=settings.dtype,
+        cuda=settings.cuda,
+        trust_remote_code=recipe.trust_remote_code,
+        shared_out=settings.fsdp,
+        attention=recipe.training.attention,
+    )
     text = model.config.get_text_config()
     if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
         text.num_experts = text.num_local_experts  # which TRL 1.16 asks Granite's for too, and it has the other name alone

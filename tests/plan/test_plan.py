@@ -130,6 +130,20 @@ def test_rows_of_one_length_build_no_mask() -> None:
     assert alike.chosen.peak.allocated_bytes < other.chosen.peak.allocated_bytes
 
 
+@pytest.mark.slow
+def test_attention_is_planned_as_it_computes() -> None:
+    """Eager attention keeps a score for each pair of a row's tokens; FlashAttention as little as PyTorch's own."""
+
+    def peak(**training: Any) -> MemoryPlan:
+        return plan(8 * GIB, per_device_train_batch_size=1, gradient_checkpointing=False, **training)
+
+    own, eager, flash = peak(), peak(attention="eager"), peak(attention="flash_attention_2")
+    assert (own.attention, eager.attention, flash.attention) == ("sdpa", "eager", "sdpa")
+    scores = small().num_attention_heads * 1024 * 1024 * 2  # in bfloat16, of a layer
+    assert eager.chosen.peak.device_bytes > own.chosen.peak.device_bytes + scores
+    assert flash.chosen.peak.device_bytes == own.chosen.peak.device_bytes
+
+
 def test_dora_is_planned_and_needs_more() -> None:
     lora, dora = (
         make_plan(small(), apply(recipe(), (f"lora.use_dora={on}",)), card(8 * GIB), 64, dtype="bfloat16") for on in ("false", "true")

@@ -20,7 +20,8 @@ from ftkit import patches
 from ftkit.data.lengths import batching, grouped_batch_tokens
 from ftkit.data.mask import tokenise
 from ftkit.data.rows import IGNORED, Example, Row
-from ftkit.errors import InterruptedRunError, RunError, ToolFailedError, TrainingDivergedError
+from ftkit.engines import hf
+from ftkit.errors import InterruptedRunError, RunError, ToolFailedError, ToolMissingError, TrainingDivergedError
 from ftkit.files import file_fingerprint
 from ftkit.memory.model import Skeleton
 from ftkit.model.four_bits import through_nf4
@@ -93,6 +94,26 @@ def test_qlora_gradients_equal_those_of_the_dequantised_base(model: Path, tokeni
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)
         assert found[name].dtype == torch.float32
+
+
+def test_the_attention_that_the_recipe_asks_for_is_trained_with(
+    model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path
+) -> None:
+    found = {}
+    for attention in (None, "eager"):
+        recipe = tiny.recipe(model, method="lora", attention=attention)
+        trainer = build_trainer(recipe, tiny.SETTINGS, model, tokenizer, examples, examples, tmp_path)
+        fill_adapter(trainer)
+        found[trainer.model.config._attn_implementation] = gradients(trainer, examples[:4])
+    assert found.keys() == {"sdpa", "eager"}
+    for name, gradient in found["sdpa"].items():
+        assert float((found["eager"][name] - gradient).norm()) <= 1e-4 * float(gradient.norm()), name
+    with pytest.raises(ToolMissingError, match="flash_attention_2 needs a GPU") as refused:
+        hf.refuse_missing_attention("flash_attention_2", cuda=False)
+    assert "leave it out" in str(refused.value.hint)
+    with pytest.raises(ToolMissingError, match="needs the package flash-attn"):
+        hf.refuse_missing_attention("flash_attention_2", cuda=True)
+    hf.refuse_missing_attention("eager", cuda=False)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
