@@ -241,6 +241,18 @@ def test_a_copy_that_went_wrong_gets_no_name(trains: Callable[..., TrainResult],
     assert names(drive / "checkpoints") == ["checkpoint-2"]
 
 
+@pytest.mark.parametrize(("here", "there", "taken"), [(None, 4, "there"), (2, 4, "there"), (4, 4, "here"), (6, 4, "here")])
+def test_what_was_seen_is_taken_from_where_the_checkpoints_go_further(here: int | None, there: int, taken: str, tmp_path: Path) -> None:
+    """So that a first machine, gone back to, does not hold its older file against what another one did meanwhile."""
+    for name, step in (("here", here), ("there", there)):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        if step:
+            (tmp_path / name / "checkpoints" / f"checkpoint-{step}").mkdir()
+            (tmp_path / name / SEEN).write_text(name, encoding="utf-8")
+    Drive(tmp_path / "here" / "checkpoints", tmp_path / "there" / "checkpoints", At()).fetch()
+    assert (tmp_path / "here" / SEEN).read_text(encoding="utf-8") == taken
+
+
 @pytest.mark.parametrize(
     ("kind", "remote"),
     [("ext4", False), ("fuse", True), ("fuse.rclone", True), ("nfs4", True), ("9p", True), ("fuseblk", False), ("cifs", True)],
