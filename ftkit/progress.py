@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-Curves = Mapping[str, Sequence[tuple[float, float]]]  # (done, value) by name: the first a line, a second as marks
+Curves = Mapping[
+    str, Sequence[tuple[float, float]]
+]  # (done, value) by name: the first a line, a second as marks, a third beneath as marks on its own scale
 
 
 class Bar(Protocol):

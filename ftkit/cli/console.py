@@ -73,10 +73,12 @@ class _Picture(Progress):
 
     def get_renderables(self) -> Iterator[RenderableType]:
         size = stderr.size
-        rows = min(CHART_ROWS, size.height - OTHER_ROWS)
-        if self.curves and rows >= FEWEST_ROWS and size.width >= FEWEST_COLUMNS and stderr.encoding.startswith("utf"):
-            width = min(size.width, CHART_COLUMNS) - 1
-            yield Text("\n".join(chart(self.curves, self.total, width, rows)), no_wrap=True, overflow="crop")
+        left, width = size.height - OTHER_ROWS, min(size.width, CHART_COLUMNS) - 1
+        curves = list(self.curves.items()) if self.curves and stderr.encoding.startswith("utf") and size.width >= FEWEST_COLUMNS else []
+        for drawn in (curves[:2], [("", ()), *curves[2:3]]):
+            if (rows := min(CHART_ROWS, left)) >= FEWEST_ROWS and (lines := chart(dict(drawn), self.total, width, rows)):
+                yield Text("\n".join(lines), no_wrap=True, overflow="crop")
+                left -= len(lines)
         yield from super().get_renderables()
         line = ""
         for word in self.words:

@@ -18,7 +18,7 @@ from ftkit.report.run_page import Memory, RunPage
 from ftkit.report.ship_page import Answer
 from ftkit.run import CHECKPOINTS
 from ftkit.train.checkpoints import last_checkpoint, state_of
-from ftkit.train.curve import Point, points
+from ftkit.train.curve import Point, best_point, points
 from ftkit.train.metrics import read_metrics
 from ftkit.train.verdict import read_curve
 
@@ -34,7 +34,7 @@ def run_page(job: Job) -> RunPage:
     if not curve:
         raise RunError(f"{job.run.folder} holds no step of this training yet.", f"begin it: {TRAIN.command}")
     last = metrics[-1] if metrics else None
-    best = min((p for p in curve if p.validation_loss is not None), key=lambda p: p.validation_loss or 0.0, default=None)
+    best = best_point(curve, job.recipe.training.metric_for_best_model)
     cuda = device.choose().kind == "cuda"
     steps = planned.memory.work.steps if planned and planned.memory.work else None
     return RunPage(

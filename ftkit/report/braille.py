@@ -37,10 +37,10 @@ def drawn(
 
 def chart(curves: Mapping[str, Sequence[tuple[float, float]]], total: float, width: int, rows: int) -> list[str]:
     """The first curve as a line, the second as marks, with the values beside and the names below; nothing of no points."""
-    (line_name, line), (mark_name, marks) = (*curves.items(), ("", ()))[:2]
+    (line_name, line), (mark_name, marks) = (*curves.items(), ("", ()), ("", ()))[:2]
     if not line and not marks:
         return []
     picture, high, low = drawn(line, marks, total, width - 10, rows)
     labels = {0: f"{high:.3g}", rows - 1: f"{low:.3g}"}
-    names = f"⠤⠤ {line_name}" + (f"   {MARK} {mark_name}" if marks else "")
+    names = "   ".join(f"{sign} {name}" for sign, name, points in (("⠤⠤", line_name, line), (MARK, mark_name, marks)) if points)
     return [f"{labels.get(n, ''):>7} │{row}".rstrip() for n, row in enumerate(picture)] + [f"{'':>7} └ {names}"]

@@ -67,14 +67,19 @@ class Mark:
 
 
 def line_chart(
-    series: Mapping[str, Points], *, faint: Collection[str] = (), notes: Mapping[float, str] | None = None, linear: bool = False
+    series: Mapping[str, Points],
+    *,
+    faint: Collection[str] = (),
+    notes: Mapping[float, str] | None = None,
+    linear: bool = False,
+    around: Sequence[float] = (),
 ) -> Chart:
     """Lines over one axis, by name; logarithmic where the largest value is more than ten times the smallest, unless `linear`.
 
     A logarithm is only of what is above zero: other values are left out there. A faint line is plain and has the next one's colour.
-    `notes`: words at an upright line, by where it stands.
+    `notes`: words at an upright line, by where it stands. `around`: heights that are within the picture too.
     """
-    values = [y for points in series.values() for _, y in points]
+    values = [*around, *(y for points in series.values() for _, y in points)]
     above = [y for y in values if y > 0]
     logarithmic = not linear and len(above) > 0.9 * len(values) and max(above) > 10 * min(above)
     ticks = _log_ticks(min(above), max(above)) if logarithmic else _ticks(min(values), max(values))

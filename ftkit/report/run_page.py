@@ -13,10 +13,15 @@ from ftkit.report.chart import HEIGHT, WIDTH, Chart, line_chart
 from ftkit.report.parts import share, tied
 from ftkit.report.ship_page import KEPT_IN_TEXTS, MOST_ANSWERS, MOST_POINTS, Answer
 from ftkit.report.write import PAGE_SUFFIXES, check, page_environment, write
-from ftkit.train.curve import Point, smoothed, thinned
+from ftkit.train.curve import MEASURES, Measure, Point, smoothed, thinned
 from ftkit.train.verdict import Verdict
 from ftkit.units import bytes_text, seconds_text
 
+CAPTIONS = {  # by a measure's key
+    "right_percent": "Percent of the validation rows that are asked while training. A few more or fewer of them say nothing.",
+    "reward_accuracy": "Percent of the validation pairs whose chosen answer gained more than the other one.",
+    "reward_margin": "How much more the chosen answers of the validation pairs gained than the others, on average, times beta.",
+}
 HOW = {"finished": "went", "running": "goes", "stopped": "went so far"}  # by state
 
 
@@ -57,16 +62,19 @@ def write_page(page: RunPage, path: Path) -> None:
     """
     check(path, PAGE_SUFFIXES)
     environment = page_environment(KEPT_IN_TEXTS)
-    environment.filters |= {"bytes": bytes_text, "seconds": seconds_text}
+    environment.filters |= {"bytes": bytes_text, "seconds": seconds_text, "loss": _loss_text}
     environment.globals |= {"width": WIDTH, "height": HEIGHT}
     validation = [point for point in page.curve if point.evaluated]
+    measures = [measure for measure in MEASURES if measure.points(page.curve)]
     text = environment.get_template("run_page.html.j2").render(
         title=f"{page.name}: how the training {HOW[page.state]}",
         page=page,
         answer=tied(headline(page)),
         look={"learning": "", "levelled off": "", "too few to tell": " open"}.get(page.verdict.kind, " no"),
         validation=validation,
-        best=min((p.validation_loss for p in validation if p.validation_loss is not None), default=None),
+        best=next((point for point in validation if point.step == page.best_step), None),
+        measures=measures,
+        measured=[(measure.name, _measure_chart(page, measure), measure.percents, CAPTIONS[measure.key]) for measure in measures],
         speed=page.trained_tokens / page.seconds if page.trained_tokens and page.seconds else None,
         losses=loss_chart(page),
         rate=_chart(page.curve, "learning_rate", "rate"),
@@ -107,6 +115,15 @@ def loss_chart(page: RunPage) -> Chart | None:
         notes[since] = f"best; {page.verdict.kind} since" if since in notes else f"{page.verdict.kind} since"
     found = {name: points for name, points in series.items() if points}
     return line_chart(found, faint=("each step",), notes=notes) if found else None
+
+
+def _loss_text(point: Point) -> str:
+    return "no number" if point.validation_loss is None else f"{point.validation_loss:.4f}"
+
+
+def _measure_chart(page: RunPage, measure: Measure) -> Chart:
+    notes = {float(page.best_step): "best"} if page.best_step else {}
+    return line_chart({"validation": measure.points(page.curve)}, notes=notes, linear=True, around=(0, 100) if measure.percents else ())
 
 
 def _chart(curve: Sequence[Point], key: str, name: str, *, smooth: bool = False) -> Chart | None:

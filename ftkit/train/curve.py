@@ -1,4 +1,4 @@
-"""The loss curves: their points, and the trend beneath the zigzag of the batches."""
+"""The curves: their points, what is measured beside the loss, and the trend beneath the zigzag of the batches."""
 
 from __future__ import annotations
 
@@ -31,6 +31,41 @@ class Point:
     def evaluated(self) -> bool:
         """Whether it is a validation point. Its loss is None where it was no number."""
         return self.learning_rate is None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What evaluations find beside the loss: a field of `Point`."""
+
+    key: str
+    name: str
+    percents: float | None  # that one of it is; None: it is no share
+
+    def of(self, point: Point) -> float | None:
+        """As it is shown: in percent where it is a share."""
+        value: float | None = getattr(point, self.key)
+        return None if value is None else value * (self.percents or 1)
+
+    def points(self, curve: Sequence[Point]) -> list[tuple[float, float]]:
+        return [(point.step, value) for point in curve if point.evaluated and (value := self.of(point)) is not None]
+
+    def text(self, value: float | None) -> str:
+        """Of what is shown."""
+        return "–" if value is None else f"{value:.0f} %" if self.percents else f"{value:.3f}"
+
+
+MEASURES = (
+    Measure("right_percent", "right answers", 1),
+    Measure("reward_accuracy", "preferred", 100),
+    Measure("reward_margin", "margin", None),
+)
+
+
+def best_point(curve: Sequence[Point], metric: str) -> Point | None:
+    """The evaluation that training follows: the first of the most right answers, or of the least loss."""
+    if metric == "right":
+        return max((p for p in curve if p.right_percent is not None), key=lambda p: p.right_percent or 0.0, default=None)
+    return min((p for p in curve if p.validation_loss is not None), key=lambda p: p.validation_loss or 0.0, default=None)
 
 
 def point(entry: dict[str, Any]) -> Point:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ftkit.files import write_atomically
@@ -34,7 +34,7 @@ class Metrics:
 
     @property
     def point(self) -> Point:
-        return Point(self.step, self.epoch, self.loss, self.validation_loss, self.learning_rate, self.gradient_norm, self.right_percent)
+        return Point(**{field.name: getattr(self, field.name) for field in fields(Point)})
 
 
 def read_metrics(folder: Path) -> list[Metrics]:

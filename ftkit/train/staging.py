@@ -1,4 +1,4 @@
-"""Checkpoints of a run that lies on a mounted drive: written on this machine first, then copied, verified, and given their name there."""
+"""What a run on a mounted drive goes on from: written on this machine first, then copied, checkpoints verified, and named there."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from typing import Any
 import psutil
 
 from ftkit.errors import RunError
-from ftkit.files import cache_folder, fingerprint, make_cache_folder, sync_files, sync_folder
+from ftkit.files import cache_folder, fingerprint, make_cache_folder, sync_files, sync_folder, write_atomically
 from ftkit.progress import Reporter
 from ftkit.train.checkpoints import checkpoints, damage, step_of
+from ftkit.train.dynamics import SEEN
+from ftkit.train.retry import RETRIES
 
 # Of the systems that files can lie on: those of another machine, or of a program that speaks for one (Google Drive in Colab).
 REMOTE = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "afpfs", "webdav", "davfs", "fuse", "remote")
 LOCAL_FUSE = ("fuseblk", "fuse.fuseblk", "fuse.ntfs", "fuse.ntfs-3g", "fuse.exfat", "fuse-overlayfs", "fuse.fuse-overlayfs")
+BESIDE = (SEEN, RETRIES)  # of the checkpoints: a resumed training reads them too
 WAITS_SECONDS, LOOKS_EVERY_SECONDS = 600.0, 5.0
 
 
@@ -30,19 +33,23 @@ def is_remote(folder: Path) -> bool:
 
 
 def stage_of(folder: Path) -> Path:
-    """Where on this machine the checkpoints of a training in that folder are written first."""
+    """Where on this machine the checkpoints of a training in that folder, and what is beside them, are written first."""
     return make_cache_folder(cache_folder() / "staged" / fingerprint(str(folder.absolute())))
 
 
 class Drive:
-    """The folder of checkpoints on the drive, held like the one on this machine."""
+    """The folder of checkpoints on the drive, and what lies beside it, held like those on this machine."""
 
     def __init__(self, here: Path, there: Path, reporter: Reporter) -> None:
         self.here, self.there, self.reporter = here, there, reporter
         self.lost = False
 
     def fetch(self) -> None:
-        """Copy here what only the drive has whole."""
+        """Copy here what only the drive has whole: what lies beside the checkpoints, where those of the drive go further."""
+        last_here, last_there = (max(map(step_of, checkpoints(folder)), default=0) for folder in (self.here, self.there))
+        for here, there in self._beside():
+            if there.exists() and (last_there > last_here or not here.exists()):
+                write_atomically(here, there.read_bytes())
         for checkpoint in checkpoints(self.there):
             if not (self.here / checkpoint.name).exists() and not damage(checkpoint):
                 _copy(checkpoint, self.here / checkpoint.name)
@@ -55,6 +62,9 @@ class Drive:
         try:
             if not self.there.parent.is_dir():  # never made anew: what lies in its place is another disk
                 raise FileNotFoundError(f"{self.there.parent} is gone")
+            for here, there in self._beside():  # first: a checkpoint that is there must find what was seen up to it
+                if here.exists():
+                    write_atomically(there, here.read_bytes())
             self.there.mkdir(exist_ok=True)
             kept = checkpoints(self.here)
             for checkpoint in kept:
@@ -76,6 +86,9 @@ class Drive:
             self.reporter.note(f"the drive is back: {self.there} has every checkpoint")
         self.lost = False
         return True
+
+    def _beside(self) -> list[tuple[Path, Path]]:
+        return [(self.here.parent / name, self.there.parent / name) for name in BESIDE]
 
     def settle(self, sleep: Callable[[float], None] = time.sleep) -> None:
         """Have the drive hold what is here, and wait for it where it is gone. Raises RunError in the end."""

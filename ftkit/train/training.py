@@ -111,7 +111,7 @@ def train(
     Checkpoints of an earlier, killed call with the same folder are taken up, and stay in CHECKPOINTS for the caller to remove.
     Where memory runs out it goes on with fewer rows at once, at the same effective batch; where it diverges, from before that at
     half the rate, once. `missed` is told each time that memory was not enough for the settings. With a `stage`, a folder on this
-    machine, checkpoints are written there and copied to `folder`, which may lie on a drive that comes and goes.
+    machine, what a training goes on from is written there and copied to `folder`, which may lie on a drive that comes and goes.
     Raises InterruptedRunError on Ctrl-C and SIGTERM, after a checkpoint was saved; DoesNotFitError; TrainingDivergedError.
     """
     training, validation = dataset_of(training), dataset_of(validation)
@@ -119,12 +119,12 @@ def train(
     checkpoints = (stage or folder).absolute() / CHECKPOINTS  # the trainer keeps their paths
     drive = Drive(checkpoints, folder.absolute() / CHECKPOINTS, reporter) if stage else None
     rate = recipe.training.peak_learning_rate
-    device, retries = choose_device().name, read_retries(folder)
     if ranks.is_first():
         drop_broken_checkpoints(checkpoints, reporter, read=True)
         if drive:
             drive.fetch()
     ranks.wait()
+    device, retries = choose_device().name, read_retries(checkpoints.parent)
     began = _last_step(checkpoints)
     while True:
         now = settings_of(settings, retries, device)
@@ -168,7 +168,9 @@ def train(
                 shutil.rmtree(stage)
             return replace(result, resumed_from_step=began, retries=retries)
         retries.append(retry)
-        write_retries(folder, retries)
+        write_retries(checkpoints.parent, retries)
+        if drive:
+            drive.push()
         reporter.warn(retry.said)
         release_memory()
 
@@ -228,7 +230,7 @@ def _attempt(
             reporter.note(f"resuming from step {step_of(resumed)}")
         # Of several processes each sees some rows alone. Of preferences it is not known which row's loss tells a wrong one.
         is_noted = recipe.training.objective == "sft" and ranks.world_size() == 1
-        seen = kept(trainer, folder / SEEN, step_of(resumed) if resumed else 0) if is_noted else nullcontext()
+        seen = kept(trainer, checkpoints.parent / SEEN, step_of(resumed) if resumed else 0) if is_noted else nullcontext()
         with seen, reporter.bar("training", trainer.args.max_steps) as bar, stop_after_a_checkpoint(watcher, reporter):
             watcher.bar = bar
             short = None

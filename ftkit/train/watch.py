@@ -22,7 +22,7 @@ from ftkit.recipe import Training
 from ftkit.train.answers import right_text
 from ftkit.train.arguments import Settings
 from ftkit.train.checkpoints import WATCHED, drop_broken_checkpoints, last_checkpoint, seal, step_of
-from ftkit.train.curve import Point, points, smoothed, thinned
+from ftkit.train.curve import MEASURES, Point, points, smoothed, thinned
 from ftkit.train.metrics import Metrics, MetricsFile
 from ftkit.train.verdict import read_curve
 from ftkit.units import bytes_text, seconds_text
@@ -51,11 +51,17 @@ def read_watched(checkpoint: Path | None, tokens_per_step: float) -> Watched:
 
 
 def curves_of(seen: Sequence[Point]) -> Curves:
-    """The smoothed training loss, and the validation losses, to be drawn."""
+    """The smoothed training loss, the validation losses and, where it is known, the share of right or of preferred answers, to be drawn."""
     training = thinned([(p.step, p.loss) for p in seen if not p.evaluated and p.loss is not None], MOST_POINTS)
     trend = zip((step for step, _ in training), smoothed([loss for _, loss in training]), strict=True)
     validation = [(p.step, p.validation_loss) for p in seen if p.evaluated and p.validation_loss is not None]
-    return {"training loss, smoothed": list(trend), "validation loss": validation}
+    shares = {f"{measure.name}, %": found for measure in MEASURES if measure.percents and (found := measure.points(seen))}
+    return {"training loss, smoothed": list(trend), "validation loss": validation, **shares}
+
+
+def measured(seen: Sequence[Point]) -> dict[str, str]:
+    """What was last found beside the losses, in words."""
+    return {measure.name: measure.text(found[-1][1]) for measure in MEASURES if (found := measure.points(seen))}
 
 
 def _last(seen: Sequence[Point], *, evaluated: bool) -> str:
@@ -152,6 +158,7 @@ def make_watcher(reporter: Reporter, training: Training, before: Watched, folder
                     curves=self.curves,
                     loss=_last(self.seen, evaluated=False),
                     validation=_last(self.seen, evaluated=True),
+                    **measured(self.seen),
                     speed=f"{(self.trainer.tokens - self.first[2]) / since:.0f} tokens/s",
                     left=seconds_text((state.max_steps - state.global_step) * since / max(1, done)),
                     memory=f"{bytes_text(self.peak_bytes)}{planned}",

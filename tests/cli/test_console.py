@@ -61,6 +61,18 @@ def test_curves_are_drawn_where_a_terminal_has_room(monkeypatch: pytest.MonkeyPa
         assert words in shown
 
 
+def test_right_answers_have_a_picture_of_their_own_where_a_terminal_has_room_for_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Percents on the axis of the losses would press them flat."""
+    monkeypatch.setitem(CURVES, "right answers, %", [(30.0, 25.0), (60.0, 75.0)])
+    shown = screen(monkeypatch, 120, 40)
+    assert "validation loss" in shown.partition("75 │")[0]
+    assert "25 │" in shown.partition("75 │")[2]
+    assert "└ ◆ right answers, %" in shown
+    low = screen(monkeypatch, 120, 24)
+    assert "validation loss" in low
+    assert "right answers" not in low
+
+
 @pytest.mark.parametrize("size", [(120, 14), (40, 40), (25, 40)], ids=["low", "narrow", "narrower"])
 def test_without_room_there_is_the_bar_alone_and_no_word_is_lost(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     shown = screen(monkeypatch, *size)

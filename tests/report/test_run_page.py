@@ -7,7 +7,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,16 @@ import tiny
 from click.testing import Result
 
 from ftkit.data.lengths import TokenCounts
+from ftkit.line.job import make_job
+from ftkit.line.run_page import run_page
+from ftkit.line.step import fingerprint_of
+from ftkit.line.train import TRAIN
+from ftkit.recipe import Recipe
 from ftkit.report.run_page import Memory, RunPage, loss_chart, write_page
 from ftkit.report.ship_page import MOST_POINTS, Answer
 from ftkit.run import Run
 from ftkit.train.curve import Point, thinned
-from ftkit.train.metrics import METRICS
+from ftkit.train.metrics import METRICS, Metrics
 from ftkit.train.verdict import Verdict
 from ftkit.units import bytes_text
 
@@ -61,7 +66,8 @@ def test_it_holds_the_figures_and_is_the_same_each_time(tmp_path: Path) -> None:
     assert [str(label).split()[0] for label in charts] == ["Training", "Learning", "Gradient"]
     said = words_of(root)
     for figure in (
-        "Over-fitting: since step 20", "30 steps are trained.", "num_train_epochs=2", "0.4000, step 20", "500 tokens/s",
+        "Over-fitting: since step 20", "30 steps are trained.", "num_train_epochs=2", "500 tokens/s",
+        "best step20", "validation loss there0.4000",
         "+10.0 % of the plan", bytes_text(1000 << 20), bytes_text(1100 << 20),
         "7 (7.0 %) were longer than training.max_length and cut; 2 of them left out",
         "0 of 1 right before, 1 of 1 right as trained.", "best; over-fitting since",
@@ -118,6 +124,50 @@ def test_the_best_step_and_the_verdict_stand_at_upright_lines() -> None:
     assert [(line.name, line.faint, line.number) for line in apart.lines] == [
         ("each step", True, 0), ("smoothed", False, 0), ("validation", False, 1),
     ]  # fmt: skip
+
+
+def charts_of(root: ElementTree.Element) -> list[str]:
+    return [str(found.get("aria-label")) for found in root.iterfind(".//{*}svg")]
+
+
+def test_right_answers_are_drawn_beside_the_loss_and_said_of_the_best_step(tmp_path: Path) -> None:
+    """Asked at two of the evaluations; the best step is not that of the least loss."""
+    right = {10: 50.0, 30: 75.0}
+    curve = [replace(point, right_percent=right.get(point.step)) if point.evaluated else point for point in CURVE]
+    _, root = written(replace(PAGE, curve=curve, best_step=30), tmp_path)
+    assert charts_of(root)[1] == "Right answers of each evaluation, in percent, over steps"
+    said = words_of(root)
+    for words in ("best step30", "validation loss there0.6000", "right answers there75 %", "303.000.600075 %best", "202.000.4000–"):
+        assert words.replace(" ", "") in said.replace(" ", ""), words
+    assert "preferred" not in said
+
+
+def test_of_preferences_accuracy_and_margin_are_drawn(tmp_path: Path) -> None:
+    rewards = {10: (0.5, 0.01), 20: (0.75, 0.5), 30: (0.625, -0.25)}
+    curve = [
+        replace(point, reward_accuracy=rewards[point.step][0], reward_margin=rewards[point.step][1]) if point.evaluated else point
+        for point in CURVE
+    ]
+    _, root = written(replace(PAGE, curve=curve), tmp_path)
+    assert [label.split(" of")[0] for label in charts_of(root)[1:3]] == ["Preferred", "Margin"]
+    said = words_of(root).replace(" ", "")
+    for words in ("preferred there75 %", "margin there0.500", "202.000.400075 %0.500best", "303.000.600062 %-0.250"):
+        assert words.replace(" ", "") in said, words
+    assert "rightanswers" not in said
+
+
+@pytest.mark.parametrize(("metric", "best"), [("eval_loss", 4), ("right", 2)])
+def test_the_best_step_so_far_is_the_one_that_training_follows(metric: str, best: int, model: Path, tmp_path: Path) -> None:
+    chosen = {"evaluate": {"every": 1}, "training": {"metric_for_best_model": metric, "method": "lora"}}
+    with Run(tmp_path / "run") as run:
+        job = make_job(Recipe.model_validate({"model": str(model), **chosen}), model, run, has_data=False)
+        partial = run.partial(TRAIN.name, fingerprint_of(job, TRAIN))
+        partial.mkdir(parents=True)
+        told = [Metrics(n, n / 10, validation_loss=3.0 - n / 2, right_percent=right) for n, right in ((1, 0), (2, 50), (3, 50), (4, 25))]
+        (partial / METRICS).write_text("".join(json.dumps(asdict(line)) + "\n" for line in told), encoding="utf-8")
+        page = run_page(job)
+    assert page.best_step == best
+    assert [point.right_percent for point in page.curve] == [0, 50, 50, 25]
 
 
 @pytest.mark.torch

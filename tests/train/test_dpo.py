@@ -90,6 +90,7 @@ def test_margins_rise_and_a_resumed_training_ends_in_the_same_bits(model: Path, 
     resumed = train(*arguments, tmp_path / "stopped", begins_with=tmp_path / "sft")
     assert resumed.resumed_from_step == 7
     assert resumed.curve == whole.curve
+    assert [line.point for line in read_metrics(tmp_path / "stopped")] == whole.curve
     told = {line.step: (line.tokens, line.learnt_tokens) for line in read_metrics(tmp_path / "stopped")}
     assert told[5] == (sum(pair.tokens for pair in pairs[2:]), sum(pair.learnt for pair in pairs[2:]))
     assert told[12][0] == resumed.trained_tokens == whole.trained_tokens

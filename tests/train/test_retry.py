@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -104,7 +103,7 @@ class Says(SilentReporter):
 Trains = Callable[..., TrainResult]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def trains(model: Path, tokenizer: Any, examples: list[Example], pairs: list[Pair]) -> Trains:
     import torch
 
@@ -126,30 +125,40 @@ def adapter(folder: Path) -> dict[str, Any]:
     return dict(load_file(folder / "adapter" / "adapter_model.safetensors"))
 
 
+@pytest.fixture(scope="module")
+def whole(trains: Trains, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, dict[str, Any]]:
+    """Of a training that memory is enough for: what it records, and its adapter. An epoch ends with a step of two rows."""
+    folder = tmp_path_factory.mktemp("whole")
+    return trains(folder, settings(8, 1), max_steps=5), adapter(folder)
+
+
 @pytest.mark.slow
-def test_out_of_memory_at_a_random_step_ends_right_with_the_effective_batch_kept(trains: Trains, tmp_path: Path) -> None:
-    """Ten rows, so that an epoch ends with a step of two."""
+@pytest.mark.parametrize("step", range(5))
+def test_out_of_memory_at_any_step_ends_right_with_the_effective_batch_kept(
+    step: int, trains: Trains, whole: tuple[TrainResult, dict[str, Any]], tmp_path: Path
+) -> None:
     import torch
 
-    whole = trains(tmp_path / "whole", settings(8, 1), max_steps=5)
-    step = random.Random(7).randrange(1, 4)  # noqa: S311
+    undisturbed, learnt = whole
     reporter, misses = Says(), []
-    with bounded(Memory(2, passes=step)) as memory:
+    with bounded(Memory(1, passes=step)) as memory:
         result = trains(
             tmp_path / "short", settings(8, 1), reporter, lambda now, short: misses.append((now, short)), max_steps=5,
             gradient_checkpointing=False,
         )  # fmt: skip
     sizes = [(retry.step, retry.per_device_train_batch_size, retry.gradient_accumulation_steps) for retry in result.retries]
-    assert sizes == [(step, 4, 2), (step, 2, 4)]
-    assert [retry.from_step for retry in result.retries] == [step, step]  # the step itself, evaluated or not
+    assert sizes == [(step, 4, 2), (step, 2, 4), (step, 1, 8)]
+    assert [retry.from_step for retry in result.retries] == [step] * 3  # the step itself, evaluated or not
     assert (tmp_path / "short" / RETRIES).exists()
     assert memory.seen[:step] == [8, 2, 8, 2, 8][:step]
-    assert memory.seen[step:] == [size for n in range(step, 5) for size in ([2] * 4 if n % 2 == 0 else [2])]
-    assert (result.steps, result.resumed_from_step) == (whole.steps, 0)
-    assert [(now.per_device_train_batch_size, short.requested_bytes) for now, short in misses] == [(8, 17 << 19), (4, 9 << 19)]
+    assert memory.seen[step:] == [1] * sum(8 if n % 2 == 0 else 2 for n in range(step, 5))
+    assert (result.steps, result.resumed_from_step) == (undisturbed.steps, 0)
+    tried = [8, 4, 2] if step % 2 == 0 else [2, 2, 2]  # rows at once, each refused with half a MiB more than it has rows
+    assert [short.requested_bytes for _, short in misses] == [(2 * rows + 1) << 19 for rows in tried]
+    assert [now.per_device_train_batch_size for now, _ in misses] == [8, 4, 2]
     assert misses[0][1].held_bytes > 0
-    assert sum("the effective batch stays 8" in text for text in reporter.said) == 2
-    for name, tensor in adapter(tmp_path / "whole").items():
+    assert sum("the effective batch stays 8" in text for text in reporter.said) == 3
+    for name, tensor in learnt.items():
         torch.testing.assert_close(adapter(tmp_path / "short")[name], tensor, rtol=1e-2, atol=1e-5)
 
 

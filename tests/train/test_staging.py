@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
+import io
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +25,9 @@ from ftkit.files import file_fingerprint
 from ftkit.progress import Bar, SilentReporter
 from ftkit.train import staging
 from ftkit.train.checkpoints import damage
+from ftkit.train.dynamics import SEEN, read_seen
+from ftkit.train.metrics import METRICS, read_metrics
+from ftkit.train.retry import read_retries
 from ftkit.train.staging import LOOKS_EVERY_SECONDS, WAITS_SECONDS, Drive, is_remote
 from ftkit.train.training import TrainResult, train
 
@@ -88,6 +95,7 @@ def test_a_run_on_a_drive_goes_on_on_another_machine(trains: Callable[..., Train
     trains(whole, None, At())
     with pytest.raises(InterruptedRunError):
         trains(drive, here, At(5, press))
+    assert len(read_seen(drive / SEEN))
     assert names(drive / "checkpoints") == names(here / "checkpoints") == ["checkpoint-2", "checkpoint-4"]
     assert [damage(path) for path in (drive / "checkpoints").glob("checkpoint-*")] == [None, None]
     shutil.rmtree(here)
@@ -95,6 +103,7 @@ def test_a_run_on_a_drive_goes_on_on_another_machine(trains: Callable[..., Train
     result = trains(drive, here, At())
     assert result.resumed_from_step == 4
     assert adapter_hash(drive) == adapter_hash(whole)
+    assert (drive / SEEN).read_bytes() == (whole / SEEN).read_bytes()
     assert names(drive / "checkpoints") == ["checkpoint-4", "checkpoint-6"]
     assert not here.exists()
 
@@ -122,6 +131,71 @@ def test_a_drive_that_goes_away_and_comes_back_is_said_and_nothing_lost(
     assert any("the drive is back" in text for text in reporter.said)
     assert (drive / "adapter").is_dir()
     assert names(drive / "checkpoints") == ["checkpoint-4", "checkpoint-6"]
+
+
+class Unplugged:
+    """Has no file below a folder take another byte as long as it is `away`, those neither that are open: what a lost mount does."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.away = False
+        open_here, drive = io.open, self
+
+        class File(io.FileIO):
+            def write(self, data: Any) -> int:
+                if drive.away:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                return super().write(data)
+
+        def open_there(path: Any, mode: str = "r", buffering: int = -1, encoding: str | None = None, *rest: Any, **more: Any) -> Any:
+            if mode[0] not in "aw" or isinstance(path, int) or not Path(os.fsdecode(path)).is_relative_to(folder):
+                return open_here(path, mode, buffering, encoding, *rest, **more)
+            file = io.BufferedWriter(File(path, mode[0]))
+            return file if "b" in mode else io.TextIOWrapper(file, encoding)
+
+        monkeypatch.setattr(io, "open", open_there)
+        monkeypatch.setattr(builtins, "open", open_there)
+
+
+@pytest.mark.parametrize("runs_out", [False, True])
+def test_a_drive_that_takes_no_byte_for_a_while_ends_nothing_and_has_all_in_the_end(
+    trains: Callable[..., TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs_out: bool
+) -> None:
+    """What was seen of the rows and, where memory runs out meanwhile, with what it goes on, wait here like the checkpoints."""
+    import torch
+
+    here, drive, whole = tmp_path / "here", tmp_path / "drive", tmp_path / "whole"
+    for folder in (here, drive, whole):
+        folder.mkdir()
+    trains(whole, None, At())
+    mount = Unplugged(drive, monkeypatch)
+    waited: list[float] = []
+
+    def lost() -> None:
+        if not mount.away:
+            mount.away = True
+            if runs_out:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        mount.away = len(waited) < 3
+
+    monkeypatch.setattr(Drive.settle, "__defaults__", (sleep,))
+    reporter = At(3, lost)
+    result = trains(drive, here, reporter)
+    assert result.steps == 6
+    assert waited == [LOOKS_EVERY_SECONDS] * 3
+    assert sum("cannot be written (Input/output error): training goes on" in text for text in reporter.said) == 1
+    assert sum("the drive is back" in text for text in reporter.said) == 1
+    assert sum(f"{METRICS} lacks some lines" in text for text in reporter.said) >= 1
+    assert [line.step for line in read_metrics(drive) if line.loss is not None] == [1, 2]
+    assert names(drive / "checkpoints") == ["checkpoint-4", "checkpoint-6"]
+    if runs_out:
+        assert read_retries(drive) == result.retries
+        assert [retry.why for retry in result.retries] == ["out of memory"]
+    else:
+        assert adapter_hash(drive) == adapter_hash(whole)
+        assert (drive / SEEN).read_bytes() == (whole / SEEN).read_bytes()
 
 
 @pytest.mark.slow
@@ -165,6 +239,18 @@ def test_a_copy_that_went_wrong_gets_no_name(trains: Callable[..., TrainResult],
     assert names(drive / "checkpoints") == [".checkpoint-2.partial"]
     assert pair.push()
     assert names(drive / "checkpoints") == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(("here", "there", "taken"), [(None, 4, "there"), (2, 4, "there"), (4, 4, "here"), (6, 4, "here")])
+def test_what_was_seen_is_taken_from_where_the_checkpoints_go_further(here: int | None, there: int, taken: str, tmp_path: Path) -> None:
+    """So that a first machine, gone back to, does not hold its older file against what another one did meanwhile."""
+    for name, step in (("here", here), ("there", there)):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        if step:
+            (tmp_path / name / "checkpoints" / f"checkpoint-{step}").mkdir()
+            (tmp_path / name / SEEN).write_text(name, encoding="utf-8")
+    Drive(tmp_path / "here" / "checkpoints", tmp_path / "there" / "checkpoints", At()).fetch()
+    assert (tmp_path / "here" / SEEN).read_text(encoding="utf-8") == taken
 
 
 @pytest.mark.parametrize(
