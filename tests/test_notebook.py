@@ -102,25 +102,22 @@ def test_a_failing_command_is_seen(cells: Cells) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize(("task", "name"), [("classify", "support-router"), ("dpo", "friendly-clerk")])
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_its_cells_run_from_rows_to_a_shipped_file(
-    task: str, name: str, cells: Cells, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_its_cells_run_from_rows_to_a_shipped_file(cells: Cells, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoTokenizer
 
     convertible.make("llama", tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(tmp_path / "model")
-    cells.names.update(TASK=task, MODEL="model", CHANGES=" ".join(f"--set {key}={value}" for key, value in CHANGES.items()))
+    cells.names.update(MODEL="model", CHANGES=" ".join(f"--set {key}={value}" for key, value in CHANGES.items()))
     for cell in list(CELLS)[1:]:
         cells.run(cell)
     assert "⟦" in cells.said["data"]
     assert cells.said["plan"].startswith("Fits")
-    shipped = tmp_path / f"ftkit-{task}" / "runs" / "recipe" / "shipped"
-    assert [path.name for path in shipped.glob("*.gguf")] == [f"{name}-Q8_0.gguf"]
-    assert str(Path(f"ftkit-{task}", "runs", "recipe", "shipped", "Modelfile")) in capsys.readouterr().out
+    shipped = tmp_path / "ftkit-classify" / "runs" / "recipe" / "shipped"
+    assert [path.name for path in shipped.glob("*.gguf")] == ["support-router-Q8_0.gguf"]
+    assert str(Path("ftkit-classify", "runs", "recipe", "shipped", "Modelfile")) in capsys.readouterr().out
     trained = json.loads((shipped.parent / "manifest.json").read_text(encoding="utf-8"))
     for cell in list(CELLS)[1:]:  # after a lost session
         cells.run(cell)

@@ -133,8 +133,8 @@ def whole(trains: Trains, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", range(5))
-def test_out_of_memory_at_any_step_ends_right_with_the_effective_batch_kept(
+@pytest.mark.parametrize("step", [0, 3])  # of eight rows, and of two
+def test_out_of_memory_ends_right_with_the_effective_batch_kept(
     step: int, trains: Trains, whole: tuple[TrainResult, dict[str, Any]], tmp_path: Path
 ) -> None:
     import torch
