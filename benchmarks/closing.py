@@ -20,8 +20,8 @@ from ftkit.engines import logits
 from ftkit.engines.logits import Forced
 from ftkit.line.close import OUTSIDE_WEIGHT
 from ftkit.machine import device
-from ftkit.machine.device import best_dtype
 from ftkit.model.source import open_gguf
+from ftkit.plan.formats import best_dtype
 
 
 class Peaks:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ftkit.errors import ToolFailedError
 
 When = Literal[
-    "tracing", "tracing for CUDA", "tracing DoRA", "training", "loading in 4 bits", "reading 4-bit weights", "looking at the CPU",
+    "tracing", "tracing for CUDA", "tracing DoRA", "training", "loading in 4 bits", "reading 4-bit weights",
     "running adapters", "merging", "asking Ollama", "reading GGUF files",
     "reading answers", "training preferences", "computing with packed weights",
 ]  # fmt: skip
@@ -254,8 +254,6 @@ INSIDES: tuple[Inside, ...] = (
     Inside("merging", "peft.utils.transformers_weight_conversion", "convert_peft_adapter_state_dict_for_transformers",
            "it fuses adapters of experts that were layers of their own", *_PEFT),
     Inside("merging", _LORA, "ParamWrapper.get_param", "which tensor of experts an adapter is for", *_PEFT),
-    Inside("looking at the CPU", "torch", "cpu._is_avx512_bf16_supported", "else bfloat16 is emulated", *_TORCH),
-    Inside("looking at the CPU", "torch", "cpu._is_amx_tile_supported", "else bfloat16 is emulated", *_TORCH),
     Inside("reading answers", "transformers.generation.utils", "GenerationMixin._supports_logits_to_keep",
            "else the logits of every token take memory", *_TRANSFORMERS),
     *(Inside("computing with packed weights", _LOADER, name, "it names and orders what is packed", *_TRANSFORMERS)

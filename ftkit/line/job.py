@@ -15,7 +15,7 @@ from ftkit.engines import hf
 from ftkit.errors import RecipeError
 from ftkit.files import cache_folder, file_fingerprint, fingerprint, user_path
 from ftkit.machine import device
-from ftkit.machine.device import Device, best_dtype, computes_bfloat16
+from ftkit.machine.device import Device
 from ftkit.machine.llama_cpp import named_llama_cpp
 from ftkit.model.adapter import settings_of
 from ftkit.model.dataset import HubData, fetch_dataset, locate_dataset
@@ -25,6 +25,7 @@ from ftkit.model.locate import locate
 from ftkit.model.open import open_config, open_weights, weight_bytes
 from ftkit.model.source import Source
 from ftkit.plan.cost import CLOSING_STEPS, LOOKED_AT_BYTES
+from ftkit.plan.formats import best_dtype, computes_bfloat16
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Dtype, Recipe, load_recipe, make_recipe
 from ftkit.run import MANIFEST, Run

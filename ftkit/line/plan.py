@@ -24,7 +24,7 @@ from ftkit.line.job import Job, Rows, base_folder, computes_on, dtype_on, read_d
 from ftkit.line.step import Step, write_json
 from ftkit.line.tokens import count
 from ftkit.machine import ranks
-from ftkit.machine.device import Device, best_dtype, find_gpus
+from ftkit.machine.device import Device, find_gpus
 from ftkit.machine.device import choose as choose_device
 from ftkit.memory.model import load_config
 from ftkit.model.given import Given
@@ -36,6 +36,7 @@ from ftkit.plan import measured
 from ftkit.plan.by_measuring import Measure
 from ftkit.plan.choose import make_plan
 from ftkit.plan.cost import TRAINING_BYTES
+from ftkit.plan.formats import best_dtype
 from ftkit.plan.gpus import CardFit, every_card
 from ftkit.plan.plan import MemoryPlan
 from ftkit.proof.score import counted_text, refuse_unreadable

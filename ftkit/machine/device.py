@@ -1,4 +1,4 @@
-"""Which device trains, how much memory it has, and which number formats it computes in."""
+"""Which device trains, and how much memory it has."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from typing import Any, Literal
 
 import psutil
 
-from ftkit import patches
 from ftkit.errors import RecipeError
 from ftkit.machine.cards import find_card
-from ftkit.recipe import Dtype
 from ftkit.units import GIB, parse_vram
 
 ANY_CARD = (8, 9)  # the capability that is planned for where only an amount of memory is given
@@ -185,24 +183,3 @@ def choose(vram: str | None = None, gpu: str | None = None) -> Device:
         size = parse_vram(vram)
         return Device("cuda", f"a GPU with {size / GIB:.4g} GiB", size, size, ANY_CARD)
     return next(iter(find_gpus()), None) or processor()
-
-
-def best_dtype(device: Device) -> Dtype:
-    """What a training computes in on this device: bfloat16 where it is native, else float16 on a card, and float32 on a CPU."""
-    if computes_bfloat16(device):
-        return "bfloat16"
-    return "float16" if device.kind == "cuda" else "float32"
-
-
-def computes_bfloat16(device: Device) -> bool:
-    """Whether bfloat16 arithmetic is native: CUDA from capability 8.0 on, CPUs with AVX512-BF16 or AMX.
-
-    On a CPU without it, bfloat16 is emulated: its matrix products
-    were measured 9 times slower than float32's (AVX2, torch 2.13), so float32 is the better choice there.
-    """
-    if device.kind == "cuda":
-        return device.capability >= (8, 0)
-    import torch
-
-    patches.require("looking at the CPU")
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

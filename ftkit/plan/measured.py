@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ftkit.errors import RunError
 from ftkit.files import cache_folder, fingerprint, make_cache_folder, write_atomically
 from ftkit.machine.device import Device
 from ftkit.memory.replay import Peak
@@ -73,6 +75,18 @@ def _update(device: Device, entry: dict[str, Any]) -> None:
     kept[device.name] = {**known(device), **entry}
     make_cache_folder(_file().parent)
     write_atomically(_file(), (json.dumps(kept, indent=1) + "\n").encode())
+
+
+def bfloat16_speed(device: Device) -> float | None:
+    """How many times as fast as float32 its matrix products are in bfloat16."""
+    speed = known(device).get("bfloat16_speed")
+    return float(speed) if isinstance(speed, (int, float)) else None
+
+
+def remember_bfloat16_speed(device: Device, speed: float) -> None:
+    """Keep it; where nothing can be kept, it is measured again."""
+    with suppress(OSError, RunError):
+        _update(device, {"bfloat16_speed": round(speed, 2)})
 
 
 def remember_speed(device: Device, method: str, model: str, tokens_per_second: float) -> None:

@@ -17,7 +17,7 @@ from ftkit.cli import main
 from ftkit.cli.env import look
 from ftkit.errors import RecipeError
 from ftkit.machine.cards import cards
-from ftkit.machine.device import ANY_CARD, Device, asked_threads, choose, computes_bfloat16, find_gpus, processor
+from ftkit.machine.device import ANY_CARD, Device, asked_threads, choose, find_gpus, processor
 from ftkit.units import GIB, MIB
 
 
@@ -260,8 +260,3 @@ def test_an_unknown_card_is_told_a_few_near_ones(name: str) -> None:
         choose(gpu=name)
     assert "--vram" in str(caught.value.hint)
     assert str(caught.value.hint).count(",") <= 5
-
-
-@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((12, 1), True)])
-def test_bfloat16_from_capability_8_on(capability: tuple[int, int], native: bool) -> None:
-    assert computes_bfloat16(Device("cuda", "card", GIB, GIB, capability)) is native

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from shapes import config
 
 from ftkit.machine.cards import Speed, cards, find_card, speed_of
-from ftkit.machine.device import Device, best_dtype, choose
+from ftkit.machine.device import Device, choose
 from ftkit.memory.kernels import KERNELS, traced_alike
 from ftkit.memory.model import Skeleton
 from ftkit.memory.polynomial import StepMemory
@@ -19,6 +19,7 @@ from ftkit.memory.settings import StepSettings
 from ftkit.memory.work import Work
 from ftkit.plan import gpus
 from ftkit.plan.choose import Planner, not_known
+from ftkit.plan.formats import best_dtype
 from ftkit.plan.gpus import every_card, fastest, smallest
 from ftkit.plan.speed import REACHED, SECONDS_A_KERNEL, UNTOLD_TOKENS, of_training
 from ftkit.recipe import Lora, Recipe
