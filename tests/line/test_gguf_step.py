@@ -12,6 +12,7 @@ from typing import Any
 import convertible
 import pytest
 import tiny
+import torch
 from conftest import conversations
 from hub import Hub
 
@@ -23,9 +24,11 @@ from ftkit.line.job import Job, open_job, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL
 from ftkit.line.plan import training_inputs
 from ftkit.line.step import Made, ensure
+from ftkit.line.strength import strength
 from ftkit.model.card import in_gguf, write_card
 from ftkit.model.locate import locate
 from ftkit.model.source import open_gguf
+from ftkit.run import Run
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 LICENCE = "---\nlicense: other\nlicense_name: tiny\nlicense_link: https://e.org/terms\n---\n# Tiny\n"
@@ -149,3 +152,27 @@ def test_another_end_of_turn_is_refused(converted: tuple[Made[Converted], Wanted
     rewrite(path, tokenizer__ggml__eot_token_id=9)
     with pytest.raises(ModelError, match="ends a turn at the token 9, the model at 5"):
         read_back(path, "F16", replace(wanted, eot_token_id=5))
+
+
+def test_a_merge_into_another_base_of_the_same_shape_is_not_what_was_trained(tmp_path: Path) -> None:
+    """Of two models with one config and one tokenizer: merged and converted by ftkit, and held against the base that it names."""
+    from safetensors.torch import load_file, save_file
+
+    lay_out(tmp_path)
+    job = trained(tmp_path)
+    weights = tmp_path / "base" / "model.safetensors"
+    right = load_file(weights)
+    for name, times in {"right": 0.0, "tuned further": 0.02}.items():
+        torch.manual_seed(1)
+        changed = {
+            name: tensor + (times * tensor.float().std() * torch.randn(tensor.shape)).to(tensor.dtype) for name, tensor in right.items()
+        }
+        save_file(changed, weights, {"format": "pt"})
+        with replace(job, run=Run(tmp_path / name)).run as run:
+            run.ensure("train", training_inputs(job), lambda made: shutil.copytree(tmp_path / "adapter", made / "adapter") and tiny.TRAINED)
+            made = ensure(replace(job, run=run), GGUF)
+            save_file(right, weights, {"format": "pt"})
+            path = made.folder / made.result.files[0].path
+            _, check = strength(replace(job, run=run), path, path)
+        assert check.outcome == ("passed" if name == "right" else "failed"), check.detail
+        assert name == "right" or "as if it were merged into another base" in check.detail
