@@ -17,13 +17,13 @@ from conftest import conversations
 from hub import Hub
 
 from ftkit import __version__
-from ftkit.errors import ModelError
+from ftkit.errors import ModelError, RunError
 from ftkit.gguf.files import Wanted, read_back
 from ftkit.line.gguf import GGUF, Converted, corrections_of, wanted_of
 from ftkit.line.job import Job, open_job, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL
 from ftkit.line.plan import training_inputs
-from ftkit.line.step import Made, ensure
+from ftkit.line.step import Made, Step, ensure
 from ftkit.line.strength import strength
 from ftkit.model.card import in_gguf, write_card
 from ftkit.model.locate import locate
@@ -176,3 +176,36 @@ def test_a_merge_into_another_base_of_the_same_shape_is_not_what_was_trained(tmp
             _, check = strength(replace(job, run=run), path, path)
         assert check.outcome == ("passed" if name == "right" else "failed"), check.detail
         assert name == "right" or "as if it were merged into another base" in check.detail
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose model is merged."""
+    folder = tmp_path_factory.mktemp("whole")
+    lay_out(folder)
+    job = trained(folder)
+    with job.run:
+        ensure(job, MERGE)
+    return folder
+
+
+@pytest.fixture
+def here(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "here"))
+
+
+def cannot_write(job: Job, step: Step[Any], words: str) -> None:
+    """The step ends with where, why and what to do, and leaves nothing."""
+    with job.run, pytest.raises(RunError, match=words) as caught:
+        ensure(job, step)
+    assert "--run-dir" in str(caught.value.hint)
+    assert [path.name for path in job.run.folder.iterdir() if step.name in path.name] == []
+
+
+@pytest.mark.parametrize("size_bytes", [20_000, 300_000])
+def test_a_disk_that_is_full_while_it_converts(size_bytes: int, here: Path, small_files: Any) -> None:
+    job = open_job(here)
+    with small_files(size_bytes):
+        cannot_write(job, GGUF, f"`gguf` cannot write to {job.run.folder}: ")
+    with job.run:
+        assert ensure(job, GGUF).fresh  # with space it is made
