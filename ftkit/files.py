@@ -42,6 +42,11 @@ def make_cache_folder(folder: Path) -> Path:
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+UNFINISHED = {  # what is said of a file that was not written whole where no reason is given, and by whom
+    r"PytorchStreamWriter failed writing|inline_container.*unexpected pos": "torch",
+    r"OSError: \d+ requested and \d+ written": "the converter",
+    r"llama-quantize failed with exit code -25:|failed to quantize.*iostream error": "llama-quantize",  # 25: SIGXFSZ
+}
 
 
 def fingerprint(*parts: object) -> str:
@@ -115,10 +120,11 @@ def disk_fault(error: BaseException) -> str | None:
     while seen:
         if isinstance(seen, OSError) and seen.errno in DISK_ERRORS:
             return os.strerror(seen.errno)
-        if found := re.search(r"(?:\(os error |\[Errno )(\d+)[)\]]", str(seen)):  # safetensors; a program in Python
-            if int(found[1]) in DISK_ERRORS:
-                return os.strerror(int(found[1]))
-        elif re.search(r"PytorchStreamWriter failed writing|inline_container.*unexpected pos", str(seen)):  # torch
-            return "torch could not write a whole file"
+        found = re.search(r"(?:\(os error |\[Errno )(\d+)[)\]]", str(seen))  # safetensors; a program in Python
+        if found and int(found[1]) in DISK_ERRORS:
+            return os.strerror(int(found[1]))
+        for words, by in UNFINISHED.items():
+            if re.search(words, str(seen)):
+                return f"{by} could not write a whole file"
         seen = seen.__cause__ or seen.__context__
     return None

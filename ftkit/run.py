@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ftkit.errors import FtkitError, RunError
+from ftkit.errors import FtkitError, RunError, ToolFailedError
 from ftkit.files import disk_fault, fingerprint, size_bytes, sync_files, sync_folder, write_atomically
 from ftkit.progress import SILENT, Reporter
 from ftkit.units import bytes_text
@@ -295,7 +295,8 @@ class Run:
                 shutil.rmtree(partial, ignore_errors=True)
             with suppress(OSError):
                 partial.rmdir()  # nothing was made
-            fault = None if isinstance(error, FtkitError) else disk_fault(error)
+            said = isinstance(error, FtkitError) and not isinstance(error, ToolFailedError)
+            fault = None if said else disk_fault(error)
             if fault:
                 raise RunError(f"`{name}` cannot write to {self.folder}: {fault}.", self._how_to_free_space(resumable)) from error
             raise

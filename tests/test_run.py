@@ -382,6 +382,10 @@ def test_a_disk_that_is_full_for_torch_and_safetensors(tmp_path: Path, writer: s
     [
         (OSError(errno.ENOSPC, "x"), True),
         (ToolFailedError("convert_hf_to_gguf.py failed with exit code 1:\n  OSError: [Errno 28] No space left on device"), True),
+        (ToolFailedError("python failed with exit code 1:\n  OSError: 24576 requested and 20448 written\n\n  Writing: 15%"), True),
+        (ToolFailedError("llama-quantize failed with exit code 1:\n  failed to quantize: basic_ios::clear: iostream error"), True),
+        (ToolFailedError("llama-quantize failed with exit code -25:\n  [ 1/ 9] token_embd.weight"), True),
+        (ToolFailedError("llama-quantize failed with exit code 1:\n  invalid ftype"), False),
         (OSError(errno.EACCES, "x"), False),
         (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), True),
         (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), True),

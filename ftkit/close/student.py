@@ -324,7 +324,11 @@ def write_back(path: Path, vectors: Sequence[Lossless], stretched: Sequence[Scal
     """A copy of the file with the vectors' values in place of its own, and its scales stretched; types, places and size stay."""
     from gguf import GGUFReader
 
-    shutil.copyfile(path, target)
+    try:
+        shutil.copyfile(path, target)
+    except OSError:
+        target.unlink(missing_ok=True)  # what is gone on with stays beside it, and needs the space
+        raise
     reader = GGUFReader(target, "r+")
     tensors: dict[str, Any] = {tensor.name: tensor.data for tensor in reader.tensors}
     for vector in vectors:

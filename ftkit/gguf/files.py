@@ -7,7 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,14 +161,30 @@ def _template(reader: GGUFReader) -> str | None:
     return None if field is None else str(field.contents())
 
 
-def read_back(path: Path, quantization: str, chat_template: str | None) -> GgufFile:
-    """Check that the file is whole and carries the model's own chat template.
+@dataclass(frozen=True)
+class Wanted:
+    """What a file must say of itself. What the model's folder does not say is not looked at: None, or nothing."""
+
+    chat_template: str | None = None
+    context_lengths: tuple[int, ...] = ()  # one of them
+    tokens: int = 0  # at least: rows of the embedding that have no token get one
+    eos_token_ids: tuple[int, ...] = ()  # one of them
+    eot_token_id: int | None = None
+    says: Mapping[str, str] = field(default_factory=dict)  # base model, licence and the ftkit that made it, by key
+
+
+# llama.cpp's names of architectures whose context length the converter does not take from the config
+OWN_CONTEXT = ("mamba", "rwkv", "arwkv", "granitehybrid", "falcon", "plamo", "hunyuan", "chatglm", "bloom")
+
+
+def read_back(path: Path, quantization: str, wanted: Wanted = Wanted()) -> GgufFile:
+    """Check that the file is whole, and says of itself what the model's folder says.
 
     Raises ModelError where it does not.
     """
     reader = open_gguf(path)
-    if chat_template and _template(reader) != chat_template:
-        raise ModelError(f"{path.name} does not carry the model's chat template.", "report this with the model's name")
+    if wrong := next(_wrong(reader, wanted), None):
+        raise ModelError(f"{path.name} {wrong}.", "make it again: ftkit ship --from merge; if that does not help, report the model's name")
     elements = sum(int(tensor.n_elements) for tensor in reader.tensors)
     size = sum(int(tensor.n_bytes) for tensor in reader.tensors)
     elements_a_block = block(default_type(quantization))[0] if quantization in QUANTIZATIONS else 1
@@ -183,6 +200,36 @@ def read_back(path: Path, quantization: str, chat_template: str | None) -> GgufF
             if quantization not in ("F32", "F16", "BF16")
         ),
     )
+
+
+def _wrong(reader: GGUFReader, wanted: Wanted) -> Iterator[str]:
+    """What a file says otherwise than it must, in words."""
+    architecture = gguf_architecture(reader)
+    says = {key: reader.get_field(f"{architecture}.{key}") for key in ("block_count", "context_length")}
+    names = ("tokens", "eos_token_id", "eot_token_id")
+    tokens, eos, eot = (reader.get_field(f"tokenizer.ggml.{name}") for name in names)
+    if not says["block_count"]:
+        yield f"is of the architecture {architecture or '–'!r}, and says nothing of it"
+    context = says["context_length"]
+    if wanted.context_lengths and not architecture.startswith(OWN_CONTEXT):
+        found = int(context.contents()) if context else None
+        if found not in wanted.context_lengths:
+            yield f"has a context length of {found}, the model's config {wanted.context_lengths[0]}"
+    count, rows = len(tokens.data) if tokens else 0, next((int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight"), 0)
+    if count < wanted.tokens:
+        yield f"has {count:,} tokens, the model's tokenizer {wanted.tokens:,}"
+    if wanted.tokens and rows and count > rows:
+        yield f"has {count:,} tokens, and {rows:,} rows of its embedding"
+    if wanted.chat_template and _template(reader) != wanted.chat_template:
+        yield "does not carry the model's chat template"
+    if eos and wanted.eos_token_ids and int(eos.contents()) not in wanted.eos_token_ids:
+        yield f"ends a sequence at the token {int(eos.contents())}, the model at {' or '.join(map(str, wanted.eos_token_ids))}"
+    if wanted.eot_token_id is not None and (not eot or int(eot.contents()) != wanted.eot_token_id):
+        yield f"ends a turn at the token {int(eot.contents()) if eot else None}, the model at {wanted.eot_token_id}"
+    for key, text in wanted.says.items():
+        there = reader.get_field(key)
+        if not there or there.contents() != text:
+            yield f"says {key} {there.contents() if there else None!r} in place of {text!r}"
 
 
 @dataclass(frozen=True)

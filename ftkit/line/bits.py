@@ -99,7 +99,7 @@ def _raised(job: Job, folder: Path, plain: Path, made: Mapping[str, Made[Any]]) 
     if not after < before:
         path.unlink()
         return Bits(None, len(chosen), percent, before, after, f"it is no nearer: KL a token {before:.3g}, with more bits {after:.3g}")
-    file = read_made(job, path, job.recipe.ship.quantization, model)
+    file = read_made(job, path, made[MERGE.name], converted)
     return Bits(replace(file, path=Path(path.name)), len(chosen), percent, before, after, None)
 
 

@@ -13,11 +13,13 @@ from ftkit.line.behaviour import CHOICE, SHIPPED, measure_file
 from ftkit.line.close import OF_FILE, shipping
 from ftkit.line.gguf import GGUF, QUANTISE, Converted
 from ftkit.line.job import Job
-from ftkit.line.step import Made, Step
+from ftkit.line.prove import PROVE, Proof, limits_of
+from ftkit.line.step import Made, Step, fingerprint_of
 from ftkit.plan.cost import of_proving
 from ftkit.proof.behaviour import least_kept
 from ftkit.recipe import SMALLEST
 
+FAILED_TYPES = "failed_types"  # in the run's manifest, by the fingerprint of the proof: what it said, and at which limits it would pass
 TRIED = ("Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")  # from small to large
 
 
@@ -28,6 +30,7 @@ class Weighed:
     quantization: str
     bytes: int
     kept_percent: float | None
+    fails: str | None = None  # what the proof on the held-out rows says, where it kept enough on the others and does not ship
 
 
 def of_type(job: Job, quantization: str) -> Job:
@@ -69,18 +72,47 @@ WEIGH = Step(
 
 
 def trials(job: Job, weighed: Callable[[Job], Weighed | None]) -> Iterator[tuple[Job, Weighed, bool]]:
-    """Types in their order, what each keeps, and whether it ships: the first that keeps enough, else the largest.
+    """Types in their order, what each keeps, and whether it ships: the first that keeps enough and did not fail its proof, else the
+    largest.
 
     `weighed`: what is known of one; where it is nothing, no more is tried.
     """
-    every = list(candidates(job))
-    for tried in every:
+    *smaller, largest = candidates(job)
+    for tried in smaller:
         if (found := weighed(tried)) is None:
             return
-        ships = (found.kept_percent or 0) >= job.recipe.ship.keep or tried is every[-1]
-        yield tried, found, ships
-        if ships:
+        enough = (found.kept_percent or 0) >= job.recipe.ship.keep
+        fails = _fails(tried) if enough else None
+        yield tried, replace(found, fails=fails), enough and not fails
+        if enough and not fails:
             return
+    if found := weighed(largest):
+        yield largest, found, True
+
+
+def passed_over(job: Job, proven: Job, proof: Proof) -> bool:
+    """Note that the type of the job `proven` fails its proof; whether a larger one can be tried in its place."""
+    *_, largest = candidates(job)
+    if not proof.would_pass or not is_smallest(job) or proven.recipe.ship.quantization == largest.recipe.ship.quantization:
+        return False
+    said = next(check for check in proof.checks if check.outcome == "failed")
+    known = {"says": f"{said.name}: {said.detail}", "would_pass": proof.would_pass, "evaluate": limits_of(job.recipe)["evaluate"]}
+    job.run.record(**{FAILED_TYPES: {**_failed_types(job), fingerprint_of(proven, PROVE): known}})
+    return True
+
+
+def _fails(job: Job) -> str | None:
+    """What the proof of this type said, if that would fail with the limits of today too; None: nothing is known of one."""
+    known, ship = _failed_types(job).get(fingerprint_of(job, PROVE)), job.recipe.ship
+    if not known or known["evaluate"] != limits_of(job.recipe)["evaluate"]:
+        return None
+    passes = known["would_pass"]
+    failing = ship.keep > passes.get("ship.keep", 100) or ship.max_loss_points < passes.get("ship.max_loss_points", 0)
+    return str(known["says"]) if failing else None
+
+
+def _failed_types(job: Job) -> dict[str, Any]:
+    return job.run.manifest().get(FAILED_TYPES) or {}
 
 
 def is_smallest(job: Job) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from ftkit.data.template import begins_with_bos, render
 from ftkit.engines import llamacpp
 from ftkit.errors import RecipeError, RunError, ToolMissingError
 from ftkit.files import file_fingerprint, link
-from ftkit.gguf.files import CONVERTER_TYPES, Corrections, GgufFile, convert, correct, quantize, read_back, takes, template_in
+from ftkit.gguf.files import CONVERTER_TYPES, Corrections, GgufFile, Wanted, convert, correct, quantize, read_back, takes, template_in
 from ftkit.gguf.imatrix import importance
 from ftkit.gguf.types import CONVERTED, needs_imatrix
 from ftkit.line.adopt import trained_by
@@ -21,6 +22,7 @@ from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step, fingerprint_of
 from ftkit.machine.device import processor
 from ftkit.machine.llama_cpp import find_program, need_converter
+from ftkit.model.card import in_gguf
 from ftkit.plan.cost import FTKIT_BYTES, of_converting, of_imatrix, of_quantising
 from ftkit.recipe import SMALLEST
 
@@ -64,7 +66,8 @@ def _convert(job: Job, folder: Path, merged: Made[Merged]) -> Converted:
     for path in paths.values():
         if correct(path, corrections) and last.samefile(path) and job.given:
             job.reporter.note(f"the file is written anew: its {corrections.words} would be read otherwise")
-    return Converted(tuple(_read(path, quantization, tokenizer) for quantization, path in paths.items()), corrections)
+    wanted = wanted_of(job, model, tokenizer, merged.result.stops, corrections)
+    return Converted(tuple(_read(path, quantization, wanted) for quantization, path in paths.items()), corrections)
 
 
 def corrections_of(path: Path, tokenizer: Any, stops: Sequence[int]) -> Corrections:
@@ -78,13 +81,33 @@ def corrections_of(path: Path, tokenizer: Any, stops: Sequence[int]) -> Correcti
     )
 
 
-def read_made(job: Job, path: Path, quantization: str, model: Path) -> GgufFile:
-    """A file that was just made of a model's folder, checked; its path from its own folder."""
-    return _read(path, quantization, tokenizer_of(job, model))
+CONTEXT_KEYS = ("max_position_embeddings", "n_ctx", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")  # in a config
 
 
-def _read(path: Path, quantization: str, tokenizer: Any) -> GgufFile:
-    return replace(read_back(path, quantization, tokenizer.chat_template), path=Path(path.name))
+def read_made(job: Job, path: Path, merged: Made[Merged], converted: Made[Converted]) -> GgufFile:
+    """A file of the wanted type that was just made of a merged model, checked; its path from its own folder."""
+    model = merged.folder / MODEL
+    wanted = wanted_of(job, model, tokenizer_of(job, model), merged.result.stops, converted.result.corrections)
+    return _read(path, job.recipe.ship.quantization, wanted)
+
+
+def _read(path: Path, quantization: str, wanted: Wanted) -> GgufFile:
+    return replace(read_back(path, quantization, wanted), path=Path(path.name))
+
+
+def wanted_of(job: Job, model: Path, tokenizer: Any, stops: Sequence[int], corrections: Corrections) -> Wanted:
+    """What a file of a merged model must say, by its folder; one that came as a GGUF has no config, and keeps its own words."""
+    came = job.given is not None and job.given.kind == "gguf"
+    config = json.loads((model / "config.json").read_text(encoding="utf-8")) if (model / "config.json").is_file() else {}
+    lengths = [part[key] for part in (config.get("text_config") or {}, config) for key in CONTEXT_KEYS if isinstance(part.get(key), int)]
+    return Wanted(
+        tokenizer.chat_template,
+        tuple(lengths),
+        len(tokenizer),
+        tuple(dict.fromkeys(token for token in (*stops, tokenizer.eos_token_id) if token is not None)),
+        corrections.eot_token_id,
+        {} if came else in_gguf(model),
+    )
 
 
 GGUF = Step(
@@ -197,7 +220,7 @@ def _quantise(job: Job, folder: Path, converted: Made[Converted], *others: Made[
         imatrix = matrix_of(matrix) if matrix else None
         again = job.recipe.ship.allow_requantize
         quantize(converted.folder / finest.path, path, wanted, program, job.reporter, imatrix=imatrix, again=again)
-    return read_made(job, path, wanted, model)
+    return read_made(job, path, made[MERGE.name], converted)
 
 
 def _is_quantised(job: Job) -> bool:

@@ -29,7 +29,7 @@ from ftkit.line.adopt import ADOPT, Adopted, refuse, trained_by
 from ftkit.line.adopt import sizes as adopted_sizes
 from ftkit.line.ask import ASK, refuse_rule
 from ftkit.line.bits import BITS, Bits
-from ftkit.line.choose import WEIGH, Weighed, candidates, is_smallest, of_type, trials
+from ftkit.line.choose import FAILED_TYPES, WEIGH, Weighed, candidates, is_smallest, of_type, passed_over, trials
 from ftkit.line.close import CLOSE, OF_FILE, Closed, Shipping, shipping
 from ftkit.line.gguf import GGUF, IMATRIX, QUANTISE, refuse_missing_imatrix, refuse_type
 from ftkit.line.job import Job, Onto, ToFetch, base_to_fetch
@@ -343,13 +343,14 @@ def _walk_until_kept(job: Job, asked: Made[Any]) -> Walked:
     """The first of the ways by which the file keeps what the recipe asks for; else the last, which `judge` then refuses."""
     last = None
     for way in ways(job, asked):
-        if not (walked := _walk(way)):
-            continue
-        last, proof = walked, judged(walked.job, asked, walked.proven, walked.shipped)
-        if not proof.would_pass:
-            return last
-        lost = next(check for check in proof.checks if check.outcome == "failed")
-        job.reporter.warn(f"{walked.shipped.path.name} loses too much: {lost.words}")
+        while walked := _walk(way):
+            last, proof = walked, judged(walked.job, asked, walked.proven, walked.shipped)
+            if not proof.would_pass:
+                return last
+            lost = next(check for check in proof.checks if check.outcome == "failed")
+            job.reporter.warn(f"{walked.shipped.path.name} loses too much: {lost.words}")
+            if not passed_over(way, walked.job, proof):
+                break
     if not last and not (last := _walk(job)):
         raise AssertionError("a file that is not to be closed by itself is one")
     return last
@@ -437,7 +438,8 @@ def choose_type(job: Job) -> tuple[Job, tuple[Weighed, ...]]:
     """The job, with the type that ships, and what was tried for it.
 
     Where the recipe wants the smallest, types are made and weighed from small to large, until one keeps `ship.keep` on the rows
-    by which is chosen. Of those before it no file stays. Raises ProofError where these rows could not be looked at.
+    by which is chosen, and did not fail its proof. Of those before it no file stays. Raises ProofError where these rows could not be
+    looked at.
     """
     if not is_smallest(job):
         return job, ()
@@ -451,7 +453,8 @@ def choose_type(job: Job) -> tuple[Job, tuple[Weighed, ...]]:
             )
         if ships:
             break
-        job.reporter.note(f"{one.quantization} keeps {one.kept_percent:.1f} % of the training, wanted are {job.recipe.ship.keep:g} %")
+        kept = f"{one.quantization} keeps {one.kept_percent:.1f} % of the training"
+        job.reporter.note(f"{kept}, but fails on the held-out rows" if one.fails else f"{kept}, wanted are {job.recipe.ship.keep:g} %")
         for step in OF_FILE:
             if step.applies(tried) and (stale := find(tried, step)):
                 discard(stale.folder)
@@ -580,5 +583,7 @@ def start_from(job: Job, name: str) -> None:
                 discard(found.folder)
     if first <= LINE.index(MERGE):
         job.run.record(**{DEQUANTISED: None})
+    if first <= LINE.index(PROVE):
+        job.run.record(**{FAILED_TYPES: None})
     if index := job.run.manifest().get("ollama"):
         job.run.record(ollama={key: value for key, value in index.items() if key != "shipped"})

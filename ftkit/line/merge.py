@@ -17,6 +17,7 @@ from ftkit.line.step import Made, Step, find
 from ftkit.line.train import TRAIN
 from ftkit.line.transfer import TRANSFER, Transferred, adapter_of
 from ftkit.merge.stream import merge
+from ftkit.model.card import write_card
 from ftkit.model.given import tokenizer_files
 from ftkit.model.hub import fetch_file
 from ftkit.model.open import open_shards
@@ -42,14 +43,14 @@ def _make(job: Job, folder: Path, trained: Made[Any], fitted: Made[Transferred] 
         lay_out(trained.folder / MODEL, target, with_code=job.recipe.trust_remote_code)
         if not job.recipe.trust_remote_code:
             drop_code(target)
-        return Merged(f"nothing: it was {'a GGUF' if job.given.kind == 'gguf' else 'a whole model'}", tuple(seal(target, tokenizer)))
+        return Merged(f"nothing: it was {'a GGUF' if job.given.kind == 'gguf' else 'a whole model'}", _finish(job, target, tokenizer))
     base = config_folder(job)
     if job.recipe.training.method == "full":
         shutil.copytree(trained.folder / MODEL, target)
         shutil.copy(base / "config.json", target)  # transformers writes some kinds of layers under names that the converter does not know
         if not job.recipe.trust_remote_code:
             drop_code(target)
-        return Merged("nothing: all weights were trained", tuple(seal(target, tokenizer)))
+        return Merged("nothing: all weights were trained", _finish(job, target, tokenizer))
     job.reporter.step("merging into the 16-bit source" if job.onto == "source" else "merging onto the dequantised base")
     shards = open_shards(job.source, job.reporter) if _one_at_a_time(job) else shards_of(base_folder(job))
     target.mkdir(exist_ok=True)
@@ -86,7 +87,13 @@ def _make(job: Job, folder: Path, trained: Made[Any], fitted: Made[Transferred] 
         words.append("which has no rounding to keep")
     if fitted:
         words.append(fitted.result.words)
-    return Merged(", ".join(words), tuple(seal(target, tokenizer)))
+    return Merged(", ".join(words), _finish(job, target, tokenizer))
+
+
+def _finish(job: Job, target: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The model's card, and the template and stops that it was trained with; the stops."""
+    write_card(target, job.source, has_base=job.has_base)
+    return tuple(seal(target, tokenizer))
 
 
 def _one_at_a_time(job: Job) -> bool:

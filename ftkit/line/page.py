@@ -68,7 +68,7 @@ def _sizes(shipped: Shipped, told: Made[Any] | None) -> Iterator[Sized]:
     """Each file of which it is known what it keeps."""
     for weighed in shipped.weighed:
         if weighed.kept_percent is not None:
-            yield Sized(weighed.quantization, weighed.bytes, weighed.kept_percent, chosen_by=True)
+            yield Sized(weighed.quantization, weighed.bytes, weighed.kept_percent, chosen_by=True, fails=weighed.fails)
     files = {file.quantization: file for file in shipped.files}
     *_, last = shipped.files
     shown: dict[str, tuple[str, GgufFile]] = {last.quantization: (last.quantization, last)}

@@ -37,6 +37,7 @@ from ftkit.proof.preference import judge_preference, margin_kept, preferred
 from ftkit.proof.probes import CONTROL_WORDS, HARD_TEXTS, conversations
 from ftkit.proof.record import PROBES, GivenIds, Probes, Prompt, write_probes
 from ftkit.proof.score import Score, same, score, words
+from ftkit.proof.strength import BASE
 from ftkit.proof.strength import NAME as STRENGTH
 from ftkit.proof.verify import losses, this_engine
 from ftkit.recipe import ASKED_MEANWHILE, Recipe
@@ -49,6 +50,7 @@ HINTS = {
     "prompts": "its chat template renders differently in llama.cpp: report this with the model's name",
     "stops": "an answer would not end: report this with the model's name",
     STRENGTH: "merge again into the base as it was: ftkit ship --from merge; and see that the base does not hold the adapter already",
+    BASE: "see that `model` names what the adapter was trained on, and merge again: ftkit ship --from merge",
     "end of sequence": "an answer would end too early: report this with the model's name",
 }
 SCORE_NAMES: dict[Onto, str] = {"source": "merged", "dequantised": "merged onto the dequantised base"}
@@ -153,7 +155,7 @@ def _make(job: Job, folder: Path, merged: Made[Merged], asked: Made[Asked], conv
         prompts = own_prompts(tokenizer, engine)
         checks = proof_checks(tokenizer, engine, read_data(job).train, questions, merged.result.stops, prompts)
         checks.append(end_of_sequence(path, tokenizer, merged.result.stops))
-        checks += filter(None, [strength(job, converted.folder / converted.result.files[0].path, path)])
+        checks += strength(job, converted.folder / converted.result.files[0].path, path)
         for check in checks:
             if check.outcome == "failed":
                 raise ProofError(f"{path.name} is not the model that was trained. {check.words}", HINTS[check.name])

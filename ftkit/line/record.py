@@ -18,20 +18,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ftkit.errors import ModelError, RecipeError, RunError
 from ftkit.files import cache_folder, disk_fault, file_fingerprint, sync_folder, user_path, write_atomically
 from ftkit.gguf.says import says, tensors, types_of
 from ftkit.line.choose import Weighed
 from ftkit.line.close import Closed, Shipping
-from ftkit.line.job import Job, base_folder, config_folder, tokenizer_of
+from ftkit.line.job import Job, base_folder, tokenizer_of
 from ftkit.line.merge import MODEL, Merged
 from ftkit.line.prove import Proof, Proven, limits_of
 from ftkit.line.step import Made
 from ftkit.machine.llama_cpp import Found, find_converter, find_program
+from ftkit.model.card import licence, reference_of
 from ftkit.model.dataset import HubData
-from ftkit.model.source import Source, open_gguf, weight_files
+from ftkit.model.source import open_gguf, weight_files
 from ftkit.proof.record import (
     CARD,
     PROBES,
@@ -49,7 +48,6 @@ from ftkit.report.card import card
 from ftkit.run import RECORD as STEP_RECORD
 
 SHIPPED = "shipped"  # in the run directory
-LICENCE_KEYS = ("license", "license_name", "license_link")  # in the header of a model card; in a GGUF general.license and .name, .link
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")  # of the hub
 
 
@@ -239,11 +237,6 @@ def _settings(job: Job) -> dict[str, Any]:
     return settings
 
 
-def _reference(source: Source) -> str:
-    named = source.kind == "hub" or source.reference.startswith("ollama:")
-    return source.reference if named else (source.gguf or source.folder or Path(source.reference)).name
-
-
 def _base(job: Job) -> dict[str, Path]:
     """The base's files, by the names that they have in the record; a hub model is known by its commit."""
     if job.source.gguf:
@@ -257,31 +250,12 @@ def _base(job: Job) -> dict[str, Path]:
 def _base_words(job: Job, hashes: Mapping[str, str]) -> dict[str, Any]:
     source = job.source
     return {
-        "reference": _reference(source),
+        "reference": reference_of(source),
         "kind": source.kind,
         "revision": source.fingerprint if source.kind == "hub" else None,
         "sha256": {name.removeprefix("base/"): hashes[name] for name in _base(job)},
-        "licence": licence_of(source.gguf) if source.gguf else licence_beside(config_folder(job)),
+        "licence": licence(source),
     }
-
-
-def licence_of(gguf: Path) -> dict[str, str]:
-    """What a GGUF's metadata say of its licence; else nothing."""
-    reader = open_gguf(gguf)
-    fields = {key: reader.get_field(f"general.{key.replace('_', '.')}") for key in LICENCE_KEYS}
-    return {key: str(field.contents()) for key, field in fields.items() if field}
-
-
-def licence_beside(folder: Path) -> dict[str, str]:
-    """What a model's folder says of its licence: in the header of its card, or by a file of that name; else nothing."""
-    found: Any = {}
-    if (folder / CARD).is_file():
-        header = re.match(r"---\n(.*?)\n---\s*(\n|\Z)", (folder / CARD).read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-        with suppress(yaml.YAMLError, ValueError, RecursionError):
-            found = yaml.safe_load(header[1]) if header else {}
-    said = {key: found[key] for key in LICENCE_KEYS if isinstance(found.get(key), str)} if isinstance(found, dict) else {}
-    files = [path.name for path in sorted(folder.glob("LICEN[CS]E*")) if path.is_file()]
-    return {**said, **({"file": files[0]} if files else {})}
 
 
 def _adapter(job: Job, trained: Made[Any]) -> dict[str, Path]:

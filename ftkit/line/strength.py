@@ -1,8 +1,8 @@
-"""Whether what ships holds what the adapter changes once: by the file's numbers, the base's and the adapter's own, not by the merge's."""
+"""Whether what ships holds the base, and once what the adapter changes: by their own numbers and the file's, not by the merge's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,40 +14,61 @@ from ftkit.line.transfer import TRANSFER, adapter_of
 from ftkit.model.adapter import load_settings, load_tensors
 from ftkit.model.open import bytes_to_fetch
 from ftkit.model.source import gguf_names, header, open_gguf, weight_files
-from ftkit.proof.strength import NAME, Share, judge_strength, share, together
+from ftkit.proof.strength import BASE, NAME, Share, judge_base, judge_strength, left_over, share, together
 
 if TYPE_CHECKING:
     import torch
 
 Rows = Callable[["torch.Tensor"], "torch.Tensor | None"]  # a weight's first rows, as they are once merged; None: it has others
 PREFIX = "base_model.model."
-LORA, SAVED = "adapters", "modules that were trained whole"
+LORA, SAVED, EMBEDDING = "adapters", "modules that were trained whole", "embedding"
 MOST_TENSORS, MOST_ELEMENTS = 8, 1 << 18  # of each kind, evenly through the layers, and of each its first rows
 LEAST_SAVED = 4e-3  # of a module's length: what is saved beside an adapter and was not trained is rounded at most
 REORDERED = ("attn_q.", "attn_k.", "attn_qkv.")  # llama.cpp has their rows in another order for some architectures
 
 
-def strength(job: Job, converted: Path, shipped: Path) -> Check | None:
-    """Of the finest file that was converted, and of the one that ships; None where no adapter was merged. Nothing is fetched for it."""
+def strength(job: Job, converted: Path, shipped: Path) -> list[Check]:
+    """Of the finest file that was converted, and of the one that ships; none where no adapter was merged. Nothing is fetched for it."""
     trained = find(job, trained_by(job))
     fitted = find(job, TRANSFER) if TRANSFER.applies(job) else None
     if not trained or not (adapter := adapter_of(trained, fitted)).is_dir():
-        return None
+        return []
     if bytes_to_fetch(job.source):
-        return not_made(NAME, "the base's weights are not here any more")
+        return [not_made(name, "the base's weights are not here any more") for name in (NAME, BASE)]
     base = base_folder(job)
-    return judge_strength(shares(converted, base, adapter), {} if shipped == converted else shares(shipped, base, adapter))
+    adapted, embedding = left_overs(converted, base, adapter)
+    return [
+        judge_strength(shares(converted, base, adapter), {} if shipped == converted else shares(shipped, base, adapter)),
+        judge_base(None if job.rounding else adapted, embedding),  # what is merged into otherwise rounded weights is apart by that
+    ]
 
 
 def shares(path: Path, base: Path, adapter: Path) -> dict[str, Share]:
     """Of a file, a model's folder and what was merged into it: by adapters, and in modules that were trained whole."""
+    groups: dict[str, list[Share]] = {}
+    for what, numbers, before, after in _compared(path, base, adapter):
+        if what != EMBEDDING and (one := share(numbers, before, after - before)):
+            groups.setdefault(what, []).append(one)
+    return {what: together(found) for what, found in groups.items()}
+
+
+def left_overs(path: Path, base: Path, adapter: Path) -> tuple[float | None, float | None]:
+    """What of a file is neither its base nor what was merged: the least of the tensors with adapters, and the embedding's."""
+    found: dict[str, list[float]] = {}
+    for what, numbers, before, after in _compared(path, base, adapter):
+        found.setdefault(what, []).append(left_over(numbers, after) if what == EMBEDDING else left_over(numbers, before, after - before))
+    adapted, embedding = (min(found.get(what, ()), default=None) for what in (LORA, EMBEDDING))
+    return adapted, embedding
+
+
+def _compared(path: Path, base: Path, adapter: Path) -> Iterator[tuple[str, Any, Any, Any]]:
+    """What it is, and in float64 the first rows of a tensor in the file, in the base, and as they are once merged."""
     from safetensors import safe_open
 
     reader, shards = open_gguf(path), {name: shard for shard in weight_files(base) for name in header(shard)}
-    tensors, groups = {str(tensor.name): tensor for tensor in reader.tensors}, dict[str, Share]()
-    for what, changes in _changes(adapter, reader, tensors).items():
+    tensors = {str(tensor.name): tensor for tensor in reader.tensors}
+    for what, changes in _changes(adapter, reader, tensors, shards).items():
         named = [(name, there, change) for name, there, change in changes if name in shards]
-        found: list[Share] = []
         for name, there, change in named[:: -(-len(named) // MOST_TENSORS)] if named else ():
             with safe_open(shards[name], "pt") as file:
                 own = file.get_slice(name)
@@ -59,19 +80,14 @@ def shares(path: Path, base: Path, adapter: Path) -> dict[str, Share]:
             after, numbers = change(before.float()), _numbers(tensors[there], rows)
             if after is None or numbers is None:
                 continue
-            base_numbers = before.double().numpy()
-            merged = after.to(before.dtype).double().numpy()  # in 16 bits much of a gentle change is rounded away, and is no fault
-            if one := share(numbers, base_numbers, merged - base_numbers):
-                found.append(one)
-        if found:
-            groups[what] = together(found)
-    return groups
+            # in 16 bits much of a gentle change is rounded away, and is no fault
+            yield what, numbers, before.double().numpy(), after.to(before.dtype).double().numpy()
 
 
-def _changes(adapter: Path, reader: Any, tensors: dict[str, Any]) -> dict[str, list[tuple[str, str, Rows]]]:
+def _changes(adapter: Path, reader: Any, tensors: dict[str, Any], base: Iterable[str]) -> dict[str, list[tuple[str, str, Rows]]]:
     """By kind: (the base's name of a tensor, the file's, what becomes of its first rows), in order of the layers."""
     settings, held, names = load_settings(adapter), load_tensors(adapter), gguf_names(reader)
-    found: dict[str, list[tuple[str, str, Rows]]] = {LORA: [], SAVED: []}
+    found: dict[str, list[tuple[str, str, Rows]]] = {LORA: [], SAVED: [], EMBEDDING: []}
     for name, tensor in held.items():
         module = name.removeprefix(PREFIX)
         if module.endswith(".lora_A.weight"):
@@ -86,7 +102,25 @@ def _changes(adapter: Path, reader: Any, tensors: dict[str, Any]) -> dict[str, l
         there = f"{names.get_name(path)}.weight" if names else ""
         if there in tensors and not there.rpartition("blk.")[2].partition(".")[2].startswith(REORDERED):
             found[kind].append((f"{path}.weight", there, change))
+    for name in base:
+        path = name.removesuffix(".weight")
+        if names and names.get_name(path) == "token_embd" and "token_embd.weight" in tensors:
+            inside = [key for key in held if key.startswith(f"{PREFIX}{path}.")]
+            if inside in ([], [f"{PREFIX}{name}"]):  # else some of its rows were trained, or it has an adapter
+                found[EMBEDDING].append((name, "token_embd.weight", _put(held[inside[0]]) if inside else _left))
     return found
+
+
+def _left(before: torch.Tensor) -> torch.Tensor:
+    return before
+
+
+def _put(saved: torch.Tensor) -> Rows:
+    def merged(before: torch.Tensor) -> torch.Tensor | None:
+        rows = saved[: len(before)].float()
+        return rows if rows.shape == before.shape else None
+
+    return merged
 
 
 def _with_product(a: torch.Tensor, b: torch.Tensor, scaling: float) -> Rows:

@@ -1,4 +1,4 @@
-"""How much of what an adapter changes stands in a file's weights: once, or twice, or not at all; whatever the file answers by it.
+"""How much of what an adapter changes stands in a file's weights: once, or twice, or not at all; and whether the rest is the base's.
 
 Answers do not tell: a model is as sure of them with its adapter merged twice.
 """
@@ -14,9 +14,11 @@ from ftkit.check import Check, failed, not_made, passed
 if TYPE_CHECKING:
     import numpy as np
 
-NAME = "strength of the merge"
+NAME, BASE = "strength of the merge", "base of the merge"
 APART = 0.3  # from 1: the least that is called a fault of the file that was converted
 TOO_MUCH = 1.5  # in a quantised one. Coarse rounding may leave out most of what is small beside its steps, and is no fault of the merge
+ANOTHER = 5e-3  # of a tensor's length: the least that is called another base's. 16 bits round a fifth of that
+REORDERED = 0.1  # more may be the base's own rows in another order, as llama.cpp has of some tensors: one row in a hundred is more
 ALIKE = 0.5  # correlation of a file's numbers with the base's: less is another order of them, as llama.cpp has of some tensors
 
 
@@ -45,6 +47,31 @@ def share(file: np.ndarray[Any, Any], base: np.ndarray[Any, Any], change: np.nda
     if np.corrcoef(base.ravel() + rest, base.ravel())[0, 1] < ALIKE:
         return None
     return Share(times, float(rest @ rest / len(rest) / size) ** 0.5, 1)
+
+
+def left_over(file: np.ndarray[Any, Any], *parts: np.ndarray[Any, Any]) -> float:
+    """How much of a tensor's length is no sum of these parts, by whatever factors: some converters multiply weights."""
+    import numpy as np
+
+    columns = np.stack([part.ravel() for part in parts], axis=1)
+    rest = file.ravel() - columns @ np.linalg.lstsq(columns, file.ravel())[0]
+    return float(np.linalg.norm(rest) / (np.linalg.norm(file) or 1))
+
+
+def judge_base(adapted: float | None, embedding: float | None) -> Check:
+    """Whether the converted file holds the base's numbers, but for what training changed.
+
+    What is left over of its embedding, and of the nearest of the tensors that have adapters; None: not to be compared.
+    """
+    if embedding is not None and embedding > ANOTHER:
+        return failed(BASE, f"{embedding:.1%} of the embedding are not the base's, as if it were merged into another base")
+    if adapted is not None and ANOTHER < adapted < REORDERED:
+        return failed(
+            BASE, f"{adapted:.1%} of the weights are neither the base's nor the adapter's, as if it were merged into another base"
+        )
+    same = {"embedding": embedding, "weights with adapters": adapted}
+    found = [words for words, left in same.items() if left is not None and left <= ANOTHER]
+    return passed(BASE, " and ".join(found)) if found else not_made(BASE, "no tensor of the file has its rows as the base has them")
 
 
 def together(shares: list[Share]) -> Share:

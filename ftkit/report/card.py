@@ -95,7 +95,12 @@ def _values(record: Record) -> dict[str, Any]:
         ],
         "forms": [[plain(name), *figures(form)] for name, form in proof["forms"].items()],
         "weighed": [
-            [plain(one["quantization"]), bytes_text(one["bytes"]), "–" if one["kept_percent"] is None else f"{one['kept_percent']:.1f} %"]
+            [
+                plain(one["quantization"]),
+                bytes_text(one["bytes"]),
+                "–" if one["kept_percent"] is None else f"{one['kept_percent']:.1f} %",
+                plain(f"fails on the held-out rows: {one['fails']}") if one.get("fails") else "",
+            ]
             for one in proof["weighed"]
         ],
         "settings": [[plain(key), plain(shown(value))] for key, value in dotted(settings)],

@@ -59,6 +59,7 @@ class Sized:
     low: float | None = None
     high: float | None = None
     chosen_by: bool = False  # on the rows by which the type is chosen, not on those by which it is proved
+    fails: str | None = None  # what the proof of it said, where it does not ship for that
 
 
 @dataclass(frozen=True, kw_only=True)

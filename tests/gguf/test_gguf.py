@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from ftkit.machine.llama_cpp import Found, find_program
 from ftkit.model import dequantise
 from ftkit.model.locate import locate
 from ftkit.model.open import open_weights
+from ftkit.run import Run
 
 
 @pytest.fixture
@@ -23,6 +25,7 @@ def whole(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.gguf"
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(64)
+    writer.add_block_count(1)
     writer.add_token_list(["a", "b"])
     writer.add_tensor("token_embd.weight", np.ones((2, 32), np.float32))
     writer.write_header_to_file()
@@ -34,11 +37,11 @@ def whole(tmp_path: Path) -> Path:
 
 def test_a_file_that_is_cut_anywhere_is_refused_when_it_is_read_back(whole: Path) -> None:
     content = whole.read_bytes()
-    assert gguf.read_back(whole, "F16", None).tensors == 1
+    assert gguf.read_back(whole, "F16").tensors == 1
     for end in range(0, len(content) - 1, 5):
         whole.write_bytes(content[:end])
         with pytest.raises(ModelError, match=r"tiny\.gguf is not a whole GGUF file"):
-            gguf.read_back(whole, "F16", None)
+            gguf.read_back(whole, "F16")
 
 
 @pytest.mark.torch
@@ -119,12 +122,10 @@ def test_llama_cpps_own_reason_is_said_where_it_refuses_a_file(whole: Path) -> N
         pass
 
 
-@pytest.mark.e2e
-def test_some_rows_at_a_time_make_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = find_program("llama-quantize")
-    assert program
+def one_tensor(path: Path) -> Path:
+    """A file of 4 MiB in F16 that llama-quantize takes."""
     rows = np.random.default_rng(0).standard_normal((4096, 512), np.float32)
-    writer = GGUFWriter(tmp_path / "F16.gguf", "llama")
+    writer = GGUFWriter(path, "llama")
     for name in ("context_length", "embedding_length", "block_count", "feed_forward_length", "head_count"):
         getattr(writer, f"add_{name}")(1)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -134,6 +135,52 @@ def test_some_rows_at_a_time_make_the_same_file(tmp_path: Path, monkeypatch: pyt
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("size_bytes", [10_000, 500_000])
+def test_a_disk_that_is_full_while_it_quantises(size_bytes: int, tmp_path: Path, small_files: Any) -> None:
+    program, source = find_program("llama-quantize"), one_tensor(tmp_path / "F16.gguf")
+    assert program
+
+    def make(folder: Path) -> dict[str, Any]:
+        with small_files(size_bytes):
+            gguf.quantize(source, folder / "Q4_K_M.gguf", "Q4_K_M", program)
+        return {}
+
+    with Run(tmp_path / "run") as run, pytest.raises(RunError, match=f"`quantise` cannot write to {run.folder}: ") as caught:
+        run.ensure("quantise", 1, make)
+    assert "--run-dir" in str(caught.value.hint)
+    assert not [path for path in run.folder.iterdir() if "quantise" in path.name]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("size_bytes", [0, 500_000])
+def test_a_disk_that_is_full_while_the_closed_file_is_written(size_bytes: int, tmp_path: Path, small_files: Any) -> None:
+    from ftkit.close.student import write_back
+
+    source = one_tensor(tmp_path / "F16.gguf")
+
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / "checkpoints").mkdir()
+        with small_files(size_bytes):
+            write_back(source, [], [], folder / source.name)
+        return {}
+
+    with Run(tmp_path / "run") as run, pytest.raises(RunError, match=f"`close` cannot write to {run.folder}: ") as caught:
+        run.ensure("close", 1, make, resumable=True)
+    assert "goes on from the last checkpoint" in str(caught.value.hint)
+    (left,) = (path for path in run.folder.iterdir() if "close" in path.name)
+    assert left.suffix == ".partial"
+    assert [path.name for path in left.iterdir()] == ["checkpoints"]
+
+
+@pytest.mark.e2e
+def test_some_rows_at_a_time_make_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = find_program("llama-quantize")
+    assert program
+    one_tensor(tmp_path / "F16.gguf")
     assert gguf.takes(program, "--max-buffer-size")
     assert not gguf.takes(program, "--no-such-option")
     for size in (1 << 30, 1 << 20):  # the whole of 8 MiB in float32, and an eighth of it

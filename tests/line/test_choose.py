@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import convertible
 import pytest
 
+from ftkit.check import failed
 from ftkit.errors import RecipeError, ToolMissingError
 from ftkit.line import line
 from ftkit.line.choose import TRIED
-from ftkit.line.job import open_job
+from ftkit.line.job import Job, open_job
 from ftkit.model.source import open_gguf
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
@@ -76,3 +78,61 @@ def test_the_smallest_type_that_keeps_enough_ships(
     monkeypatch.setattr("ftkit.line.gguf.LLAMA_IMATRIX", "llama-that-is-not-here")
     with pytest.raises(ToolMissingError, match=r"ship\.imatrix needs"):
         ship(0)
+
+
+def test_a_type_that_fails_its_proof_gives_way_to_the_next(
+    tmp_path: Path,
+    write_rows: Callable[[Path, list[Any]], Path],
+    rows: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both types are made by the converter; of the first it is put lower what it keeps on the held-out rows."""
+    convertible.make("llama", tmp_path / "model", chat_template="<bos>" + convertible.CHAT)
+    for name in ("train", "test"):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    recipe = {
+        "model": str(tmp_path / "model"),
+        "data": {"test": "test.jsonl"},
+        "training": {"method": "lora", "max_steps": 12, "effective_batch_size": 2, "max_length": 128, "learning_rate": 2e-2},
+        "ship": {
+            "name": "tiny", "quantization": "smallest", "max_new_tokens": 4, "test_rows": 2, "num_ctx": 512, "max_loss_points": 100,
+            "keep": 50,
+        },
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    monkeypatch.setattr("ftkit.line.choose.TRIED", ("BF16", "Q8_0"))
+    run, judged, walk = tmp_path / "runs" / "recipe", line.judged, line._walk
+
+    def lower(job: Job, asked: Any, proven: Any, shipped: Any) -> Any:
+        proof = judged(job, asked, proven, shipped)
+        if job.recipe.ship.quantization != "BF16" or job.recipe.ship.keep <= 40:
+            return proof
+        return replace(proof, checks=[failed("gain kept", "50 % are wanted, kept are 40.0 %")], would_pass={"ship.keep": 40})
+
+    monkeypatch.setattr(line, "judged", lower)
+    job = open_job(tmp_path)
+    with job.run:
+        line.train(job)
+        with monkeypatch.context() as interrupted:
+            seen: list[int] = []
+            interrupted.setattr(line, "_walk", lambda way: (seen.append(1), walk(way) if len(seen) == 1 else 1 / 0)[1])
+            with pytest.raises(ZeroDivisionError):
+                line.ship(job, use_ollama=False)
+        weighed = {path: path.stat().st_mtime_ns for path in run.glob("weigh-*/*")}
+        assert weighed
+        with monkeypatch.context() as known:
+            known.setattr(line, "judged", lambda job, *others: lower(job, *others) if job.recipe.ship.quantization != "BF16" else 1 / 0)
+            shipped = line.ship(job, use_ollama=False)  # the first is not proved a second time
+        assert {path: path.stat().st_mtime_ns for path in weighed} == weighed
+        first, second = shipped.weighed
+        assert (first.quantization, first.fails) == ("BF16", "gain kept: 50 % are wanted, kept are 40.0 %")
+        assert (second.quantization, second.fails, shipped.gguf.name) == ("Q8_0", None, "tiny-Q8_0.gguf")
+        assert not list(run.glob("quantise-*"))
+        assert "fails on the held-out rows: gain kept: 50 % are wanted" in (shipped.record.parent / "README.md").read_text("utf-8")
+        again = line.ship(job, use_ollama=False)
+        assert (again.fresh, again.weighed) == (False, shipped.weighed)
+        assert {state.step.name for state in line.states(job) if not state.done} == {"register"}
+        assert next(check for check in line.judge_again(job).checks if check.name == "gain kept").outcome == "passed"
+    job = open_job(tmp_path, [("ship.keep", 30)])
+    with job.run:
+        assert line.ship(job, use_ollama=False).gguf.name == "tiny-BF16.gguf"  # that limit it passes

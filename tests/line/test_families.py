@@ -131,7 +131,7 @@ def test_an_end_of_turn_that_llama_cpp_does_not_know_is_found_and_named(made: Ca
     assert {check.outcome for check in found.values()} == {"passed"}
     gguf.correct(path, gguf.Corrections(eot_token_id=ends[0]))
     assert {check.outcome for check in checks(tokenizer, path, ends).values()} == {"passed"}
-    assert gguf.read_back(path, "F16", tokenizer.chat_template).tensors > 1
+    assert gguf.read_back(path, "F16", gguf.Wanted(tokenizer.chat_template, eot_token_id=ends[0])).tensors > 1
 
 
 def test_every_dated_template_writes_one_day_in_both_engines() -> None:

@@ -21,9 +21,10 @@ from ftkit.line.close import Closed, Shipping
 from ftkit.line.job import Job, make_job
 from ftkit.line.merge import Merged
 from ftkit.line.prove import Form, Proof, Proven
-from ftkit.line.record import hand_over, licence_beside, licence_of
+from ftkit.line.record import hand_over
 from ftkit.line.step import Made
 from ftkit.line.train import Trained
+from ftkit.model.card import licence_beside, licence_of
 from ftkit.proof.record import CARD, PROBES, RECORD, read_record
 from ftkit.proof.score import Score
 from ftkit.proof.verify import verify

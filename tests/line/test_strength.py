@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import tiny
 
 from ftkit.check import Check
 from ftkit.gguf.files import convert
-from ftkit.line.strength import LORA, SAVED, shares
+from ftkit.line.strength import LORA, SAVED, left_overs, shares
 from ftkit.machine.llama_cpp import need_converter
-from ftkit.proof.strength import judge_strength
+from ftkit.proof.strength import judge_base, judge_strength
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -51,6 +51,9 @@ class Made:
 
     def check(self, converted: Path, shipped: Path | None = None) -> Check:
         return judge_strength(shares(converted, self.base, self.adapter), shares(shipped, self.base, self.adapter) if shipped else {})
+
+    def check_base(self, converted: Path) -> Check:
+        return judge_base(*left_overs(converted, self.base, self.adapter))
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,7 @@ def test_a_right_merge_holds_it_once(made: Made, tmp_path: Path) -> None:
     assert set(shares(right, made.base, made.adapter)) == {LORA, SAVED}
     check = made.check(right, shipped)
     assert check.outcome == "passed", check.detail
+    assert made.check_base(right).detail == "embedding and weights with adapters"
     assert check.detail.startswith("adapters: 1.00 × what training changed (8 tensors); modules that were trained whole: 1.00 ×")
 
 
@@ -116,14 +120,46 @@ def test_a_quantised_file_that_holds_it_twice_is_named_too(made: Made, tmp_path:
     assert (check.outcome, check.detail[:23]) == ("failed", "adapters in what ships:")
 
 
-def test_another_base_has_no_share_in_it(made: Made, tmp_path: Path) -> None:
+def another(tensors: Tensors) -> None:
+    """Weights of another training from the start."""
     import numpy as np
 
-    def another(tensors: Tensors) -> None:
-        for tensor in tensors.values():
-            tensor[:] = np.random.default_rng(0).normal(0, 0.05, tensor.shape)
+    for tensor in tensors.values():
+        tensor[:] = np.random.default_rng(0).normal(0, 0.05, tensor.shape)
 
-    assert made.check(made.merged(tmp_path / "another.gguf", also=another)).outcome == "not made"
+
+def related(tensors: Tensors) -> None:
+    """Weights that were trained on, the embedding left as it was."""
+    import numpy as np
+
+    for name, tensor in tensors.items():
+        if name.startswith("blk.") and tensor.ndim > 1:
+            tensor += np.random.default_rng(0).normal(0, 0.03 * tensor.std(), tensor.shape)
+
+
+def reordered(tensors: Tensors) -> None:
+    """As llama.cpp has the rows of some architectures."""
+    for name, tensor in tensors.items():
+        if name.startswith("blk.") and tensor.ndim > 1:
+            tensor[:] = tensor[::-1].copy()
+
+
+@pytest.mark.parametrize("change", [another, related])
+def test_another_base_is_named(change: Callable[[Tensors], None], made: Made, tmp_path: Path) -> None:
+    check = made.check_base(made.merged(tmp_path / "another.gguf", also=change))
+    assert (check.outcome, "as if it were merged into another base" in check.detail) == ("failed", True), check.detail
+
+
+def test_rows_in_another_order_are_no_other_base(made: Made, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    layers = Path(shutil.copytree(made.adapter, tmp_path / "layers"))
+    tensors = load_file(layers / "adapter_model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if "lora_" in name}, layers / "adapter_model.safetensors", {"format": "pt"})
+    path = made.merged(tmp_path / "reordered.gguf", saved=0, also=reordered)
+    assert replace(made, adapter=layers).check(path).outcome == "not made"
+    check = replace(made, adapter=layers).check_base(path)
+    assert (check.outcome, check.detail) == ("passed", "embedding")
 
 
 def test_what_sixteen_bits_round_away_is_no_fault(made: Made, tmp_path: Path) -> None:
