@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
-HALFWAY = {"ship.rounding_kept": 0.5, "ship.transfer_steps": 40}
+HALF = {"ship.rounding_kept": 0.5}
+HALFWAY = HALF | {"ship.transfer_steps": 40}
 CLOSED = {"ship.closing_steps": 60}
 WAYS: dict[str, dict[str, Any]] = {  # what ships, by the merge's settings; neighbours share a merge
     "dequantised base: F16": {},
@@ -34,8 +35,13 @@ WAYS: dict[str, dict[str, Any]] = {  # what ships, by the merge's settings; neig
     "source: Q3_K_M, imatrix": {"ship.imatrix": True},
     "source: Q4_K_M, bits by task": {"ship.bits_by_task": True},
     "source: F16, closed": CLOSED,
+    "source: Q6_K, closed": CLOSED,
     "source: Q4_K_M, closed": CLOSED,
     "source: Q3_K_M, closed": CLOSED,
+    "half: Q6_K": HALF,
+    "half: Q4_K_M": HALF,
+    "half: Q6_K, closed": HALF | CLOSED,
+    "half: Q4_K_M, closed": HALF | CLOSED,
     "half + transfer: F16": HALFWAY,
     "half + transfer: Q4_K_M": HALFWAY,
     "half + transfer: Q3_K_M": HALFWAY,
