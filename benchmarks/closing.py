@@ -18,7 +18,7 @@ from ftkit.close.closing import OUTSIDE_ROWS_A_STEP, ROWS_A_STEP, Lesson, close,
 from ftkit.close.student import load_student, lossless, scales, ways_of
 from ftkit.engines import logits
 from ftkit.engines.logits import Forced
-from ftkit.line.close import OUTSIDE_WEIGHT
+from ftkit.line.lessons import BASE_WEIGHT
 from ftkit.machine import device
 from ftkit.model.source import open_gguf
 from ftkit.plan.formats import best_dtype
@@ -65,7 +65,7 @@ def main() -> None:
     vectors, stretched = lossless(student, asked.file), scales(student, asked.file)
     worked = time.process_time()
     learning = to_train(vectors, stretched)
-    close(student, learning, lessons[:ROWS_A_STEP], lessons[ROWS_A_STEP:], asked.steps, lambda: 0.0, 1.0, outside_weight=OUTSIDE_WEIGHT)
+    close(student, learning, lessons[:ROWS_A_STEP], lessons[ROWS_A_STEP:], asked.steps, lambda: 0.0, 1.0, outside_weight=BASE_WEIGHT)
     seconds = (time.monotonic() - loaded) / asked.steps
     planned = next(way for way in ways_of(asked.file, rows, bfloat16=bfloat16, cuda=cuda) if way.name == asked.way)
     told = {

@@ -1,8 +1,8 @@
 """Train the numbers that a quantised file stores without loss, and the scales of its blocks, so that it answers as the trained model does.
 
 Merging into the source and quantising both move the weights; norms and biases, which a GGUF keeps in float32, can take much of it
-back. Each step goes towards the trained model's distribution at the tokens of answers; so that nothing is unlearnt elsewhere, also
-towards the file's own, as it was, at those of prompts, and towards the merge's in 16 bits on text that has nothing to do with the task.
+back. Each step goes towards the trained model's distribution at the tokens of answers and prompts; so that nothing is unlearnt elsewhere,
+also towards the base's, without what it was taught, on text that has nothing to do with the task.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def divergence(logits: torch.Tensor, towards: Distribution) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A row: what its answer's places should say, and, of training rows, what its prompt's places said."""
+    """A row: what its answer's places should say, and, of training rows, what its prompt's places should."""
 
     answer: Forced
     answered: Distribution

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit.close.closing import Lesson, close, mean_divergence, to_train
-from ftkit.close.kept import keep, last, readings
+from ftkit.close.kept import keep, last
 from ftkit.close.student import load_student, lossless, running, scales, ways_of, write_back
 from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
@@ -23,7 +23,7 @@ from ftkit.line.ask import ASK
 from ftkit.line.bits import BITS, Bits
 from ftkit.line.gguf import GGUF, QUANTISE, Converted
 from ftkit.line.job import Job, computes_on, tokenizer_of
-from ftkit.line.lessons import as_trained, checks_as_trained, outside, prompt, read, rows_to_learn
+from ftkit.line.lessons import BASE_WEIGHT, Teacher, checks_as_trained, lessons, outside, read, rows_to_learn
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step
 from ftkit.line.train import TRAIN
@@ -36,7 +36,7 @@ from ftkit.units import bytes_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OUTSIDE_WEIGHT = 0.5
+MERGE_WEIGHT = 0.5  # of text outside the task, which is to stay as the merge has it
 MOST_APART = 0.1  # KL a token between the file in llama.cpp, which also rounds activations, and in transformers
 
 
@@ -85,9 +85,11 @@ def _closed(
     checks, answers = checks_as_trained(asked), rows_to_learn(job, tokenizer, job.closing_steps)
     begun = last(kept)
     ways = _ways_that_fit(job, path, merged.folder / MODEL, answers, begun[1] if begun else None)
-    told = readings(kept / "answers", answers, partial(as_trained, job, trained))
+    teacher = Teacher(job, trained)
+    learnt = lessons(teacher, answers, kept / "rows")
+    others, weight = _outside(job, tokenizer, converted, teacher, kept / "outside")
+    del teacher
     hf.release_memory()
-    lessons = [Lesson(row, found) for row, found in zip(answers, told, strict=True)]
     before = mean_divergence(logits.of_file(path, [lesson.answer for lesson in checks]), checks)
     student, way = _student(job, path, merged.folder / MODEL, ways)
     vectors, stretched = lossless(student, path), scales(student, path)
@@ -105,12 +107,6 @@ def _closed(
 
     if abs((first := measured()) - before) > MOST_APART:
         raise ModelError(f"transformers reads {path.name} otherwise than llama.cpp.", "ship it as it is: ship.closing_steps=0")
-    prompts = {n: asked_with for n, row in enumerate(answers) if (asked_with := prompt(row)).places}
-    with running(student):
-        reads = partial(read, job, "reading prompts", partial(logits.of_model, student))
-        for (n, row), found in zip(prompts.items(), readings(kept / "prompts", list(prompts.values()), reads), strict=True):
-            lessons[n] = replace(lessons[n], prompt=row, prompted=found)
-    others = _outside(job, tokenizer, converted, kept / "outside")
     steps, numbers = job.closing_steps, sum(vector.parameter.numel() for vector in vectors)
     scaled = sum(one.stretch.numel() for one in stretched)
     job.reporter.step(f"closing {path.name}: {numbers:,} numbers of {len(vectors)} vectors, {scaled:,} scales, at most {steps} steps")
@@ -118,12 +114,12 @@ def _closed(
         done, _ = close(
             student,
             learning,
-            lessons,
+            learnt,
             others,
             steps,
             measured,
             first,
-            outside_weight=OUTSIDE_WEIGHT,
+            outside_weight=weight,
             seed=recipe.training.seed,
             told=lambda step, _: bar.update(step),
             begun=begun[0] if begun else None,
@@ -172,12 +168,16 @@ def _student(job: Job, path: Path, model: Path, ways: Sequence[ClosingWay]) -> t
     raise AssertionError
 
 
-def _outside(job: Job, tokenizer: Any, converted: Made[Converted], kept: Path) -> list[Lesson]:
-    """As the merge reads it, in 16 bits where this machine's memory holds them; none, which is said, where it holds no file of it."""
+def _outside(job: Job, tokenizer: Any, converted: Made[Converted], teacher: Teacher, kept: Path) -> tuple[list[Lesson], float]:
+    """Text outside the task, as the base of the adapter says it, and its weight; of other trained models as the merge does, in 16 bits
+    where this machine's memory holds them; none, which is said, where it holds no file of it."""
+    if job.recipe.training.method != "full":
+        return outside(tokenizer, teacher.as_base, kept), BASE_WEIGHT
     if not (file := converted.result.in_memory()):
         job.reporter.warn("the merged model is larger than this machine's memory: closing does not look at text outside the task")
-        return []
-    return outside(job, tokenizer, partial(logits.of_file, converted.folder / file.path), kept)
+        return [], MERGE_WEIGHT
+    told = partial(read, job, "reading text outside the task", partial(logits.of_file, converted.folder / file.path))
+    return outside(tokenizer, told, kept), MERGE_WEIGHT
 
 
 CLOSE: Step[Closed] = Step(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ftkit.line.step import Made
 
 PROMPT_TOKENS = 32  # of each row that are looked at, evenly; of an answer as many as elsewhere
 OUTSIDE_ROWS = 96
+BASE_WEIGHT = 0.05  # of them beside answers, towards the base: what training did there is a hundred times what is left to learn of the task
 Reads = Callable[[Sequence[Forced]], Iterator[Any]]  # logits of rows, one after the other
 
 
@@ -47,15 +49,41 @@ def rows_to_learn(job: Job, tokenizer: Any, steps: int) -> list[Forced]:
     return given_rows(tokenizer, others, job.recipe.training.max_length, steps * ROWS_A_STEP)
 
 
-def as_trained(job: Job, trained: Made[Any], rows: Sequence[Forced]) -> Iterator[Any]:
-    """What the trained model says, which is loaded where it is asked."""
-    yield from with_bar(job, "reading answers as trained", rows, logits.of_model(trained_model(job, trained), rows))
+@dataclass(frozen=True)
+class Teacher:
+    """The trained model, loaded once, where it is first asked."""
+
+    job: Job
+    trained: Made[Any]
+
+    @cached_property
+    def model(self) -> Any:
+        return trained_model(self.job, self.trained)
+
+    def as_trained(self, rows: Sequence[Forced]) -> Iterator[Any]:
+        return read(self.job, "reading answers as trained", partial(logits.of_model, self.model), rows)
+
+    def as_base(self, rows: Sequence[Forced]) -> Iterator[Any]:
+        """Of an adapter: what its base says."""
+        with self.model.disable_adapter():
+            yield from read(self.job, "reading text outside the task", partial(logits.of_model, self.model), rows)
 
 
-def outside(job: Job, tokenizer: Any, reads: Reads, kept: Path) -> list[Lesson]:
+def lessons(teacher: Teacher, rows: Sequence[Forced], kept: Path) -> list[Lesson]:
+    """Rows with what the trained model says at the tokens of their answers and prompts; kept in a folder."""
+    prompts = [prompt(row) for row in rows]
+    both = [Forced(row.ids, [*row.places, *asked.places]) for row, asked in zip(rows, prompts, strict=True)]
+    told = readings(kept, both, teacher.as_trained)
+    return [
+        Lesson(row, found[: len(row.places)], asked, found[len(row.places) :]) if asked.places else Lesson(row, found)
+        for row, asked, found in zip(rows, prompts, told, strict=True)
+    ]
+
+
+def outside(tokenizer: Any, reads: Reads, kept: Path) -> list[Lesson]:
     """Text of nobody's task, as `reads` has it; kept in a folder."""
     rows = outside_rows(tokenizer, OUTSIDE_ROWS, after=OUTSIDE_CHARACTERS, every=4)
-    told = readings(kept, rows, partial(read, job, "reading text outside the task", reads))
+    told = readings(kept, rows, reads)
     return [Lesson(row, found) for row, found in zip(rows, told, strict=True)]
 
 

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.close.closing import Lesson, Trained, close, mean_divergence
-from ftkit.close.kept import keep, last, readings
+from ftkit.close.kept import keep, last
 from ftkit.engines import hf, logits
-from ftkit.engines.logits import Forced
 from ftkit.errors import DoesNotFitError, InterruptedRunError, ModelError
 from ftkit.line.adopt import ADAPTER, ADOPT, trained_tokenizer
 from ftkit.line.ask import ASK
 from ftkit.line.job import Job, base_folder, computes_on
-from ftkit.line.lessons import as_trained, checks_as_trained, outside, prompt, rows_to_learn
+from ftkit.line.lessons import BASE_WEIGHT, Teacher, checks_as_trained, lessons, outside, read, rows_to_learn
 from ftkit.line.step import Made, Step
 from ftkit.line.train import TRAIN
 from ftkit.model.four_bits import round_weights
@@ -30,7 +29,6 @@ from ftkit.run import CHECKPOINTS
 
 RATE_SHARE = 0.2  # of the rate that it was trained at
 OUTSIDE_CHECKS = 8  # rows of text outside the task that are not learnt from
-OUTSIDE_WEIGHT = 0.05  # what the adapter does to other text is a hundred times what is left to learn of the task
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,14 @@ def _make(job: Job, folder: Path, trained: Made[Any], asked: Made[Any]) -> Trans
 def _transferred(job: Job, folder: Path, trained: Made[Any], asked: Made[Any]) -> Transferred:
     recipe, steps, tokenizer = job.recipe, job.recipe.ship.transfer_steps, trained_tokenizer(job, trained)
     checks, kept = checks_as_trained(asked), folder / CHECKPOINTS
-    begun, lessons = last(kept), _lessons(job, trained, rows_to_learn(job, tokenizer, steps), kept / "rows")
+    begun, learnt = last(kept), lessons(Teacher(job, trained), rows_to_learn(job, tokenizer, steps), kept / "rows")
     hf.release_memory()
     base = base_folder(job)
     cuda, dtype = computes_on(job, hf.model_type(base))
     how: dict[str, Any] = {"dtype": dtype, "cuda": cuda, "trust_remote_code": recipe.trust_remote_code}
     source = hf.load_model(base, "lora", **how)
-    other = outside(job, tokenizer, partial(logits.of_model, source), kept / "outside")
+    told = partial(read, job, "reading text outside the task", partial(logits.of_model, source))
+    other = outside(tokenizer, told, kept / "outside")
     beside, others = other[:OUTSIDE_CHECKS], other[OUTSIDE_CHECKS:]
     round_weights(source, job.rounding, dtype)
     model = hf.adapted(source, trained.folder / ADAPTER, learns=True)
@@ -92,7 +91,7 @@ def _transferred(job: Job, folder: Path, trained: Made[Any], asked: Made[Any]) -
         return mean_divergence(logits.of_model(model, [lesson.answer for lesson in of]), of) if of else 0.0
 
     def measured() -> float:
-        return apart(checks) + OUTSIDE_WEIGHT * apart(beside)
+        return apart(checks) + BASE_WEIGHT * apart(beside)
 
     first, outside_first, numbers = apart(checks), apart(beside), sum(one.parameter.numel() for one in learning)
     job.reporter.step(f"fitting the adapter to the 16-bit source: {numbers:,} numbers, at most {steps} steps")
@@ -100,12 +99,12 @@ def _transferred(job: Job, folder: Path, trained: Made[Any], asked: Made[Any]) -
         done, _ = close(
             model,
             learning,
-            lessons,
+            learnt,
             others,
             steps,
             measured,
-            first + OUTSIDE_WEIGHT * outside_first,
-            outside_weight=OUTSIDE_WEIGHT,
+            first + BASE_WEIGHT * outside_first,
+            outside_weight=BASE_WEIGHT,
             seed=recipe.training.seed,
             told=lambda step, _: bar.update(step),
             begun=begun[0] if begun else None,
@@ -119,17 +118,6 @@ def _transferred(job: Job, folder: Path, trained: Made[Any], asked: Made[Any]) -
     shutil.copytree(trained.folder / ADAPTER, folder / ADAPTER)
     _write(model, folder / ADAPTER / ADAPTER_WEIGHTS)
     return Transferred(done, first, apart(checks), None, outside_first, apart(beside))
-
-
-def _lessons(job: Job, trained: Made[Any], rows: Sequence[Forced], kept: Path) -> list[Lesson]:
-    """Rows with what the trained model says at the tokens of their answers and prompts."""
-    prompts = [prompt(row) for row in rows]
-    both = [Forced(row.ids, [*row.places, *asked.places]) for row, asked in zip(rows, prompts, strict=True)]
-    told = readings(kept, both, partial(as_trained, job, trained))
-    return [
-        Lesson(row, found[: len(row.places)], asked, found[len(row.places) :]) if asked.places else Lesson(row, found)
-        for row, asked, found in zip(rows, prompts, told, strict=True)
-    ]
 
 
 def _write(model: Any, path: Path) -> None:

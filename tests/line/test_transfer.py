@@ -11,10 +11,13 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
+from ftkit.engines import hf, logits
+from ftkit.engines.logits import Forced
 from ftkit.errors import RecipeError
 from ftkit.line import transfer
 from ftkit.line.entry import enter
-from ftkit.line.job import Job
+from ftkit.line.job import Job, computes_on
+from ftkit.line.lessons import Teacher
 from ftkit.line.line import adopt
 from ftkit.line.merge import MERGE, Merged
 from ftkit.line.step import Made, ensure, find
@@ -71,6 +74,20 @@ def test_it_comes_nearer_and_is_what_is_merged(here: Path) -> None:
     assert all((before[name] != after[name]).any() for name in before)
     assert any((fitted[name] != plain[name]).any() for name in plain)
     assert as_it_was.result.onto == "the 16-bit source"
+
+
+def test_the_teacher_is_the_adapter_on_its_base_and_elsewhere_that_base_alone(here: Path) -> None:
+    import numpy as np
+
+    job, rows = job_of(), [Forced([5, 6, 7, 8], [1, 3])]
+    with job.run:
+        teacher = Teacher(job, adopt(job))
+    (base,), (trained,), (again,) = teacher.as_base(rows), teacher.as_trained(rows), teacher.as_base(rows)
+    cuda, dtype = computes_on(job, hf.model_type(here / "base"))
+    (alone,) = logits.of_model(hf.load_model(here / "base", "qlora", dtype=dtype, cuda=cuda), rows)
+    assert np.array_equal(base, alone)
+    assert np.array_equal(base, again)
+    assert np.abs(trained - base).max() > 0.01
 
 
 def test_the_source_with_some_of_the_rounding_is_nearer_from_the_beginning(here: Path) -> None:
