@@ -76,7 +76,8 @@ def load_student(
                     str(path.parent), gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), config=config, dtype=dtype,
                     output_loading_info=True, **({"device_map": {"": 0}} if cuda else {}), **from_files(trust_remote_code),
                 )  # fmt: skip
-            _fill(student, path, info["missing_keys"])
+            if missing := info["missing_keys"]:
+                _fill(student, path, missing)
     except (
         ValueError,
         LookupError,
@@ -322,10 +323,8 @@ def is_packed(student: PreTrainedModel) -> bool:
 
 def write_back(path: Path, vectors: Sequence[Lossless], stretched: Sequence[Scales], target: Path) -> None:
     """A copy of the file with the vectors' values in place of its own, and its scales stretched; types, places and size stay."""
-    from gguf import GGUFReader
-
     shutil.copyfile(path, target)
-    reader = GGUFReader(target, "r+")
+    reader = open_gguf(target, "r+")
     tensors: dict[str, Any] = {tensor.name: tensor.data for tensor in reader.tensors}
     for vector in vectors:
         tensors[vector.name][:] = (vector.parameter.detach().float().cpu() + vector.offset).numpy()
