@@ -261,7 +261,11 @@ def _layers_in_full(student: PreTrainedModel, path: Path) -> Iterator[tuple[str,
     reader = open_gguf(path)
     try:
         processor, names = _as_loaded(student, reader)
-    except ValueError:
+    except ValueError:  # another of transformers' loaders knows this kind: what is as it lies in the file is found by its numbers
+        known, there = gguf_names(reader), {str(tensor.name) for tensor in reader.tensors}
+        for name, layer in student.named_modules():
+            if isinstance(layer, nn.Linear) and (found := f"{known.get_name(name)}.weight") in there:
+                yield found, layer, None
         return
     for tensor in reader.tensors:
         owner, _, leaf = (names(tensor.name) or "").rpartition(".")
