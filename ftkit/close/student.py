@@ -76,7 +76,8 @@ def load_student(
                     str(path.parent), gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), config=config, dtype=dtype,
                     output_loading_info=True, **({"device_map": {"": 0}} if cuda else {}), **from_files(trust_remote_code),
                 )  # fmt: skip
-            _fill(student, path, info["missing_keys"])
+            if missing := info["missing_keys"]:
+                _fill(student, path, missing)
     except (
         ValueError,
         LookupError,
@@ -260,7 +261,11 @@ def _layers_in_full(student: PreTrainedModel, path: Path) -> Iterator[tuple[str,
     reader = open_gguf(path)
     try:
         processor, names = _as_loaded(student, reader)
-    except ValueError:
+    except ValueError:  # another of transformers' loaders knows this kind: what is as it lies in the file is found by its numbers
+        known, there = gguf_names(reader), {str(tensor.name) for tensor in reader.tensors}
+        for name, layer in student.named_modules():
+            if isinstance(layer, nn.Linear) and (found := f"{known.get_name(name)}.weight") in there:
+                yield found, layer, None
         return
     for tensor in reader.tensors:
         owner, _, leaf = (names(tensor.name) or "").rpartition(".")
@@ -322,14 +327,12 @@ def is_packed(student: PreTrainedModel) -> bool:
 
 def write_back(path: Path, vectors: Sequence[Lossless], stretched: Sequence[Scales], target: Path) -> None:
     """A copy of the file with the vectors' values in place of its own, and its scales stretched; types, places and size stay."""
-    from gguf import GGUFReader
-
     try:
         shutil.copyfile(path, target)
     except OSError:
         target.unlink(missing_ok=True)  # what is gone on with stays beside it, and needs the space
         raise
-    reader = GGUFReader(target, "r+")
+    reader = open_gguf(target, "r+")
     tensors: dict[str, Any] = {tensor.name: tensor.data for tensor in reader.tensors}
     for vector in vectors:
         tensors[vector.name][:] = (vector.parameter.detach().float().cpu() + vector.offset).numpy()

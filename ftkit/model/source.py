@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ftkit import patches
 from ftkit.errors import ModelError, first_line
@@ -93,13 +93,13 @@ def header(path: Path) -> dict[str, Any]:
     return entries
 
 
-def open_gguf(path: Path) -> GGUFReader:
-    """A GGUF file's metadata and tensors, mapped. Raises ModelError where it is none, or is cut short."""
+def open_gguf(path: Path, mode: Literal["r", "r+"] = "r") -> GGUFReader:
+    """A GGUF file's metadata and tensors, mapped; with "r+" to be written to. Raises ModelError where it is none, or is cut short."""
     from gguf import GGUFReader
 
     try:
         with patches.applied("reading GGUF files"):
-            return GGUFReader(path)
+            return GGUFReader(path, mode)
     except (OSError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
         raise ModelError(
             f"{path.name} is not a whole GGUF file: {first_line(error)}.", "make or download it again, with enough space on the disk"

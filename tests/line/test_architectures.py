@@ -16,13 +16,19 @@ BY_NAME = {architecture.name: architecture for architecture in architectures.ARC
 ROW = re.compile(r"^\| (?P<name>[^|]+?) \| (?P<cells>.*) \|$", re.MULTILINE)
 
 
-def test_the_table_has_every_architecture_and_no_empty_cell() -> None:
+def table() -> dict[str, list[str]]:
+    """The cells of each row of docs/families.md."""
     rows = {found["name"]: found["cells"].split(" | ") for found in ROW.finditer(architectures.TABLE.read_text(encoding="utf-8"))}
     rows.pop("family")
+    return rows
+
+
+def test_the_table_has_every_architecture_and_no_empty_cell() -> None:
+    rows = table()
     assert list(rows) == list(BY_NAME)
     assert all(len(cells) == len(architectures.COLUMNS) and all(cells) for cells in rows.values())
     for name in architectures.FAST:
-        assert not any("✘" in cell or "–" in cell for cell in rows[name]), name
+        assert not any("✘" in cell or "–" in cell for cell in rows[name][:-1]), name  # not all of their files are read by transformers
 
 
 @pytest.mark.e2e
@@ -30,6 +36,8 @@ def test_the_table_has_every_architecture_and_no_empty_cell() -> None:
 def test_an_architecture_goes_through_the_line(name: str) -> None:
     cells = architectures.run_apart(BY_NAME[name])
     assert list(cells) == list(architectures.COLUMNS), cells
+    closed, wanted = cells.pop("close"), table()[name][-1]
+    assert closed[0] == "✘" if wanted.startswith("✘") else closed == wanted, closed
     assert not [cell for cell in cells.values() if cell.startswith("✘")], cells
 
 
@@ -53,6 +61,7 @@ def test_a_model_trained_in_full_keeps_the_config_that_the_converter_knows(tmp_p
     cells: dict[str, str] = {}
     architectures.run(replace(BY_NAME["Granite 4"], settings={"training.method": "full"}), tmp_path, cells.__setitem__)
     assert list(cells) == list(architectures.COLUMNS)
+    assert cells.pop("close").endswith(architectures.UNREAD)
     assert not [cell for cell in cells.values() if cell.startswith("✘")], cells
 
 
