@@ -21,6 +21,7 @@ from ftkit.line.entry import enter
 from ftkit.line.job import Job, ToFetch, base_to_fetch
 from ftkit.line.merge import MERGE
 from ftkit.merge.stream import merge
+from ftkit.model.card import CARD
 from ftkit.model.hub import hub_cache
 from ftkit.model.locate import locate
 from ftkit.model.open import open_weights
@@ -102,10 +103,10 @@ def refused(kind: type[FtkitError], words: str) -> None:
 
 def same(made: Path, folder: Path) -> bool:
     """Whether this is the merge of the base that lies in a folder, byte for byte, with all that belongs to it and no more."""
-    names = {path.name for path in (made / "merged").iterdir()}
+    names = {path.name for path in (made / "merged").iterdir()} | {CARD}
     there = {path.name for path in folder.iterdir()}
     weights = shards(made)
-    return names == there and all((folder / name).read_bytes() == (made / "merged" / name).read_bytes() for name in weights)
+    return there == names and all((folder / name).read_bytes() == (made / "merged" / name).read_bytes() for name in weights)
 
 
 def test_one_file_at_a_time(made: Path, here: Path) -> None:
