@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,8 @@ from ftkit.line.prove import PROVE
 from ftkit.line.step import ensure, find
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
+PHI = families.by_name("Phi 3.5")
+COARSE = replace(PHI, sizes={**PHI.sizes, "hidden_size": 256, "intermediate_size": 256})  # rows of Q2_K's own blocks, which loses something
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def trained(
 
     def job(method: str, **ship: Any) -> Job:
         recipe = {
-            "model": str(made(families.by_name("Phi 3.5"))),
+            "model": str(made(COARSE)),
             "training": {"method": method, "max_steps": 12, "effective_batch_size": 4, "max_length": 128, "learning_rate": 1e-2},
             "lora": {"r": 4},
             "ship": {"name": "tiny", "quantization": "Q2_K", "max_new_tokens": 4, "test_rows": 8, "num_ctx": 512, **ship},
@@ -46,7 +47,9 @@ def trained(
 
 def kept(job: Job) -> float:
     """Percent of the training that the file keeps, as it was last proved."""
-    return line.judge_again(job).would_pass["ship.keep"]
+    of_file = [*line.judge_again(job).forms.values()][-1].kept
+    assert of_file
+    return of_file.percent
 
 
 def test_a_file_that_loses_too_much_is_closed(trained: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +59,7 @@ def test_a_file_that_loses_too_much_is_closed(trained: Callable[..., Job], monke
         with pytest.raises(ProofError):
             line.ship(plain, use_ollama=False)
         least = kept(plain)
-    wanted = math.floor(least) + 1
+    wanted = (least + 100) / 2
     job = trained("lora", keep=wanted)
     with job.run, monkeypatch.context() as small:
         small.setattr("ftkit.line.close.fitting", lambda *_: None)
