@@ -21,7 +21,7 @@ from ftkit.engines.logits import Forced
 from ftkit.line.lessons import BASE_WEIGHT
 from ftkit.machine import device
 from ftkit.model.source import open_gguf
-from ftkit.plan.formats import best_dtype
+from ftkit.plan.dtype import best_dtype
 
 
 class Peaks:

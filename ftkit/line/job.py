@@ -25,7 +25,7 @@ from ftkit.model.locate import locate
 from ftkit.model.open import open_config, open_weights, weight_bytes
 from ftkit.model.source import Source
 from ftkit.plan.cost import CLOSING_STEPS, LOOKED_AT_BYTES
-from ftkit.plan.formats import best_dtype, computes_bfloat16
+from ftkit.plan.dtype import best_dtype, computes_bfloat16
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Dtype, Recipe, load_recipe, make_recipe
 from ftkit.run import MANIFEST, Run

@@ -36,7 +36,7 @@ from ftkit.plan import measured
 from ftkit.plan.by_measuring import Measure
 from ftkit.plan.choose import make_plan
 from ftkit.plan.cost import TRAINING_BYTES
-from ftkit.plan.formats import best_dtype
+from ftkit.plan.dtype import best_dtype
 from ftkit.plan.gpus import CardFit, every_card
 from ftkit.plan.plan import MemoryPlan
 from ftkit.proof.score import counted_text, refuse_unreadable

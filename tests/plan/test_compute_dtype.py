@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ftkit.machine.device import Device, processor
-from ftkit.plan import formats, measured
-from ftkit.plan.formats import best_dtype, computes_bfloat16
+from ftkit.plan import dtype, measured
+from ftkit.plan.dtype import best_dtype, computes_bfloat16
 from ftkit.units import GIB
 
 CPU = Device("cpu", "CPU", GIB, GIB)
@@ -21,20 +21,20 @@ def test_bfloat16_from_capability_8_on(capability: tuple[int, int], native: bool
     assert best_dtype(card) == ("bfloat16" if native else "float16")
 
 
-@pytest.mark.parametrize(("speed", "dtype"), [(2.13, "bfloat16"), (0.6, "float32")])
+@pytest.mark.parametrize(("speed", "chosen"), [(2.13, "bfloat16"), (0.6, "float32")])
 def test_a_processor_computes_in_what_is_faster_and_is_timed_once(
-    speed: float, dtype: str, private_cache: Path, monkeypatch: pytest.MonkeyPatch
+    speed: float, chosen: str, private_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed = iter([speed])
-    monkeypatch.setattr(formats, "_bfloat16_speed", lambda: next(timed))
-    assert [best_dtype(CPU), best_dtype(CPU)] == [dtype, dtype]
+    monkeypatch.setattr(dtype, "_bfloat16_speed", lambda: next(timed))
+    assert [best_dtype(CPU), best_dtype(CPU)] == [chosen, chosen]
     assert measured.bfloat16_speed(CPU) == speed
 
 
 def test_where_nothing_can_be_kept_it_is_timed_again(private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     private_cache.write_text("no folder", encoding="utf-8")
     timed = iter([0.5, 0.5])
-    monkeypatch.setattr(formats, "_bfloat16_speed", lambda: next(timed))
+    monkeypatch.setattr(dtype, "_bfloat16_speed", lambda: next(timed))
     assert [best_dtype(CPU), best_dtype(CPU)] == ["float32", "float32"]
 
 
@@ -43,7 +43,7 @@ def test_products_are_timed(private_cache: Path) -> None:
     """Of each format the best round: slowed down in one, it loses."""
     import torch
 
-    from ftkit.plan.formats import _bfloat16_speed
+    from ftkit.plan.dtype import _bfloat16_speed
 
     plain = _bfloat16_speed()
     assert 0.001 < plain < 100

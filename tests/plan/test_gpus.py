@@ -19,7 +19,7 @@ from ftkit.memory.settings import StepSettings
 from ftkit.memory.work import Work
 from ftkit.plan import gpus
 from ftkit.plan.choose import Planner, not_known
-from ftkit.plan.formats import best_dtype
+from ftkit.plan.dtype import best_dtype
 from ftkit.plan.gpus import every_card, fastest, smallest
 from ftkit.plan.speed import REACHED, SECONDS_A_KERNEL, UNTOLD_TOKENS, of_training
 from ftkit.recipe import Lora, Recipe
