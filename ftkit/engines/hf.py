@@ -136,7 +136,7 @@ def load_model(
             loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
                 folder, output_loading_info=True, **settings
             )
-    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         if refused := needs_code(folder, error) or out_of_memory(error, f"load {folder.name}"):
             raise refused from None
         hint = "leave training.attention out, or fetch the model again, whole" if attention else "fetch or copy the model again, whole"

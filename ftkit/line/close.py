@@ -172,12 +172,12 @@ def _outside(job: Job, tokenizer: Any, converted: Made[Converted], teacher: Teac
     """Text outside the task, as the base of the adapter says it, and its weight; of other trained models as the merge does, in 16 bits
     where this machine's memory holds them; none, which is said, where it holds no file of it."""
     if job.recipe.training.method != "full":
-        return outside(tokenizer, teacher.as_base, kept), BASE_WEIGHT
+        return outside(tokenizer, teacher.as_base, kept / "base"), BASE_WEIGHT
     if not (file := converted.result.in_memory()):
         job.reporter.warn("the merged model is larger than this machine's memory: closing does not look at text outside the task")
         return [], MERGE_WEIGHT
     told = partial(read, job, "reading text outside the task", partial(logits.of_file, converted.folder / file.path))
-    return outside(tokenizer, told, kept), MERGE_WEIGHT
+    return outside(tokenizer, told, kept / "merge"), MERGE_WEIGHT
 
 
 CLOSE: Step[Closed] = Step(

@@ -149,7 +149,7 @@ def train(job: Job) -> Made[Trained]:
         ranks.tell(None)  # there is nothing to train
         return ensure(job, TRAIN)  # up to date: nothing has to fit any more
     refuse_missing_reporters(job.recipe.training.report_to)
-    hf.refuse_missing_attention(job.recipe.training.attention, cuda=job.device.kind == "cuda")
+    hf.refuse_missing_attention(job.recipe.training.attention, cuda=device.choose().kind == "cuda")
     planned = plan(job)
     memory, fit = planned.memory, planned.memory.chosen
     if not fit.fits and not goes_on_smaller(job):
@@ -444,7 +444,7 @@ def choose_type(job: Job) -> tuple[Job, tuple[Weighed, ...]]:
     if not is_smallest(job):
         return job, ()
     weighed = []
-    for tried, one, ships in trials(job, lambda tried: ensure(tried, WEIGH).result):
+    for tried, one, ships in trials(job, lambda tried: (find(tried, WEIGH) or ensure(tried, WEIGH)).result):
         weighed.append(one)
         if one.kept_percent is None:
             raise ProofError(

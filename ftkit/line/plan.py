@@ -118,7 +118,7 @@ def _follows_from(job: Job) -> list[Any]:
     last = recorded(job.run)
     if last and last.memory.holds_with(free_bytes):
         free_bytes = last.memory.device.free_bytes
-    beside = [TRAINING_BYTES] if device.kind == "cpu" else []
+    beside = [TRAINING_BYTES, recipe.training.compute_dtype or best_dtype(device)] if device.kind == "cpu" else []
     wanted = [device.name, device.total_bytes >> 20, free_bytes, recipe.budget.vram, _extra_bytes(job), *beside]
     versions = {name: version(name) for name in HOLDS_FOR}
     packed = ["packing"] if recipe.training.packing else []  # it changes nothing in what is learnt

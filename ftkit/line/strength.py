@@ -73,7 +73,7 @@ def _compared(path: Path, base: Path, adapter: Path) -> Iterator[tuple[str, Any,
             with safe_open(shards[name], "pt") as file:
                 own = file.get_slice(name)
                 shape = tuple(own.get_shape())
-                if tuple(map(int, tensors[there].shape[::-1])) != shape:
+                if len(shape) != 2 or tuple(map(int, tensors[there].shape[::-1])) != shape:  # a norm may be trained whole, too
                     continue
                 rows = max(1, min(shape[0], MOST_ELEMENTS // shape[1]))
                 before = own[:rows]

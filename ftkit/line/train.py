@@ -276,12 +276,14 @@ TRAIN = Step(
 
 
 def refuse_probe(job: Job) -> None:
-    """Raise RecipeError where two real steps cannot be run: without rows, or for another device than this machine's."""
+    """Raise RecipeError where two real steps cannot be run: without rows, or for another device than this machine's; ToolMissingError
+    without the attention that is asked for."""
     real, wanted = device.choose(), job.device
     if wanted.kind != real.kind or (real.kind == "cuda" and wanted.name != real.name):
         raise RecipeError(f"--probe runs on this machine's {real.name}; the plan is for {wanted.name}.", "leave --gpu and --vram out")
     if job.recipe.training.fsdp:
         raise RecipeError("--probe runs in one process, which shares no weights out.", "leave out --probe, or --set training.fsdp=false")
+    hf.refuse_missing_attention(job.recipe.training.attention, cuda=real.kind == "cuda")
     if not job.data:
         raise RecipeError("--probe trains on real rows.", "name them: --data train.jsonl")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import psutil
 
 from ftkit.errors import RecipeError
+from ftkit.files import fingerprint
 from ftkit.machine.cards import find_card
 from ftkit.units import GIB, parse_vram
 
@@ -119,6 +121,17 @@ def processor(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/se
     limits = list(ram_limits(cgroups, own))
     total, free = (min(values) for values in zip((memory.total, memory.available), *limits, strict=True))
     return Device("cpu", "CPU", total, min(total, free))
+
+
+def processor_kind(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What tells this machine's processor from others: its name and its instructions, as far as the system tells them."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # no Linux
+        lines = []
+    told = sorted({line for line in lines if line.startswith(("model name", "flags", "CPU part", "Features"))})
+    name = next((line.partition(":")[2].strip() for line in told if line.startswith("model name")), platform.processor())
+    return f"{name or platform.machine()} {fingerprint(told)[:8]}"
 
 
 def held_bytes() -> int:

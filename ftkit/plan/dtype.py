@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from ftkit.machine.device import Device
+from ftkit.machine.device import Device, processor_kind
 from ftkit.plan import measured
 from ftkit.recipe import Dtype
 
@@ -28,8 +28,9 @@ def computes_bfloat16(device: Device) -> bool:
     """
     if device.kind == "cuda":
         return device.capability >= (8, 0)
-    if (speed := measured.bfloat16_speed(device)) is None:
-        measured.remember_bfloat16_speed(device, speed := _bfloat16_speed())
+    processor = processor_kind()
+    if (speed := measured.bfloat16_speed(device, processor)) is None:
+        measured.remember_bfloat16_speed(device, processor, speed := _bfloat16_speed())
     return speed > 1
 
 

@@ -77,16 +77,21 @@ def _update(device: Device, entry: dict[str, Any]) -> None:
     write_atomically(_file(), (json.dumps(kept, indent=1) + "\n").encode())
 
 
-def bfloat16_speed(device: Device) -> float | None:
-    """How many times as fast as float32 its matrix products are in bfloat16."""
-    speed = known(device).get("bfloat16_speed")
+def bfloat16_speed(device: Device, processor: str) -> float | None:
+    """How many times as fast as float32 a processor's matrix products are in bfloat16."""
+    speed = _bfloat16_speeds(device).get(processor)
     return float(speed) if isinstance(speed, (int, float)) else None
 
 
-def remember_bfloat16_speed(device: Device, speed: float) -> None:
-    """Keep it; where nothing can be kept, it is measured again."""
+def remember_bfloat16_speed(device: Device, processor: str, speed: float) -> None:
+    """Keep it, of a private folder that several machines may share; where nothing can be kept, it is measured again."""
     with suppress(OSError, RunError):
-        _update(device, {"bfloat16_speed": round(speed, 2)})
+        _update(device, {"bfloat16_speed": {**_bfloat16_speeds(device), processor: round(speed, 2)}})
+
+
+def _bfloat16_speeds(device: Device) -> dict[str, Any]:
+    found = known(device).get("bfloat16_speed")
+    return found if isinstance(found, dict) else {}
 
 
 def remember_speed(device: Device, method: str, model: str, tokens_per_second: float) -> None:

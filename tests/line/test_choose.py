@@ -13,6 +13,7 @@ import pytest
 
 from ftkit.check import failed
 from ftkit.errors import RecipeError, ToolMissingError
+from ftkit.gguf.files import quantize
 from ftkit.line import line
 from ftkit.line.choose import TRIED
 from ftkit.line.job import Job, open_job
@@ -74,6 +75,11 @@ def test_the_smallest_type_that_keeps_enough_ships(
     assert [tried.quantization for tried in first.weighed] == [TRIED[0]]
     assert {path: path.stat().st_mtime_ns for path in run.glob("weigh-*/*")} == weighed  # nothing is weighed twice
     assert not ship(0).fresh
+
+    asked: list[str] = []
+    monkeypatch.setattr("ftkit.line.gguf.quantize", lambda *args, **more: asked.append(args[2]) or quantize(*args, **more))
+    assert ship(50).weighed == chosen.weighed
+    assert asked == ([last.quantization] if smaller else [])  # of the others, whose files went, none is made again
 
     monkeypatch.setattr("ftkit.line.gguf.LLAMA_IMATRIX", "llama-that-is-not-here")
     with pytest.raises(ToolMissingError, match=r"ship\.imatrix needs"):

@@ -146,6 +146,14 @@ def test_what_a_file_says_otherwise_is_refused(
     assert "ftkit ship" in str(caught.value.hint)
 
 
+def test_a_token_without_a_row_of_the_embedding_is_not_missed(converted: tuple[Made[Converted], Wanted]) -> None:
+    """As Gemma 3 1B's tokenizer has one for pictures, which the converter leaves out."""
+    made, wanted = converted
+    path = made.folder / made.result.files[0].path
+    rows = next(int(tensor.shape[1]) for tensor in open_gguf(path).tensors if tensor.name == "token_embd.weight")
+    assert read_back(path, "F16", replace(wanted, tokens=rows + 1)).tensors
+
+
 def test_another_end_of_turn_is_refused(converted: tuple[Made[Converted], Wanted], tmp_path: Path) -> None:
     made, wanted = converted
     path = Path(shutil.copy(made.folder / made.result.files[0].path, tmp_path / "tiny.gguf"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ftkit.machine.device import Device, processor
+from ftkit.machine.device import Device, processor, processor_kind
 from ftkit.plan import dtype, measured
 from ftkit.plan.dtype import best_dtype, computes_bfloat16
 from ftkit.units import GIB
@@ -28,7 +28,8 @@ def test_a_processor_computes_in_what_is_faster_and_is_timed_once(
     timed = iter([speed])
     monkeypatch.setattr(dtype, "_bfloat16_speed", lambda: next(timed))
     assert [best_dtype(CPU), best_dtype(CPU)] == [chosen, chosen]
-    assert measured.bfloat16_speed(CPU) == speed
+    assert measured.bfloat16_speed(CPU, processor_kind()) == speed
+    assert measured.bfloat16_speed(CPU, "another processor that shares the folder") is None
 
 
 def test_where_nothing_can_be_kept_it_is_timed_again(private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
