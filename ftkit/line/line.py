@@ -444,7 +444,7 @@ def choose_type(job: Job) -> tuple[Job, tuple[Weighed, ...]]:
     if not is_smallest(job):
         return job, ()
     weighed = []
-    for tried, one, ships in trials(job, lambda tried: (find(tried, WEIGH) or ensure(tried, WEIGH)).result):
+    for tried, one, ships in trials(job, lambda tried: ensure(tried, WEIGH).result):
         weighed.append(one)
         if one.kept_percent is None:
             raise ProofError(
