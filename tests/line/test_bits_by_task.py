@@ -23,6 +23,7 @@ from ftkit.line import behaviour
 from ftkit.line.bits import BITS, TYPES, Bits
 from ftkit.line.gguf import Converted, refuse_type
 from ftkit.line.job import Job, open_job
+from ftkit.line.merge import Merged
 from ftkit.line.step import Made
 from ftkit.machine.llama_cpp import Found, find_program, need_converter
 from ftkit.proof.behaviour import Behaviour
@@ -86,7 +87,7 @@ def before(quantised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 12, encoding="utf-8")
     files = {kind: GgufFile(kind, Path(f"m-{kind}.gguf"), 0, 0.0, 0, 0) for kind in ("F16", "Q4_0")}
-    results = {"ask": None, "merge": None, "gguf": Converted((files["F16"],)), "quantise": files["Q4_0"]}
+    results = {"ask": None, "merge": Merged("", ()), "gguf": Converted((files["F16"],)), "quantise": files["Q4_0"]}
     steps: list[Made[Any]] = [Made(name, "", quantised, result, 0, fresh=True) for name, result in results.items()]
     monkeypatch.setattr("ftkit.line.gguf.tokenizer_of", lambda job, model: convertible.tokenizer())
     (tmp_path / "made").mkdir()
