@@ -23,7 +23,7 @@ from ftkit.report.ship_page import write_page
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
-GAIN, DISTANCE, STRENGTH = "gain kept", "distance from the trained model", "strength of the merge"
+GAIN, DISTANCE, STRENGTH, BASE = "gain kept", "distance from the trained model", "strength of the merge", "base of the merge"
 
 
 @pytest.mark.parametrize(("name", "method"), [("Phi 3.5", "qlora"), ("Gemma 2", "lora")])
@@ -59,7 +59,8 @@ def test_the_line_ships_it_and_does_nothing_twice(
     outcomes = {check.name: check.outcome for check in shipped.checks}
     assert outcomes.pop("answers") == "not made"  # two steps teach little
     assert {outcomes.pop(name) for name in (GAIN, DISTANCE)} <= {"passed", "not made"}
-    assert outcomes == dict.fromkeys(("token ids", "training ids", "prompts", "stops", "end of sequence", STRENGTH), "passed")
+    passed = ("token ids", "training ids", "prompts", "stops", "end of sequence", STRENGTH, BASE)
+    assert outcomes == dict.fromkeys(passed, "passed")
     assert set(shipped.forms) == {"before", "trained", "merged", "Q8_0"}
     assert {path.name for path in shipped.record.parent.iterdir()} == {"tiny-Q8_0.gguf", "Modelfile", RECORD, PROBES, CARD}
     assert {check.outcome for check in verify(shipped.gguf, shipped.record)} == {"passed"}
