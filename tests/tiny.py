@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftkit.recipe import Recipe
 from ftkit.train.arguments import Settings
+
+if TYPE_CHECKING:
+    from ftkit.line.job import Job
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -75,3 +79,18 @@ TRAINED: dict[str, Any] = {
     "tokens_per_second": 1.0, "peak_bytes": 1, "peak_is": "held in RAM", "resumed_from_step": 0, "verdict": "trained enough",
     "curve": [],
 }  # fmt: skip
+
+
+def trained_job(folder: Path) -> Job:
+    """The job of a folder's recipe, whose training is on record with the adapter that lies beside it."""
+    from ftkit.line.job import open_job
+    from ftkit.line.plan import training_inputs
+
+    def make(made: Path) -> dict[str, Any]:
+        shutil.copytree(folder / "adapter", made / "adapter")
+        return TRAINED
+
+    job = open_job(folder)
+    with job.run:
+        job.run.ensure("train", training_inputs(job), make, keep=True)
+    return job

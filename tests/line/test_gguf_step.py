@@ -34,19 +34,6 @@ pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.filterwarnings("i
 LICENCE = "---\nlicense: other\nlicense_name: tiny\nlicense_link: https://e.org/terms\n---\n# Tiny\n"
 
 
-def trained(folder: Path) -> Job:
-    """A job whose training is on record, of a tiny model and an adapter beside the recipe."""
-
-    def make(made: Path) -> dict[str, Any]:
-        shutil.copytree(folder / "adapter", made / "adapter")
-        return tiny.TRAINED
-
-    job = open_job(folder)
-    with job.run:
-        job.run.ensure("train", training_inputs(job), make, keep=True)
-    return job
-
-
 def lay_out(folder: Path) -> None:
     convertible.make("llama", folder / "base", chat_template="<bos>" + convertible.CHAT)
     (folder / "base" / "README.md").write_text(LICENCE, encoding="utf-8")
@@ -60,7 +47,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Made[Converted]
     """The step, and what its files must say."""
     folder = tmp_path_factory.mktemp("made")
     lay_out(folder)
-    job = trained(folder)
+    job = tiny.trained_job(folder)
     with job.run:
         made, merged = ensure(job, GGUF), ensure(job, MERGE)
     model = merged.folder / MODEL
@@ -167,7 +154,7 @@ def test_a_merge_into_another_base_of_the_same_shape_is_not_what_was_trained(tmp
     from safetensors.torch import load_file, save_file
 
     lay_out(tmp_path)
-    job = trained(tmp_path)
+    job = tiny.trained_job(tmp_path)
     weights = tmp_path / "base" / "model.safetensors"
     right = load_file(weights)
     for name, times in {"right": 0.0, "tuned further": 0.02}.items():
@@ -191,7 +178,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose model is merged."""
     folder = tmp_path_factory.mktemp("whole")
     lay_out(folder)
-    job = trained(folder)
+    job = tiny.trained_job(folder)
     with job.run:
         ensure(job, MERGE)
     return folder

@@ -19,7 +19,6 @@ from ftkit.errors import FtkitError, ModelError, RunError
 from ftkit.line.job import Job, open_job
 from ftkit.line.line import ship
 from ftkit.line.merge import MERGE
-from ftkit.line.plan import training_inputs
 from ftkit.line.step import ensure
 from ftkit.run import Run
 
@@ -42,19 +41,6 @@ def here(whole: Path, tmp_path: Path, rows: list[Any], write_rows: Callable[[Pat
     write_rows(tmp_path / "train.jsonl", rows)
     (tmp_path / "recipe.yaml").write_text("model: base\ntraining: {method: lora}\n", encoding="utf-8")
     return tmp_path
-
-
-def trained(here: Path) -> Job:
-    """The recipe's job, whose training is on record with the adapter that lies beside it."""
-
-    def make(folder: Path) -> dict[str, Any]:
-        shutil.copytree(here / "adapter", folder / "adapter")
-        return tiny.TRAINED
-
-    job = open_job(here)
-    with job.run:
-        job.run.ensure("train", training_inputs(job), make, keep=True)
-    return job
 
 
 def refused(job: Job, kind: type[FtkitError], words: str) -> None:
@@ -153,14 +139,14 @@ ADAPTERS = {
 def test_a_base_that_is_damaged_or_another(name: str, here: Path) -> None:
     change, words = BASES[name]
     change(here / "base" / "model.safetensors")
-    refused(trained(here), ModelError, words)
+    refused(tiny.trained_job(here), ModelError, words)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_that_is_damaged_or_another(name: str, here: Path) -> None:
     change, words = ADAPTERS[name]
     change(here / "adapter" / "adapter_model.safetensors")
-    refused(trained(here), ModelError, words)
+    refused(tiny.trained_job(here), ModelError, words)
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq"])
@@ -185,11 +171,11 @@ def test_a_number_too_large_for_float16(here: Path) -> None:
 
     tensors_of(here / "base" / "model.safetensors", lambda tensors: tensors.update({n: t.half() for n, t in tensors.items()}))
     tensors_of(here / "adapter" / "adapter_model.safetensors", lambda tensors: tensors.update({A: torch.full_like(tensors[A], 1e6)}))
-    refused(trained(here), ModelError, f"{Q_PROJ} would hold NaN or Inf")
+    refused(tiny.trained_job(here), ModelError, f"{Q_PROJ} would hold NaN or Inf")
 
 
 def test_a_base_that_changed_since_the_training(here: Path) -> None:
-    trained(here)
+    tiny.trained_job(here)
     a_tensor(set_first(1.0))(here / "base" / "model.safetensors")
     job = open_job(here)
     with job.run, pytest.raises(RunError, match="training of another recipe, other data or another revision of the model"):
@@ -198,7 +184,7 @@ def test_a_base_that_changed_since_the_training(here: Path) -> None:
 
 @pytest.mark.parametrize("size_bytes", [10_000, 100_000])
 def test_a_disk_that_is_full_half_way(size_bytes: int, here: Path, small_files: Any) -> None:
-    job = trained(here)
+    job = tiny.trained_job(here)
     with small_files(size_bytes):
         refused(job, RunError, "`merge` cannot write to .*")
     with job.run:
