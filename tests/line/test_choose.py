@@ -22,25 +22,30 @@ from ftkit.model.source import open_gguf
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
 
-def test_the_smallest_type_that_keeps_enough_ships(
-    tmp_path: Path,
-    write_rows: Callable[[Path, list[Any]], Path],
-    rows: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    convertible.make("llama", tmp_path / "model", chat_template="<bos>" + convertible.CHAT)
-    for name in ("train", "test"):
-        write_rows(tmp_path / f"{name}.jsonl", rows)
-    recipe = {
-        "model": str(tmp_path / "model"),
-        "data": {"test": "test.jsonl"},
-        "training": {"method": "lora", "max_steps": 12, "effective_batch_size": 2, "max_length": 128, "learning_rate": 2e-2},
-        "ship": {
-            "name": "tiny", "quantization": "smallest", "imatrix": True, "bits_by_task": True, "max_new_tokens": 4, "test_rows": 2,
-            "num_ctx": 512, "max_loss_points": 100,
-        },
-    }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+@pytest.fixture
+def lay_out(tmp_path: Path, write_rows: Callable[[Path, list[Any]], Path], rows: list[Any]) -> Callable[..., None]:
+    """A tiny model, rows and a recipe that wants the smallest type, with some keys of `ship`."""
+
+    def write(**ship: Any) -> None:
+        convertible.make("llama", tmp_path / "model", chat_template="<bos>" + convertible.CHAT)
+        for name in ("train", "test"):
+            write_rows(tmp_path / f"{name}.jsonl", rows)
+        recipe = {
+            "model": str(tmp_path / "model"),
+            "data": {"test": "test.jsonl"},
+            "training": {"method": "lora", "max_steps": 12, "effective_batch_size": 2, "max_length": 128, "learning_rate": 2e-2},
+            "ship": {
+                "name": "tiny", "quantization": "smallest", "max_new_tokens": 4, "test_rows": 2, "num_ctx": 512, "max_loss_points": 100,
+                **ship,
+            },
+        }  # fmt: skip
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+
+    return write
+
+
+def test_the_smallest_type_that_keeps_enough_ships(tmp_path: Path, lay_out: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    lay_out(imatrix=True, bits_by_task=True)
     run = tmp_path / "runs" / "recipe"
 
     def ship(keep: float) -> line.Shipped:
@@ -91,25 +96,10 @@ def test_the_smallest_type_that_keeps_enough_ships(
 
 
 def test_a_type_that_fails_its_proof_gives_way_to_the_next(
-    tmp_path: Path,
-    write_rows: Callable[[Path, list[Any]], Path],
-    rows: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, lay_out: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both types are made by the converter; of the first it is put lower what it keeps on the held-out rows."""
-    convertible.make("llama", tmp_path / "model", chat_template="<bos>" + convertible.CHAT)
-    for name in ("train", "test"):
-        write_rows(tmp_path / f"{name}.jsonl", rows)
-    recipe = {
-        "model": str(tmp_path / "model"),
-        "data": {"test": "test.jsonl"},
-        "training": {"method": "lora", "max_steps": 12, "effective_batch_size": 2, "max_length": 128, "learning_rate": 2e-2},
-        "ship": {
-            "name": "tiny", "quantization": "smallest", "max_new_tokens": 4, "test_rows": 2, "num_ctx": 512, "max_loss_points": 100,
-            "keep": 50,
-        },
-    }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    lay_out(keep=50)
     monkeypatch.setattr("ftkit.line.choose.TRIED", ("BF16", "Q8_0"))
     run, judged, walk = tmp_path / "runs" / "recipe", line.judged, line._walk
 
