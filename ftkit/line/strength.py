@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,29 +37,36 @@ def strength(job: Job, converted: Path, shipped: Path) -> list[Check]:
     if bytes_to_fetch(job.source):
         return [not_made(name, "the base's weights are not here any more") for name in (NAME, BASE)]
     base = base_folder(job)
-    adapted, embedding = left_overs(converted, base, adapter)
+    found = find_merged(converted, base, adapter)
+    adapted_left = None if job.rounding else found.adapted_left  # what is merged into otherwise rounded weights is apart by that
     return [
-        judge_strength(shares(converted, base, adapter), {} if shipped == converted else shares(shipped, base, adapter)),
-        judge_base(None if job.rounding else adapted, embedding),  # what is merged into otherwise rounded weights is apart by that
+        judge_strength(found.shares, {} if shipped == converted else find_merged(shipped, base, adapter).shares),
+        judge_base(adapted_left, found.embedding_left),
     ]
 
 
-def shares(path: Path, base: Path, adapter: Path) -> dict[str, Share]:
-    """Of a file, a model's folder and what was merged into it: by adapters, and in modules that were trained whole."""
+@dataclass(frozen=True)
+class Found:
+    """Of a file, a model's folder and what was merged into it: how much of that it holds, and what is neither that nor the base."""
+
+    shares: dict[str, Share]  # by adapters, and in modules that were trained whole
+    adapted_left: float | None  # the least of the tensors with adapters
+    embedding_left: float | None
+
+
+def find_merged(path: Path, base: Path, adapter: Path) -> Found:
+    """Both of the same rows, read once."""
     groups: dict[str, list[Share]] = {}
+    left: dict[str, list[float]] = {}
     for what, numbers, before, after in _compared(path, base, adapter):
-        if what != EMBEDDING and (one := share(numbers, before, after - before)):
+        if what == EMBEDDING:
+            left.setdefault(what, []).append(left_over(numbers, after))
+            continue
+        left.setdefault(what, []).append(left_over(numbers, before, after - before))
+        if one := share(numbers, before, after - before):
             groups.setdefault(what, []).append(one)
-    return {what: together(found) for what, found in groups.items()}
-
-
-def left_overs(path: Path, base: Path, adapter: Path) -> tuple[float | None, float | None]:
-    """What of a file is neither its base nor what was merged: the least of the tensors with adapters, and the embedding's."""
-    found: dict[str, list[float]] = {}
-    for what, numbers, before, after in _compared(path, base, adapter):
-        found.setdefault(what, []).append(left_over(numbers, after) if what == EMBEDDING else left_over(numbers, before, after - before))
-    adapted, embedding = (min(found.get(what, ()), default=None) for what in (LORA, EMBEDDING))
-    return adapted, embedding
+    adapted, embedding = (min(left.get(what, ()), default=None) for what in (LORA, EMBEDDING))
+    return Found({what: together(found) for what, found in groups.items()}, adapted, embedding)
 
 
 def _compared(path: Path, base: Path, adapter: Path) -> Iterator[tuple[str, Any, Any, Any]]:

@@ -14,7 +14,7 @@ import tiny
 
 from ftkit.check import Check
 from ftkit.gguf.files import convert
-from ftkit.line.strength import LORA, SAVED, left_overs, shares
+from ftkit.line.strength import LORA, SAVED, find_merged
 from ftkit.machine.llama_cpp import need_converter
 from ftkit.proof.strength import judge_base, judge_strength
 
@@ -50,10 +50,11 @@ class Made:
         return path
 
     def check(self, converted: Path, shipped: Path | None = None) -> Check:
-        return judge_strength(shares(converted, self.base, self.adapter), shares(shipped, self.base, self.adapter) if shipped else {})
+        return judge_strength(*(find_merged(path, self.base, self.adapter).shares if path else {} for path in (converted, shipped)))
 
     def check_base(self, converted: Path) -> Check:
-        return judge_base(*left_overs(converted, self.base, self.adapter))
+        found = find_merged(converted, self.base, self.adapter)
+        return judge_base(found.adapted_left, found.embedding_left)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def rounded(tensors: Tensors) -> None:
 
 def test_a_right_merge_holds_it_once(made: Made, tmp_path: Path) -> None:
     right, shipped = made.merged(tmp_path / "f32.gguf"), made.merged(tmp_path / "q4.gguf", also=rounded)
-    assert set(shares(right, made.base, made.adapter)) == {LORA, SAVED}
+    assert set(find_merged(right, made.base, made.adapter).shares) == {LORA, SAVED}
     check = made.check(right, shipped)
     assert check.outcome == "passed", check.detail
     assert made.check_base(right).detail == "embedding and weights with adapters"
@@ -177,6 +178,6 @@ def test_what_sixteen_bits_round_away_is_no_fault(made: Made, tmp_path: Path) ->
             tensors[name][:] = torch.from_numpy(np.array(tensors[name])).to(torch.bfloat16).float().numpy()
 
     once, twice = (made.merged(tmp_path / f"{n}.gguf", n / 100, 0, in_sixteen_bits) for n in (1, 2))
-    kept = [shares(path, made.base, gentle)[LORA].times for path in (once, twice)]
+    kept = [find_merged(path, made.base, gentle).shares[LORA].times for path in (once, twice)]
     assert kept[0] == pytest.approx(1, abs=0.01)
     assert kept[1] > 1.8
