@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit import patches
-from ftkit.close.packed import Blocks, PackedWeight, dequantise
+from ftkit.close.packed import Blocks, PackedWeight
 from ftkit.close.scales import Scales
 from ftkit.engines import hf
 from ftkit.engines.logits import Forced
@@ -114,7 +114,7 @@ def _packed(path: Path, config: Any, dtype: torch.dtype, way: Way, *, cuda: bool
             config, dtype=dtype, experts_implementation="eager", trust_remote_code=trust_remote_code
         )
     processor, names = _as_loaded(student, reader)
-    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    mapped = _mapped(path)
     packed: dict[str, PackedWeight] = {}
     for tensor in sorted(reader.tensors, key=lambda tensor: str(tensor.name)):  # of experts the gate comes before the up
         if not (name := names(tensor.name)):
@@ -123,9 +123,9 @@ def _packed(path: Path, config: Any, dtype: torch.dtype, way: Way, *, cuda: bool
         module = student.get_submodule(owner)
         shape = tuple(int(size) for size in reversed(tensor.shape))
         if len(shape) > 1 and tensor.tensor_type != gguf.GGMLQuantizationType.F32:
-            data = mapped[tensor.data_offset :][: tensor.n_bytes].reshape(*shape[:-1], -1)
-            kept = data if way == "mapped" or isinstance(module, torch.nn.Embedding) else data.to(device)
-            part, order = Blocks(kept, int(tensor.tensor_type), str(tensor.name)), _order(processor, tensor.name, shape)
+            part, order = _blocks(mapped, tensor), _order(processor, tensor.name, shape)
+            if way != "mapped" and not isinstance(module, torch.nn.Embedding):
+                part = replace(part, data=part.data.to(device))
             before = packed[name].parts if name in packed else ()
             packed[name] = PackedWeight((*before, part), shape[-1], device, dtype, order)
         else:
@@ -161,6 +161,19 @@ def _as_loaded(student: PreTrainedModel, reader: Any) -> tuple[Any, Callable[[st
     processor = loader.TENSOR_PROCESSORS.get(architecture, loader.TensorProcessor)(config=student.config.get_text_config().to_dict())
     names = loader.get_gguf_hf_weights_map(student, processor, architecture)
     return processor, lambda name: names.get(name) or names.get(name.removesuffix(".weight"))
+
+
+def _mapped(path: Path) -> torch.Tensor:
+    """The bytes of a file, read as they are looked at."""
+    import torch
+
+    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+
+
+def _blocks(mapped: torch.Tensor, tensor: Any) -> Blocks:
+    """Of a tensor of the file, where they lie."""
+    rows = reversed(tensor.shape[1:].tolist())
+    return Blocks(mapped[tensor.data_offset :][: tensor.n_bytes].reshape(*rows, -1), int(tensor.tensor_type), str(tensor.name))
 
 
 def _fill(student: PreTrainedModel, path: Path, missing: Collection[str]) -> None:
@@ -236,11 +249,11 @@ def scales(student: PreTrainedModel, path: Path) -> list[Scales]:
     """Those of its linear layers that are the file's tensors, row for row, whose types have some that can be trained; by name."""
     from gguf import GGMLQuantizationType
 
-    tensors, packed = {str(tensor.name): tensor for tensor in open_gguf(path).tensors}, is_packed(student)
+    tensors, mapped, packed = {str(tensor.name): tensor for tensor in open_gguf(path).tensors}, _mapped(path), is_packed(student)
     found = []
     for name, layer, order in _packed_layers(student) if packed else _layers_in_full(student, path):
         shape, kind = tuple(layer.weight.shape), GGMLQuantizationType(tensors[name].tensor_type).name
-        if has_scales(name, shape, kind) and (packed or _holds(layer.weight, tensors[name], order)):
+        if has_scales(name, shape, kind) and (packed or _holds(layer.weight, _blocks(mapped, tensors[name]), order)):
             found.append(Scales(name, kind, layer, order, student.device))
     return sorted(found, key=lambda one: one.name)
 
@@ -278,13 +291,14 @@ def _layers_in_full(student: PreTrainedModel, path: Path) -> Iterator[tuple[str,
             yield str(tensor.name), layer, order
 
 
-def _holds(weight: torch.Tensor, tensor: Any, order: torch.Tensor | None) -> bool:
-    """Whether a weight is a tensor of the file, number for number."""
+def _holds(weight: torch.Tensor, blocks: Blocks, order: torch.Tensor | None) -> bool:
+    """Whether a weight is a tensor of the file, number for number; some rows at a time, as the heap would keep the holes of large ones."""
     import torch
 
-    numbers = dequantise(torch.from_numpy(tensor.data.copy()), int(tensor.tensor_type))
-    there, most = weight.detach().float().cpu(), EXACT[str(weight.dtype).removeprefix("torch.")]
-    return float((there - (numbers if order is None else numbers[order])).abs().max()) <= most * float(there.abs().max())
+    there = PackedWeight([blocks], weight.shape[1], torch.device("cpu"), torch.float32, order)
+    least, most = map(float, weight.detach().aminmax())
+    away = EXACT[str(weight.dtype).removeprefix("torch.")] * max(-least, most)
+    return all(float((weight.detach()[which].float().cpu() - rows).abs().max()) <= away for which, rows in there.in_turn())
 
 
 @contextmanager
