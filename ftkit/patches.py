@@ -16,7 +16,7 @@ from ftkit.errors import ToolFailedError
 When = Literal[
     "tracing", "tracing for CUDA", "tracing DoRA", "training", "loading in 4 bits", "reading 4-bit weights",
     "running adapters", "merging", "asking Ollama", "reading GGUF files",
-    "reading answers", "training preferences", "computing with packed weights",
+    "reading answers", "training preferences", "dequantising",
 ]  # fmt: skip
 
 
@@ -176,7 +176,6 @@ def _read_plainly(reader: Any, offset: int, dtype: Any, count: int = 1, override
 
 _CUDA: When = "tracing for CUDA"
 _HEAD, _LORA = "trl.kernels.chunked_logprob", "peft.tuners.lora.layer"
-_LOADER = "transformers.modeling_gguf_pytorch_utils"
 _TORCH, _TRANSFORMERS, _TRL, _PEFT = ("torch", "2.13.0"), ("transformers", "5.23.0"), ("trl", "1.16.0"), ("peft", "0.21.2")
 _BITSANDBYTES, _OLLAMA, _GGUF = ("bitsandbytes", "0.50.2"), ("ollama", "0.6.3"), ("gguf", "0.19.0")
 _NO_VALUES = "asks for values that fake tensors do not have; without an answer the mask is built in full"
@@ -256,9 +255,7 @@ INSIDES: tuple[Inside, ...] = (
     Inside("merging", _LORA, "ParamWrapper.get_param", "which tensor of experts an adapter is for", *_PEFT),
     Inside("reading answers", "transformers.generation.utils", "GenerationMixin._supports_logits_to_keep",
            "else the logits of every token take memory", *_TRANSFORMERS),
-    *(Inside("computing with packed weights", _LOADER, name, "it names and orders what is packed", *_TRANSFORMERS)
-      for name in ("TENSOR_PROCESSORS", "GGUF_SUPPORTED_ARCHITECTURES", "get_gguf_hf_weights_map")),
-    Inside("computing with packed weights", "transformers.integrations.gguf.dequant", "dequantize", "on a GPU too", *_TRANSFORMERS),
+    Inside("dequantising", "transformers.integrations.gguf.dequant", "dequantize", "on a GPU too", *_TRANSFORMERS),
     Inside("asking Ollama", "ollama", "Client._client", "the client's own methods render no prompt and look for no blob", *_OLLAMA),
 )  # fmt: skip
 IN_OBJECTS: tuple[When, ...] = ("reading 4-bit weights", "asking Ollama")  # which only objects have, and no class

@@ -29,7 +29,6 @@ COLUMNS = ("plan", "targets", "rows", "train", "merge", "convert", "logits", "pr
 MAX_KL = 1e-5  # nats a token, of llama.cpp's F32 file from transformers' float32 model
 MAX_ROUNDED_KL = 2e-3  # the same of a Q8_0 file in both: llama.cpp rounds activations to 8 bits, too
 NOT_LEARNT = {"rope_freqs.weight"}  # a vector of the file that is no number of the model's
-UNREAD = "transformers reads no file of this architecture"
 MOVED, STRETCHED = 0.1, 0.05  # by how much what closing trains is moved: of the mean size of a vector's numbers; of logarithms of scales
 TEXT = "The quick brown fox jumps over the lazy dog. Ünder 42 bridges, sie sagte: «Это дом» – and then\n\n  def f(x): return x ** 2\n"
 ROWS = [
@@ -335,17 +334,11 @@ def closes(model: Path, path: Path) -> str:
     from ftkit.engines import logits
     from ftkit.errors import ModelError
     from ftkit.model.source import open_gguf
-    from ftkit.plan.cost import Way
 
-    ways: tuple[Way, ...] = ("dequantised", "mapped")  # as the step tries them
-    for way in ways:
-        try:
-            student = load_student(path, model, way, bfloat16=False, cuda=False)
-            break
-        except ModelError as error:
-            why_not = error.message
-    else:
-        return "✘ " + (UNREAD if "is not supported yet" in why_not else why_not.replace(path.name, "the file"))
+    try:
+        student = load_student(path, model, bfloat16=False, cuda=False)
+    except ModelError as error:
+        return "✘ " + error.message.replace(path.name, "the file")
     vectors, stretched, target = lossless(student, path), scales(student, path), path.with_suffix(".moved.gguf")
     vocabulary = student.get_input_embeddings().weight.shape[0]
     row = logits.Forced([(7919 * n + 11) % vocabulary for n in range(48)], list(range(1, 49)))
@@ -376,7 +369,11 @@ def closes(model: Path, path: Path) -> str:
         return f"✘ the file that is written back is not what was trained: KL {found:.1e} of {apart(before, after):.1e}"
     there = {str(tensor.name) for tensor in open_gguf(path).tensors if len(tensor.shape) == 1} - NOT_LEARNT
     of = f" of {len(there)}" if there - {vector.name for vector in vectors} else ""
-    return f"✔ {len(vectors)}{of} + {len(stretched)}{', packed' if way == 'mapped' else ''}"
+    try:
+        load_student(path, model, "mapped", bfloat16=False, cuda=False)
+    except ModelError:
+        return f"✔ {len(vectors)}{of} + {len(stretched)}, in full"
+    return f"✔ {len(vectors)}{of} + {len(stretched)}"
 
 
 def run_apart(architecture: Architecture) -> dict[str, str]:
@@ -429,8 +426,8 @@ and llama.cpp {packages.PACKAGES["converter"].version}.
 - **close**: vectors, and matrices whose scales are trained beside them, where the Q8_0 file is closed; all of them were moved and
   written back, and llama.cpp then says what transformers says: the median token's KL divergence is below {MAX_ROUNDED_KL:g} nats, which is
   llama.cpp's rounding of activations to 8 bits, and below a twentieth of what the file moved. *n of m*: the file has more vectors.
-  *packed*: computed with as they lie in the file, since transformers does not load them in full. Where it cannot be closed, the file
-  ships as it is.
+  *in full*: only where memory has room for the dequantised weights, as they cannot be computed with as they lie in the file. Where it
+  cannot be closed, the file ships as it is.
 - **–**: not reached.
 """,
         encoding="utf-8",

@@ -21,6 +21,21 @@ class Blocks:
     kind: int
     name: str
 
+    @property
+    def rows_count(self) -> int:
+        return self.data.shape[-2]
+
+    @property
+    def columns(self) -> int:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        elements, size = map(int, GGML_QUANT_SIZES[GGMLQuantizationType(self.kind)])
+        return self.data.shape[-1] // size * elements
+
+    def expert(self, which: int) -> Blocks:
+        """Of one expert."""
+        return replace(self, data=self.data[which])
+
     def rows(self, which: slice | torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """Some rows of it, computed in float32 and rounded once: (rows, columns) on a device, in a format."""
         return dequantise(self.data[which].to(device), self.kind).to(dtype)
@@ -53,11 +68,17 @@ class PackedWeight:
     def ndim(self) -> int:
         return len(self.shape)
 
-    def __getitem__(self, expert: int | torch.Tensor) -> PackedWeight:
-        """Of one expert."""
-        if self.ndim != 3:
-            raise NotImplementedError("packed weights are not indexed")
-        parts = [replace(part, data=part.data[int(expert)]) for part in self.parts]
+    def __getitem__(self, which: Any) -> PackedWeight | torch.Tensor:
+        """One expert, packed; or one row, as Gemma's that pads."""
+        import torch
+
+        if isinstance(which, tuple) and which[1:] == (slice(None),):
+            which = which[0]
+        if isinstance(which, (tuple, slice)):
+            raise NotImplementedError("of packed weights one expert or row is had at a time")
+        if self.ndim == 2:
+            return self.look_up(torch.tensor(int(which)))
+        parts = [part.expert(int(which)) for part in self.parts]
         return PackedWeight(parts, self.columns, self.device, self.dtype)
 
     def in_turn(self) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit import patches
 from ftkit.close.packed import Blocks, PackedWeight
+from ftkit.close.places import Place, in_file, places
 from ftkit.close.scales import Scales
 from ftkit.engines import hf
 from ftkit.engines.logits import Forced
 from ftkit.errors import ModelError, first_line
-from ftkit.gguf.types import has_scales
-from ftkit.model.source import from_files, gguf_architecture, gguf_names, open_gguf
+from ftkit.gguf.types import NO_TEXT, has_scales
+from ftkit.model.source import gguf_names, open_gguf
 from ftkit.plan.cost import ClosingWay, Way, closing_ways
 
 if TYPE_CHECKING:
@@ -57,110 +57,104 @@ def ways_of(path: Path, rows: Sequence[Forced], *, bfloat16: bool, cuda: bool) -
 def load_student(
     path: Path, model: Path, way: Way = "dequantised", *, bfloat16: bool, cuda: bool, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model that a GGUF of `model` holds: its weights dequantised by transformers, or packed.
+    """The model that a GGUF was made of, with the file's weights in place of its own: dequantised, or packed.
 
-    Raises ModelError where transformers does not read this architecture's files, or they cannot be computed with packed,
-    DoesNotFitError where memory runs out.
+    `model`'s own weights stay in its mapped files until then. Raises ModelError where a tensor of the file is none of its weights, or
+    they cannot be computed with packed, DoesNotFitError where memory runs out.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    patches.require("dequantising")
+    dtype, device = torch.bfloat16 if bfloat16 else torch.float32, torch.device("cuda", 0) if cuda else torch.device("cpu")
+    student = hf.load_model(model, None, dtype="auto", cuda=False, trust_remote_code=trust_remote_code, experts="eager")
     try:
-        config = AutoConfig.from_pretrained(model, **from_files(trust_remote_code)).get_text_config()  # a GGUF holds no pictures
-        if way != "dequantised":
-            student = _packed(path, config, dtype, way, cuda=cuda, trust_remote_code=trust_remote_code)
-        else:
-            with patches.applied("reading GGUF files"):
-                student, info = AutoModelForCausalLM.from_pretrained(
-                    str(path.parent), gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), config=config, dtype=dtype,
-                    output_loading_info=True, **({"device_map": {"": 0}} if cuda else {}), **from_files(trust_remote_code),
-                )  # fmt: skip
-            if missing := info["missing_keys"]:
-                _fill(student, path, missing)
-    except (
-        ValueError,
-        LookupError,
-        ImportError,
-        OSError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        MemoryError,
-        NotImplementedError,
-    ) as error:
+        with torch.no_grad():
+            (_fill if way == "dequantised" else _pack)(student, path, way, device, dtype)
+            _move(student, device, dtype)
+            if way != "dequantised":
+                student(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))  # what cannot be computed with packed says so
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, MemoryError, NotImplementedError) as error:
         if refused := hf.out_of_memory(error, f"load {path.name}"):
             raise refused from None
-        raise ModelError(
-            f"transformers does not read {path.name}: {first_line(error)}.", "ship it as it is: ship.closing_steps=0"
-        ) from None
+        raise ModelError(f"{path.name} cannot be closed: {first_line(error)}.", "ship it as it is: ship.closing_steps=0") from None
     return student.requires_grad_(False).eval()
 
 
-def _packed(path: Path, config: Any, dtype: torch.dtype, way: Way, *, cuda: bool, trust_remote_code: bool) -> PreTrainedModel:
-    """The same with weights left packed, on the GPU or in the mapped file; tables of tokens in the file, whose rows are looked up.
-
-    Names, and what llama.cpp's converter did to a tensor that has to be undone, are those of transformers' own loader: run on the
-    numbers of a weight's rows, it tells their order.
-    """
-    import gguf
+def _fill(student: PreTrainedModel, path: Path, way: Way, device: torch.device, dtype: torch.dtype) -> None:
+    """Its weights become the file's, in full, some rows at a time."""
     import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
-    device, reader = torch.device("cuda", 0) if cuda else torch.device("cpu"), open_gguf(path)
-    with init_empty_weights():
-        student: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, experts_implementation="eager", trust_remote_code=trust_remote_code
-        )
-    processor, names = _as_loaded(student, reader)
-    mapped = _mapped(path)
-    packed: dict[str, PackedWeight] = {}
-    for tensor in sorted(reader.tensors, key=lambda tensor: str(tensor.name)):  # of experts the gate comes before the up
-        if not (name := names(tensor.name)):
-            continue
-        owner, _, leaf = name.rpartition(".")
-        module = student.get_submodule(owner)
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        if len(shape) > 1 and tensor.tensor_type != gguf.GGMLQuantizationType.F32:
-            part, order = _blocks(mapped, tensor), _order(processor, tensor.name, shape)
-            if way != "mapped" and not isinstance(module, torch.nn.Embedding):
-                part = replace(part, data=part.data.to(device))
-            before = packed[name].parts if name in packed else ()
-            packed[name] = PackedWeight((*before, part), shape[-1], device, dtype, order)
-        else:
-            values = processor.process(weights=gguf.dequantize(tensor.data, tensor.tensor_type), name=tensor.name).weights
-            _put(module, leaf, torch.from_numpy(values.copy()).to(device, dtype))
-    for name, weight in packed.items():
-        owner, _, leaf = name.rpartition(".")
-        _put(student.get_submodule(owner), leaf, weight)
-    for name, source in student.all_tied_weights_keys.items():
-        if name not in packed and source in packed:
+    parameters, tensors = dict(student.named_parameters()), _matrices(path)
+    placed, fresh = places(parameters, tensors, gguf_names(open_gguf(path))), set[str]()
+    for name, place in placed.items():
+        parameter = parameters[place.parameter]
+        if place.parameter not in fresh:  # the model's own are a mapped file's
+            parameter.data = torch.empty(parameter.shape, dtype=dtype, device=device)
+            fresh.add(place.parameter)
+        for expert in range(len(parameter)) if parameter.ndim > 2 else (None,):
+            blocks, weight = (tensors[name], parameter) if expert is None else (tensors[name].expert(expert), parameter[expert])
+            for which, rows in PackedWeight([blocks], blocks.columns, device, torch.float32).in_turn():
+                place.put(weight, rows, which)
+
+
+def _pack(student: PreTrainedModel, path: Path, way: Way, device: torch.device, dtype: torch.dtype) -> None:
+    """Its weights become the file's, packed, on the GPU or in the mapped file; tables of tokens in the file, whose rows are looked up."""
+    import torch
+
+    parameters, tensors = dict(student.named_parameters(remove_duplicate=False)), _matrices(path)
+    placed = places(dict(student.named_parameters()), tensors, gguf_names(open_gguf(path)))
+    owners = {id(parameter): [name for name, one in parameters.items() if one is parameter] for parameter in parameters.values()}
+    for parameter in {place.parameter for place in placed.values()}:
+        there = [(name, place) for name, place in placed.items() if place.parameter == parameter]
+        order, parts = _in_order(parameter, there, tensors)
+        for name in owners[id(parameters[parameter])]:
             owner, _, leaf = name.rpartition(".")
-            table = packed[source]
-            parts = [replace(part, data=part.data if way == "mapped" else part.data.to(device)) for part in table.parts]
-            _put(student.get_submodule(owner), leaf, PackedWeight(parts, table.columns, device, dtype, table.order))
-    if missing := [name for name, parameter in student.named_parameters() if parameter.is_meta]:
-        raise ValueError(f"it holds nothing for {missing[0]}")
+            module = student.get_submodule(owner)
+            looked_up = way == "mapped" or isinstance(module, torch.nn.Embedding)
+            kept = [part if looked_up else replace(part, data=part.data.to(device)) for part in parts]
+            delattr(module, leaf)
+            object.__setattr__(module, leaf, PackedWeight(kept, parts[0].columns, device, dtype, order))
+
+
+def _in_order(
+    parameter: str, there: Sequence[tuple[str, Place]], tensors: Mapping[str, Blocks]
+) -> tuple[torch.Tensor | None, list[Blocks]]:
+    """The tensors that a parameter is, one after the other, and of a single one the order of rows. Raises ValueError of what is neither."""
+    import torch
+
+    if any(place.turned or place.columns is not None for _, place in there):
+        raise ValueError(f"of {parameter} more is changed than the order of rows")
+    if len(there) == 1:
+        ((name, place),) = there
+        return None if place.rows is None else place.rows.argsort(), [tensors[name]]
+    inside = sorted(there, key=lambda one: int(one[1].rows[0]) if one[1].rows is not None else 0)
+    rows = torch.cat([place.rows for _, place in inside if place.rows is not None])
+    if not torch.equal(rows, torch.arange(len(rows))):
+        raise ValueError(f"of {parameter} more is changed than the order of rows")
+    return None, [tensors[name] for name, _ in inside]
+
+
+def _move(student: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """What is not the file's: to the device, and what has the format of the model's file in that which is computed in."""
+    stored = student.config.dtype
+    for name, parameter in student.named_parameters():
+        if NO_TEXT.search(name):  # a GGUF holds no pictures
+            parameter.data = parameter.data.new_empty(0, device=device)
+        else:
+            parameter.data = parameter.data.to(device, dtype if parameter.dtype == stored else parameter.dtype)
     for module in student.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    with torch.no_grad():
-        student(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))  # what cannot be computed with packed weights says so
-    return student
+            setattr(module, name, buffer.to(device, dtype if buffer.dtype == stored else buffer.dtype))
 
 
-def _as_loaded(student: PreTrainedModel, reader: Any) -> tuple[Any, Callable[[str], str | None]]:
-    """transformers' processor of a file's tensors, and the model's name of each. Raises ValueError where it does not know the kind."""
-    from transformers import modeling_gguf_pytorch_utils as loader
+def _matrices(path: Path) -> dict[str, Blocks]:
+    """The file's tensors that are not in float32, of two dimensions and more, by their names; of experts the gate before the up."""
+    import gguf
 
-    patches.require("computing with packed weights")
-    architecture = gguf_architecture(reader)
-    if re.sub("[-_]", "", architecture) not in (re.sub("[-_]", "", known) for known in loader.GGUF_SUPPORTED_ARCHITECTURES):
-        raise ValueError(f"GGUF model with architecture {architecture} is not supported yet")
-    processor = loader.TENSOR_PROCESSORS.get(architecture, loader.TensorProcessor)(config=student.config.get_text_config().to_dict())
-    names = loader.get_gguf_hf_weights_map(student, processor, architecture)
-    return processor, lambda name: names.get(name) or names.get(name.removesuffix(".weight"))
+    mapped = _mapped(path)
+    tensors = sorted(open_gguf(path).tensors, key=lambda tensor: str(tensor.name))
+    kept = [one for one in tensors if len(one.shape) > 1 and one.tensor_type != gguf.GGMLQuantizationType.F32]
+    return {str(tensor.name): _blocks(mapped, tensor) for tensor in kept}
 
 
 def _mapped(path: Path) -> torch.Tensor:
@@ -176,50 +170,6 @@ def _blocks(mapped: torch.Tensor, tensor: Any) -> Blocks:
     return Blocks(mapped[tensor.data_offset :][: tensor.n_bytes].reshape(*rows, -1), int(tensor.tensor_type), str(tensor.name))
 
 
-def _fill(student: PreTrainedModel, path: Path, missing: Collection[str]) -> None:
-    """What is in a file, and transformers' loader does not find: it looks for Gemma 4's scales of layers without a suffix."""
-    import gguf
-    import torch
-
-    reader = open_gguf(path)
-    names, tensors = gguf_names(reader), {tensor.name: tensor for tensor in reader.tensors}
-    for name in missing:
-        if tensor := tensors.get(f"{names.get_name(name)}.weight"):
-            owner, _, leaf = name.rpartition(".")
-            there = getattr(student.get_submodule(owner), leaf)
-            values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-            _put(student.get_submodule(owner), leaf, values.to(there.device, there.dtype))
-
-
-def _order(processor: Any, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
-    """Which row of the file each of the model's rows is; None: they are the same. Raises ValueError where more than rows change."""
-    import numpy as np
-    import torch
-
-    if len(shape) > 2:  # experts: their gate and up become one, which is known by the name
-        return None
-    numbers = np.broadcast_to(np.arange(shape[0], dtype=np.int32)[:, None], shape)
-    made = processor.process(weights=numbers, name=name)
-    if made.weights is numbers and made.name == name:
-        return None
-    if made.name != name or made.weights.shape != shape or (made.weights != made.weights[:, :1]).any():
-        raise ValueError(f"of {name} more is changed than the order of rows")
-    return torch.from_numpy(made.weights[:, 0].astype(np.int64))
-
-
-def _put(module: Any, leaf: str, value: Any) -> None:
-    """A parameter or buffer of the model, or what stands where one stood. Raises ValueError where the shape is another."""
-    import torch
-
-    if (there := getattr(module, leaf)).shape != value.shape:
-        raise ValueError(f"{type(module).__name__}.{leaf} is {tuple(there.shape)}, not {tuple(value.shape)}")
-    if isinstance(value, PackedWeight):
-        delattr(module, leaf)
-        object.__setattr__(module, leaf, value)
-    else:
-        setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False) if leaf in module._parameters else value)
-
-
 def lossless(student: PreTrainedModel, path: Path) -> list[Lossless]:
     """The vectors of the file in float32 – norms and biases – that are the model's own, number for number.
 
@@ -232,8 +182,7 @@ def lossless(student: PreTrainedModel, path: Path) -> list[Lossless]:
     names, tensors = gguf_names(reader), {tensor.name: tensor for tensor in reader.tensors}
     found = []
     for name, parameter in student.named_parameters():
-        owner, _, kind = name.rpartition(".")
-        tensor = tensors.get(f"{names.get_name(owner)}.{kind}")
+        tensor = tensors.get(in_file(name, names))
         if tensor is None or tensor.tensor_type != gguf.GGMLQuantizationType.F32 or tuple(tensor.data.shape) != tuple(parameter.shape):
             continue
         there = torch.tensor(tensor.data)
@@ -249,46 +198,34 @@ def scales(student: PreTrainedModel, path: Path) -> list[Scales]:
     """Those of its linear layers that are the file's tensors, row for row, whose types have some that can be trained; by name."""
     from gguf import GGMLQuantizationType
 
-    tensors, mapped, packed = {str(tensor.name): tensor for tensor in open_gguf(path).tensors}, _mapped(path), is_packed(student)
     found = []
-    for name, layer, order in _packed_layers(student) if packed else _layers_in_full(student, path):
-        shape, kind = tuple(layer.weight.shape), GGMLQuantizationType(tensors[name].tensor_type).name
-        if has_scales(name, shape, kind) and (packed or _holds(layer.weight, _blocks(mapped, tensors[name]), order)):
+    for name, layer, order, blocks in _layers(student, path):
+        kind = GGMLQuantizationType(blocks.kind).name
+        if has_scales(name, tuple(layer.weight.shape), kind):
             found.append(Scales(name, kind, layer, order, student.device))
     return sorted(found, key=lambda one: one.name)
 
 
-def _packed_layers(student: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear, torch.Tensor | None]]:
-    """(tensor's name, layer, order of rows) of each linear layer that is one tensor of the file."""
+def _layers(student: PreTrainedModel, path: Path) -> Iterator[tuple[str, torch.nn.Linear, torch.Tensor | None, Blocks]]:
+    """(tensor's name, layer, order of rows, blocks) of each linear layer that is one tensor of the file, number for number."""
     from torch import nn
 
-    for layer in student.modules():
-        if isinstance(layer, nn.Linear) and isinstance(layer.weight, PackedWeight) and len(layer.weight.parts) == 1:
-            yield layer.weight.parts[0].name, layer, layer.weight.order
-
-
-def _layers_in_full(student: PreTrainedModel, path: Path) -> Iterator[tuple[str, torch.nn.Linear, torch.Tensor | None]]:
-    """The same of a dequantised student; those of which more is changed than the order of rows are left out."""
-    from torch import nn
-
-    reader = open_gguf(path)
-    try:
-        processor, names = _as_loaded(student, reader)
-    except ValueError:  # another of transformers' loaders knows this kind: what is as it lies in the file is found by its numbers
-        known, there = gguf_names(reader), {str(tensor.name) for tensor in reader.tensors}
-        for name, layer in student.named_modules():
-            if isinstance(layer, nn.Linear) and (found := f"{known.get_name(name)}.weight") in there:
-                yield found, layer, None
+    linear = {f"{name}.weight": layer for name, layer in student.named_modules() if isinstance(layer, nn.Linear)}
+    for layer in linear.values():
+        if isinstance(layer.weight, PackedWeight) and len(layer.weight.parts) == 1:
+            (blocks,) = layer.weight.parts
+            yield blocks.name, layer, layer.weight.order, blocks
+    if is_packed(student):
         return
-    for tensor in reader.tensors:
-        owner, _, leaf = (names(tensor.name) or "").rpartition(".")
-        layer, shape = student.get_submodule(owner), tuple(int(size) for size in reversed(tensor.shape))
-        if isinstance(layer, nn.Linear) and leaf == "weight" and tuple(layer.weight.shape) == shape:
-            try:
-                order = _order(processor, tensor.name, shape)
-            except ValueError:
-                continue
-            yield str(tensor.name), layer, order
+    tensors = _matrices(path)
+    for name, place in places(dict(student.named_parameters()), tensors, gguf_names(open_gguf(path))).items():
+        order = None if place.rows is None else place.rows.argsort()
+        if (
+            (found := linear.get(place.parameter))
+            and len(found.weight) == tensors[name].rows_count
+            and _holds(found.weight, tensors[name], order)
+        ):
+            yield name, found, order, tensors[name]
 
 
 def _holds(weight: torch.Tensor, blocks: Blocks, order: torch.Tensor | None) -> bool:
@@ -306,7 +243,7 @@ def running(student: PreTrainedModel) -> Iterator[None]:
     """A student of 16 bits computes with its float32 vectors beside them."""
     import torch
 
-    with torch.autocast(student.device.type, torch.bfloat16, enabled=student.config.dtype == torch.bfloat16):
+    with torch.autocast(student.device.type, torch.bfloat16, enabled=student.get_input_embeddings().weight.dtype == torch.bfloat16):
         yield
 
 

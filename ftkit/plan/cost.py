@@ -250,24 +250,24 @@ def closing_ways(
     512 tokens, 80 to 90 % of this was measured (benchmarks/closing.py).
     """
     elements = {name: math.prod(shape) for name, shape in tensors.items()}
-    embedding, largest = tensors["token_embd.weight"], max(elements.values())
-    vocabulary, row = embedding[0], _row(tensors, length, compute_bytes)
+    vocabulary, row = tensors["token_embd.weight"][0], _row(tensors, length, compute_bytes)
     vectors = sum(size for name, size in elements.items() if len(tensors[name]) == 1)
     trained = 4 * TRAINED * (vectors + sum(shape[0] for name, shape in tensors.items() if has_scales(name, shape, types[name])))
-    ram = FTKIT_BYTES + LLAMA_CPP_BYTES + VOCABULARY_BYTES * vocabulary + readings_bytes(rows)
+    joined = 2 * sum(
+        size for name, size in elements.items() if len(tensors[name]) > 2
+    )  # experts, which transformers joins as it loads them
+    ram = FTKIT_BYTES + LLAMA_CPP_BYTES + VOCABULARY_BYTES * vocabulary + readings_bytes(rows) + joined
     in_turn = row.head + trained + DEQUANTISED_AT_ONCE["cuda" if on_cuda else "cpu"] + row.went_in + IN_A_LAYER * max(row.layers)
     whole = row.head + trained + compute_bytes * sum(elements.values()) + LAYER_KEEPS * sum(row.layers)
-    # transformers' loader: the tensors before they are the model's, and the largest in float32, twice
-    loading = 8 * largest + compute_bytes * sum(elements.values())
     if not on_cuda:
-        return ClosingWay("dequantised", 0, ram + max(whole, loading)), ClosingWay("mapped", 0, ram + in_turn)
+        return ClosingWay("dequantised", 0, ram + whole), ClosingWay("mapped", 0, ram + in_turn)
     on_device = {
         name: tensor_bytes(shape, types[name])
         for name, shape in tensors.items()
         if name not in EMBEDDINGS or (name == EMBEDDINGS[0] and "output.weight" not in tensors)
     }
     return (
-        ClosingWay("dequantised", CONTEXT_BYTES + whole, ram + loading),
+        ClosingWay("dequantised", CONTEXT_BYTES + whole, ram),
         ClosingWay("packed", CONTEXT_BYTES + in_turn + sum(on_device.values()), ram),
         ClosingWay("mapped", CONTEXT_BYTES + in_turn, ram),
     )

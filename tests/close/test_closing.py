@@ -229,11 +229,18 @@ def test_a_vector_that_is_not_the_models_is_left_alone(made: Made) -> None:
     assert found
 
 
-def test_a_file_that_transformers_does_not_read(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(64))
-    with pytest.raises(ModelError, match=r"does not read m\.gguf"):
-        load_student(tmp_path / "m.gguf", tmp_path, bfloat16=False, cuda=False)
+def test_a_file_of_another_model_is_refused(made: Made, tmp_path: Path) -> None:
+    import torch
+
+    torch.manual_seed(7)
+    convertible.make("llama", tmp_path)
+    model: Any = hf.load_model(tmp_path, None, dtype="float32", cuda=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"m\.gguf cannot be closed: no weight of the model is blk\.0\."):
+        load_student(made.file, tmp_path, bfloat16=False, cuda=False)
 
 
 def test_logits_that_were_kept_in_a_file_are_taken(made: Made, tmp_path: Path) -> None:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import convertible
 import pytest
 
-from ftkit.close.student import Lossless, load_student, scales, write_back
-from ftkit.gguf import files as gguf_files
-from ftkit.machine.llama_cpp import need_converter
+from ftkit.close.student import Lossless, write_back
 
 pytestmark = pytest.mark.torch
 
@@ -38,20 +35,3 @@ def test_a_file_that_is_written_to_is_read_plainly(tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     (there,) = gguf.GGUFReader(tmp_path / "closed.gguf").tensors
     assert (there.data == 2).all()
-
-
-@pytest.mark.slow
-def test_of_a_kind_that_another_loader_knows_the_scales_of_unturned_rows_are_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """transformers reads Qwen 3.5's files by a table beside that of the loader which tells how rows are turned, as Llama's q and k are."""
-    from transformers import modeling_gguf_pytorch_utils as loader
-
-    convertible.make("llama", tmp_path)
-    gguf_files.convert(tmp_path, tmp_path / "m.gguf", "Q8_0", need_converter())
-    student = load_student(tmp_path / "m.gguf", tmp_path, bfloat16=False, cuda=False)
-    every = {one.name for one in scales(student, tmp_path / "m.gguf")}
-    monkeypatch.setattr(loader, "GGUF_SUPPORTED_ARCHITECTURES", [])
-    found = {one.name for one in scales(student, tmp_path / "m.gguf")}
-    assert found == {name for name in every if ".attn_q." not in name and ".attn_k." not in name}
-    assert len(found) == 6 * 5
