@@ -98,7 +98,7 @@ def plan(job: Job) -> Planned:
     ensure(job, PLAN)
     made = recorded(job.run)
     assert made
-    speed = measured.tokens_per_second(job.device, measured.named_method(job.recipe), job.recipe.model)
+    speed = measured.tokens_per_second(job.device, measured.named_method(job.recipe), job.source)
     memory, fetch_bytes = made.memory.today(job.device.free_bytes, speed), bytes_to_fetch(job.source)
     costs = costs_of(job, memory)
     begun = job.run.partial(TRAIN.name, fingerprint_of(job, TRAIN))

@@ -182,7 +182,7 @@ def _remember_speed(job: Job, planned: MemoryPlan, tokens_per_second: float) -> 
     try:
         real = device.choose()
         if planned.device.name == real.name:
-            measured.remember_speed(real, measured.named_method(job.recipe), job.recipe.model, tokens_per_second)
+            measured.remember_speed(real, measured.named_method(job.recipe), job.source, tokens_per_second)
     except (OSError, FtkitError) as error:
         job.reporter.warn(f"the speed of this training is not kept for the next plan: {first_line(error)}")
 

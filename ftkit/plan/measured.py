@@ -11,6 +11,7 @@ from ftkit.errors import RunError
 from ftkit.files import cache_folder, fingerprint, make_cache_folder, write_atomically
 from ftkit.machine.device import Device
 from ftkit.memory.replay import Peak
+from ftkit.model.source import Source
 from ftkit.recipe import Recipe
 
 
@@ -94,13 +95,18 @@ def _bfloat16_speeds(device: Device) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def remember_speed(device: Device, method: str, model: str, tokens_per_second: float) -> None:
+def remember_speed(device: Device, method: str, model: Source, tokens_per_second: float) -> None:
     """Keep a training's throughput."""
-    speeds = {**known(device).get("tokens_per_second", {}), f"{method} {model}": round(tokens_per_second, 1)}
+    speeds = {**known(device).get("tokens_per_second", {}), _training(method, model): round(tokens_per_second, 1)}
     _update(device, {"tokens_per_second": speeds})
 
 
-def tokens_per_second(device: Device, method: str, model: str) -> float | None:
+def tokens_per_second(device: Device, method: str, model: Source) -> float | None:
     """The throughput of the last training of this model by this method on this device."""
-    speed = known(device).get("tokens_per_second", {}).get(f"{method} {model}")
+    speed = known(device).get("tokens_per_second", {}).get(_training(method, model))
     return float(speed) if isinstance(speed, (int, float)) else None
+
+
+def _training(method: str, model: Source) -> str:
+    """By the model's files: folders of several projects may have one name."""
+    return f"{method} {model.reference} {model.fingerprint[:16]}"

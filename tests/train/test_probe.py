@@ -18,6 +18,7 @@ from ftkit.line.job import open_job
 from ftkit.line.train import probe
 from ftkit.machine.device import Device, processor
 from ftkit.memory.replay import Peak
+from ftkit.model.source import Source
 from ftkit.plan import measured
 from ftkit.recipe import parse_override
 
@@ -193,9 +194,11 @@ def test_a_damaged_file_of_measurements_is_started_anew(private_cache: Path, tex
 def test_measurements_are_kept_apart_by_device_and_subject(private_cache: Path) -> None:
     card = Device("cuda", "NVIDIA T4", 16 << 30, 16 << 30, (7, 5))
     measured.remember(card, "qlora org/model", Peak(100, 150, 600, "", ()), 100, 170)
-    measured.remember_speed(card, "qlora", "org/model", 1234.5)
+    model, namesake = (Source("model", "directory", fingerprint) for fingerprint in ("0a1b", "2c3d"))
+    measured.remember_speed(card, "qlora", model, 1234.5)
     assert measured.extra_bytes(card, "qlora org/model") == 20
     assert measured.extra_bytes(card, "qlora org/larger") == 0
-    assert measured.tokens_per_second(card, "qlora", "org/model") == 1234.5
-    assert measured.tokens_per_second(card, "lora", "org/model") is None
+    assert measured.tokens_per_second(card, "qlora", model) == 1234.5
+    assert measured.tokens_per_second(card, "qlora", namesake) is None
+    assert measured.tokens_per_second(card, "lora", model) is None
     assert measured.extra_bytes(processor(), "qlora org/model") == 0
