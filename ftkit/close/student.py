@@ -69,9 +69,12 @@ def load_student(
     student = hf.load_model(model, None, dtype="auto", cuda=False, trust_remote_code=trust_remote_code, experts="eager")
     try:
         with torch.no_grad():
-            (_fill if way == "dequantised" else _pack)(student, path, way, device, dtype)
+            if way == "dequantised":
+                _fill(student, path, device, dtype)
+            else:
+                _pack(student, path, device, dtype, mapped=way == "mapped")
             _move(student, device, dtype)
-            if way != "dequantised":
+            if is_packed(student):
                 student(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))  # what cannot be computed with packed says so
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, MemoryError, NotImplementedError) as error:
         if refused := hf.out_of_memory(error, f"load {path.name}"):
@@ -80,7 +83,7 @@ def load_student(
     return student.requires_grad_(False).eval()
 
 
-def _fill(student: PreTrainedModel, path: Path, way: Way, device: torch.device, dtype: torch.dtype) -> None:
+def _fill(student: PreTrainedModel, path: Path, device: torch.device, dtype: torch.dtype) -> None:
     """Its weights become the file's, in full, some rows at a time."""
     import torch
 
@@ -97,7 +100,7 @@ def _fill(student: PreTrainedModel, path: Path, way: Way, device: torch.device, 
                 place.put(weight, rows, which)
 
 
-def _pack(student: PreTrainedModel, path: Path, way: Way, device: torch.device, dtype: torch.dtype) -> None:
+def _pack(student: PreTrainedModel, path: Path, device: torch.device, dtype: torch.dtype, *, mapped: bool) -> None:
     """Its weights become the file's, packed, on the GPU or in the mapped file; tables of tokens in the file, whose rows are looked up."""
     import torch
 
@@ -110,7 +113,7 @@ def _pack(student: PreTrainedModel, path: Path, way: Way, device: torch.device, 
         for name in owners[id(parameters[parameter])]:
             owner, _, leaf = name.rpartition(".")
             module = student.get_submodule(owner)
-            looked_up = way == "mapped" or isinstance(module, torch.nn.Embedding)
+            looked_up = mapped or isinstance(module, torch.nn.Embedding)
             kept = [part if looked_up else replace(part, data=part.data.to(device)) for part in parts]
             delattr(module, leaf)
             object.__setattr__(module, leaf, PackedWeight(kept, parts[0].columns, device, dtype, order))
@@ -135,7 +138,7 @@ def _in_order(
 
 
 def _move(student: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
-    """What is not the file's: to the device, and what has the format of the model's file in that which is computed in."""
+    """What is not the file's: to the device, and parameters in the format that is computed in, if they have that of the model's files."""
     stored = student.config.dtype
     for name, parameter in student.named_parameters():
         if NO_TEXT.search(name):  # a GGUF holds no pictures
@@ -144,7 +147,7 @@ def _move(student: PreTrainedModel, device: torch.device, dtype: torch.dtype) ->
             parameter.data = parameter.data.to(device, dtype if parameter.dtype == stored else parameter.dtype)
     for module in student.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device, dtype if buffer.dtype == stored else buffer.dtype))
+            setattr(module, name, buffer.to(device))
 
 
 def _matrices(path: Path) -> dict[str, Blocks]:
