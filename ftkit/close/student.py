@@ -67,13 +67,14 @@ def load_student(
     patches.require("dequantising")
     dtype, device = torch.bfloat16 if bfloat16 else torch.float32, torch.device("cuda", 0) if cuda else torch.device("cpu")
     student = hf.load_model(model, None, dtype="auto", cuda=False, trust_remote_code=trust_remote_code, experts="eager")
+    stored = student.dtype
     try:
         with torch.no_grad():
             if way == "dequantised":
                 _fill(student, path, device, dtype)
             else:
                 _pack(student, path, device, dtype, mapped=way == "mapped")
-            _move(student, device, dtype)
+            _move(student, device, {stored: dtype})
             if is_packed(student):
                 student(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))  # what cannot be computed with packed says so
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, MemoryError, NotImplementedError) as error:
@@ -137,14 +138,13 @@ def _in_order(
     return None, [tensors[name] for name, _ in inside]
 
 
-def _move(student: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
-    """What is not the file's: to the device, and parameters in the format that is computed in, if they have that of the model's files."""
-    stored = student.config.dtype
+def _move(student: PreTrainedModel, device: torch.device, dtypes: Mapping[torch.dtype, torch.dtype]) -> None:
+    """What is not the file's: to the device, and parameters from the format of the model's files to that which is computed in."""
     for name, parameter in student.named_parameters():
         if NO_TEXT.search(name):  # a GGUF holds no pictures
             parameter.data = parameter.data.new_empty(0, device=device)
         else:
-            parameter.data = parameter.data.to(device, dtype if parameter.dtype == stored else parameter.dtype)
+            parameter.data = parameter.data.to(device, dtypes.get(parameter.dtype, parameter.dtype))
     for module in student.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
