@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     import torch
 
+    from ftkit.close.places import Place
+
 ELEMENTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 23}  # that are dequantised at a time: a processor's cache holds them
 
 
@@ -50,19 +52,18 @@ class PackedWeight:
 
     COMPUTED: ClassVar[dict[str, Callable[..., torch.Tensor]]] = {}  # by the names of torch's functions; filled below
 
-    def __init__(
-        self, parts: Sequence[Blocks], columns: int, device: torch.device, dtype: torch.dtype, order: torch.Tensor | None = None
-    ) -> None:
-        """`parts`: one after the other they are the rows; `order`: which rows of the file are the model's, in its order."""
-        self.parts, self.columns, self.device, self.dtype, self.order = tuple(parts), columns, device, dtype, order
+    def __init__(self, parts: Sequence[tuple[Blocks, Place]], device: torch.device, dtype: torch.dtype) -> None:
+        """`parts`: the tensors of the file, and where in the weight they are; together they are all of it."""
+        self.parts, self.device, self.dtype = tuple(parts), device, dtype
+        self.columns = self.parts[0][0].columns
         self.requires_grad = False
 
     @property
     def shape(self) -> torch.Size:
         import torch
 
-        *experts, _ = self.parts[0].data.shape[:-1]
-        return torch.Size((*experts, sum(part.data.shape[-2] for part in self.parts), self.columns))
+        *experts, _ = self.parts[0][0].data.shape[:-1]
+        return torch.Size((*experts, sum(blocks.rows_count for blocks, _ in self.parts), self.columns))
 
     @property
     def ndim(self) -> int:
@@ -78,25 +79,25 @@ class PackedWeight:
             raise NotImplementedError("of packed weights one expert or row is had at a time")
         if self.ndim == 2:
             return self.look_up(torch.tensor(int(which)))
-        parts = [part.expert(int(which)) for part in self.parts]
-        return PackedWeight(parts, self.columns, self.device, self.dtype)
+        return self.expert(int(which))
 
-    def in_turn(self) -> Iterator[tuple[slice, torch.Tensor]]:
+    def expert(self, which: int) -> PackedWeight:
+        """Of one expert."""
+        return PackedWeight([(blocks.expert(which), place) for blocks, place in self.parts], self.device, self.dtype)
+
+    def in_turn(self) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor]]:
         """All rows, some at a time: which, and their numbers."""
-        at_once, begin = max(1, ELEMENTS_AT_ONCE[self.device.type] // self.columns), 0
-        for part in self.parts:
-            count = part.data.shape[0]
-            for first in range(0, count, at_once):
-                which = slice(first, min(first + at_once, count))
-                rows = part.rows(which if self.order is None else self.order[which], self.device, self.dtype)
-                yield slice(begin + which.start, begin + which.stop), rows
-            begin += count
+        at_once = max(1, ELEMENTS_AT_ONCE[self.device.type] // self.columns)
+        for blocks, place in self.parts:
+            for first in range(0, blocks.rows_count, at_once):
+                which = slice(first, min(first + at_once, blocks.rows_count))
+                yield place.at(which), place.in_columns(blocks.rows(which, self.device, self.dtype))
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """(…,) numbers of rows → (…, columns)."""
-        (part,) = self.parts
-        which = ids.flatten().to(part.data.device)
-        rows = part.rows(which if self.order is None else self.order[which], self.device, self.dtype)
+        ((blocks, place),) = self.parts
+        which = ids.flatten().to(blocks.data.device)
+        rows = place.in_columns(blocks.rows(which if place.rows is None else place.rows.argsort()[which], self.device, self.dtype))
         return rows.reshape(*ids.shape, self.columns)
 
     @classmethod

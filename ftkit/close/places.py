@@ -36,11 +36,13 @@ class Place:
     turned: bool = False
     columns: torch.Tensor | None = None
 
-    def put(self, weight: torch.Tensor, numbers: torch.Tensor, which: slice = slice(None)) -> None:
-        """Write some of the tensor's rows into the parameter: (…, rows, columns)."""
-        there = weight.transpose(-1, -2) if self.turned else weight
-        numbers = numbers if self.columns is None else numbers[..., self.columns.argsort()]
-        there[..., which if self.rows is None else self.rows[which], :] = numbers.to(weight.device, weight.dtype)
+    def at(self, which: slice) -> slice | torch.Tensor:
+        """Where in the parameter some of the tensor's rows are."""
+        return which if self.rows is None else self.rows[which]
+
+    def in_columns(self, numbers: torch.Tensor) -> torch.Tensor:
+        """(rows, columns) of the tensor, its columns in the parameter's order."""
+        return numbers if self.columns is None else numbers[:, self.columns.argsort()]
 
 
 def places(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, Blocks], names: Any) -> dict[str, Place]:

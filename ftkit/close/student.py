@@ -88,54 +88,40 @@ def _fill(student: PreTrainedModel, path: Path, device: torch.device, dtype: tor
     """Its weights become the file's, in full, some rows at a time."""
     import torch
 
-    parameters, tensors = dict(student.named_parameters()), _matrices(path)
-    placed, fresh = places(parameters, tensors, gguf_names(open_gguf(path))), set[str]()
-    for name, place in placed.items():
-        parameter = parameters[place.parameter]
-        if place.parameter not in fresh:  # the model's own are a mapped file's
-            parameter.data = torch.empty(parameter.shape, dtype=dtype, device=device)
-            fresh.add(place.parameter)
+    parameters = dict(student.named_parameters())
+    for name, parts in _weights(student, path).items():
+        parameter = parameters[name]
+        parameter.data = torch.empty(parameter.shape, dtype=dtype, device=device)  # the model's own are a mapped file's
+        packed, turned = PackedWeight(parts, device, torch.float32), parts[0][1].turned
         for expert in range(len(parameter)) if parameter.ndim > 2 else (None,):
-            blocks, weight = (tensors[name], parameter) if expert is None else (tensors[name].expert(expert), parameter[expert])
-            for which, rows in PackedWeight([blocks], blocks.columns, device, torch.float32).in_turn():
-                place.put(weight, rows, which)
+            part, weight = (packed, parameter) if expert is None else (packed.expert(expert), parameter[expert])
+            for which, rows in part.in_turn():
+                (weight.T if turned else weight)[which] = rows.to(dtype)
 
 
 def _pack(student: PreTrainedModel, path: Path, device: torch.device, dtype: torch.dtype, *, mapped: bool) -> None:
     """Its weights become the file's, packed, on the GPU or in the mapped file; tables of tokens in the file, whose rows are looked up."""
     import torch
 
-    parameters, tensors = dict(student.named_parameters(remove_duplicate=False)), _matrices(path)
-    placed = places(dict(student.named_parameters()), tensors, gguf_names(open_gguf(path)))
-    owners = {id(parameter): [name for name, one in parameters.items() if one is parameter] for parameter in parameters.values()}
-    for parameter in {place.parameter for place in placed.values()}:
-        there = [(name, place) for name, place in placed.items() if place.parameter == parameter]
-        order, parts = _in_order(parameter, there, tensors)
-        for name in owners[id(parameters[parameter])]:
-            owner, _, leaf = name.rpartition(".")
+    parameters = dict(student.named_parameters(remove_duplicate=False))
+    for name, parts in _weights(student, path).items():
+        if parts[0][1].turned:
+            raise ValueError(f"the rows of {name} are columns in the file")
+        for tied in [other for other, parameter in parameters.items() if parameter is parameters[name]]:
+            owner, _, leaf = tied.rpartition(".")
             module = student.get_submodule(owner)
             looked_up = mapped or isinstance(module, torch.nn.Embedding)
-            kept = [part if looked_up else replace(part, data=part.data.to(device)) for part in parts]
+            kept = [(blocks if looked_up else replace(blocks, data=blocks.data.to(device)), place) for blocks, place in parts]
             delattr(module, leaf)
-            object.__setattr__(module, leaf, PackedWeight(kept, parts[0].columns, device, dtype, order))
+            object.__setattr__(module, leaf, PackedWeight(kept, device, dtype))
 
 
-def _in_order(
-    parameter: str, there: Sequence[tuple[str, Place]], tensors: Mapping[str, Blocks]
-) -> tuple[torch.Tensor | None, list[Blocks]]:
-    """The tensors that a parameter is, one after the other, and of a single one the order of rows. Raises ValueError of what is neither."""
-    import torch
-
-    if any(place.turned or place.columns is not None for _, place in there):
-        raise ValueError(f"of {parameter} more is changed than the order of rows")
-    if len(there) == 1:
-        ((name, place),) = there
-        return None if place.rows is None else place.rows.argsort(), [tensors[name]]
-    inside = sorted(there, key=lambda one: int(one[1].rows[0]) if one[1].rows is not None else 0)
-    rows = torch.cat([place.rows for _, place in inside if place.rows is not None])
-    if not torch.equal(rows, torch.arange(len(rows))):
-        raise ValueError(f"of {parameter} more is changed than the order of rows")
-    return None, [tensors[name] for name, _ in inside]
+def _weights(student: PreTrainedModel, path: Path) -> dict[str, list[tuple[Blocks, Place]]]:
+    """Of each of its parameters that are in the file by their names: the tensors that it is there, and where in it. Raises ValueError."""
+    tensors, found = _matrices(path), dict[str, list[tuple[Blocks, Place]]]()
+    for name, place in places(dict(student.named_parameters()), tensors, gguf_names(open_gguf(path))).items():
+        found.setdefault(place.parameter, []).append((tensors[name], place))
+    return found
 
 
 def _move(student: PreTrainedModel, device: torch.device, dtypes: Mapping[torch.dtype, torch.dtype]) -> None:
@@ -151,26 +137,16 @@ def _move(student: PreTrainedModel, device: torch.device, dtypes: Mapping[torch.
 
 
 def _matrices(path: Path) -> dict[str, Blocks]:
-    """The file's tensors that are not in float32, of two dimensions and more, by their names; of experts the gate before the up."""
+    """The file's tensors that are not in float32, of two dimensions and more, by their names."""
     import gguf
-
-    mapped = _mapped(path)
-    tensors = sorted(open_gguf(path).tensors, key=lambda tensor: str(tensor.name))
-    kept = [one for one in tensors if len(one.shape) > 1 and one.tensor_type != gguf.GGMLQuantizationType.F32]
-    return {str(tensor.name): _blocks(mapped, tensor) for tensor in kept}
-
-
-def _mapped(path: Path) -> torch.Tensor:
-    """The bytes of a file, read as they are looked at."""
     import torch
 
-    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-
-
-def _blocks(mapped: torch.Tensor, tensor: Any) -> Blocks:
-    """Of a tensor of the file, where they lie."""
-    rows = reversed(tensor.shape[1:].tolist())
-    return Blocks(mapped[tensor.data_offset :][: tensor.n_bytes].reshape(*rows, -1), int(tensor.tensor_type), str(tensor.name))
+    mapped, found = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8), {}
+    for tensor in open_gguf(path).tensors:
+        if len(tensor.shape) > 1 and tensor.tensor_type != gguf.GGMLQuantizationType.F32:
+            rows, data = reversed(tensor.shape[1:].tolist()), mapped[tensor.data_offset :][: tensor.n_bytes]
+            found[str(tensor.name)] = Blocks(data.reshape(*rows, -1), int(tensor.tensor_type), str(tensor.name))
+    return found
 
 
 def lossless(student: PreTrainedModel, path: Path) -> list[Lossless]:
@@ -202,40 +178,31 @@ def scales(student: PreTrainedModel, path: Path) -> list[Scales]:
     from gguf import GGMLQuantizationType
 
     found = []
-    for name, layer, order, blocks in _layers(student, path):
+    for layer, blocks, place in _layers(student, path):
         kind = GGMLQuantizationType(blocks.kind).name
-        if has_scales(name, tuple(layer.weight.shape), kind):
-            found.append(Scales(name, kind, layer, order, student.device))
+        if has_scales(blocks.name, tuple(layer.weight.shape), kind):
+            found.append(Scales(blocks.name, kind, layer, None if place.rows is None else place.rows.argsort(), student.device))
     return sorted(found, key=lambda one: one.name)
 
 
-def _layers(student: PreTrainedModel, path: Path) -> Iterator[tuple[str, torch.nn.Linear, torch.Tensor | None, Blocks]]:
-    """(tensor's name, layer, order of rows, blocks) of each linear layer that is one tensor of the file, number for number."""
+def _layers(student: PreTrainedModel, path: Path) -> Iterator[tuple[torch.nn.Linear, Blocks, Place]]:
+    """Each linear layer that is one tensor of the file, number for number, and where in it that is."""
     from torch import nn
 
     linear = {f"{name}.weight": layer for name, layer in student.named_modules() if isinstance(layer, nn.Linear)}
-    for layer in linear.values():
-        if isinstance(layer.weight, PackedWeight) and len(layer.weight.parts) == 1:
-            (blocks,) = layer.weight.parts
-            yield blocks.name, layer, layer.weight.order, blocks
-    if is_packed(student):
-        return
-    tensors = _matrices(path)
-    for name, place in places(dict(student.named_parameters()), tensors, gguf_names(open_gguf(path))).items():
-        order = None if place.rows is None else place.rows.argsort()
-        if (
-            (found := linear.get(place.parameter))
-            and len(found.weight) == tensors[name].rows_count
-            and _holds(found.weight, tensors[name], order)
-        ):
-            yield name, found, order, tensors[name]
+    packed = is_packed(student)
+    in_full = {} if packed else _weights(student, path)
+    for name, layer in linear.items():
+        parts = (layer.weight.parts if isinstance(layer.weight, PackedWeight) else ()) if packed else in_full.get(name, ())
+        if len(parts) == 1 and (packed or _holds(layer.weight, *parts[0])):
+            yield layer, *parts[0]
 
 
-def _holds(weight: torch.Tensor, blocks: Blocks, order: torch.Tensor | None) -> bool:
+def _holds(weight: torch.Tensor, blocks: Blocks, place: Place) -> bool:
     """Whether a weight is a tensor of the file, number for number; some rows at a time, as the heap would keep the holes of large ones."""
     import torch
 
-    there = PackedWeight([blocks], weight.shape[1], torch.device("cpu"), torch.float32, order)
+    there = PackedWeight([(blocks, place)], torch.device("cpu"), torch.float32)
     least, most = map(float, weight.detach().aminmax())
     away = EXACT[str(weight.dtype).removeprefix("torch.")] * max(-least, most)
     return all(float((weight.detach()[which].float().cpu() - rows).abs().max()) <= away for which, rows in there.in_turn())

@@ -35,11 +35,9 @@ def found(parameters: dict[str, Any], tensors: dict[str, Any]) -> tuple[dict[str
     packed = {name: blocks(name, numbers) for name, numbers in tensors.items()}
     placed, filled = places(parameters, packed, None), {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for name, place in placed.items():
-        one, rows = (
-            packed[name],
-            [dequantise(part, packed[name].kind) for part in packed[name].data.view(-1, *packed[name].data.shape[-2:])],
-        )
-        place.put(filled[place.parameter], torch.stack(rows).view(*one.data.shape[:-1], COLUMNS))
+        weight, data = filled[place.parameter], packed[name].data
+        for one, rows in zip(weight if weight.ndim > 2 else [weight], data if weight.ndim > 2 else [data], strict=True):
+            (one.T if place.turned else one)[place.at(slice(None))] = place.in_columns(dequantise(rows, packed[name].kind))
     return placed, filled
 
 
