@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftkit.close.closing import Lesson, divergence, logits_at
+from ftkit.close.places import in_file
 from ftkit.close.student import load_student
 from ftkit.engines import hf
 from ftkit.errors import ModelError
@@ -59,8 +60,7 @@ def _named(student: PreTrainedModel, path: Path) -> dict[str, torch.nn.Parameter
     shapes = {str(tensor.name): tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
     found = {}
     for name, parameter in student.named_parameters():
-        owner, _, kind = name.rpartition(".")
-        there = f"{names.get_name(owner)}.{kind}"
+        there = in_file(name, names)
         if len(parameter.shape) > 1 and shapes.get(there) == tuple(parameter.shape):
             found[there] = parameter
     return found
