@@ -28,8 +28,8 @@ def gains(
 ) -> dict[str, float]:
     """KL a token that is gained, by the tensor's name in the files; negative where it would be lost.
 
-    Both files are of `model`. Held at once are the weights of one, and as much of slopes. Raises ModelError where transformers does
-    not read them, DoesNotFitError where memory runs out.
+    Both files are of `model`. Held at once are the weights of one, and as much of slopes. Raises ModelError where they
+    are not the model's weights, DoesNotFitError where memory runs out.
     """
     with hf.room_to(f"rank the tensors of {plain.name}"):
         weights = _weights(load_student(plain, model, bfloat16=bfloat16, cuda=cuda, trust_remote_code=trust_remote_code), plain, lessons)

@@ -17,7 +17,7 @@ from ftkit.engines import hf
 from ftkit.engines.logits import Forced
 from ftkit.errors import ModelError, first_line
 from ftkit.gguf.types import NO_TEXT, has_scales
-from ftkit.model.source import gguf_names, open_gguf
+from ftkit.model.source import gguf_names, open_gguf, stored_dtype
 from ftkit.plan.cost import ClosingWay, Way, closing_ways
 
 if TYPE_CHECKING:
@@ -59,22 +59,23 @@ def load_student(
 ) -> PreTrainedModel:
     """The model that a GGUF was made of, with the file's weights in place of its own: dequantised, or packed.
 
-    `model`'s own weights stay in its mapped files until then. Raises ModelError where a tensor of the file is none of its weights, or
-    they cannot be computed with packed, DoesNotFitError where memory runs out.
+    `model`'s own weights stay in its mapped files until then, but for experts that are joined as they are loaded. Raises ModelError
+    where a tensor of the file is none of its weights, or they cannot be computed with packed, DoesNotFitError where memory runs out.
     """
     import torch
 
     patches.require("dequantising")
     dtype, device = torch.bfloat16 if bfloat16 else torch.float32, torch.device("cuda", 0) if cuda else torch.device("cpu")
-    student = hf.load_model(model, None, dtype="auto", cuda=False, trust_remote_code=trust_remote_code, experts="eager")
-    stored = student.dtype
+    experts = None if way == "dequantised" else "eager"
+    stored = stored_dtype(model)
+    student = hf.load_model(model, None, dtype=stored, cuda=False, trust_remote_code=trust_remote_code, experts=experts)
     try:
         with torch.no_grad():
             if way == "dequantised":
                 _fill(student, path, device, dtype)
             else:
                 _pack(student, path, device, dtype, mapped=way == "mapped")
-            _move(student, device, {stored: dtype})
+            _move(student, device, {getattr(torch, stored): dtype})
             if is_packed(student):
                 student(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))  # what cannot be computed with packed says so
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, MemoryError, NotImplementedError) as error:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ftkit import patches
 from ftkit.data.lengths import asked_together
@@ -107,7 +107,7 @@ def load_model(
     folder: Path,
     method: Method | None,
     *,
-    dtype: Dtype | Literal["auto"],
+    dtype: Dtype,
     cuda: bool,
     trust_remote_code: bool = False,
     shared_out: bool = False,
@@ -117,13 +117,13 @@ def load_model(
     """The base model as `method` trains it, or (None) as it is asked: frozen weights in the compute format.
 
     `full` gets float32 weights, since what is trained is kept in float32. What will be `shared_out` among GPUs stays in RAM until
-    then, but for what is quantised on the GPU. `auto`: as they are stored, which in RAM is in their mapped files.
+    then, but for what is quantised on the GPU. In the format that they are stored in they stay in their mapped files.
     """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    kept = torch.float32 if method == "full" else dtype if dtype == "auto" else getattr(torch, dtype)
+    kept = torch.float32 if method == "full" else getattr(torch, dtype)
     settings: dict[str, Any] = {"dtype": kept, "use_safetensors": True, **from_files(trust_remote_code)}
     if method == "qlora":
         settings["quantization_config"] = nf4_config(kept, left_alone(model_type(folder)), shared_out=shared_out)

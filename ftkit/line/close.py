@@ -160,7 +160,7 @@ def _student(job: Job, path: Path, model: Path, ways: Sequence[ClosingWay]) -> t
         try:
             trust = job.recipe.trust_remote_code
             return load_student(path, model, way.name, bfloat16=dtype == "bfloat16", cuda=cuda, trust_remote_code=trust), way.name
-        except (ModelError, DoesNotFitError) as error:
+        except DoesNotFitError as error:
             if way is ways[-1]:
                 raise
             job.reporter.note(f"{error.message} It is tried with its weights {WAYS[ways[ways.index(way) + 1].name]}")

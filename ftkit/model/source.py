@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,14 @@ from ftkit.errors import ModelError, first_line
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
+    from ftkit.recipe import Dtype
+
 INDEX = "model.safetensors.index.json"  # which file holds which tensor, where there are several
 MOST_HEADER_BYTES = 100_000_000  # as safetensors itself has it
 CONVERT_PICKLES = "convert them once: https://huggingface.co/spaces/safetensors/convert"
+
+
+FORMATS: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,15 @@ def header(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ModelError(f"{path} is no whole safetensors file.", "fetch or copy the model again, whole") from None
     return entries
+
+
+def stored_dtype(folder: Path) -> Dtype:
+    """The format that most bytes of a model's weights are in, whatever its config says: float32 where it is none of the three."""
+    sizes = Counter[str]()
+    for path in weight_files(folder):
+        for entry in header(path).values():
+            sizes[entry["dtype"]] += entry["end"] - entry["begin"]
+    return FORMATS.get(max(sizes, key=lambda name: sizes[name], default=""), "float32")
 
 
 def open_gguf(path: Path, mode: Literal["r", "r+"] = "r") -> GGUFReader:

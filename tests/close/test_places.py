@@ -98,8 +98,35 @@ def test_columns_in_another_order_are_put_back() -> None:
 def test_rows_of_nothing_but_zeros_stay_where_they_are(zeros: list[int]) -> None:
     whole = weight(64)
     whole[zeros] = 0
-    _, filled = found({"embed_tokens.weight": whole}, {"token_embd.weight": whole})
-    assert near(filled["embed_tokens.weight"], whole)
+    placed, _ = found({"embed_tokens.weight": whole}, {"token_embd.weight": whole})
+    assert placed == {"token_embd.weight": Place("embed_tokens.weight")}
+
+
+def test_rows_of_nothing_but_zeros_are_put_where_none_is_when_the_others_change_places() -> None:
+    import torch
+
+    whole, order = weight(48), torch.randperm(48, generator=torch.Generator().manual_seed(1))
+    whole[[3, 40]] = 0
+    _, filled = found({"layers.0.q.weight": whole}, {"blk.0.attn_q.weight": whole[order]})
+    assert near(filled["layers.0.q.weight"], whole)
+
+
+def test_a_multiple_of_a_weight_is_refused() -> None:
+    """Falcon-H1's converter writes some, by which its layers multiply again."""
+    with pytest.raises(ValueError, match=r"blk\.0\.attn_k\.weight is 0\.39 times the model's weight"):
+        found({"layers.0.k.weight": weight(8)}, {"blk.0.attn_k.weight": 0.39 * weight(8)})
+
+
+def test_rows_of_types_of_two_bits_are_known() -> None:
+    import torch
+
+    whole = weight(256, seed=4)
+    coarse = whole.sign() * (whole.abs() > 0.8)  # three numbers, as TQ2_0 has
+    placed, _ = found({"layers.0.v.weight": whole}, {"blk.0.attn_v.weight": coarse})
+    assert placed["blk.0.attn_v.weight"] == Place("layers.0.v.weight")
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(1))
+    placed, _ = found({"layers.0.v.weight": whole}, {"blk.0.attn_v.weight": coarse[order]})
+    assert (placed["blk.0.attn_v.weight"].rows == order).all()
 
 
 def test_another_models_tensor_is_refused() -> None:
@@ -110,6 +137,14 @@ def test_another_models_tensor_is_refused() -> None:
 def test_a_weight_of_which_rows_are_missing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"layers\.0\.gate_up\.weight has 16 rows, of which the file has 8"):
         found({"layers.0.gate_up.weight": weight(16)}, {"blk.0.ffn_gate.weight": weight(16)[:8]})
+
+
+def test_rows_that_two_tensors_claim_are_refused() -> None:
+    import torch
+
+    half = weight(8)
+    with pytest.raises(ValueError, match=r"layers\.0\.gate_up\.weight has 16 rows, of which the file has 8"):
+        found({"layers.0.gate_up.weight": torch.cat([half, half])}, {"blk.0.ffn_gate.weight": half, "blk.0.ffn_up.weight": half})
 
 
 def test_a_layer_that_the_model_has_not_is_left_out() -> None:

@@ -17,7 +17,7 @@ import pytest
 from ftkit.errors import ModelError, ToolMissingError
 from ftkit.model.locate import locate
 from ftkit.model.open import open_config, open_weights
-from ftkit.model.source import INDEX, sixteen_bits_of
+from ftkit.model.source import INDEX, sixteen_bits_of, stored_dtype
 
 
 @pytest.fixture(autouse=True)
@@ -253,3 +253,15 @@ def test_where_the_16_bit_model_of_a_quantised_one_is(folder: str, card: str | N
     if card:
         (tmp_path / folder / "README.md").write_text(card, encoding="utf-8")
     assert sixteen_bits_of(tmp_path / folder) == said
+
+
+@pytest.mark.torch
+def test_the_format_of_weights_is_that_of_most_bytes_whatever_the_config_says(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}', encoding="utf-8")
+    save_file({"norm": torch.ones(8), "table": torch.ones(8, 8, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    assert stored_dtype(tmp_path) == "bfloat16"
+    save_file({"codes": torch.ones(8, 8, dtype=torch.uint8), "norm": torch.ones(8)}, tmp_path / "model.safetensors")
+    assert stored_dtype(tmp_path) == "float32"
