@@ -75,13 +75,17 @@ def in_file(name: str, names: Any) -> str:
 
 def _likely(tensor: str, parameters: Mapping[str, torch.Tensor], names: Any) -> list[str]:
     """Parameters that may hold it: that of its name, and those of its layer, or of none."""
-    layer = re.findall(r"^blk\.(\d+)\.", tensor)
-    beside = [name for name in parameters if re.findall(r"\.(\d+)\.", name)[:1] == layer and not NO_TEXT.search(name)]
+    beside = [name for name in parameters if re.findall(r"\.(\d+)\.", name)[:1] == _layer(tensor) and not NO_TEXT.search(name)]
     return sorted(beside, key=lambda name: in_file(name, names) != tensor)
 
 
+def _layer(tensor: str) -> list[str]:
+    """Its number, or nothing where it is in none."""
+    return re.findall(r"^blk\.(\d+)\.", tensor)
+
+
 def _places_of(blocks: Blocks, parameters: Mapping[str, torch.Tensor], likely: list[str]) -> Iterator[Place]:
-    """What is cheaper to find comes first: rows that stand as they did, such as do not, and columns that do not."""
+    """What is cheaper to find comes first: rows that stand as they did, and of layers such as do not, and columns that do not."""
     fitting = [
         (name, turned, weight)
         for name in likely
@@ -91,6 +95,8 @@ def _places_of(blocks: Blocks, parameters: Mapping[str, torch.Tensor], likely: l
     for name, turned, weight in fitting:
         if (start := _standing(blocks, weight)) is not None:
             yield Place(name, None if blocks.rows_count == len(weight) else start + _range(blocks.rows_count), turned)
+    if not _layer(blocks.name):
+        return  # tables of tokens, of hundreds of thousands of rows, which no converter turns
     for name, turned, weight in fitting:
         if (rows := _rows(blocks, weight)) is not None:
             yield Place(name, rows, turned)
@@ -155,7 +161,8 @@ def _nearest(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor | None:
     told = ours.any(1)
     if not told.any():
         return None
-    compared = [(some @ normalize(theirs).T).max(1) for some in torch.split(normalize(ours[told]), AT_ONCE)]
+    there = normalize(theirs).T
+    compared = [(some @ there).max(1) for some in torch.split(normalize(ours[told]), AT_ONCE)]
     nearest = torch.cat([which for _, which in compared])
     if not _alike(torch.cat([cosines for cosines, _ in compared])) or len(set(nearest.tolist())) < len(nearest):
         return None

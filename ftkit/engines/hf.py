@@ -117,7 +117,8 @@ def load_model(
     """The base model as `method` trains it, or (None) as it is asked: frozen weights in the compute format.
 
     `full` gets float32 weights, since what is trained is kept in float32. What will be `shared_out` among GPUs stays in RAM until
-    then, but for what is quantised on the GPU. In the format that they are stored in they stay in their mapped files.
+    then, but for what is quantised on the GPU. In the format that they are stored in they stay in their mapped files. `experts`: how
+    transformers computes them.
     """
     import torch
     from safetensors import SafetensorError
