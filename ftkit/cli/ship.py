@@ -223,7 +223,7 @@ def show(job: Job, shipped: Shipped, as_json: bool, html: Path | None = None) ->
         print_table("What each type keeps of the training, on the rows by which is chosen", ["", "size", "kept"], tried)
         for w in shipped.weighed:
             if w.fails:
-                say(f"{w.quantization} does not ship: on the held-out rows it fails. {w.fails}")
+                say(f"{w.quantization} does not ship, though it keeps enough of the gain: {w.fails}")
     say(f"\nMerged into {shipped.merged_onto}.")
     if bits := shipped.bits:
         say(f"Plain bits: {bits.why_not}." if bits.why_not else f"More bits for {bits.words}.")

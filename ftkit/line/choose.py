@@ -10,7 +10,7 @@ from typing import Any
 from ftkit.line import behaviour
 from ftkit.line.ask import ASK, Asked
 from ftkit.line.behaviour import CHOICE, SHIPPED, measure_file
-from ftkit.line.close import OF_FILE, shipping
+from ftkit.line.close import CLOSE, OF_FILE, shipping
 from ftkit.line.gguf import GGUF, QUANTISE, Converted
 from ftkit.line.job import Job
 from ftkit.line.prove import PROVE, Proof, limits_of
@@ -30,7 +30,9 @@ class Weighed:
     quantization: str
     bytes: int
     kept_percent: float | None
-    fails: str | None = None  # what the proof on the held-out rows says, where it kept enough on the others and does not ship
+    fails: str | None = (
+        None  # why it does not ship though it keeps enough: what the proof on the held-out rows says, or why it is not closed
+    )
 
 
 def of_type(job: Job, quantization: str) -> Job:
@@ -55,7 +57,9 @@ def _weigh(job: Job, folder: Path, asked: Made[Asked], converted: Made[Converted
     forms = behaviour.read(asked.folder / CHOICE) | ({SHIPPED: form} if form else {})
     known = {"before", behaviour.TRAINED, SHIPPED} <= forms.keys()
     kept = least_kept(forms, SHIPPED, by_loss=job.recipe.training.objective == "sft") if known else None
-    return Weighed(shipped.file.quantization, shipped.file.bytes, kept)
+    closed = next((made.result for made in later if made.name == CLOSE.name), None)
+    fails = f"not closed: {closed.why_not}" if job.closes and closed and closed.why_not else None
+    return Weighed(shipped.file.quantization, shipped.file.bytes, kept, fails)
 
 
 WEIGH = Step(
@@ -82,7 +86,7 @@ def trials(job: Job, weighed: Callable[[Job], Weighed | None]) -> Iterator[tuple
         if (found := weighed(tried)) is None:
             return
         enough = (found.kept_percent or 0) >= job.recipe.ship.keep
-        fails = _fails(tried) if enough else None
+        fails = (found.fails or _fails(tried)) if enough else None
         yield tried, replace(found, fails=fails), enough and not fails
         if enough and not fails:
             return

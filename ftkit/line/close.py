@@ -130,7 +130,7 @@ def _closed(
     after = mean_divergence(logits.of_file(target, [lesson.answer for lesson in checks]), checks)
     if not after < before:
         target.unlink()
-        why_not = f"{done} steps made it no better: KL a token {before:.3g}, then {after:.3g}."
+        why_not = f"none of up to {steps} steps brought it nearer: KL a token {before:.3g}" + (f", then {after:.3g}." if done else ".")
         return Closed(None, len(vectors), done, before, after, why_not, scaled)
     return Closed(replace(shipped.file, path=Path(target.name)), len(vectors), done, before, after, None, scaled)
 

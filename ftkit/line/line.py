@@ -361,8 +361,8 @@ def _walk(job: Job) -> Walked | None:
     merged, converted = ensure(job, MERGE), ensure(job, GGUF)
     if REASK.applies(job):
         ensure(job, REASK)
-    job, weighed = choose_type(job)
     try:
+        job, weighed = choose_type(job)
         later: list[Made[Any]] = [ensure(job, step) for step in OF_FILE if step.applies(job)]
     except (DoesNotFitError, RunError) as error:  # as of a full disk
         if not job.closes:
@@ -405,12 +405,9 @@ def ways(job: Job, asked: Made[Any]) -> Iterator[Job]:
 
 
 def _closes_by_itself(job: Job) -> bool:
-    """Whether a file that loses too much may be closed: there is a trained model beside it, and rows to learn from and to judge by.
-
-    Not of types that are tried from small to large: that would close each of them.
-    """
+    """Whether a file that loses too much may be closed: there is a trained model beside it, and rows to learn from and to judge by."""
     rows = not job.given or (job.given.kind != "gguf" and {"train", "test"} <= job.data.keys())
-    return job.recipe.ship.closing_steps is None and rows and not is_smallest(job)
+    return job.recipe.ship.closing_steps is None and rows
 
 
 def judge_again(job: Job) -> Proof:
@@ -454,7 +451,7 @@ def choose_type(job: Job) -> tuple[Job, tuple[Weighed, ...]]:
         if ships:
             break
         kept = f"{one.quantization} keeps {one.kept_percent:.1f} % of the training"
-        job.reporter.note(f"{kept}, but fails on the held-out rows" if one.fails else f"{kept}, wanted are {job.recipe.ship.keep:g} %")
+        job.reporter.note(f"{kept}, but fails: {one.fails}" if one.fails else f"{kept}, wanted are {job.recipe.ship.keep:g} %")
         for step in OF_FILE:
             if step.applies(tried) and (stale := find(tried, step)):
                 discard(stale.folder)
@@ -494,7 +491,9 @@ def _as_made(job: Job) -> Job:
 
 
 def _is_closed(job: Job) -> bool:
-    """Whether its file was closed, or that was begun."""
+    """Whether its file was closed, or that was begun; of types that are tried, one's."""
+    if is_smallest(job):
+        return any(find(tried, WEIGH) or _is_closed(tried) for tried in candidates(job))
     begun, made = job.run.partial(CLOSE.name, fingerprint_of(job, CLOSE)), find(job, CLOSE)
     return bool(made.result.file) if made else begun.is_dir()
 

@@ -99,7 +99,7 @@ def _values(record: Record) -> dict[str, Any]:
                 plain(one["quantization"]),
                 bytes_text(one["bytes"]),
                 "–" if one["kept_percent"] is None else f"{one['kept_percent']:.1f} %",
-                plain(f"fails on the held-out rows: {one['fails']}") if one.get("fails") else "",
+                plain(f"fails: {one['fails']}") if one.get("fails") else "",
             ]
             for one in proof["weighed"]
         ],

@@ -11,6 +11,7 @@ from typing import Any
 import families
 import pytest
 
+from ftkit.check import failed
 from ftkit.errors import ProofError
 from ftkit.line import line
 from ftkit.line.ask import ASK
@@ -79,6 +80,36 @@ def test_a_file_that_loses_too_much_is_closed(trained: Callable[..., Job], monke
         assert {CLOSE.name, PROVE.name} <= done
         assert not line.make_only(job, CLOSE.name).fresh
         line.judge_again(job)
+
+
+def test_where_no_type_passes_as_it_was_quantised_the_smallest_closed_one_ships(
+    trained: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the proof says of files that are not closed is put lower."""
+    monkeypatch.setattr("ftkit.line.choose.TRIED", ("Q2_K", "Q8_0"))
+    judged, proved = line.judged, list[tuple[str, bool]]()
+
+    def lower(job: Job, asked: Any, proven: Any, shipped: Any) -> Any:
+        proved.append((job.recipe.ship.quantization, job.closes))
+        proof = judged(job, asked, proven, shipped)
+        return (
+            proof if job.closes else replace(proof, checks=[failed("gain kept", "none is kept")], would_pass={"ship.max_loss_points": 101})
+        )
+
+    monkeypatch.setattr(line, "judged", lower)
+    job = trained("lora", quantization="smallest", keep=0)
+    with job.run:
+        line.train(job)
+        shipped = line.ship(job, use_ollama=False)
+        assert proved[:3] == [("Q2_K", False), ("Q8_0", False), ("Q2_K", True)]
+        assert shipped.closed
+        assert shipped.closed.file
+        assert [one.quantization for one in shipped.weighed] == ["Q2_K"]
+        assert shipped.gguf.name == "tiny-Q2_K.gguf"
+        again = line.ship(job, use_ollama=False)
+        assert (again.fresh, again.closed) == (False, shipped.closed)
+        assert {state.step.name for state in line.states(job) if not state.done} == {"register"}
+        assert line.judge_again(job).checks
 
 
 def test_what_closing_does_not_take_back_is_merged_onto_the_dequantised_base(
