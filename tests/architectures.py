@@ -430,8 +430,7 @@ and llama.cpp {packages.PACKAGES["converter"].version}.
 - **close**: vectors, and matrices whose scales are trained beside them, where the Q8_0 file is closed; all of them were moved and
   written back, and llama.cpp then says what transformers says: the median token's KL divergence is below {MAX_ROUNDED_KL:g} nats, which is
   llama.cpp's rounding of activations to 8 bits, and below a twentieth of what the file moved. *n of m*: the file has more vectors.
-  *in full*: only where memory has room for the dequantised weights, as they cannot be computed with as they lie in the file. Where it
-  cannot be closed, the file ships as it is.
+  *in full*: only where memory has room for the dequantised weights, as they cannot be computed with as they lie in the file.
 - **–**: not reached.
 """,
         encoding="utf-8",

@@ -127,11 +127,15 @@ def _standing(blocks: Blocks, weight: torch.Tensor) -> int | None:
         if not told.any() and not there.any():
             return start
         if told.any() and _alike(cosine_similarity(rows, there)[told]):
-            times = float(rows[told].norm() / there[told].norm())
-            if not 1 / LONGER < times < LONGER:
-                raise ValueError(f"{blocks.name} is {times:.2g} times the model's weight")
+            _refuse_multiple(blocks.name, rows[told], there[told])
             return start
     return None
+
+
+def _refuse_multiple(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    times = float(ours.norm() / theirs.norm())
+    if not 1 / LONGER < times < LONGER:
+        raise ValueError(f"{name} is {times:.2g} times the model's weight")
 
 
 def _alike(cosines: torch.Tensor) -> bool:
@@ -144,17 +148,20 @@ def _rows(blocks: Blocks, weight: torch.Tensor) -> torch.Tensor | None:
 
     directions = torch.randn(blocks.columns, SKETCH, generator=torch.Generator().manual_seed(0))
     sketch = torch.cat([_numbers(blocks, which) @ directions for which in torch.split(_range(blocks.rows_count), AT_ONCE)])
-    return _nearest(sketch, torch.cat([some.float().cpu() @ directions for some in torch.split(weight, AT_ONCE)]))
+    return _nearest(blocks.name, sketch, torch.cat([some.float().cpu() @ directions for some in torch.split(weight, AT_ONCE)]))
 
 
 def _columns(blocks: Blocks, weight: torch.Tensor) -> torch.Tensor | None:
     """Which column of the parameter each of the tensor's is, by some of their rows."""
     some = _spread(blocks.rows_count, SKETCH)
-    return _nearest(_numbers(blocks, some).T, weight[some].float().cpu().T)
+    return _nearest(blocks.name, _numbers(blocks, some).T, weight[some].float().cpu().T)
 
 
-def _nearest(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor | None:
-    """Which of `theirs` each of `ours` points like, where each points like another; those of nothing but zeros are what is left."""
+def _nearest(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor | None:
+    """Which of `theirs` each of `ours` points like, where each points like another; those of nothing but zeros are what is left.
+
+    Raises ValueError where they are multiples.
+    """
     import torch
     from torch.nn.functional import normalize
 
@@ -166,6 +173,7 @@ def _nearest(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor | None:
     nearest = torch.cat([which for _, which in compared])
     if not _alike(torch.cat([cosines for cosines, _ in compared])) or len(set(nearest.tolist())) < len(nearest):
         return None
+    _refuse_multiple(name, ours[told], theirs[nearest])
     left = sorted(set(range(len(theirs))) - set(nearest.tolist()))
     if theirs[left].any() and len(nearest) < len(ours):
         return None

@@ -69,20 +69,32 @@ def load_student(
     experts = None if way == "dequantised" else "eager"
     stored = stored_dtype(model)
     student = hf.load_model(model, None, dtype=stored, cuda=False, trust_remote_code=trust_remote_code, experts=experts)
+    with _refusing(path), torch.no_grad():
+        if way == "dequantised":
+            _fill(student, path, device, dtype)
+        else:
+            _pack(student, path, device, dtype, mapped=way == "mapped")
+        _move(student, device, {getattr(torch, stored): dtype})
+        if is_packed(student):
+            student(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))  # what cannot be computed with packed says so
+    return student.requires_grad_(False).eval()
+
+
+def refuse_anothers(path: Path, model: Path, *, trust_remote_code: bool = False) -> None:
+    """Raise ModelError where a tensor of the file is none of the model's weights: it takes seconds, and the weights stay in their files."""
+    student = hf.load_model(model, None, dtype=stored_dtype(model), cuda=False, trust_remote_code=trust_remote_code)
+    with _refusing(path):
+        _weights(student, path)
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
     try:
-        with torch.no_grad():
-            if way == "dequantised":
-                _fill(student, path, device, dtype)
-            else:
-                _pack(student, path, device, dtype, mapped=way == "mapped")
-            _move(student, device, {getattr(torch, stored): dtype})
-            if is_packed(student):
-                student(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))  # what cannot be computed with packed says so
+        yield
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, MemoryError, NotImplementedError) as error:
         if refused := hf.out_of_memory(error, f"load {path.name}"):
             raise refused from None
         raise ModelError(f"{path.name} cannot be closed: {first_line(error)}.", "ship it as it is: ship.closing_steps=0") from None
-    return student.requires_grad_(False).eval()
 
 
 def _fill(student: PreTrainedModel, path: Path, device: torch.device, dtype: torch.dtype) -> None:

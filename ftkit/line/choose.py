@@ -30,9 +30,8 @@ class Weighed:
     quantization: str
     bytes: int
     kept_percent: float | None
-    fails: str | None = (
-        None  # why it does not ship though it keeps enough: what the proof on the held-out rows says, or why it is not closed
-    )
+    fails: str | None = None  # why it does not ship though it keeps enough: what its proof says, or that it is not closed by itself
+    not_closed: str | None = None  # why not, where that was tried
 
 
 def of_type(job: Job, quantization: str) -> Job:
@@ -58,8 +57,8 @@ def _weigh(job: Job, folder: Path, asked: Made[Asked], converted: Made[Converted
     known = {"before", behaviour.TRAINED, SHIPPED} <= forms.keys()
     kept = least_kept(forms, SHIPPED, by_loss=job.recipe.training.objective == "sft") if known else None
     closed = next((made.result for made in later if made.name == CLOSE.name), None)
-    fails = f"not closed: {closed.why_not}" if job.closes and closed and closed.why_not else None
-    return Weighed(shipped.file.quantization, shipped.file.bytes, kept, fails)
+    not_closed = f"not closed: {closed.why_not}" if closed and closed.why_not else None
+    return Weighed(shipped.file.quantization, shipped.file.bytes, kept, not_closed=not_closed)
 
 
 WEIGH = Step(
@@ -86,7 +85,7 @@ def trials(job: Job, weighed: Callable[[Job], Weighed | None]) -> Iterator[tuple
         if (found := weighed(tried)) is None:
             return
         enough = (found.kept_percent or 0) >= job.recipe.ship.keep
-        fails = (found.fails or _fails(tried)) if enough else None
+        fails = ((found.not_closed if tried.closes else None) or _fails(tried)) if enough else None
         yield tried, replace(found, fails=fails), enough and not fails
         if enough and not fails:
             return

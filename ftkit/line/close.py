@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.close.closing import Lesson, close, mean_divergence, to_train
 from ftkit.close.kept import keep, last
-from ftkit.close.student import load_student, lossless, running, scales, ways_of, write_back
+from ftkit.close.student import load_student, lossless, refuse_anothers, running, scales, ways_of, write_back
 from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import DoesNotFitError, InterruptedRunError, ModelError, ToolFailedError
@@ -85,6 +85,7 @@ def _closed(
     checks, answers = checks_as_trained(asked), rows_to_learn(job, tokenizer, job.closing_steps)
     begun = last(kept)
     ways = _ways_that_fit(job, path, merged.folder / MODEL, answers, begun[1] if begun else None)
+    refuse_anothers(path, merged.folder / MODEL, trust_remote_code=recipe.trust_remote_code)  # before anything is read
     teacher = Teacher(job, trained)
     learnt = lessons(teacher, answers, kept / "rows")
     others, weight = _outside(job, tokenizer, converted, teacher, kept / "outside")

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -340,20 +340,26 @@ class Walked:
 
 
 def _walk_until_kept(job: Job, asked: Made[Any]) -> Walked:
-    """The first of the ways by which the file keeps what the recipe asks for; else the last, which `judge` then refuses."""
-    last = None
-    for way in ways(job, asked):
+    """The first of the ways by which the file keeps what the recipe asks for; else the last that made one, which `judge` then refuses."""
+    last: Job | None = None
+
+    def as_it_was_quantised() -> Iterator[Job]:
+        if not last:
+            yield job
+
+    for way in chain(ways(job, asked), as_it_was_quantised()):
         while walked := _walk(way):
-            last, proof = walked, judged(walked.job, asked, walked.proven, walked.shipped)
+            proof = judged(walked.job, asked, walked.proven, walked.shipped)
             if not proof.would_pass:
-                return last
+                return walked
             lost = next(check for check in proof.checks if check.outcome == "failed")
             job.reporter.warn(f"{walked.shipped.path.name} loses too much: {lost.words}")
             if not passed_over(way, walked.job, proof):
+                last = way
                 break
-    if not last and not (last := _walk(job)):
+    if not last or not (walked := _walk(last)):  # what a way after it threw away is made again
         raise AssertionError("a file that is not to be closed by itself is one")
-    return last
+    return walked
 
 
 def _walk(job: Job) -> Walked | None:
@@ -362,17 +368,17 @@ def _walk(job: Job) -> Walked | None:
     if REASK.applies(job):
         ensure(job, REASK)
     try:
-        job, weighed = choose_type(job)
-        later: list[Made[Any]] = [ensure(job, step) for step in OF_FILE if step.applies(job)]
+        chosen, weighed = choose_type(job)
+        later: list[Made[Any]] = [ensure(chosen, step) for step in OF_FILE if step.applies(chosen)]
     except (DoesNotFitError, RunError) as error:  # as of a full disk
-        if not job.closes:
+        if not job.closes or (is_smallest(job) and isinstance(error, RunError)):  # types that were weighed are not weighed again
             raise
         job.reporter.warn(f"it is not closed: {error.message}")
         return None
     closed = next((made.result for made in later if made.name == CLOSE.name), None)
     if job.closes and closed and not closed.file:
         return None
-    return Walked(job, merged, converted, shipping(job, converted, *later), ensure(job, PROVE), closed, weighed)
+    return Walked(chosen, merged, converted, shipping(chosen, converted, *later), ensure(chosen, PROVE), closed, weighed)
 
 
 def ways(job: Job, asked: Made[Any]) -> Iterator[Job]:
@@ -441,7 +447,7 @@ def choose_type(job: Job) -> tuple[Job, tuple[Weighed, ...]]:
     if not is_smallest(job):
         return job, ()
     weighed = []
-    for tried, one, ships in trials(job, lambda tried: ensure(tried, WEIGH).result):
+    for tried, one, ships in trials(job, lambda tried: (find(tried, WEIGH) or ensure(tried, WEIGH)).result):
         weighed.append(one)
         if one.kept_percent is None:
             raise ProofError(
@@ -480,20 +486,24 @@ def _as_made(job: Job) -> Job:
         dequantised, closed = replace(job, onto="dequantised"), replace(job, closes=True)
         onto = find(dequantised, MERGE) or job.run.manifest().get(DEQUANTISED) == fingerprint_of(job, trained_by(job))
         job = dequantised if onto else closed if _closes_by_itself(job) and _is_closed(closed) else job
-    if not is_smallest(job):
-        return job
+    return (_chosen(job) if is_smallest(job) else None) or job
+
+
+def _chosen(job: Job) -> Job | None:
+    """The job with the type that its trials end in, where they are done."""
 
     def weighed(tried: Job) -> Weighed | None:
         found = find(tried, WEIGH)
         return found.result if found else None
 
-    return next((tried for tried, _, ships in trials(job, weighed) if ships), job)
+    return next((tried for tried, _, ships in trials(job, weighed) if ships), None)
 
 
 def _is_closed(job: Job) -> bool:
-    """Whether its file was closed, or that was begun; of types that are tried, one's."""
+    """Whether its file was closed, or that was begun; of types that are tried, the closed one that ships."""
     if is_smallest(job):
-        return any(find(tried, WEIGH) or _is_closed(tried) for tried in candidates(job))
+        chosen, made = _chosen(job), None
+        return bool(chosen and (made := find(chosen, CLOSE)) and made.result.file)
     begun, made = job.run.partial(CLOSE.name, fingerprint_of(job, CLOSE)), find(job, CLOSE)
     return bool(made.result.file) if made else begun.is_dir()
 
@@ -578,8 +588,10 @@ def start_from(job: Job, name: str) -> None:
     for one in candidates(job) if is_smallest(job) else (job,):
         for step, onto, closes in product(made, get_args(Onto), (False, True)):
             way = replace(one, onto=onto, closes=closes)
-            if step.make and step.applies(way) and (found := find(way, step)):
-                discard(found.folder)
+            if step.make and step.applies(way):
+                found, begun = find(way, step), job.run.partial(step.name, fingerprint_of(way, step))
+                for folder in (*((found.folder,) if found else ()), *((begun,) if begun.is_dir() else ())):
+                    discard(folder)
     if first <= LINE.index(MERGE):
         job.run.record(**{DEQUANTISED: None})
     if first <= LINE.index(PROVE):

@@ -239,7 +239,7 @@ def test_a_file_of_another_model_is_refused(made: Made, tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.normal_()
     model.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"m\.gguf cannot be closed: no weight of the model is blk\.0\."):
+    with pytest.raises(ModelError, match=r"m\.gguf cannot be closed: no weight of the model is "):
         load_student(made.file, tmp_path, bfloat16=False, cuda=False)
 
 

@@ -123,7 +123,7 @@ def test_weights_that_are_read_in_a_wrong_order_are_seen(llama: Path, monkeypatc
     assert apart(llama) < MOST_APART / 10
     with monkeypatch.context() as swapped:
         swapped.setattr(packed, "dequantise", lambda data, kind: dequantise(data, kind).roll(32, -1))  # each block in its neighbour's place
-        with pytest.raises(ModelError, match=r"no weight of the model is blk\.0\."):
+        with pytest.raises(ModelError, match="no weight of the model is "):
             apart(llama)
     with monkeypatch.context() as swapped:
         as_they_stand = lambda *given: {name: replace(place, rows=None) for name, place in places(*given).items()}  # noqa: E731

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ftkit.close.packed import Blocks, dequantise
+from ftkit.close.packed import Blocks, PackedWeight
 from ftkit.close.places import Place, places
 
 pytestmark = pytest.mark.torch
@@ -29,15 +29,23 @@ def blocks(name: str, numbers: Any) -> Blocks:
 
 
 def found(parameters: dict[str, Any], tensors: dict[str, Any]) -> tuple[dict[str, Place], dict[str, Any]]:
-    """The places, and the parameters as the file has them."""
+    """The places, and the parameters as the file has them, computed with packed."""
     import torch
 
-    packed = {name: blocks(name, numbers) for name, numbers in tensors.items()}
+    packed, parts = {name: blocks(name, numbers) for name, numbers in tensors.items()}, dict[str, list[tuple[Blocks, Place]]]()
     placed, filled = places(parameters, packed, None), {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for name, place in placed.items():
-        weight, data = filled[place.parameter], packed[name].data
-        for one, rows in zip(weight if weight.ndim > 2 else [weight], data if weight.ndim > 2 else [data], strict=True):
-            (one.T if place.turned else one)[place.at(slice(None))] = place.in_columns(dequantise(rows, packed[name].kind))
+        parts.setdefault(place.parameter, []).append((packed[name], place))
+    for name, there in parts.items():
+        whole, experts = PackedWeight(there, torch.device("cpu"), torch.float32), filled[name].ndim > 2
+        for n, weight in enumerate(filled[name] if experts else [filled[name]]):
+            part, turned = whole.expert(n) if experts else whole, there[0][1].turned
+            for which, rows in part.in_turn():
+                (weight.T if turned else weight)[which] = rows
+            if len(there) == 1 and not turned:
+                assert torch.equal(part.look_up(torch.arange(len(weight))), weight)
+            given = torch.randn(3, weight.shape[turned - 1], generator=torch.Generator().manual_seed(5))
+            assert torch.allclose(torch.nn.functional.linear(given, part), given @ (weight if turned else weight.T), atol=1e-4)
     return placed, filled
 
 
@@ -113,8 +121,11 @@ def test_rows_of_nothing_but_zeros_are_put_where_none_is_when_the_others_change_
 
 def test_a_multiple_of_a_weight_is_refused() -> None:
     """Falcon-H1's converter writes some, by which its layers multiply again."""
-    with pytest.raises(ValueError, match=r"blk\.0\.attn_k\.weight is 0\.39 times the model's weight"):
-        found({"layers.0.k.weight": weight(8)}, {"blk.0.attn_k.weight": 0.39 * weight(8)})
+    for name in ("as they stand", "in another order", "columns in another order"):
+        whole = 0.39 * weight(16)
+        order = {"as they stand": whole, "in another order": whole.flip(0), "columns in another order": whole.flip(1)}[name]
+        with pytest.raises(ValueError, match=r"blk\.0\.attn_k\.weight is 0\.39 times the model's weight"):
+            found({"layers.0.k.weight": weight(16)}, {"blk.0.attn_k.weight": order})
 
 
 def test_rows_of_types_of_two_bits_are_known() -> None:

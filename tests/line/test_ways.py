@@ -13,7 +13,7 @@ import pytest
 
 from ftkit.check import failed
 from ftkit.errors import ProofError
-from ftkit.line import line
+from ftkit.line import close, line
 from ftkit.line.ask import ASK
 from ftkit.line.close import CLOSE
 from ftkit.line.job import Job, open_job
@@ -82,34 +82,41 @@ def test_a_file_that_loses_too_much_is_closed(trained: Callable[..., Job], monke
         line.judge_again(job)
 
 
+@pytest.mark.parametrize("types", [("Q2_K", "Q3_K_M"), ("Q3_K_M", "Q2_K")])
 def test_where_no_type_passes_as_it_was_quantised_the_smallest_closed_one_ships(
-    trained: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+    trained: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, types: tuple[str, str]
 ) -> None:
-    """What the proof says of files that are not closed is put lower."""
-    monkeypatch.setattr("ftkit.line.choose.TRIED", ("Q2_K", "Q8_0"))
-    judged, proved = line.judged, list[tuple[str, bool]]()
+    """What the proof says of files that are not closed is put lower, and of all but Q2_K, in either order."""
+    monkeypatch.setattr("ftkit.line.choose.TRIED", types)
+    judged, written, proved, closed = line.judged, close.write_back, list[tuple[str, bool]](), list[str]()
 
     def lower(job: Job, asked: Any, proven: Any, shipped: Any) -> Any:
-        proved.append((job.recipe.ship.quantization, job.closes))
+        kind = job.recipe.ship.quantization
+        proved.append((kind, job.closes))
         proof = judged(job, asked, proven, shipped)
-        return (
-            proof if job.closes else replace(proof, checks=[failed("gain kept", "none is kept")], would_pass={"ship.max_loss_points": 101})
-        )
+        passes = job.closes and kind == "Q2_K"
+        return proof if passes else replace(proof, checks=[failed("gain kept", "none is kept")], would_pass={"ship.max_loss_points": 101})
 
     monkeypatch.setattr(line, "judged", lower)
+    monkeypatch.setattr(close, "write_back", lambda path, *rest: closed.append(path.name) or written(path, *rest))
     job = trained("lora", quantization="smallest", keep=0)
+    tried = list(types[: types.index("Q2_K") + 1])
     with job.run:
         line.train(job)
         shipped = line.ship(job, use_ollama=False)
-        assert proved[:3] == [("Q2_K", False), ("Q8_0", False), ("Q2_K", True)]
+        assert list(dict.fromkeys(proved))[:2] == [(kind, False) for kind in types]
+        assert proved[-1] == ("Q2_K", True)
         assert shipped.closed
         assert shipped.closed.file
-        assert [one.quantization for one in shipped.weighed] == ["Q2_K"]
+        assert [(one.quantization, bool(one.fails)) for one in shipped.weighed] == [(kind, kind != "Q2_K") for kind in tried]
         assert shipped.gguf.name == "tiny-Q2_K.gguf"
         again = line.ship(job, use_ollama=False)
         assert (again.fresh, again.closed) == (False, shipped.closed)
+        assert closed == [f"tiny-{kind}.gguf" for kind in tried]  # each once
         assert {state.step.name for state in line.states(job) if not state.done} == {"register"}
         assert line.judge_again(job).checks
+        line.start_from(job, "merge")
+        assert not [folder.name for folder in job.run.folder.iterdir() if "close-" in folder.name or "weigh-" in folder.name]
 
 
 def test_what_closing_does_not_take_back_is_merged_onto_the_dequantised_base(
