@@ -22,7 +22,7 @@ from ftkit.errors import ModelError
 from ftkit.merge.deltas import Delta, changes_of
 from ftkit.model.four_bits import partly_rounded
 from ftkit.model.given import tokenizer_files
-from ftkit.model.source import INDEX, Shard, drop_code, header, shards_of, weight_files
+from ftkit.model.source import DTYPES, INDEX, Shard, drop_code, header, shards_of, weight_files
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Dtype
 
@@ -400,12 +400,12 @@ def _dtype(name: str, source: FileIO) -> torch.dtype:
     """Of a tensor in a safetensors file. Raises ModelError for what is no plain number of 16 bits or more."""
     import torch
 
-    known = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    if name not in known:
+    if name not in DTYPES:
         raise ModelError(
             f"{source.name} holds weights in {name}, to which nothing can be added.", "give the 16-bit model that it was made from"
         )
-    return known[name]
+    dtype: torch.dtype = getattr(torch, DTYPES[name])
+    return dtype
 
 
 class _Quantised:

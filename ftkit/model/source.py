@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"  # which file holds which tensor, where there are several
 MOST_HEADER_BYTES = 100_000_000  # as safetensors itself has it
 CONVERT_PICKLES = "convert them once: https://huggingface.co/spaces/safetensors/convert"
-
-
-FORMATS: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names
+DTYPES: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # by safetensors' names
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def stored_dtype(folder: Path) -> Dtype:
     for path in weight_files(folder):
         for entry in header(path).values():
             sizes[entry["dtype"]] += entry["end"] - entry["begin"]
-    return FORMATS.get(max(sizes, key=lambda name: sizes[name], default=""), "float32")
+    return DTYPES.get(max(sizes, key=lambda name: sizes[name], default=""), "float32")
 
 
 def open_gguf(path: Path, mode: Literal["r", "r+"] = "r") -> GGUFReader:
