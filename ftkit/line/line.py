@@ -502,8 +502,9 @@ def _chosen(job: Job) -> Job | None:
 def _is_closed(job: Job) -> bool:
     """Whether its file was closed, or that was begun; of types that are tried, the closed one that ships."""
     if is_smallest(job):
-        chosen, made = _chosen(job), None
-        return bool(chosen and (made := find(chosen, CLOSE)) and made.result.file)
+        chosen = _chosen(job)
+        ships = find(chosen, CLOSE) if chosen else None
+        return bool(ships and ships.result.file)
     begun, made = job.run.partial(CLOSE.name, fingerprint_of(job, CLOSE)), find(job, CLOSE)
     return bool(made.result.file) if made else begun.is_dir()
 
@@ -589,9 +590,10 @@ def start_from(job: Job, name: str) -> None:
         for step, onto, closes in product(made, get_args(Onto), (False, True)):
             way = replace(one, onto=onto, closes=closes)
             if step.make and step.applies(way):
-                found, begun = find(way, step), job.run.partial(step.name, fingerprint_of(way, step))
-                for folder in (*((found.folder,) if found else ()), *((begun,) if begun.is_dir() else ())):
-                    discard(folder)
+                if found := find(way, step):
+                    discard(found.folder)
+                if (begun := job.run.partial(step.name, fingerprint_of(way, step))).is_dir():
+                    discard(begun)
     if first <= LINE.index(MERGE):
         job.run.record(**{DEQUANTISED: None})
     if first <= LINE.index(PROVE):

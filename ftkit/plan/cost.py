@@ -253,9 +253,8 @@ def closing_ways(
     vocabulary, row = tensors["token_embd.weight"][0], _row(tensors, length, compute_bytes)
     vectors = sum(size for name, size in elements.items() if len(tensors[name]) == 1)
     trained = 4 * TRAINED * (vectors + sum(shape[0] for name, shape in tensors.items() if has_scales(name, shape, types[name])))
-    joined = 2 * sum(
-        size for name, size in elements.items() if len(tensors[name]) > 2
-    )  # experts, which transformers joins as it loads them
+    # experts, which transformers joins as it loads them
+    joined = 2 * sum(size for name, size in elements.items() if len(tensors[name]) > 2)
     ram = FTKIT_BYTES + LLAMA_CPP_BYTES + VOCABULARY_BYTES * vocabulary + readings_bytes(rows) + joined
     in_turn = row.head + trained + DEQUANTISED_AT_ONCE["cuda" if on_cuda else "cpu"] + row.went_in + IN_A_LAYER * max(row.layers)
     whole = row.head + trained + compute_bytes * sum(elements.values()) + LAYER_KEEPS * sum(row.layers)
