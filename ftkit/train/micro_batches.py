@@ -43,6 +43,20 @@ def in_micro_batches(kind: Any, settings: Settings) -> Any:
             self.learnt_tokens += self.step_learnt_tokens
             return torch.stack(losses).sum()
 
+        def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
+            """The loss a learnt token. transformers takes the mean of the batches', which is another with other rows in each."""
+            self.evaluated: list[tuple[Any, Any]] = []  # of each batch: its loss a token, and its tokens
+            output = super().evaluation_loop(*arguments, **options)
+            losses, tokens = (torch.stack(each).double() for each in zip(*self.evaluated, strict=True))
+            output.metrics["eval_loss"] = float((losses * tokens).sum() / tokens.sum())
+            return output
+
+        def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+            tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+            found = super().prediction_step(model, inputs, *arguments, **options)
+            self.evaluated.append((found[0], tokens.to(found[0].device)))
+            return found
+
         def micro_batches(self, inputs: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
             """Those of the step's rows that this process takes, and whether each counts.
 

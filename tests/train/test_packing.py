@@ -183,3 +183,24 @@ def test_every_split_of_a_step_has_the_gradient_of_the_large_batch(checkpointing
     assert all(width <= 100 for _, width in passes["packed"])
     for name in ("one", "tokens", "packed"):
         assert float((found[name] - found["whole"]).norm() / found["whole"].norm()) < 1e-5, name
+
+
+def test_the_validation_loss_is_a_learnt_token_s_however_many_rows_go_at_once(llama: Path, tmp_path: Path) -> None:
+    """Answers of 1 to many tokens: the mean of batches' means would be another for each size."""
+    from trl import SFTTrainer
+
+    examples, losses, alone = rows(7), {}, []
+    for size in (1, 2, 7):
+        settings = Settings(size, 1, False, dtype="float32", cuda=False)
+        made = build_trainer(tiny.recipe(llama, method="lora"), settings, llama, hf.load_tokenizer(llama), examples, examples, tmp_path)
+        losses[size] = made.evaluate()["eval_loss"]
+        if size == 1:
+            alone = [(float(loss), int(tokens)) for loss, tokens in made.evaluated]
+        else:
+            made.evaluation_loop = lambda *a, made=made, **o: SFTTrainer.evaluation_loop(made, *a, **o)
+            losses[-size] = made.evaluate()["eval_loss"]
+    learnt = [sum(label != IGNORED for label in row.labels) for row in examples]
+    assert sorted(tokens for _, tokens in alone) == sorted(learnt)
+    wanted = sum(loss * tokens for loss, tokens in alone) / sum(learnt)
+    assert [losses[size] for size in (1, 2, 7)] == pytest.approx([wanted] * 3, rel=1e-6)
+    assert losses[-2] != pytest.approx(wanted, rel=1e-5)  # as transformers takes it
