@@ -105,7 +105,7 @@ def _make(job: Job, folder: Path, _: Made[Any]) -> Trained:
     learnt_from, checked = take(job, tokenizer, rows, (stage or folder) / EXAMPLES)
     missed = partial(_remember_miss, job, planned, settings)
     begins_with = job.begins_with.path if job.begins_with else None
-    ranks.tell(_Shared(folder, stage, opened.folder, settings))
+    ranks.tell(_Shared(folder, stage, opened.folder, planned, settings))
     result = train(
         *(recipe, settings, opened.folder, tokenizer, learnt_from, checked, folder, reporter, asked),
         missed=missed,
@@ -134,6 +134,7 @@ class _Shared:
     folder: Path  # of the step
     stage: Path | None
     base: Path
+    planned: MemoryPlan
     settings: Settings
 
 
@@ -150,6 +151,7 @@ def train_beside(job: Job) -> None:
         begins_with = job.begins_with.path if job.begins_with else None
         train(
             *(job.recipe, told.settings, told.base, tokenizer, learnt_from, checked, told.folder),
+            missed=partial(_remember_miss, job, told.planned, told.settings),
             stage=told.stage,
             begins_with=begins_with,
         )

@@ -15,6 +15,7 @@ from ftkit.data.lengths import RIDGE_TOKENS
 from ftkit.engines import hf
 from ftkit.errors import DoesNotFitError, TrainingDivergedError, first_line
 from ftkit.files import write_atomically
+from ftkit.machine import ranks
 from ftkit.machine.device import held_bytes
 from ftkit.plan.choose import batch_sizes
 from ftkit.recipe import Recipe
@@ -98,10 +99,11 @@ def smaller(settings: Settings, recipe: Recipe, tokens_per_row: float, phase: Ph
     """What surely needs less and costs least, at the same effective batch; None: there is nothing.
 
     Half the rows at once, or less where that divides the effective batch, costs nothing as long as a pass still has the tokens
-    that keep a GPU busy; below, checkpointing costs a third. An evaluation keeps no activations: only fewer rows help.
+    that keep a GPU busy; below, checkpointing costs a third. An evaluation keeps no activations: only fewer rows help. Of several
+    processes none has more rows at once than its share of a step's.
     """
-    batch = settings.per_device_train_batch_size
-    effective = batch * settings.gradient_accumulation_steps
+    effective = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    batch = min(settings.per_device_train_batch_size, -(-effective // ranks.world_size()))
     fewer = next((size for size in batch_sizes(effective) if size <= batch // 2), None)
     may = not settings.gradient_checkpointing and recipe.training.gradient_checkpointing is None and phase != "evaluation"
     if may and (not fewer or fewer * tokens_per_row < RIDGE_TOKENS):

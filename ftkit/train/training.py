@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ftkit.data.store import token_counts
 from ftkit.engines.hf import load_model, release_memory
@@ -110,8 +110,9 @@ def train(
 
     Checkpoints of an earlier, killed call with the same folder are taken up, and stay in CHECKPOINTS for the caller to remove.
     Where memory runs out it goes on with fewer rows at once, at the same effective batch; where it diverges, from before that at
-    half the rate, once. `missed` is told each time that memory was not enough for the settings. With a `stage`, a folder on this
-    machine, what a training goes on from is written there and copied to `folder`, which may lie on a drive that comes and goes.
+    half the rate, once. Several processes end there, and the same command does that. `missed` is told each time that memory was
+    not enough for the settings. With a `stage`, a folder on this machine, what a training goes on from is written there and
+    copied to `folder`, which may lie on a drive that comes and goes.
     Raises InterruptedRunError on Ctrl-C and SIGTERM, after a checkpoint was saved; DoesNotFitError; TrainingDivergedError.
     """
     training, validation = dataset_of(training), dataset_of(validation)
@@ -145,34 +146,42 @@ def train(
                 begins_with,
             )
         except OutOfMemory as short:
-            if ranks.world_size() > 1:
-                raise DoesNotFitError(
-                    f"Memory ran out in process {ranks.rank()} after step {short.step}: {short}",
-                    "fewer rows at once: --set training.per_device_train_batch_size=1; in one process ftkit goes on smaller by itself",
-                ) from None
             missed(now, short)
             tokens_per_row = sum(lengths) / max(1, len(lengths))
             retry = after_shortage(short, now, recipe, tokens_per_row, max(lengths), _last_step(checkpoints), device, rate)
         except Diverged as found:
+            ranks.wait()  # each has seen the same losses
             if ranks.is_first():
                 drop_checkpoints_from(checkpoints, found.bad_from)
                 if drive:
                     drive.push()  # what is dropped here must not come back from there
-            if ranks.world_size() > 1:
-                raise TrainingDivergedError(
-                    f"Training diverged at step {found.step}: {found}.", f"--set training.learning_rate={rate / 10:g}"
-                ) from None
+            ranks.wait()
             retry = after_divergence(found, retries, now, rate, _last_step(checkpoints), device)
         else:
             if stage and ranks.is_first():
                 shutil.rmtree(stage)
             return replace(result, resumed_from_step=began, retries=retries)
         retries.append(retry)
-        write_retries(checkpoints.parent, retries)
-        if drive:
-            drive.push()
+        if ranks.is_first() or retry.why == "out of memory":  # which this process alone knows
+            write_retries(checkpoints.parent, retries)
+            if drive:
+                drive.push()
+        if ranks.world_size() > 1:  # which torch does not let go on beside each other
+            _end_of_all(retry)
         reporter.warn(retry.said)
         release_memory()
+
+
+def _end_of_all(retry: Retry) -> NoReturn:
+    """End one of several processes whose training goes on otherwise. Where one alone ran out of memory, the launcher ends the others.
+
+    torchrun's own restarts do not help: in torch 2.13 the new processes read the addresses of the old ones.
+    """
+    hint = "the same command does that"
+    if retry.why == "diverged":
+        ranks.wait()  # until it is written
+        raise TrainingDivergedError(f"{retry.said[0].upper()}{retry.said[1:]}.", hint)
+    raise DoesNotFitError(f"In process {ranks.rank()} {retry.said}.", hint)
 
 
 def _last_step(checkpoints: Path) -> int:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,39 @@ def project(tmp_path: Path, write_rows: Any, private_cache: Path, monkeypatch: p
     return tmp_path
 
 
-def started(project: Path, run: Path, *settings: str) -> subprocess.Popen[str]:
-    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ftkit"]
+def started(project: Path, run: Path, *settings: str, program: Sequence[str] = ("-m", "ftkit")) -> subprocess.Popen[str]:
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
     command = [*launched, "train", str(project), "--run-dir", str(run), *(word for s in settings for word in ("--set", s))]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+# A ftkit whose second process has no memory for more than two rows at once, from its third pass on.
+SHORT = """
+import os, torch
+from torch.nn.modules.module import Module
+from ftkit.cli import main
+call, passes = Module.__call__, []
+def checked(this, *arguments, **options):
+    if type(this).__name__ == "LlamaForCausalLM" and this.training and os.environ["RANK"] == "1":
+        passes.append(len(options["input_ids"]))
+        if passes[-1] > 2 and len(passes) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 MiB. GPU 0 has a total capacity of …")
+    return call(this, *arguments, **options)
+Module.__call__ = checked
+main()
+"""
+# A ftkit whose weights are no numbers after the third step, at the recipe's rate.
+BLOWN = """
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from ftkit.cli import main
+def hook(optimizer, *_):
+    first = next(group["params"][0] for group in optimizer.param_groups if group["params"])
+    if optimizer.state[first]["step"] >= 3 and optimizer.param_groups[0]["lr"] > 0.6e-3:
+        first.data.fill_(torch.nan)
+register_optimizer_step_post_hook(hook)
+main()
+"""
 
 
 def curve(run: Path) -> list[float]:
@@ -145,6 +174,40 @@ def test_two_processes_learn_preferences_as_one(project: Path, write_rows: Any, 
     assert curve(project / "two") == pytest.approx(curve(project / "one"), rel=1e-5)
     margins = [read_margins(project / name) for name in ("one", "two")]
     assert margins[1] == pytest.approx(margins[0], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_where_one_of_two_runs_out_of_memory_the_same_command_goes_on_smaller(project: Path, ftkit: Ftkit) -> None:
+    """Six rows a step, three of them in each process at once."""
+    program = project / "short.py"
+    program.write_text(SHORT, encoding="utf-8")
+    settings = ("training.effective_batch_size=6", "training.save_minutes=1e-6", "training.gradient_checkpointing=false")
+    assert ftkit("train", project, "--run-dir", project / "one", "--set", settings[0]).exit_code == 0
+    short = started(project, project / "two", *settings, program=[str(program)])
+    err = short.communicate(timeout=PATIENCE_SECONDS)[1]
+    assert short.returncode
+    assert "Error: In process 1 memory ran out after step 3, with 6 × 1 rows" in err
+    assert "going on from step 3 with 1 × 6 rows, the effective batch stays 6" in err
+    again = started(project, project / "two", *settings, program=[str(program)])
+    out, err = again.communicate(timeout=PATIENCE_SECONDS)
+    assert again.returncode == 0, err
+    assert "Memory ran out after step 3" in out
+    assert curve(project / "two") == pytest.approx(curve(project / "one"), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_two_processes_that_diverge_go_on_at_half_the_rate(project: Path) -> None:
+    program = project / "blown.py"
+    program.write_text(BLOWN, encoding="utf-8")
+    constant = ("training.learning_rate=1e-3", "training.lr_scheduler_type=constant", "training.warmup_share=0")
+    settings = (*constant, "training.save_minutes=1e-6", "training.max_steps=8")
+    for succeeds in (False, True):
+        together = started(project, project / "run", *settings, program=[str(program)])
+        out, err = together.communicate(timeout=PATIENCE_SECONDS)
+        assert (together.returncode == 0) == succeeds, err
+        assert "oing on from step 2 at half the rate" in (out if succeeds else err)
 
 
 def test_no_process_of_several_is_aborted_at_its_end() -> None:
