@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +49,18 @@ def finer_types(plain: Mapping[str, Tensor]) -> dict[str, str]:
 
 def worth_most(gains: Mapping[str, float], more_bytes: Mapping[str, int], room_bytes: int) -> list[str]:
     """The tensors to give more bits: those that gain most for a byte, as long as there is room."""
+    by_worth = sorted((name for name in gains if gains[name] > 0), key=lambda name: -gains[name] / more_bytes[name])
+    return _fitting(by_worth, more_bytes, room_bytes)
+
+
+def at_random(more_bytes: Mapping[str, int], room_bytes: int) -> list[str]:
+    """Tensors of up to as many bytes that nothing chose but a hash of their names: what a choice has to be better than."""
+    return _fitting(sorted(more_bytes, key=lambda name: hashlib.sha256(name.encode()).digest()), more_bytes, room_bytes)
+
+
+def _fitting(names: Iterable[str], more_bytes: Mapping[str, int], room_bytes: int) -> list[str]:
     chosen = []
-    for name in sorted((name for name in gains if gains[name] > 0), key=lambda name: -gains[name] / more_bytes[name]):
+    for name in names:
         if more_bytes[name] <= room_bytes:
             chosen.append(name)
             room_bytes -= more_bytes[name]

@@ -1,7 +1,7 @@
 """The step `bits`: a few tensors of the file get more bits, those whose rounding costs this task's answers most.
 
 `ship.bits_by_task` has the step made. Half of the rows by which is chosen rank the tensors, the other half judges: the file ships if
-it is nearer to the trained model there than the plain one.
+it is nearer to the trained model there than the plain one, and than one of its own size whose tensors nothing chose.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ftkit.close.closing import mean_divergence
 from ftkit.close.ranking import gains
 from ftkit.engines import hf, logits
 from ftkit.errors import DoesNotFitError, ModelError, ToolFailedError
-from ftkit.gguf.bits import MORE_BYTES, finer_types, tensors_in, type_file, worth_most
+from ftkit.gguf.bits import MORE_BYTES, at_random, finer_types, tensors_in, type_file, worth_most
 from ftkit.gguf.files import GgufFile, quantize
 from ftkit.gguf.types import CONVERTED
 from ftkit.line.ask import ASK
@@ -33,7 +33,7 @@ LEAST_ROWS = 8  # half of which rank, and half judge
 
 @dataclass(frozen=True)
 class Bits:
-    """The file with more bits here and there, and how both are on the rows that judge: KL a token from the trained model."""
+    """The file with more bits here and there, and how each is on the rows that judge: KL a token from the trained model."""
 
     file: GgufFile | None  # None: the plain one ships
     tensors: int  # that got more bits
@@ -41,12 +41,14 @@ class Bits:
     plain: float | None
     by_task: float | None
     why_not: str | None
+    at_random: float | None = None  # as many more bytes in tensors that nothing chose; None: not made, as by ftkit before 0.3
 
     @property
     def words(self) -> str:
-        """What more bits did, with both figures."""
+        """What more bits did, with all figures."""
         far = f"KL a token {self.plain or 0:.3g} → {self.by_task or 0:.3g}"
-        return f"{self.tensors} tensors, {self.more_percent:.1f} % more bytes: {far}, on rows that did not choose them"
+        beside = f" ({self.at_random:.3g} in tensors at random)" if self.at_random is not None else ""
+        return f"{self.tensors} tensors, {self.more_percent:.1f} % more bytes: {far}{beside}, on rows that did not choose them"
 
 
 def _bits(job: Job, folder: Path, *before: Made[Any]) -> Bits:
@@ -91,16 +93,31 @@ def _raised(job: Job, folder: Path, plain: Path, made: Mapping[str, Made[Any]]) 
     chosen = worth_most({name: gain for name, gain in found.items() if name in more}, more, int(MORE_BYTES * plain.stat().st_size))
     if not chosen:
         return Bits(None, 0, 0, None, None, f"no tensor gains by more bits within {MORE_BYTES:.0%} of the bytes")
-    path = quantised(folder / plain.name, {name: finer[name] for name in chosen})
     asked = [lesson.answer for lesson in judge]
     job.reporter.step(f"judging by {len(judge)} other answers")
-    before, after = (mean_divergence(logits.of_file(one, asked), judge) for one in (plain, path))
+
+    def distance(path: Path) -> float:
+        return mean_divergence(logits.of_file(path, asked), judge)
+
+    drawn, names = None, at_random(more, sum(more[name] for name in chosen))
+    if set(names) != set(chosen):
+        control = quantised(folder / "random.gguf", {name: finer[name] for name in names})
+        drawn = distance(control)
+        control.unlink()
+    path = quantised(folder / plain.name, {name: finer[name] for name in chosen})
+    before, after = distance(plain), distance(path)
     percent = 100 * (path.stat().st_size / plain.stat().st_size - 1)
+    figures = f"KL a token {before:.3g}, with more bits {after:.3g}"
+    why_not = None
     if not after < before:
+        why_not = f"it is no nearer: {figures}"
+    elif drawn is not None and not after < drawn:
+        why_not = f"as many bits in tensors at random bring it as near: {figures}, at random {drawn:.3g}"
+    if why_not:
         path.unlink()
-        return Bits(None, len(chosen), percent, before, after, f"it is no nearer: KL a token {before:.3g}, with more bits {after:.3g}")
+        return Bits(None, len(chosen), percent, before, after, why_not, drawn)
     file = read_made(job, path, made[MERGE.name], converted)
-    return Bits(replace(file, path=Path(path.name)), len(chosen), percent, before, after, None)
+    return Bits(replace(file, path=Path(path.name)), len(chosen), percent, before, after, None, drawn)
 
 
 def _applies(job: Job) -> bool:

@@ -184,7 +184,7 @@ def of_quantising(sizes: Sizes) -> tuple[Cost, ...]:
 
 
 def of_bits(sizes: Sizes) -> tuple[Cost, ...]:
-    """A finer file to compare with, and the one that ships; in memory the weights of one, as many slopes, and a row's activations."""
+    """Two files to compare with, and the one that ships; in memory the weights of one, as many slopes, and a row's activations."""
     wanted = sizes.ship.quantization
     if not sizes.ship.bits_by_task or wanted in CONVERTED:
         return ()
@@ -194,7 +194,7 @@ def of_bits(sizes: Sizes) -> tuple[Cost, ...]:
     finer = sum(tensor_bytes(shapes[name], kind) for name, kind in {**types, **finer_types(plain)}.items())
     peak = sizes.training_bytes - sizes.counted.weights_bytes + 2 * sizes.compute_bytes * sizes.counted.parameters
     ram, vram, disk = FTKIT_BYTES + (0 if on_cuda else peak), peak if on_cuda else 0, finer + round((1 + MORE_BYTES) * file)
-    read = 2 * sizes.file_bytes("F16") + 3 * file + finer
+    read = 3 * sizes.file_bytes("F16") + 4 * file + finer
     return (Cost(f"more bits for {wanted}", ram, vram, disk, RUN_FOLDER, read, needed=False),)
 
 

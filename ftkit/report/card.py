@@ -122,7 +122,9 @@ def _training(trained: Mapping[str, Any]) -> str:
 def _bits(bits: Mapping[str, Any] | None) -> str:
     if not bits or bits["why_not"]:
         return ""
-    figures = f"KL a token {bits['plain'] or 0:.2g} → {bits['by_task'] or 0:.2g}, on rows that did not choose them"
+    drawn = bits.get("at_random")
+    beside = f" ({drawn:.2g} with as many in tensors at random)" if drawn is not None else ""
+    figures = f"KL a token {bits['plain'] or 0:.2g} → {bits['by_task'] or 0:.2g}{beside}, on rows that did not choose them"
     return (
         f"{bits['tensors']} of its tensors have more bits than its type gives them, where rounding cost the task's answers most: {figures}."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ftkit.gguf.bits import FINER, Tensor, finer_types, type_file, worth_most
+from ftkit.gguf.bits import FINER, Tensor, at_random, finer_types, type_file, worth_most
 from ftkit.gguf.types import block
 
 
@@ -16,6 +16,15 @@ def test_what_gains_most_for_a_byte_comes_first() -> None:
     assert worth_most(gains, more, 400) == ["b", "c"]
     assert worth_most(gains, more, 99) == []
     assert worth_most({"worse": -1.0}, more, 600) == []
+
+
+def test_what_a_choice_is_held_against_is_drawn_once_and_has_room() -> None:
+    more = {f"blk.{n}.{kind}": size for n in range(32) for kind, size in (("attn", 10), ("ffn", 30))}
+    drawn = at_random(more, 200)
+    assert drawn == at_random(dict(reversed(more.items())), 200)
+    assert 180 <= sum(more[name] for name in drawn) <= 200
+    assert len({name.split(".")[1] for name in drawn}) > 4  # not one end of the file
+    assert at_random(more, 9) == []
 
 
 @pytest.mark.parametrize("kind", FINER)

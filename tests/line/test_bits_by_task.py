@@ -17,7 +17,7 @@ from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import ToolMissingError
 from ftkit.gguf import files as gguf
-from ftkit.gguf.bits import tensors_in, type_file
+from ftkit.gguf.bits import tensors_in, type_file, worth_most
 from ftkit.gguf.files import GgufFile
 from ftkit.line import behaviour
 from ftkit.line.bits import BITS, TYPES, Bits
@@ -102,6 +102,9 @@ def test_tensors_whose_rounding_costs_answers_get_more_bits(before: Before) -> N
     assert made.plain is not None
     assert made.by_task is not None
     assert made.by_task < 0.7 * made.plain
+    assert made.at_random is not None
+    assert made.by_task < made.at_random
+    assert f"{made.by_task:.3g} ({made.at_random:.3g} in tensors at random), on rows" in made.words
     assert 0 < made.more_percent <= 20
     plain, raised = tensors_in(before.plain), tensors_in(before.folder / made.file.path)
     changed = {name for name in plain if raised[name] != plain[name]}
@@ -120,6 +123,26 @@ def test_a_ranking_turned_round_loses_and_the_plain_file_ships(before: Before, m
     assert made.by_task is not None
     assert made.by_task > made.plain
     assert str(made.why_not) == f"it is no nearer: KL a token {made.plain:.3g}, with more bits {made.by_task:.3g}"
+    assert [path.name for path in before.folder.iterdir()] == [TYPES]
+
+
+def test_a_choice_that_is_no_better_than_chance_is_not_kept(before: Before, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here chance has nearly all that gain, and the ranking one of them."""
+    best: list[str] = []
+
+    def poor(gain: Any, more: Any, room: int) -> list[str]:
+        one, *best[:] = sorted(worth_most(gain, more, room), key=lambda name: -gain[name])
+        return [one]
+
+    monkeypatch.setattr("ftkit.line.bits.worth_most", poor)
+    monkeypatch.setattr("ftkit.line.bits.at_random", lambda more, room: best)
+    made = before.make()
+    assert made.file is None
+    assert made.plain is not None
+    assert made.by_task is not None
+    assert made.at_random is not None
+    assert made.at_random < made.by_task < made.plain
+    assert f"at random bring it as near: KL a token {made.plain:.3g}, with more bits {made.by_task:.3g}" in str(made.why_not)
     assert [path.name for path in before.folder.iterdir()] == [TYPES]
 
 
