@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from ftkit.check import Check, failed, not_made, passed
 from ftkit.data.mask import trained_turns
-from ftkit.data.rows import Message, Row, roles_text
+from ftkit.data.rows import Message, Row, has_tools, roles_text
 from ftkit.data.template import render, renders, token_ids
 from ftkit.data.turns import answer_reader
 from ftkit.engines import llamacpp
@@ -34,7 +34,7 @@ from ftkit.proof.gate import ANSWERS as ANSWERS_CHECK
 from ftkit.proof.gate import judge_answers
 from ftkit.proof.preference import NAME as PREFERENCES
 from ftkit.proof.preference import judge_preference, margin_kept, preferred
-from ftkit.proof.probes import CONTROL_WORDS, HARD_TEXTS, conversations
+from ftkit.proof.probes import CONTROL_WORDS, HARD_TEXTS, conversations, tool_conversations
 from ftkit.proof.record import PROBES, GivenIds, Probes, Prompt, write_probes
 from ftkit.proof.score import Score, same, score, words
 from ftkit.proof.strength import BASE
@@ -42,12 +42,14 @@ from ftkit.proof.strength import NAME as STRENGTH
 from ftkit.proof.verify import losses, this_engine
 from ftkit.recipe import ASKED_MEANWHILE, Recipe
 
+TOOL_PROMPTS = "prompts with tools"
 ROWS_COMPARED = 1000  # training rows whose ids are compared, the first
 PROOF, FAILED_PROOF = "proof.json", "failed-proof.json"
 HINTS = {
     "token ids": "its pre-tokenizer is not what the file says: use the model's original safetensors as the base",
     "training ids": "train again with these library versions, or use the model's original safetensors as the base",
     "prompts": "its chat template renders differently in llama.cpp: report this with the model's name",
+    TOOL_PROMPTS: "its chat template renders tools differently in llama.cpp: report this with the model's name",
     "stops": "an answer would not end: report this with the model's name",
     STRENGTH: "merge again into the base as it was: ftkit ship --from merge; and see that the base does not hold the adapter already",
     BASE: "see that `model` names what the adapter was trained on, and merge again: ftkit ship --from merge",
@@ -85,15 +87,17 @@ def proof_checks(
             text = render(tokenizer, messages, ask=True)
             yield text, token_ids(tokenizer, text), engine.prompt_ids(messages)
         for prompt in own:
-            if prompt.messages is not None:
+            if prompt.messages is not None and not prompt.has_tools:
                 yield prompt.text, prompt.ids, engine.prompt_ids(prompt.messages)
 
+    tools = [prompt for prompt in own if prompt.has_tools]
     endless = [token for token in stops if not engine.stops_at(token)]
     names = tokenizer.convert_ids_to_tokens(list(stops))
     return [
         same_ids("token ids", ((p.text, p.ids, engine.tokenize(p.text)) for p in own if p.messages is None), "hard texts"),
         same_ids("training ids", training(), "prompts and answers of training rows"),
         same_ids("prompts", prompts(), "prompts"),
+        *([_with_tools(tools, engine, are_trained=any(has_tools(row.messages) for row in rows))] if tools else []),
         *(
             not_made(f"prompts that hold {word}", "training reads it as text, llama.cpp as one control token, which is accepted")
             for word in _taken_for_control(tokenizer, engine)
@@ -102,6 +106,14 @@ def proof_checks(
         if endless
         else passed("stops", f"answers end at {' '.join(names)}"),
     ]
+
+
+def _with_tools(own: Sequence[Prompt], engine: llamacpp.Engine, *, are_trained: bool) -> Check:
+    """Prompts that say what may be called. Rows that do are asked with the others; where none does, nothing learnt hangs on these."""
+    check = same_ids(TOOL_PROMPTS, ((p.text, p.ids, engine.prompt_ids(p.messages or [])) for p in own), "prompts with tools")
+    if check.outcome == "failed" and not are_trained:
+        return not_made(TOOL_PROMPTS, f"llama.cpp writes tools otherwise, and no row has any: {check.detail}")
+    return check
 
 
 def _taken_for_control(tokenizer: Any, engine: llamacpp.Engine) -> list[str]:
@@ -124,7 +136,7 @@ def end_of_sequence(path: Path, tokenizer: Any, stops: Sequence[int]) -> Check:
 def own_prompts(tokenizer: Any, engine: llamacpp.Engine) -> list[Prompt]:
     """Texts and conversations of ftkit's own, as training reads them: what the file is held against once it is elsewhere."""
     prompts = [Prompt(None, text, token_ids(tokenizer, text)) for text in HARD_TEXTS]
-    for messages in conversations(renders(tokenizer), _taken_for_control(tokenizer, engine)):
+    for messages in [*conversations(renders(tokenizer), _taken_for_control(tokenizer, engine)), *tool_conversations(tokenizer)]:
         text = render(tokenizer, messages, ask=True)
         prompts.append(Prompt(messages, text, token_ids(tokenizer, text)))
     return prompts
@@ -164,6 +176,8 @@ def _make(job: Job, folder: Path, merged: Made[Merged], asked: Made[Asked], conv
         )
         texts = [engine.tokenize(text, begins=True) for text in HARD_TEXTS]
     measure_form(job, folder, SHIPPED, path, asked.folder)
+    if not any(check.name == TOOL_PROMPTS and check.outcome == "passed" for check in checks):
+        prompts = [prompt for prompt in prompts if not prompt.has_tools]  # the file is not held against what it did not pass
     given = _losses(job, path, [Forced(ids, list(range(1, len(ids)))) for ids in texts])
     rows = _losses(job, path, behaviour.read_rows(asked.folder)[: ship.record_rows])
     write_probes(folder / PROBES, Probes(this_engine(), prompts, list(merged.result.stops), given, rows))

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from ftkit.data.rows import Message
+from ftkit.data.formats import conversation_of
+from ftkit.data.rows import CALLS, Message, Row
 from ftkit.data.template import Render
-from ftkit.errors import ModelError
+from ftkit.data.turns import turns_of
+from ftkit.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Where tokenizers of one family come apart: digits, spaces, scripts, controls, contractions, emoji, code.
 HARD_TEXTS = (
@@ -44,6 +50,22 @@ ACCEPTED: tuple[tuple[str, dict[str, str]], ...] = (
     ("contents with a no-break space at an end", dict.fromkeys(("user", "assistant"), "\N{NO-BREAK SPACE}text\N{NO-BREAK SPACE}")),
 )
 
+# A question with two tools, a call of one, what it gave, and what is said of it; as a row of a dataset.
+_CITY = {"type": "object", "properties": {"city": {"type": "string", "description": 'the "city"'}}, "required": ["city"]}
+_CHARTED = {"type": "object", "properties": {"days": {"type": "integer"}, "unit": {"type": "string", "enum": ["°C", "°F"]}}}
+WITH_TOOLS: dict[str, Any] = {
+    "tools": [
+        {"type": "function", "function": {"name": "weather", "description": "Weather in a city", "parameters": _CITY}},
+        {"type": "function", "function": {"name": "draw_chart", "description": "Draw <days> of it", "parameters": _CHARTED}},
+    ],
+    "messages": [
+        {"role": "user", "content": "Is it colder in Tromsø than 3 °C?"},
+        {"role": "assistant", "content": "", CALLS: [{"function": {"name": "weather", "arguments": {"city": "Tromsø"}}}]},
+        {"role": "tool", "content": '{"°C": -2, "wind": "calm"}'},
+        {"role": "assistant", "content": "Yes: -2 °C."},
+    ],
+}
+
 
 def conversations(render: Render, without: Iterable[str] = ()) -> list[list[Message]]:
     """Those of SHAPES that the model's template takes, with each of CONTENTS in each place; some refuse a system message.
@@ -63,3 +85,11 @@ def conversations(render: Render, without: Iterable[str] = ()) -> list[list[Mess
                 break
             taken.append(messages)
     return taken
+
+
+def tool_conversations(tokenizer: PreTrainedTokenizerBase) -> list[list[Message]]:
+    """What stands before each answer in WITH_TOOLS; nothing of a template that does not write tools, calls and their results."""
+    try:
+        return [list(turn.asked) for turn in turns_of(tokenizer, Row(conversation_of(WITH_TOOLS).messages, 0))]
+    except (DataError, ModelError):
+        return []

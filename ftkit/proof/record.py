@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ftkit.data.rows import Message
+from ftkit.data.rows import Message, has_tools
 from ftkit.errors import ModelError
 from ftkit.files import file_fingerprint, write_atomically
 
@@ -61,6 +61,11 @@ class Prompt:
     messages: list[Message] | None  # None: a text alone
     text: str
     ids: list[int]
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether it says what may be called."""
+        return has_tools(self.messages or ())
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,15 @@ import pytest
 
 from ftkit.check import Check
 from ftkit.data import stops, template
+from ftkit.data.formats import conversation_of
 from ftkit.data.mask import tokenise, trained_turns
 from ftkit.data.rows import IGNORED, Row
 from ftkit.data.turns import answer_reader, question, turns_of
 from ftkit.engines import hf, llamacpp
 from ftkit.gguf import files as gguf
-from ftkit.line.prove import own_prompts, proof_checks
+from ftkit.line.prove import TOOL_PROMPTS, own_prompts, proof_checks
 from ftkit.machine.llama_cpp import need_converter
+from ftkit.proof.probes import WITH_TOOLS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -100,6 +102,27 @@ def test_what_a_recipe_makes_of_a_template_is_so_in_llama_cpp(
     prompt = template.render(sealed, rows[2].question, ask=True)
     assert "Be brief." in prompt
     assert [turn.prompt for turn in turns_of(tokenizer, rows[2])][-1] == prompt
+
+
+def test_tools_that_llama_cpp_writes_otherwise_are_told_and_fail_what_was_trained_with_them(
+    made: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = made(families.by_name("Qwen 3"))
+    tokenizer, path = hf.load_tokenizer(model, SETTINGS), converted(model, tmp_path / "m.gguf")
+    ends = stops.stops(tokenizer, None)
+    with llamacpp.load(path, 512) as engine:
+        own = own_prompts(tokenizer, engine)
+        assert [prompt.messages[-1]["role"] for prompt in own if prompt.messages and prompt.has_tools] == ["user", "tool"]
+        right = {check.name: check for check in proof_checks(tokenizer, engine, ROWS, [], ends, own)}
+        assert right[TOOL_PROMPTS].words == "prompts with tools: passed (2 prompts with tools)"
+    gguf.correct(path, gguf.Corrections(chat_template=str(tokenizer.chat_template).replace("<tools>", "<tool>")))
+    with_tools = Row(conversation_of(WITH_TOOLS).messages, 3)
+    with llamacpp.load(path, 512) as engine:
+        for rows, outcome, failing in ((ROWS, "not made", set()), ([*ROWS, with_tools], "failed", {TOOL_PROMPTS, "training ids"})):
+            found = {check.name: check for check in proof_checks(tokenizer, engine, rows, [], ends, own)}
+            assert found[TOOL_PROMPTS].outcome == outcome
+            assert {name for name, check in found.items() if check.outcome == "failed"} == failing
+        assert "from token" in found[TOOL_PROMPTS].detail
 
 
 def test_another_date_is_found(made: Callable[..., Path], tmp_path: Path) -> None:
