@@ -106,10 +106,11 @@ def write_page(run: Path, html: Path) -> None:
 
 
 def step_names() -> list[str]:
-    """The steps that have a folder in a run, in order."""
+    """The steps that have a folder in a run, in order, and what closing learns from."""
     from ftkit.line.line import LINE
+    from ftkit.line.teach import TEACH
 
-    return [step.name for step in LINE if step.make]
+    return [step.name for step in (*LINE, TEACH) if step.make]
 
 
 def open_run(folder: Path) -> Run:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit.close.closing import Lesson, close, mean_divergence, to_train
+from ftkit.close.closing import close, mean_divergence, to_train
 from ftkit.close.kept import keep, last
 from ftkit.close.student import load_student, lossless, refuse_anothers, running, scales, ways_of, write_back
 from ftkit.engines import hf, logits
@@ -23,9 +22,10 @@ from ftkit.line.ask import ASK
 from ftkit.line.bits import BITS, Bits
 from ftkit.line.gguf import GGUF, QUANTISE, Converted
 from ftkit.line.job import Job, computes_on, tokenizer_of
-from ftkit.line.lessons import BASE_WEIGHT, Teacher, checks_as_trained, lessons, outside, read, rows_to_learn
+from ftkit.line.lessons import checks_as_trained, rows_to_learn
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step
+from ftkit.line.teach import taught
 from ftkit.line.train import TRAIN
 from ftkit.machine import device
 from ftkit.plan.cost import WAYS, ClosingWay, Way, fitting, of_closing
@@ -36,7 +36,6 @@ from ftkit.units import bytes_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MERGE_WEIGHT = 0.5  # of text outside the task, which is to stay as the merge has it
 MOST_APART = 0.1  # KL a token between the file in llama.cpp, which also rounds activations, and in transformers
 
 
@@ -86,11 +85,7 @@ def _closed(
     begun = last(kept)
     ways = _ways_that_fit(job, path, merged.folder / MODEL, answers, begun[1] if begun else None)
     refuse_anothers(path, merged.folder / MODEL, trust_remote_code=recipe.trust_remote_code)  # before anything is read
-    teacher = Teacher(job, trained)
-    learnt = lessons(teacher, answers, kept / "rows")
-    others, weight = _outside(job, tokenizer, converted, teacher, kept / "outside")
-    del teacher
-    hf.release_memory()
+    lessons = taught(job, trained, converted)
     before = mean_divergence(logits.of_file(path, [lesson.answer for lesson in checks]), checks)
     student, way = _student(job, path, merged.folder / MODEL, ways)
     vectors, stretched = lossless(student, path), scales(student, path)
@@ -115,12 +110,12 @@ def _closed(
         done, _ = close(
             student,
             learning,
-            learnt,
-            others,
+            lessons.rows,
+            lessons.outside,
             steps,
             measured,
             first,
-            outside_weight=weight,
+            outside_weight=lessons.outside_weight,
             seed=recipe.training.seed,
             told=lambda step, _: bar.update(step),
             begun=begun[0] if begun else None,
@@ -167,18 +162,6 @@ def _student(job: Job, path: Path, model: Path, ways: Sequence[ClosingWay]) -> t
             job.reporter.note(f"{error.message} It is tried with its weights {WAYS[ways[ways.index(way) + 1].name]}")
             hf.release_memory()
     raise AssertionError
-
-
-def _outside(job: Job, tokenizer: Any, converted: Made[Converted], teacher: Teacher, kept: Path) -> tuple[list[Lesson], float]:
-    """Text outside the task, as the base of the adapter says it, and its weight; of other trained models as the merge does, in 16 bits
-    where this machine's memory holds them; none, which is said, where it holds no file of it."""
-    if job.recipe.training.method != "full":
-        return outside(tokenizer, teacher.as_base, kept / "base"), BASE_WEIGHT
-    if not (file := converted.result.in_memory()):
-        job.reporter.warn("the merged model is larger than this machine's memory: closing does not look at text outside the task")
-        return [], MERGE_WEIGHT
-    told = partial(read, job, "reading text outside the task", partial(logits.of_file, converted.folder / file.path))
-    return outside(tokenizer, told, kept / "merge"), MERGE_WEIGHT
 
 
 CLOSE: Step[Closed] = Step(

@@ -41,6 +41,7 @@ from ftkit.line.record import hand_over
 from ftkit.line.register import REGISTER, refuse_anothers_name, register_shipped, served_again, write_modelfile
 from ftkit.line.shortage import Shortage, disk_by_folder, refuse_shortages, shortages
 from ftkit.line.step import Made, Step, ensure, find, fingerprint_of, last
+from ftkit.line.teach import TEACH
 from ftkit.line.train import TRAIN, Trained, goes_on_smaller, train_beside
 from ftkit.line.transfer import TRANSFER
 from ftkit.machine import device, ranks
@@ -585,7 +586,7 @@ def start_from(job: Job, name: str) -> None:
         raise RecipeError(
             f"--from {name}: plan and training are made again where something of theirs is another.", "see what can go: ftkit status"
         )
-    made = LINE[first:] if first > LINE.index(CLOSE) else (*LINE[first:], WEIGH)
+    made = (*LINE[first:], *(beside for beside, until in ((TEACH, ASK), (WEIGH, CLOSE)) if first <= LINE.index(until)))
     for one in candidates(job) if is_smallest(job) else (job,):
         for step, onto, closes in product(made, get_args(Onto), (False, True)):
             way = replace(one, onto=onto, closes=closes)

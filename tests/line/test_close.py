@@ -27,8 +27,12 @@ pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_a_killed_closing_makes_the_same_file(
-    made: Callable[..., Path], tmp_path: Path, write_rows: Callable[[Path, list[Any]], Path], rows: list[Any]
+def test_a_killed_closing_makes_the_same_file_and_the_next_type_s_reads_nothing_again(
+    made: Callable[..., Path],
+    tmp_path: Path,
+    write_rows: Callable[[Path, list[Any]], Path],
+    rows: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_rows(tmp_path / "train.jsonl", rows)
     recipe = {
@@ -39,8 +43,8 @@ def test_a_killed_closing_makes_the_same_file(
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
 
-    def job(run: str) -> Job:
-        return open_job(tmp_path, run_dir=tmp_path / run)
+    def job(run: str, **settings: Any) -> Job:
+        return open_job(tmp_path, [(f"ship.{key}", value) for key, value in settings.items()], run_dir=tmp_path / run)
 
     first = job("undisturbed")
     with first.run:
@@ -66,3 +70,7 @@ def test_a_killed_closing_makes_the_same_file(
     hashes = [file_fingerprint(one.folder / one.result.file.path) for one in (gone_on, undisturbed)]
     assert hashes[0] == hashes[1]
     assert not (gone_on.folder / CHECKPOINTS).exists()
+    monkeypatch.setattr("ftkit.line.lessons.trained_model", lambda *_: pytest.fail("the trained model is loaded again"))
+    assert closed(job("undisturbed", quantization="Q4_0")).result.steps
+    with pytest.raises(pytest.fail.Exception):  # other rows
+        closed(job("undisturbed", quantization="Q4_0", closing_steps=10))

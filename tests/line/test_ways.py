@@ -117,6 +117,9 @@ def test_where_no_type_passes_as_it_was_quantised_the_smallest_closed_one_ships(
         assert line.judge_again(job).checks
         line.start_from(job, "merge")
         assert not [folder.name for folder in job.run.folder.iterdir() if "close-" in folder.name or "weigh-" in folder.name]
+        assert len(list(job.run.folder.glob("teach-*"))) == 1  # read once for all types
+        line.start_from(job, "ask")
+        assert not list(job.run.folder.glob("teach-*"))
 
 
 def test_what_closing_does_not_take_back_is_merged_onto_the_dequantised_base(
