@@ -107,12 +107,12 @@ def _raised(job: Job, folder: Path, plain: Path, made: Mapping[str, Made[Any]]) 
     path = quantised(folder / plain.name, {name: finer[name] for name in chosen})
     before, after = distance(plain), distance(path)
     percent = 100 * (path.stat().st_size / plain.stat().st_size - 1)
-    figures = f"KL a token {before:.3g}, with more bits {after:.3g}"
-    why_not = None
+    beside = "" if drawn is None else f", in tensors at random {drawn:.3g}"
+    figures, why_not = f"KL a token {before:.3g}, with more bits {after:.3g}{beside}", None
     if not after < before:
         why_not = f"it is no nearer: {figures}"
     elif drawn is not None and not after < drawn:
-        why_not = f"as many bits in tensors at random bring it as near: {figures}, at random {drawn:.3g}"
+        why_not = f"as many bits in tensors at random bring it as near: {figures}"
     if why_not:
         path.unlink()
         return Bits(None, len(chosen), percent, before, after, why_not, drawn)

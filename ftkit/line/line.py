@@ -164,7 +164,8 @@ def train(job: Job) -> Made[Trained]:
             f"{memory.device.name} computes in float16, whose loss scaling is not supported with FSDP.",
             "--set training.fsdp=false, or --set training.compute_dtype=float32",
         )
-    refuse_ram_for_all(memory)
+    if not goes_on_smaller(job):
+        refuse_ram_for_all(memory)
     refuse_shortages(planned.shortages)
     if earlier := job.run.finished(TRAIN.name):
         job.reporter.note(f"an earlier training with other inputs stays in {earlier.folder}")

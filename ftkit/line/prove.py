@@ -90,14 +90,14 @@ def proof_checks(
             if prompt.messages is not None and not prompt.has_tools:
                 yield prompt.text, prompt.ids, engine.prompt_ids(prompt.messages)
 
-    tools = [prompt for prompt in own if prompt.has_tools]
+    with_tools = [prompt for prompt in own if prompt.has_tools]
     endless = [token for token in stops if not engine.stops_at(token)]
     names = tokenizer.convert_ids_to_tokens(list(stops))
     return [
         same_ids("token ids", ((p.text, p.ids, engine.tokenize(p.text)) for p in own if p.messages is None), "hard texts"),
         same_ids("training ids", training(), "prompts and answers of training rows"),
         same_ids("prompts", prompts(), "prompts"),
-        *([_with_tools(tools, engine, are_trained=any(has_tools(row.messages) for row in rows))] if tools else []),
+        *([_with_tools(with_tools, engine, rows)] if with_tools else []),
         *(
             not_made(f"prompts that hold {word}", "training reads it as text, llama.cpp as one control token, which is accepted")
             for word in _taken_for_control(tokenizer, engine)
@@ -108,11 +108,14 @@ def proof_checks(
     ]
 
 
-def _with_tools(own: Sequence[Prompt], engine: llamacpp.Engine, *, are_trained: bool) -> Check:
-    """Prompts that say what may be called. Rows that do are asked with the others; where none does, nothing learnt hangs on these."""
-    check = same_ids(TOOL_PROMPTS, ((p.text, p.ids, engine.prompt_ids(p.messages or [])) for p in own), "prompts with tools")
-    if check.outcome == "failed" and not are_trained:
-        return not_made(TOOL_PROMPTS, f"llama.cpp writes tools otherwise, and no row has any: {check.detail}")
+def _with_tools(own: Sequence[Prompt], engine: llamacpp.Engine, rows: Sequence[Row]) -> Check:
+    """Prompts with tools. Those of rows are compared with all others; where no row has any, nothing that was learnt hangs on these."""
+    try:
+        check = same_ids(TOOL_PROMPTS, ((p.text, p.ids, engine.prompt_ids(p.messages or [])) for p in own), "prompts with tools")
+    except ToolFailedError as error:  # llama.cpp knows less of Jinja
+        check = failed(TOOL_PROMPTS, error.message)
+    if check.outcome == "failed" and not any(has_tools(row.messages) for row in rows):
+        return not_made(TOOL_PROMPTS, f"llama.cpp writes tools otherwise, and no row is trained with any: {check.detail}")
     return check
 
 
@@ -165,7 +168,8 @@ def _make(job: Job, folder: Path, merged: Made[Merged], asked: Made[Asked], conv
     questions, tokenizer = read_questions(asked).questions, tokenizer_of(job, merged.folder / MODEL)
     with llamacpp.load(path, ship.num_ctx) as engine:
         prompts = own_prompts(tokenizer, engine)
-        checks = proof_checks(tokenizer, engine, read_data(job).train, questions, merged.result.stops, prompts)
+        rows = read_data(job).train
+        checks = proof_checks(tokenizer, engine, rows, questions, merged.result.stops, prompts)
         checks.append(end_of_sequence(path, tokenizer, merged.result.stops))
         checks += strength(job, converted.folder / converted.result.files[0].path, path)
         for check in checks:
@@ -176,11 +180,11 @@ def _make(job: Job, folder: Path, merged: Made[Merged], asked: Made[Asked], conv
         )
         texts = [engine.tokenize(text, begins=True) for text in HARD_TEXTS]
     measure_form(job, folder, SHIPPED, path, asked.folder)
-    if not any(check.name == TOOL_PROMPTS and check.outcome == "passed" for check in checks):
-        prompts = [prompt for prompt in prompts if not prompt.has_tools]  # the file is not held against what it did not pass
+    if not any(has_tools(row.messages) for row in rows):  # then another llama.cpp may write them otherwise
+        prompts = [prompt for prompt in prompts if not prompt.has_tools]
     given = _losses(job, path, [Forced(ids, list(range(1, len(ids)))) for ids in texts])
-    rows = _losses(job, path, behaviour.read_rows(asked.folder)[: ship.record_rows])
-    write_probes(folder / PROBES, Probes(this_engine(), prompts, list(merged.result.stops), given, rows))
+    held_out = _losses(job, path, behaviour.read_rows(asked.folder)[: ship.record_rows])
+    write_probes(folder / PROBES, Probes(this_engine(), prompts, list(merged.result.stops), given, held_out))
     write_json(folder / ANSWERS, asdict(Answers({"shipped": answers})))
     return Proven(tuple(checks))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ftkit.data.manner import calling_of
 from ftkit.data.mask import cut, learnt
-from ftkit.data.rows import CALLS, Message, Row
+from ftkit.data.rows import CALLS, Message, Row, has_tools
 from ftkit.data.stops import configured_stops, stops
 from ftkit.data.template import is_dated, render, renders, token_ids
 from ftkit.data.turns import expected, question, turns_of
@@ -30,7 +30,7 @@ from ftkit.plan import measured
 from ftkit.plan.cost import TRAINING_BYTES, of_training
 from ftkit.plan.plan import MemoryPlan
 from ftkit.proof.compare import compare_tokens, differing_prompt
-from ftkit.proof.probes import HARD_TEXTS, conversations
+from ftkit.proof.probes import HARD_TEXTS, conversations, tool_conversations
 from ftkit.proof.score import refuse_unreadable
 from ftkit.train import probe as probing
 from ftkit.train.answers import Asked
@@ -250,6 +250,7 @@ def _check_prompts(job: Job, tokenizer: Any, rows: Rows, folder: Path) -> None:
     asked += [
         *(question(tokenizer, row) for row in rows.test if not row.is_text),
         *conversations(renders(tokenizer)),
+        *(tool_conversations(tokenizer) if any(has_tools(row.messages) for row in rows.train) else ()),
     ]
     try:
         with llamacpp.rendering(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token) as engine:

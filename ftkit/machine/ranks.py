@@ -153,13 +153,18 @@ def wait() -> None:
 
 def any_of(*flags: bool) -> list[bool]:
     """Each flag: whether it is set in any process."""
+    return [any(each) for each in zip(*of_all(flags), strict=True)]
+
+
+def of_all(value: T) -> list[T]:
+    """What each process gives here, in all of them."""
     if world_size() == 1:
-        return list(flags)
+        return [value]
     from torch import distributed
 
-    of_all: list[Any] = [None] * world_size()
-    distributed.all_gather_object(of_all, flags)
-    return [any(each) for each in zip(*of_all, strict=True)]
+    given: list[Any] = [None] * world_size()
+    distributed.all_gather_object(given, value)
+    return given
 
 
 def leave() -> None:

@@ -64,7 +64,7 @@ class Prompt:
 
     @property
     def has_tools(self) -> bool:
-        """Whether it says what may be called."""
+        """Whether tools may be called in it, are called or have given something."""
         return has_tools(self.messages or ())
 
 

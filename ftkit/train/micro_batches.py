@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -44,9 +45,15 @@ def in_micro_batches(kind: Any, settings: Settings) -> Any:
             return torch.stack(losses).sum()
 
         def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
-            """The loss a learnt token. transformers takes the mean of the batches', which is another with other rows in each."""
+            """The loss a learnt token. transformers takes the mean of the batches', which is another with other rows in each; so is what
+            TRL adds of a mixture's routers."""
             self.evaluated: list[tuple[Any, Any]] = []  # of each batch: its loss a token, and its tokens
-            output = super().evaluation_loop(*arguments, **options)
+            with_routers = getattr(self, "aux_loss_enabled", False)
+            self.aux_loss_enabled = False
+            try:
+                output = super().evaluation_loop(*arguments, **options)
+            finally:
+                self.aux_loss_enabled = with_routers
             losses, tokens = (torch.stack(each).double() for each in zip(*self.evaluated, strict=True))
             output.metrics["eval_loss"] = float((losses * tokens).sum() / tokens.sum())
             return output
@@ -135,6 +142,19 @@ def pairs_in_micro_batches(kind: Any, settings: Settings) -> Any:
             if PAIRS_SHARE not in inputs:  # an evaluation's
                 return super().compute_loss(model, inputs, *arguments, **options)
             return inputs.pop(PAIRS_SHARE) * super().compute_loss(model, inputs, *arguments, **options)
+
+        def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
+            """TRL's figures, too, are of all pairs alike: it takes the mean of the batches', of which the last may be smaller."""
+            self.pairs: list[int] = []  # of each batch
+            output = super().evaluation_loop(*arguments, **options)
+            for values in self._metrics["eval"].values():
+                if len(values) == len(self.pairs):
+                    values[:] = [sum(map(operator.mul, values, self.pairs)) / sum(self.pairs)]
+            return output
+
+        def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+            self.pairs.append(len(inputs["input_ids"]) // 2)
+            return super().prediction_step(model, inputs, *arguments, **options)
 
     return Trainer
 

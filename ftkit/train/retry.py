@@ -100,10 +100,12 @@ def smaller(settings: Settings, recipe: Recipe, tokens_per_row: float, phase: Ph
 
     Half the rows at once, or less where that divides the effective batch, costs nothing as long as a pass still has the tokens
     that keep a GPU busy; below, checkpointing costs a third. An evaluation keeps no activations: only fewer rows help. Of several
-    processes none has more rows at once than its share of a step's.
+    processes none trains on more rows at once than its share of a step's, and each evaluates all.
     """
-    effective = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    batch = min(settings.per_device_train_batch_size, -(-effective // ranks.world_size()))
+    batch = settings.per_device_train_batch_size
+    effective = batch * settings.gradient_accumulation_steps
+    if phase != "evaluation":
+        batch = min(batch, -(-effective // ranks.world_size()))
     fewer = next((size for size in batch_sizes(effective) if size <= batch // 2), None)
     may = not settings.gradient_checkpointing and recipe.training.gradient_checkpointing is None and phase != "evaluation"
     if may and (not fewer or fewer * tokens_per_row < RIDGE_TOKENS):
@@ -207,7 +209,7 @@ def make_guard(factor: float) -> Any:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, model: Any = None, **_: Any) -> None:
             if found := self.detector.see({**(logs or {}), "step": state.global_step}):
-                found.broken = without_numbers(model) if found.step == 1 else None
+                found.broken = next(filter(None, ranks.of_all(without_numbers(model))), None) if found.step == 1 else None
                 raise found
 
     return Guard()

@@ -54,7 +54,7 @@ class Drive:
             if not (self.here / checkpoint.name).exists() and not damage(checkpoint):
                 _copy(checkpoint, self.here / checkpoint.name)
 
-    def push(self) -> bool:
+    def push(self, *, checkpoints_too: bool = True) -> bool:
         """Copy to the drive what it lacks, and remove what is not kept here any more; whether that could be done.
 
         Where it cannot, that is said once, training goes on, and the next checkpoint tries again.
@@ -65,6 +65,8 @@ class Drive:
             for here, there in self._beside():  # first: a checkpoint that is there must find what was seen up to it
                 if here.exists():
                     write_atomically(there, here.read_bytes())
+            if not checkpoints_too:
+                return True
             self.there.mkdir(exist_ok=True)
             kept = checkpoints(self.here)
             for checkpoint in kept:

@@ -178,6 +178,7 @@ def _reproducible(kind: Any, scorer: Scorer | None) -> Any:
         def evaluation_loop(self, *args: Any, **options: Any) -> Any:
             """The loss, and answers: the model is in eval mode then, and each training step puts it back itself."""
             output = super().evaluation_loop(*args, **options)
+            output.metrics["eval_loss"] = ranks.tell(output.metrics["eval_loss"])  # by which each decides alike whether to go on
             if scorer:
                 output.metrics.update(scorer(self.model, self.state.global_step // int(self.args.eval_steps)))
             return output

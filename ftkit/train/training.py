@@ -165,7 +165,7 @@ def train(
         if ranks.is_first() or retry.why == "out of memory":  # which this process alone knows
             write_retries(checkpoints.parent, retries)
             if drive:
-                drive.push()
+                drive.push(checkpoints_too=ranks.is_first())  # another process may be copying them
         if ranks.world_size() > 1:  # which torch does not let go on beside each other
             _end_of_all(retry)
         reporter.warn(retry.said)

@@ -123,6 +123,12 @@ def test_tools_that_llama_cpp_writes_otherwise_are_told_and_fail_what_was_traine
             assert found[TOOL_PROMPTS].outcome == outcome
             assert {name for name, check in found.items() if check.outcome == "failed"} == failing
         assert "from token" in found[TOOL_PROMPTS].detail
+    refused = "{%- if tools %}{{ messages | groupby('role') }}{%- endif %}"
+    gguf.correct(path, gguf.Corrections(chat_template=refused + str(tokenizer.chat_template)))
+    with llamacpp.load(path, 512) as engine:
+        found = {check.name: check for check in proof_checks(tokenizer, engine, ROWS, [], ends, own)}
+    assert found[TOOL_PROMPTS].outcome == "not made"
+    assert "did not take" in found[TOOL_PROMPTS].detail
 
 
 def test_another_date_is_found(made: Callable[..., Path], tmp_path: Path) -> None:

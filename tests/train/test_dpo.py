@@ -129,6 +129,28 @@ def test_every_split_of_a_step_has_the_gradient_of_all_its_pairs(
         assert float((found[size] - found[6]).norm() / found[6].norm()) < 1e-5, size
 
 
+def test_an_evaluation_s_figures_are_of_all_pairs_alike(model: Path, tokenizer: Any, pairs: list[Pair], tmp_path: Path) -> None:
+    """However many go at once: of batches of 4 and 1 the mean would count the last pair as four."""
+    tiny.make_adapter(model, tmp_path / "sft")
+    found = {}
+    for size in (5, 4, 1):
+        settings = replace(tiny.SETTINGS, per_device_train_batch_size=size, gradient_accumulation_steps=1)
+        asked = recipe(model, effective_batch_size=size)
+        made = build_trainer(asked, settings, model, tokenizer, pairs, pairs[:5], tmp_path / f"{size}")
+        torch.manual_seed(1)
+        for name, parameter in made.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = torch.randn_like(parameter) * 0.05
+        made.evaluate()
+        (logged,) = made.state.log_history
+        found[size] = {
+            name: logged[name] for name in ("eval_loss", *(f"eval_rewards/{what}" for what in ("accuracies", "margins", "chosen")))
+        }
+    assert abs(found[5]["eval_rewards/margins"]) > 1e-3
+    for size in (4, 1):
+        assert found[size] == pytest.approx(found[5], rel=1e-4), size
+
+
 LOSSES = get_args(Dpo.model_fields["loss_type"].annotation)
 
 

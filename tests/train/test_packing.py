@@ -185,11 +185,13 @@ def test_every_split_of_a_step_has_the_gradient_of_the_large_batch(checkpointing
         assert float((found[name] - found["whole"]).norm() / found["whole"].norm()) < 1e-5, name
 
 
-def test_the_validation_loss_is_a_learnt_token_s_however_many_rows_go_at_once(llama: Path, tmp_path: Path) -> None:
-    """Answers of 1 to many tokens: the mean of batches' means would be another for each size."""
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_the_validation_loss_is_a_learnt_token_s_however_many_rows_go_at_once(model_type: str, tmp_path: Path) -> None:
+    """The mean of batches' means would be another for each size, and so would what a mixture's routers add to each."""
     from trl import SFTTrainer
 
-    examples, losses, alone = rows(7), {}, []
+    llama, examples, losses, alone = make(model_type, tmp_path / "model"), rows(7), dict[int, float](), list[tuple[float, int]]()
     for size in (1, 2, 7):
         settings = Settings(size, 1, False, dtype="float32", cuda=False)
         made = build_trainer(tiny.recipe(llama, method="lora"), settings, llama, hf.load_tokenizer(llama), examples, examples, tmp_path)

@@ -256,6 +256,19 @@ def test_the_cheapest_that_surely_helps(batch: int, accumulation: int, tokens: f
     assert chosen == wanted
 
 
+def test_several_processes_train_on_shares_and_evaluate_all_rows_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    recipe = tiny.recipe(Path(), gradient_checkpointing=False)
+    sizes = {}
+    for phase in ("step", "evaluation"):
+        found = smaller(settings(8, 1), recipe, RIDGE_TOKENS, phase)
+        sizes[phase] = found.per_device_train_batch_size if found else None
+    assert sizes == {"step": 2, "evaluation": 4}
+    less = smaller(settings(2, 1), recipe, RIDGE_TOKENS, "evaluation")
+    assert (less and less.per_device_train_batch_size, smaller(settings(2, 1), recipe, RIDGE_TOKENS, "step")) == (1, None)
+
+
 def test_what_was_enough_counts_on_the_same_device_alone() -> None:
     retry = Retry("out of memory", 3, 3, "a card", 2, 4, False, 1e-4, "")
     assert settings_of(settings(8, 1), [retry], "a card") == settings(2, 4)
