@@ -11,6 +11,7 @@ from typing import Any
 
 from ftkit.errors import ToolMissingError
 
+TENSORBOARD = "tensorboard"  # its files, in the training's folder
 PACKAGES = {  # module → package, by transformers' name; one of the modules is enough
     "tensorboard": {"tensorboard": "tensorboard", "tensorboardX": "tensorboardX"},
     "wandb": {"wandb": "wandb"},
@@ -39,7 +40,7 @@ def reporting(trainer: Any, folder: Path) -> Iterator[None]:
     """
     for callback in trainer.callback_handler.callbacks:
         if type(callback).__name__ == "TensorBoardCallback" and callback.logging_dir is None:
-            callback.logging_dir = str(folder / "tensorboard")
+            callback.logging_dir = str(folder / TENSORBOARD)
     if not trainer.args.report_to:
         yield
         return

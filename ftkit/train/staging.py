@@ -15,6 +15,7 @@ from ftkit.files import cache_folder, fingerprint, make_cache_folder, sync_files
 from ftkit.progress import Reporter
 from ftkit.train.checkpoints import checkpoints, damage, step_of
 from ftkit.train.dynamics import SEEN
+from ftkit.train.reporting import TENSORBOARD
 from ftkit.train.retry import RETRIES
 
 # Of the systems that files can lie on: those of another machine, or of a program that speaks for one (Google Drive in Colab).
@@ -62,8 +63,9 @@ class Drive:
         try:
             if not self.there.parent.is_dir():  # never made anew: what lies in its place is another disk
                 raise FileNotFoundError(f"{self.there.parent} is gone")
-            for here, there in self._beside():  # first: a checkpoint that is there must find what was seen up to it
+            for here, there in [*self._beside(), *self._events()]:  # first: a checkpoint that is there must find what was seen up to it
                 if here.exists():
+                    there.parent.mkdir(exist_ok=True)
                     write_atomically(there, here.read_bytes())
             if not checkpoints_too:
                 return True
@@ -91,6 +93,11 @@ class Drive:
 
     def _beside(self) -> list[tuple[Path, Path]]:
         return [(self.here.parent / name, self.there.parent / name) for name in BESIDE]
+
+    def _events(self) -> list[tuple[Path, Path]]:
+        """TensorBoard's, which it writes as it likes: on the drive itself a lost one would end the training."""
+        files = (path for path in (self.here.parent / TENSORBOARD).glob("*") if path.is_file())
+        return [(path, self.there.parent / TENSORBOARD / path.name) for path in sorted(files)]
 
     def settle(self, sleep: Callable[[float], None] = time.sleep) -> None:
         """Have the drive hold what is here, and wait for it where it is gone. Raises RunError in the end."""

@@ -244,7 +244,7 @@ def _attempt(
             watcher.bar = bar
             short = None
             try:
-                with reporting(trainer, folder.absolute()):
+                with reporting(trainer, checkpoints.parent):
                     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
             except KeyboardInterrupt:
                 raise interrupted(checkpoints) from None

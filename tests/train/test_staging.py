@@ -66,9 +66,9 @@ def trains(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrainResul
     model = tiny.make_model(tmp_path_factory.mktemp("tiny"))
     tokenizer = hf.load_tokenizer(model)
     rows = list(tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(conversations(), 1)]))
-    recipe = tiny.recipe(model, method="lora", max_steps=6)
 
-    def run(folder: Path, stage: Path | None, reporter: SilentReporter) -> TrainResult:
+    def run(folder: Path, stage: Path | None, reporter: SilentReporter, **training: Any) -> TrainResult:
+        recipe = tiny.recipe(model, method="lora", max_steps=6, **training)
         return train(recipe, tiny.SETTINGS, model, tokenizer, rows[2:], rows[:2], folder, reporter, stage=stage)
 
     return run
@@ -160,7 +160,8 @@ class Unplugged:
 def test_a_drive_that_takes_no_byte_for_a_while_ends_nothing_and_has_all_in_the_end(
     trains: Callable[..., TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs_out: bool
 ) -> None:
-    """What was seen of the rows and, where memory runs out meanwhile, with what it goes on, wait here like the checkpoints."""
+    """What was seen of the rows, what TensorBoard reads and, where memory runs out meanwhile, with what it goes on, wait here like the
+    checkpoints."""
     import torch
 
     here, drive, whole = tmp_path / "here", tmp_path / "drive", tmp_path / "whole"
@@ -182,8 +183,9 @@ def test_a_drive_that_takes_no_byte_for_a_while_ends_nothing_and_has_all_in_the_
 
     monkeypatch.setattr(Drive.settle, "__defaults__", (sleep,))
     reporter = At(3, lost)
-    result = trains(drive, here, reporter)
+    result = trains(drive, here, reporter, report_to=["tensorboard"])
     assert result.steps == 6
+    assert sum(b"train/loss" in events.read_bytes() for events in (drive / "tensorboard").glob("events.*")) == 1 + runs_out
     assert waited == [LOOKS_EVERY_SECONDS] * 3
     assert sum("cannot be written (Input/output error): training goes on" in text for text in reporter.said) == 1
     assert sum("the drive is back" in text for text in reporter.said) == 1
