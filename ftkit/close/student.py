@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+Weights = dict[str, list[tuple[Blocks, Place]]]  # of each parameter: the tensors of the file that it is, and where in it
 EXACT = {"float32": 1e-6, "bfloat16": 2**-7}  # how far a number of the file may be from the model's, in units of the largest
 
 
@@ -55,12 +56,20 @@ def ways_of(path: Path, rows: Sequence[Forced], *, bfloat16: bool, cuda: bool) -
 
 
 def load_student(
-    path: Path, model: Path, way: Way = "dequantised", *, bfloat16: bool, cuda: bool, trust_remote_code: bool = False
+    path: Path,
+    model: Path,
+    way: Way = "dequantised",
+    *,
+    bfloat16: bool,
+    cuda: bool,
+    trust_remote_code: bool = False,
+    found: Weights | None = None,
 ) -> PreTrainedModel:
     """The model that a GGUF was made of, with the file's weights in place of its own: dequantised, or packed.
 
-    `model`'s own weights stay in its mapped files until then, but for experts that are joined as they are loaded. Raises ModelError
-    where a tensor of the file is none of its weights, or they cannot be computed with packed, DoesNotFitError where memory runs out.
+    `model`'s own weights stay in its mapped files until then, but for experts that are joined as they are loaded. `found`: what
+    `find_weights` says. Raises ModelError where a tensor of the file is none of its weights, or they cannot be computed with packed,
+    DoesNotFitError where memory runs out.
     """
     import torch
 
@@ -70,21 +79,25 @@ def load_student(
     stored = stored_dtype(model)
     student = hf.load_model(model, None, dtype=stored, cuda=False, trust_remote_code=trust_remote_code, experts=experts)
     with _refusing(path), torch.no_grad():
+        weights = _weights(student, path) if found is None else found
         if way == "dequantised":
-            _fill(student, path, device, dtype)
+            _fill(student, weights, device, dtype)
         else:
-            _pack(student, path, device, dtype, mapped=way == "mapped")
+            _pack(student, weights, device, dtype, mapped=way == "mapped")
         _move(student, device, {getattr(torch, stored): dtype})
         if is_packed(student):
             student(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))  # what cannot be computed with packed says so
     return student.requires_grad_(False).eval()
 
 
-def refuse_anothers(path: Path, model: Path, *, trust_remote_code: bool = False) -> None:
-    """Raise ModelError where a tensor of the file is none of the model's weights: it takes seconds, and the weights stay in their files."""
+def find_weights(path: Path, model: Path, *, trust_remote_code: bool = False) -> Weights:
+    """Which of the model's weights the file's tensors are: a layer of an 8B takes a second, and all stay in their files.
+
+    Raises ModelError where a tensor is none of them.
+    """
     student = hf.load_model(model, None, dtype=stored_dtype(model), cuda=False, trust_remote_code=trust_remote_code)
     with _refusing(path):
-        _weights(student, path)
+        return _weights(student, path)
 
 
 @contextmanager
@@ -97,12 +110,12 @@ def _refusing(path: Path) -> Iterator[None]:
         raise ModelError(f"{path.name} cannot be closed: {first_line(error)}.", "ship it as it is: ship.closing_steps=0") from None
 
 
-def _fill(student: PreTrainedModel, path: Path, device: torch.device, dtype: torch.dtype) -> None:
+def _fill(student: PreTrainedModel, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
     """Its weights become the file's, in full, some rows at a time."""
     import torch
 
     parameters = dict(student.named_parameters())
-    for name, parts in _weights(student, path).items():
+    for name, parts in weights.items():
         parameter = parameters[name]
         parameter.data = torch.empty(parameter.shape, dtype=dtype, device=device)  # the model's own are a mapped file's
         packed, turned = PackedWeight(parts, device, torch.float32), parts[0][1].turned
@@ -112,12 +125,12 @@ def _fill(student: PreTrainedModel, path: Path, device: torch.device, dtype: tor
                 (weight.T if turned else weight)[which] = rows.to(dtype)
 
 
-def _pack(student: PreTrainedModel, path: Path, device: torch.device, dtype: torch.dtype, *, mapped: bool) -> None:
+def _pack(student: PreTrainedModel, weights: Weights, device: torch.device, dtype: torch.dtype, *, mapped: bool) -> None:
     """Its weights become the file's, packed, on the GPU or in the mapped file; tables of tokens in the file, whose rows are looked up."""
     import torch
 
     parameters = dict(student.named_parameters(remove_duplicate=False))
-    for name, parts in _weights(student, path).items():
+    for name, parts in weights.items():
         if parts[0][1].turned:
             raise ValueError(f"the rows of {name} are columns in the file")
         for tied in [other for other, parameter in parameters.items() if parameter is parameters[name]]:
@@ -129,9 +142,9 @@ def _pack(student: PreTrainedModel, path: Path, device: torch.device, dtype: tor
             object.__setattr__(module, leaf, PackedWeight(kept, device, dtype))
 
 
-def _weights(student: PreTrainedModel, path: Path) -> dict[str, list[tuple[Blocks, Place]]]:
-    """Of each of its parameters that are in the file by their names: the tensors that it is there, and where in it. Raises ValueError."""
-    tensors, found = _matrices(path), dict[str, list[tuple[Blocks, Place]]]()
+def _weights(student: PreTrainedModel, path: Path) -> Weights:
+    """Raises ValueError where a tensor of the file is none of its parameters."""
+    tensors, found = _matrices(path), Weights()
     for name, place in places(dict(student.named_parameters()), tensors, gguf_names(open_gguf(path))).items():
         found.setdefault(place.parameter, []).append((tensors[name], place))
     return found
@@ -186,25 +199,25 @@ def lossless(student: PreTrainedModel, path: Path) -> list[Lossless]:
     return found
 
 
-def scales(student: PreTrainedModel, path: Path) -> list[Scales]:
+def scales(student: PreTrainedModel, path: Path, weights: Weights | None = None) -> list[Scales]:
     """Those of its linear layers that are the file's tensors, row for row, whose types have some that can be trained; by name."""
     from gguf import GGMLQuantizationType
 
     found = []
-    for layer, blocks, place in _layers(student, path):
+    for layer, blocks, place in _layers(student, path, weights):
         kind = GGMLQuantizationType(blocks.kind).name
         if has_scales(blocks.name, tuple(layer.weight.shape), kind):
             found.append(Scales(blocks.name, kind, layer, None if place.rows is None else place.rows.argsort(), student.device))
     return sorted(found, key=lambda one: one.name)
 
 
-def _layers(student: PreTrainedModel, path: Path) -> Iterator[tuple[torch.nn.Linear, Blocks, Place]]:
+def _layers(student: PreTrainedModel, path: Path, weights: Weights | None) -> Iterator[tuple[torch.nn.Linear, Blocks, Place]]:
     """Each linear layer that is one tensor of the file, number for number, and where in it that is."""
     from torch import nn
 
     linear = {f"{name}.weight": layer for name, layer in student.named_modules() if isinstance(layer, nn.Linear)}
     packed = is_packed(student)
-    in_full = {} if packed else _weights(student, path)
+    in_full = {} if packed else _weights(student, path) if weights is None else weights
     for name, layer in linear.items():
         parts = (layer.weight.parts if isinstance(layer.weight, PackedWeight) else ()) if packed else in_full.get(name, ())
         if len(parts) == 1 and (packed or _holds(layer.weight, *parts[0])):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.close.closing import close, mean_divergence, to_train
 from ftkit.close.kept import keep, last
-from ftkit.close.student import load_student, lossless, refuse_anothers, running, scales, ways_of, write_back
+from ftkit.close.student import Weights, find_weights, load_student, lossless, running, scales, ways_of, write_back
 from ftkit.engines import hf, logits
 from ftkit.engines.logits import Forced
 from ftkit.errors import DoesNotFitError, InterruptedRunError, ModelError, ToolFailedError
@@ -84,11 +84,11 @@ def _closed(
     checks, answers = checks_as_trained(asked), rows_to_learn(job, tokenizer, job.closing_steps)
     begun = last(kept)
     ways = _ways_that_fit(job, path, merged.folder / MODEL, answers, begun[1] if begun else None)
-    refuse_anothers(path, merged.folder / MODEL, trust_remote_code=recipe.trust_remote_code)  # before anything is read
+    found = find_weights(path, merged.folder / MODEL, trust_remote_code=recipe.trust_remote_code)  # or refuse, before anything is read
     lessons = taught(job, trained, converted)
     before = mean_divergence(logits.of_file(path, [lesson.answer for lesson in checks]), checks)
-    student, way = _student(job, path, merged.folder / MODEL, ways)
-    vectors, stretched = lossless(student, path), scales(student, path)
+    student, way = _student(job, path, merged.folder / MODEL, ways, found)
+    vectors, stretched = lossless(student, path), scales(student, path, found)
     learning = to_train(vectors, stretched)
     if not learning:
         raise ModelError(f"no norm, bias or scale of {path.name} is known in transformers.", "ship it as it is: ship.closing_steps=0")
@@ -149,13 +149,13 @@ def _ways_that_fit(job: Job, path: Path, model: Path, rows: Sequence[Forced], be
     return ways[ways.index(chosen) :]
 
 
-def _student(job: Job, path: Path, model: Path, ways: Sequence[ClosingWay]) -> tuple[PreTrainedModel, Way]:
+def _student(job: Job, path: Path, model: Path, ways: Sequence[ClosingWay], found: Weights) -> tuple[PreTrainedModel, Way]:
     """The file in torch, in the first of the ways that can be had. Raises ModelError or DoesNotFitError where none can."""
     cuda, dtype = computes_on(job, hf.model_type(model))
     for way in ways:
         try:
-            trust = job.recipe.trust_remote_code
-            return load_student(path, model, way.name, bfloat16=dtype == "bfloat16", cuda=cuda, trust_remote_code=trust), way.name
+            trust, bfloat16 = job.recipe.trust_remote_code, dtype == "bfloat16"
+            return load_student(path, model, way.name, bfloat16=bfloat16, cuda=cuda, trust_remote_code=trust, found=found), way.name
         except DoesNotFitError as error:
             if way is ways[-1]:
                 raise

@@ -14,6 +14,7 @@ from typing import Any
 import families
 import pytest
 
+from ftkit.close import student
 from ftkit.files import file_fingerprint
 from ftkit.line import line
 from ftkit.line.ask import ASK
@@ -71,6 +72,9 @@ def test_a_killed_closing_makes_the_same_file_and_the_next_type_s_reads_nothing_
     assert hashes[0] == hashes[1]
     assert not (gone_on.folder / CHECKPOINTS).exists()
     monkeypatch.setattr("ftkit.line.lessons.trained_model", lambda *_: pytest.fail("the trained model is loaded again"))
+    searched: list[int] = []
+    monkeypatch.setattr(student, "places", lambda *given, search=student.places: searched.append(1) or search(*given))
     assert closed(job("undisturbed", quantization="Q4_0")).result.steps
+    assert len(searched) == 1  # for the weights that the file's tensors are
     with pytest.raises(pytest.fail.Exception):  # other rows
         closed(job("undisturbed", quantization="Q4_0", closing_steps=10))
