@@ -9,7 +9,7 @@ import click
 
 from ftkit.cli.common import json_option, run_argument
 from ftkit.cli.init import confirmed
-from ftkit.cli.status import as_record, open_run, show_held, step_names
+from ftkit.cli.status import as_record, held_names, open_run, show_held
 
 
 @click.command(
@@ -32,7 +32,7 @@ def command(run: Path, names: tuple[str, ...], dry_run: bool, yes: bool, as_json
 
     opened = open_run(run)
     with opened:
-        held = opened.holds(step_names())
+        held = opened.holds(held_names())
         removable = [entry for entry in held if not entry.needed]
         for name in names:
             if name not in [entry.path.name for entry in removable]:

@@ -48,7 +48,7 @@ def command(run: Path, as_json: bool, html: Path | None) -> None:
     checks = proof["checks"] if proven and proof.get("step") == proven.fingerprint else []
     checks = [*checks, *(ollama.get("checks", []) if registered else [])]
     doubts = [f"{check['name']}: {check['outcome']}" for check in checks if check["outcome"] != "passed"]
-    held = opened.holds(step_names())
+    held = opened.holds(held_names())
     if as_json:
         states = {
             n: {"finished": bool(s), "begun": begun[n], "seconds": s.seconds if s else None, "folder": s and str(s.folder)}
@@ -106,11 +106,17 @@ def write_page(run: Path, html: Path) -> None:
 
 
 def step_names() -> list[str]:
-    """The steps that have a folder in a run, in order, and what closing learns from."""
+    """The steps of the line that have a folder in a run, in order."""
     from ftkit.line.line import LINE
+
+    return [step.name for step in LINE if step.make]
+
+
+def held_names() -> list[str]:
+    """Those, and what a closing learns from, which is large and stands beside the line."""
     from ftkit.line.teach import TEACH
 
-    return [step.name for step in (*LINE, TEACH) if step.make]
+    return [*step_names(), TEACH.name]
 
 
 def open_run(folder: Path) -> Run:
@@ -120,7 +126,7 @@ def open_run(folder: Path) -> Run:
     from ftkit.run import MANIFEST, Run
 
     run = Run(folder, ConsoleReporter())
-    if not (folder / MANIFEST).exists() and not any(folder.glob(".*.partial")) and not run.holds(step_names()):
+    if not (folder / MANIFEST).exists() and not any(folder.glob(".*.partial")) and not run.holds(held_names()):
         raise RunError(f"{folder} is no run directory.", "a run is made by ftkit plan, train or build, in runs/RECIPE")
     return run
 

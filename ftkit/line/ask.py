@@ -156,6 +156,7 @@ def _held_out(job: Job) -> list[Any]:
         {purpose: files.fingerprint for purpose, files in job.data.items()},
         data.model_dump(include={"columns", "labels"}),
         job.recipe.training.max_length,
+        job.recipe.training.seed,  # by which rows are chosen
         job.source.fingerprint,
     ]
 

@@ -85,7 +85,8 @@ def _closed(
     begun = last(kept)
     ways = _ways_that_fit(job, path, merged.folder / MODEL, answers, begun[1] if begun else None)
     found = find_weights(path, merged.folder / MODEL, trust_remote_code=recipe.trust_remote_code)  # or refuse, before anything is read
-    lessons = taught(job, trained, converted)
+    kept.mkdir(parents=True, exist_ok=True)  # from here on it is begun
+    lessons = taught(job, trained, converted, answers)
     before = mean_divergence(logits.of_file(path, [lesson.answer for lesson in checks]), checks)
     student, way = _student(job, path, merged.folder / MODEL, ways, found)
     vectors, stretched = lossless(student, path), scales(student, path, found)

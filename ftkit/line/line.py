@@ -164,8 +164,7 @@ def train(job: Job) -> Made[Trained]:
             f"{memory.device.name} computes in float16, whose loss scaling is not supported with FSDP.",
             "--set training.fsdp=false, or --set training.compute_dtype=float32",
         )
-    if not goes_on_smaller(job):
-        refuse_ram_for_all(memory)
+    refuse_ram_for_all(memory, on_smaller=goes_on_smaller(job))
     refuse_shortages(planned.shortages)
     if earlier := job.run.finished(TRAIN.name):
         job.reporter.note(f"an earlier training with other inputs stays in {earlier.folder}")
@@ -185,9 +184,9 @@ def _remember_changes(job: Job) -> None:
     job.run.record(**{TRAINED_WITH: json.loads(json.dumps(job.changed, default=str))})  # a date is one in text, too
 
 
-def refuse_ram_for_all(memory: MemoryPlan) -> None:
-    """Raise DoesNotFitError where RAM is planned for, and several processes would each take what is planned; and where each loads
-    into it what GPUs then share out."""
+def refuse_ram_for_all(memory: MemoryPlan, *, on_smaller: bool = False) -> None:
+    """Raise DoesNotFitError where RAM is planned for, and several processes would each take what is planned, unless it goes on with
+    less; and where each loads into it what GPUs then share out."""
     count, fit = ranks.world_size(), memory.chosen
     if memory.shares > 1 and memory.device.kind == "cuda" and fit.inventory.method != "qlora":
         needed, free = count * fit.inventory.weights_bytes, device.processor().free_bytes
@@ -196,7 +195,7 @@ def refuse_ram_for_all(memory: MemoryPlan) -> None:
                 f"{count} processes load {bytes_text(needed)} of weights into RAM, to share them out, and {bytes_text(free)} are free.",
                 "take 4-bit weights, which are loaded on the GPUs: --set training.method=qlora",
             )
-    if memory.device.kind == "cpu" and count > 1 and count * fit.peak.device_bytes > fit.budget_bytes:
+    if memory.device.kind == "cpu" and not on_smaller and count > 1 and count * fit.peak.device_bytes > fit.budget_bytes:
         raise DoesNotFitError(
             f"{count} processes need {bytes_text(count * fit.peak.device_bytes)} of RAM, and {bytes_text(fit.budget_bytes)} can be used.",
             "train in one process: ftkit train",
@@ -587,7 +586,9 @@ def start_from(job: Job, name: str) -> None:
         raise RecipeError(
             f"--from {name}: plan and training are made again where something of theirs is another.", "see what can go: ftkit status"
         )
-    made = (*LINE[first:], *(beside for beside, until in ((TEACH, ASK), (WEIGH, CLOSE)) if first <= LINE.index(until)))
+    full = job.recipe.training.method == "full"  # then closing learns from the merge, too
+    beside = ((TEACH, GGUF if full else ASK), (WEIGH, CLOSE))
+    made = (*LINE[first:], *(step for step, until in beside if first <= LINE.index(until)))
     for one in candidates(job) if is_smallest(job) else (job,):
         for step, onto, closes in product(made, get_args(Onto), (False, True)):
             way = replace(one, onto=onto, closes=closes)

@@ -1,10 +1,11 @@
-"""The step `teach`: what the trained model says of training rows, and its base of other text: what a file of any type is closed by.
+"""The step `teach`: what the trained model says of training rows, and how other text is to stay: what a file of any type is closed by.
 
 It stands beside the line, and is made where a closing first needs it; the next one, of another type, finds it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from ftkit.close.closing import Lesson
 from ftkit.engines import hf, logits
+from ftkit.engines.logits import Forced
 from ftkit.line.adopt import ADOPT, trained_tokenizer
 from ftkit.line.ask import ASK
 from ftkit.line.gguf import GGUF, Converted
@@ -20,6 +22,7 @@ from ftkit.line.lessons import BASE_WEIGHT, Teacher, lessons, outside, read, row
 from ftkit.line.step import Made, Step, ensure
 from ftkit.line.train import TRAIN
 
+ROWS, OUTSIDE = "rows", "outside"  # folders of the step
 MERGE_WEIGHT = 0.5  # of text outside the task, which is to stay as the merge has it
 
 
@@ -40,35 +43,33 @@ class Lessons:
     outside_weight: float
 
 
-def taught(job: Job, trained: Made[Any], converted: Made[Converted]) -> Lessons:
-    """Read where no closing of this training has read them yet. The run must be open."""
-    return _lessons(job, ensure(job, TEACH).folder, trained, converted)
+def taught(job: Job, trained: Made[Any], converted: Made[Converted], rows: Sequence[Forced]) -> Lessons:
+    """What is said of these rows; read where no closing has read them yet. The run must be open."""
+    made, teacher = ensure(job, TEACH), Teacher(job, trained)
+    learnt = lessons(teacher, rows, made.folder / ROWS)
+    others = _outside(job, teacher, converted, made.folder) if made.result.outside else []
+    del teacher
+    hf.release_memory()  # a file that was damaged was read again
+    return Lessons(learnt, others, MERGE_WEIGHT if job.recipe.training.method == "full" else BASE_WEIGHT)
 
 
 def _make(job: Job, folder: Path, trained: Made[Any], _: Made[Any], converted: Made[Converted]) -> Taught:
-    found = _lessons(job, folder, trained, converted)
-    hf.release_memory()
-    return Taught(len(found.rows), len(found.outside))
-
-
-def _lessons(job: Job, folder: Path, trained: Made[Any], converted: Made[Converted]) -> Lessons:
-    """From the files in the folder; what is in none of them is read, and put there."""
-    tokenizer, teacher = trained_tokenizer(job, trained), Teacher(job, trained)
-    rows = lessons(teacher, rows_to_learn(job, tokenizer, job.closing_steps), folder / "rows")
-    others, weight = _outside(job, tokenizer, converted, teacher, folder / "outside")
-    return Lessons(rows, others, weight)
-
-
-def _outside(job: Job, tokenizer: Any, converted: Made[Converted], teacher: Teacher, kept: Path) -> tuple[list[Lesson], float]:
-    """Text outside the task, as the base of the adapter says it, and its weight; of other trained models as the merge does, in 16 bits
-    where this machine's memory holds them; none, which is said, where it holds no file of it."""
-    if job.recipe.training.method != "full":
-        return outside(tokenizer, teacher.as_base, kept), BASE_WEIGHT
-    if not (file := converted.result.in_memory()):
+    teacher = Teacher(job, trained)
+    learnt = lessons(teacher, rows_to_learn(job, trained_tokenizer(job, trained), job.closing_steps), folder / ROWS)
+    if job.recipe.training.method == "full" and not converted.result.in_memory():
         job.reporter.warn("the merged model is larger than this machine's memory: closing does not look at text outside the task")
-        return [], MERGE_WEIGHT
-    told = partial(read, job, "reading text outside the task", partial(logits.of_file, converted.folder / file.path))
-    return outside(tokenizer, told, kept), MERGE_WEIGHT
+        return Taught(len(learnt), 0)
+    return Taught(len(learnt), len(_outside(job, teacher, converted, folder)))
+
+
+def _outside(job: Job, teacher: Teacher, converted: Made[Converted], folder: Path) -> list[Lesson]:
+    """Text outside the task as the base of the adapter says it; of other trained models as the merge does, in the largest of its files
+    that this machine's memory holds."""
+    told = teacher.as_base
+    if job.recipe.training.method == "full":
+        file = converted.result.in_memory() or converted.result.files[-1]
+        told = partial(read, job, "reading text outside the task", partial(logits.of_file, converted.folder / file.path))
+    return outside(trained_tokenizer(job, teacher.trained), told, folder / OUTSIDE)
 
 
 TEACH = Step(

@@ -310,7 +310,7 @@ def fitting(ways: Sequence[ClosingWay], ram_bytes: int | None, vram_bytes: int |
 
 
 def readings_bytes(rows: int) -> int:
-    """What the models said at the places of so many rows, kept while a file is closed: a number and a token for each of the likeliest."""
+    """What the models said at the places of so many rows: a number and a token for each of the likeliest."""
     return 8 * LIKELIEST * CLOSING_PLACES * rows
 
 

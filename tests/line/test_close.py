@@ -15,16 +15,21 @@ import families
 import pytest
 
 from ftkit.close import student
+from ftkit.errors import InterruptedRunError
 from ftkit.files import file_fingerprint
-from ftkit.line import line
+from ftkit.line import line, teach
 from ftkit.line.ask import ASK
 from ftkit.line.close import CLOSE
 from ftkit.line.gguf import QUANTISE
 from ftkit.line.job import Job, open_job
-from ftkit.line.step import Made, ensure
+from ftkit.line.step import Made, ensure, fingerprint_of
 from ftkit.run import CHECKPOINTS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
+
+
+def press() -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
@@ -72,6 +77,12 @@ def test_a_killed_closing_makes_the_same_file_and_the_next_type_s_reads_nothing_
     assert hashes[0] == hashes[1]
     assert not (gone_on.folder / CHECKPOINTS).exists()
     monkeypatch.setattr("ftkit.line.lessons.trained_model", lambda *_: pytest.fail("the trained model is loaded again"))
+    with monkeypatch.context() as patched:
+        patched.setattr(teach, "lessons", lambda *_: press())
+        with pytest.raises(InterruptedRunError):
+            closed(job("killed", quantization="Q3_K_M"))
+    begun = job("killed", quantization="Q3_K_M")
+    assert begun.run.partial(CLOSE.name, fingerprint_of(begun, CLOSE)).is_dir()  # so that it is known to be wanted
     searched: list[int] = []
     monkeypatch.setattr(student, "places", lambda *given, search=student.places: searched.append(1) or search(*given))
     assert closed(job("undisturbed", quantization="Q4_0")).result.steps
