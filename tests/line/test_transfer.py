@@ -55,6 +55,7 @@ def merge(job: Job) -> tuple[Made[Merged], dict[str, Any]]:
     return made, load_file(made.folder / "model" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_it_comes_nearer_and_is_what_is_merged(here: Path) -> None:
     job = job_of()
     with job.run:
@@ -90,6 +91,7 @@ def test_the_teacher_is_the_adapter_on_its_base_and_elsewhere_that_base_alone(he
     assert np.abs(trained - base).max() > 0.01
 
 
+@pytest.mark.slow
 def test_the_source_with_some_of_the_rounding_is_nearer_from_the_beginning(here: Path) -> None:
     """The adapter learns on what it is merged into, and the rounding is also in layers that it does not change."""
     found = {}

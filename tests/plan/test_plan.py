@@ -91,6 +91,7 @@ def test_checkpointing_comes_only_where_nothing_fits_without() -> None:
     assert tight.peak.device_bytes < roomy.peak.device_bytes
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_what_would() -> None:
     least = plan(8 * GIB, method="full", per_device_train_batch_size=1, gradient_checkpointing=True).chosen.peak.device_bytes
     budget_bytes = int(0.96 * least / (1 - MARGIN))
@@ -155,6 +156,7 @@ def test_dora_is_planned_and_needs_more() -> None:
         assert (more == 0) if with_dora.inventory.method == "full" else (more > 4 * magnitudes)
 
 
+@pytest.mark.slow
 def test_all_changes_together_end_in_the_smallest_method() -> None:
     made = plan(100 * MIB, method="full")
     together = next(change for change in made.changes if change.words.startswith("all of these together"))
@@ -162,6 +164,7 @@ def test_all_changes_together_end_in_the_smallest_method() -> None:
     assert "training.method=lora" not in together.settings
 
 
+@pytest.mark.slow
 def test_nothing_helps_a_card_that_is_far_too_small() -> None:
     made = plan(100 * MIB)
     assert not made.chosen.fits

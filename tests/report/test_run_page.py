@@ -170,6 +170,7 @@ def test_the_best_step_so_far_is_the_one_that_training_follows(metric: str, best
     assert [point.right_percent for point in page.curve] == [0, 50, 50, 25]
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_the_page_of_a_finished_and_of_a_stopped_and_of_a_running_training(

@@ -43,6 +43,7 @@ def adapter_hash(folder: Path) -> str:
     return file_fingerprint(folder / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "checkpointing"), [("qlora", True), ("lora", False)])
 def test_answers_are_scored_and_the_weights_stay_the_same_bits(
     method: str, checkpointing: bool, model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path
@@ -69,6 +70,7 @@ def test_answers_are_scored_and_the_weights_stay_the_same_bits(
     assert json.loads((tmp_path / "scored" / "curve.json").read_text(encoding="utf-8")) == scored.record()["curve"]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_follows_right_answers(model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path) -> None:
     """What is said after four steps is expected: after six the loss is less, the answers are others. An interruption changes nothing."""
     import torch

@@ -78,6 +78,7 @@ class CtrlC(SilentReporter):
         yield _Bar()
 
 
+@pytest.mark.slow
 def test_margins_rise_and_a_resumed_training_ends_in_the_same_bits(model: Path, tokenizer: Any, pairs: list[Pair], tmp_path: Path) -> None:
     """From an adapter, through a checkpoint in the second epoch."""
     torch.set_num_threads(1)

@@ -39,6 +39,7 @@ def test_what_is_not_installed_is_refused_with_the_line_to_paste() -> None:
     refuse_missing_reporters([])
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_it_is_found_before_the_training_and_is_no_reason_to_train_again(

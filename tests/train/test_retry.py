@@ -178,6 +178,7 @@ def test_out_of_memory_with_preferences_keeps_the_effective_batch_too(trains: Tr
         torch.testing.assert_close(adapter(tmp_path / "short")[name], tensor, rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_out_of_memory_while_the_reference_is_asked_asks_fewer_rows_at_once(trains: Trains, tmp_path: Path) -> None:
     """And then, with so little memory, in the evaluation, too, which goes on likewise."""
     with bounded(Memory(2, training=False)) as memory:
@@ -186,6 +187,7 @@ def test_out_of_memory_while_the_reference_is_asked_asks_fewer_rows_at_once(trai
     assert [(retry.step, retry.per_device_train_batch_size) for retry in result.retries] == [(2, 1)]
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_an_evaluation_goes_on_from_before_it(trains: Trains, tmp_path: Path) -> None:
     with bounded(Memory(1, training=False)):
         result = trains(tmp_path, settings(2, 1), max_steps=3)
@@ -195,6 +197,7 @@ def test_out_of_memory_in_an_evaluation_goes_on_from_before_it(trains: Trains, t
     assert [point.step for point in result.curve if point.evaluated] == [2, 3]
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_the_optimizer_leaves_weights_that_are_not_kept(trains: Trains, tmp_path: Path) -> None:
     """They may have been changed in part: it begins again, or from the last checkpoint."""
     import torch
@@ -216,6 +219,7 @@ def test_out_of_memory_in_the_optimizer_leaves_weights_that_are_not_kept(trains:
     assert len(calls) == 2 + 3
 
 
+@pytest.mark.slow
 def test_one_row_that_does_not_fit_is_refused_with_what_to_change(trains: Trains, tmp_path: Path) -> None:
     with bounded(Memory(0)), pytest.raises(DoesNotFitError, match="One row at a time does not fit: memory ran out after step 0") as refused:
         trains(tmp_path, settings(2, 1), gradient_checkpointing=None)
@@ -404,6 +408,7 @@ def adapter_hash(folder: Path) -> str:
     return file_fingerprint(folder / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_twice_ends_with_the_figures(trains: Trains, tmp_path: Path) -> None:
     with blows_up(above=0.0, step=4), pytest.raises(TrainingDivergedError, match="diverged again at step 4") as refused:
         trains(tmp_path, settings(2, 1), **DIVERGES)

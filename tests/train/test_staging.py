@@ -156,6 +156,7 @@ class Unplugged:
         monkeypatch.setattr(builtins, "open", open_there)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs_out", [False, True])
 def test_a_drive_that_takes_no_byte_for_a_while_ends_nothing_and_has_all_in_the_end(
     trains: Callable[..., TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs_out: bool

@@ -483,6 +483,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(
     assert not (step.folder / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_kept_of_a_training_does_not_fail_it(
     tmp_path: Path, rows: list[Any], write_rows: Any, ftkit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
