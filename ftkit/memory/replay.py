@@ -13,7 +13,7 @@ from ftkit.memory.events import ALLOCATE, GRADIENT, WORK, WORKSPACE
 from ftkit.memory.optimizer import OptimizerEvents
 from ftkit.memory.unroll import Ints, Layout
 
-OPTIMIZER_STATES = "optimizer states"
+OPTIMIZER_STATES, OPTIMIZER_TEMPORARIES = "optimizer states", "optimizer temporaries"
 CUBLAS, WORKSPACE_STORAGE, OPTIMIZER_STORAGE = -1, -2, -3  # storages beside those of a pass; the optimizer's go down from there
 TIMELINE_POINTS = 1200
 
@@ -183,7 +183,7 @@ class Order:
             storage, stays = OPTIMIZER_STORAGE - number, number in optimizer.states
             if makes_states or not stays:
                 if kind == ALLOCATE:
-                    step.take(storage, size_at, OPTIMIZER_STATES if stays else "optimizer temporaries")
+                    step.take(storage, size_at, OPTIMIZER_STATES if stays else OPTIMIZER_TEMPORARIES)
                 else:
                     step.give_back(storage)
         for storage in (*held, *gradients):
@@ -244,17 +244,22 @@ class TrainingStep:
 
     def timeline(self) -> Timeline:
         """The last optimizer step, thinned to about TIMELINE_POINTS points that keep every local peak."""
-        last, amounts = self._amounts()
-        total = amounts.cumsum()
+        held, phases = self.held()
+        total: Ints = sum(held.values(), np.zeros(1, np.int64))
         edges = np.unique(np.linspace(0, len(total), TIMELINE_POINTS + 1, dtype=np.int64))
         kept = np.array([a + int(total[a:b].argmax()) for a, b in pairwise(edges)])
-        series = {name: np.where(last.labels == label, amounts, 0).cumsum()[kept] for label, name in enumerate(last.names)}
-        before = self._before()
-        nothing = np.zeros_like(kept)
         return Timeline(
-            series={name: tuple((series.get(name, nothing) + before.get(name, 0)).tolist()) for name in sorted({*series, *before})},
-            phases=tuple((name, int(np.searchsorted(kept, first))) for name, first in last.phases),
+            series={name: tuple(held[name][kept].tolist()) for name in sorted(held)},
+            phases=tuple((name, int(np.searchsorted(kept, first))) for name, first in phases),
         )
+
+    def held(self) -> tuple[dict[str, Ints], list[tuple[str, int]]]:
+        """Bytes after each change of the last optimizer step, by what they are for; and its phases: name, first change."""
+        last, amounts = self._amounts()
+        before = self._before()
+        found = {name: np.where(last.labels == label, amounts, 0).cumsum() for label, name in enumerate(last.names)}
+        nothing = np.zeros_like(amounts)
+        return {name: found.get(name, nothing) + before.get(name, 0) for name in {*found, *before}}, last.phases
 
     def _rounded(self, sizes: Ints) -> Ints:
         grain = MIN_BLOCK_BYTES if self.on_cuda else 1

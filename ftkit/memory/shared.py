@@ -4,61 +4,100 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
 
 from ftkit.memory.kernels import CONTEXT_BYTES
 from ftkit.memory.model import Adapters, Inventory, Skeleton
-from ftkit.memory.replay import OPTIMIZER_STATES, Part, Peak
+from ftkit.memory.replay import OPTIMIZER_STATES, OPTIMIZER_TEMPORARIES, Part, Peak, TrainingStep
 from ftkit.memory.settings import StepSettings
 from ftkit.memory.sizes import DTYPE_BYTES, nf4_storages
 
 GATHERED = "weights gathered to compute"
-LAYERS_AT_ONCE = 2  # the one that computes, and the next, which is on its way
+LAYERS_AT_ONCE = 3  # the one that computes, and the next, as it arrives and as it will be computed with
+SHARED = {
+    *("weights", "4-bit weights", "weights that stay 16-bit", "weights that stay 32-bit", "adapter", "gradients"),
+    *(OPTIMIZER_STATES, OPTIMIZER_TEMPORARIES),
+}  # what each keeps a share of
 FLOAT32 = 4  # bytes: gradients are summed in it
 
 
-def shared_out(peak: Peak, skeleton: Skeleton, counted: Inventory, settings: StepSettings, count: int) -> Peak:
-    """The peak on each of `count` cards, of a step whose whole gradients and optimizer states are there all the time.
+def shared_out(step: TrainingStep, whole: Peak, skeleton: Skeleton, counted: Inventory, settings: StepSettings, count: int) -> Peak:
+    """The peak on each of `count` cards, of a step that accumulates, and whose peak on one card is `whole`.
 
-    Each keeps its share of weights, adapters, gradients and optimizer states; the scales of 4-bit weights it keeps whole. What
-    stands outside of the decoder layers is gathered for the whole of a step, the head once more for TRL's loss; of layers two at a
-    time, each once as it arrives and once as it is computed with. Gradients of that much are there whole, as they are and in
-    float32, until they are summed. QLoRA's weights are whole on each card once, as they are loaded. Left out: that shares are
-    rounded up to whole rows, and what the allocator keeps between them.
+    Each keeps its share of weights, adapters, gradients, optimizer states and what the optimizer computes with; the scales of 4-bit
+    weights it keeps whole. What stands outside of the decoder layers is gathered from the first layer to the last gradient, the head
+    once more for TRL's loss; of layers the one that computes and the next, which has its place twice until it has arrived. Gradients
+    are whole, as they are and in float32, until they are summed: a layer's while the next one's come, those outside at the end.
+    Weights that are gathered in 16 bits need none of the copies that one card makes. QLoRA's weights are whole on each card once, as
+    they are loaded. Left out: that shares are rounded up to whole rows; what the allocator keeps between them is taken as it is on
+    one card. Held against torch's own tracker of FSDP 2 (tests/memory/test_shared.py).
     """
-    sharded = (
-        sum(size for _, size, _ in _weights(skeleton, settings)) + counted.adapter_bytes + counted.gradient_bytes + counted.optimizer_bytes
-    )
-    kept = -(-sharded // count)
-    layers, outside = _gathered(skeleton, settings)
-    head = skeleton.model.get_output_embeddings().weight.numel() * DTYPE_BYTES[settings.compute_dtype]
-    trained_layer, trained_outside = _trained(skeleton, settings)
-    width = DTYPE_BYTES[settings.compute_dtype] + FLOAT32
-    gathered = outside + head + LAYERS_AT_ONCE * 2 * layers + width * (trained_outside + LAYERS_AT_ONCE * trained_layer)
-    less = sharded - kept
-    device_bytes = peak.device_bytes - less + gathered
+    held, phases = step.held()
+    shared = {name: -(-series // count) for name, series in held.items() if name in SHARED}
+    rest = {name: series for name, series in held.items() if name not in SHARED}
+    gathers = _Gathers.of(skeleton, settings)
+    beside = np.zeros_like(next(iter(held.values())))
+    for (name, first), (_, end) in pairwise([*phases, ("", len(beside))]):
+        beside[first:end] = gathers.beside(name)
+    total = sum(shared.values(), beside) + sum(rest.values(), np.zeros_like(beside))
+    top = int(total.argmax())
+    allocated, slack = int(total[top]), whole.reserved_bytes - whole.allocated_bytes
+    device_bytes = allocated + slack + whole.device_bytes - whole.reserved_bytes
     if settings.method == "qlora" and settings.device == "cuda":
         device_bytes = max(device_bytes, counted.weights_bytes + CONTEXT_BYTES)
-    return replace(
-        peak,
-        allocated_bytes=peak.allocated_bytes - less + gathered,
-        reserved_bytes=peak.reserved_bytes - less + gathered,
-        device_bytes=device_bytes,
-        parts=(*_less(peak.parts, less), Part(GATHERED, gathered)),
-    )
+    parts = [Part(name, int(series[top])) for name, series in (shared | rest).items()] + [Part(GATHERED, int(beside[top]))]
+    phase = next(name for name, first in reversed(phases) if first <= top)
+    shown = tuple(sorted((part for part in parts if part.bytes), key=lambda part: -part.bytes))
+    return Peak(allocated, allocated + slack, device_bytes, phase, shown)
 
 
-def _less(parts: tuple[Part, ...], less: int) -> Iterator[Part]:
-    """Those that are shared out, smaller by so much together, each in proportion; and the others."""
-    shared = ("weights", "4-bit weights", "weights that stay 16-bit", "weights that stay 32-bit", "adapter", "gradients", OPTIMIZER_STATES)
-    whole = sum(part.bytes for part in parts if part.name in shared)
-    for part in parts:
-        if part.name in shared:
-            taken = min(part.bytes, round(less * part.bytes / whole))
-            whole, less = whole - part.bytes, less - taken
-            yield Part(part.name, part.bytes - taken)
-        else:
-            yield part
+@dataclass(frozen=True)
+class _Gathers:
+    """Bytes of weights that are gathered to compute with, and of their gradients, of the largest layer and outside of the layers."""
+
+    layer: int
+    outside: int
+    head: int
+    layer_gradients: int  # as they are and in float32, to be summed, and the next layer's as they are
+    outside_gradients: int  # as they are and in float32
+    outside_waiting: int  # of those, as they are
+    copies: int  # of a layer in 16 bits, of weights in float32, which one card alone makes, and keeps until the loss is there
+    copies_stay: bool  # or, without checkpointing, until the layer's gradients are
+    depth: int
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, settings: StepSettings) -> _Gathers:
+        compute = DTYPE_BYTES[settings.compute_dtype]
+        layer, outside = _gathered(skeleton, settings)
+        trained_layer, trained_outside = _trained(skeleton, settings)
+        copied = settings.method == "full" and settings.trained_dtype != settings.compute_dtype
+        return cls(
+            layer,
+            outside,
+            head=skeleton.model.get_output_embeddings().weight.numel() * compute,
+            layer_gradients=(2 * compute + FLOAT32) * trained_layer,
+            outside_gradients=(compute + FLOAT32) * trained_outside,
+            outside_waiting=compute * trained_outside,
+            copies=layer if copied else 0,
+            copies_stay=not settings.gradient_checkpointing,
+            depth=skeleton.total_layers,
+        )
+
+    def beside(self, phase: str) -> int:
+        """What a phase of the step has more than on one card."""
+        if phase.startswith("optimizer"):
+            return 0
+        found, forward = re.search(r"layer (\d+) of", phase), not phase.startswith("backward")
+        behind = int(found[1]) - 1 if found else self.depth  # layers whose copies are all there
+        weights = self.outside + LAYERS_AT_ONCE * self.layer - (behind * self.copies if forward or self.copies_stay else 0)
+        if not found:  # the loss
+            return weights + self.head + (0 if forward else self.outside_waiting)
+        if forward:
+            return weights
+        return weights + self.layer_gradients + (self.outside_waiting if behind else self.outside_gradients)
 
 
 def _weights(skeleton: Skeleton, settings: StepSettings) -> Iterator[tuple[str, int, int]]:

@@ -114,14 +114,22 @@ class Planner:
         accumulates = recipe.training.effective_batch_size > batch
         extra = self.extra_of(recipe)
         if self.shares > 1:
-            whole = self._replayed(settings, rows, length, True, None)
-            peak = shared_out(whole, self.skeleton, self.count(recipe), settings, self.shares)
+            peak = self._shared(settings, rows, length, self.count(recipe), self.shares)
             return replace(peak, device_bytes=peak.device_bytes + extra)
         peak = self._replayed(settings, rows, length, accumulates, None)
         room = self.limit_bytes - extra
         if peak.device_bytes > room >= sum(part.bytes for part in peak.parts) + CONTEXT_BYTES:  # the allocator may yet make it fit
             peak = self._replayed(settings, rows, length, accumulates, room)
         return replace(peak, device_bytes=peak.device_bytes + extra)
+
+    def _shared(self, settings: StepSettings, batch: int, length: int, counted: Inventory, shares: int) -> Peak:
+        """Of each of so many cards that share the weights out."""
+        key = (repr(settings), batch, length, True, -shares)
+        if key not in self._peaks:
+            step = self.memory(settings).step(self.sequences * batch, length, accumulates=True)
+            whole = self._replayed(settings, batch, length, True, None)
+            self._peaks[key] = shared_out(step, whole, self.skeleton, counted, settings, shares)
+        return self._peaks[key]
 
     def _replayed(self, settings: StepSettings, batch: int, length: int, accumulates: bool, room: int | None) -> Peak:
         key = (repr(settings), batch, length, accumulates, room)
@@ -239,10 +247,13 @@ class Planner:
         settings = self.settings(recipe, checkpointing)
 
         def held(shares: int) -> int:
-            found = (self._replayed(replace(settings, packed=packed), most, length, True, None) for most, length, packed in shapes)
-            peak = max(found, key=lambda each: each.device_bytes)
-            peak = peak if shares == 1 else shared_out(peak, self.skeleton, fit.inventory, settings, shares)
-            return peak.device_bytes + self.extra_of(recipe)
+            found = (
+                self._replayed(replace(settings, packed=packed), most, length, True, None)
+                if shares == 1
+                else self._shared(replace(settings, packed=packed), most, length, fit.inventory, shares)
+                for most, length, packed in shapes
+            )
+            return max(each.device_bytes for each in found) + self.extra_of(recipe)
 
         time = self.estimate(recipe, fit, cards)
         whole, seconds = held(1), (time.seconds_low, time.seconds_high) if time else (None, None)

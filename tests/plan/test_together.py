@@ -71,19 +71,19 @@ def test_of_what_is_shared_out_each_keeps_its_share(method: str) -> None:
     wanted = recipe(method=method, per_device_train_batch_size=2, gradient_checkpointing=False)
     planner = Planner(config("llama", num_hidden_layers=2, vocab_size=4096), wanted, CARD, LENGTH, [], dtype="bfloat16")
     settings, counted = planner.settings(wanted, False), planner.count(wanted)
-    whole = planner.memory(settings).step(2, LENGTH, accumulates=True).peak()
-    of_two, of_four = (shared_out(whole, planner.skeleton, counted, settings, count) for count in (2, 4))
+    step = planner.memory(settings).step(2, LENGTH, accumulates=True)
+    of_two, of_four = (shared_out(step, step.peak(), planner.skeleton, counted, settings, count) for count in (2, 4))
     packed = sum(tensor.elements // 2 for tensor in planner.skeleton.tensors if tensor.quantized)
     plain = sum(tensor.elements for tensor in planner.skeleton.tensors if not tensor.quantized)
     kept = {"full": 4 * counted.parameters, "qlora": packed + 2 * plain}[method]
     divided = kept + counted.adapter_bytes + counted.gradient_bytes + counted.optimizer_bytes
-    assert of_two.allocated_bytes - of_four.allocated_bytes == pytest.approx(divided / 4, abs=2)
+    temporaries = of_two.allocated_bytes - of_four.allocated_bytes - divided / 4  # of the optimizer, where the most is held in its step
+    assert 0 <= temporaries <= 0.02 * divided
     if method == "qlora":
         assert of_four.device_bytes >= counted.weights_bytes + CONTEXT_BYTES  # as it is loaded
-    gathered = next(part.bytes for part in of_two.parts if part.name == GATHERED)
-    assert sum(part.bytes for part in of_two.parts) == pytest.approx(
-        sum(part.bytes for part in whole.parts) - divided / 2 + gathered, abs=2
-    )
+    for peak in (of_two, of_four):
+        assert sum(part.bytes for part in peak.parts) == peak.allocated_bytes
+        assert next(part.bytes for part in peak.parts if part.name == GATHERED) > 0
 
 
 def test_what_does_not_fit_alone_may_fit_shared_out() -> None:
