@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftkit.close.closing import Lesson, divergence, logits_at
-from ftkit.close.places import in_file
-from ftkit.close.student import load_student
+from ftkit.close.packed import Blocks, PackedWeight
+from ftkit.close.places import Place
+from ftkit.close.student import Weights, find_weights, load_student, matrices
 from ftkit.engines import hf
-from ftkit.errors import ModelError
-from ftkit.model.source import gguf_names, open_gguf
 
 if TYPE_CHECKING:
     import torch
@@ -32,41 +31,38 @@ def gains(
     are not the model's weights, DoesNotFitError where memory runs out.
     """
     with hf.room_to(f"rank the tensors of {plain.name}"):
-        weights = _weights(load_student(plain, model, bfloat16=bfloat16, cuda=cuda, trust_remote_code=trust_remote_code), plain, lessons)
-        slopes = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
-        there = {name: _dot(slope, weights[name]) for name, slope in slopes.items()}
-        del weights
-        other = _named(load_student(finer, model, bfloat16=bfloat16, cuda=cuda, trust_remote_code=trust_remote_code), finer)
-    return {name: there[name] - _dot(slope, other[name]) for name, slope in slopes.items() if name in other}
+        found = find_weights(plain, model, trust_remote_code=trust_remote_code)
+        student = load_student(plain, model, bfloat16=bfloat16, cuda=cuda, trust_remote_code=trust_remote_code, found=found)
+        slopes = _slopes(student, found, lessons)
+        steps = matrices(finer)
+        return {
+            blocks.name: _along(slopes[name], blocks, steps[blocks.name], place)
+            for name, parts in found.items()
+            for blocks, place in parts
+            if name in slopes and blocks.name in steps
+        }
 
 
-def _weights(student: PreTrainedModel, path: Path, lessons: Sequence[Lesson]) -> dict[str, torch.nn.Parameter]:
-    """The file's matrices with the slope of the mean divergence at the answers' tokens."""
-    weights = _named(student, path)
-    if not weights:
-        raise ModelError(f"no weight of {path.name} is known in transformers.", "ship it plain: ship.bits_by_task=false")
+def _slopes(student: PreTrainedModel, found: Weights, lessons: Sequence[Lesson]) -> dict[str, torch.Tensor]:
+    """Of the parameters that the file has: how the mean divergence at the answers' tokens goes with each of their numbers."""
+    weights = {name: parameter for name, parameter in student.named_parameters() if name in found}
     for weight in weights.values():
         weight.requires_grad_()
     tokens = sum(len(lesson.answer.places) for lesson in lessons)
     for lesson in lessons:
         divergence(logits_at(student, lesson.answer.ids, lesson.answer.places), lesson.answered).sum().div(tokens).backward()  # type: ignore[no-untyped-call]
-    return weights
+    return {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
 
 
-def _named(student: PreTrainedModel, path: Path) -> dict[str, torch.nn.Parameter]:
-    """The parameters that are matrices of the file, by their names there."""
-    reader = open_gguf(path)
-    names = gguf_names(reader)
-    shapes = {str(tensor.name): tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
-    found = {}
-    for name, parameter in student.named_parameters():
-        there = in_file(name, names)
-        if len(parameter.shape) > 1 and shapes.get(there) == tuple(parameter.shape):
-            found[there] = parameter
-    return found
-
-
-def _dot(slope: torch.Tensor, weight: torch.Tensor) -> float:
+def _along(slope: torch.Tensor, plain: Blocks, finer: Blocks, place: Place) -> float:
+    """What is gained where a tensor's numbers become the finer ones; of experts, of all together."""
     import torch
 
-    return float(torch.sum(slope * weight.detach(), dtype=torch.float64))
+    if slope.ndim > 2:
+        return sum(_along(one, plain.expert(n), finer.expert(n), place) for n, one in enumerate(slope))
+    slope, gained = slope.T if place.turned else slope, 0.0
+    for (which, rows), (_, other) in zip(
+        *(PackedWeight([(b, place)], slope.device, torch.float32).in_turn() for b in (plain, finer)), strict=True
+    ):
+        gained += float(torch.sum(slope[which] * (rows - other), dtype=torch.float64))
+    return gained

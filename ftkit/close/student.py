@@ -144,7 +144,7 @@ def _pack(student: PreTrainedModel, weights: Weights, device: torch.device, dtyp
 
 def _weights(student: PreTrainedModel, path: Path) -> Weights:
     """Raises ValueError where a tensor of the file is none of its parameters."""
-    tensors, found = _matrices(path), Weights()
+    tensors, found = matrices(path), Weights()
     for name, place in places(dict(student.named_parameters()), tensors, gguf_names(open_gguf(path))).items():
         found.setdefault(place.parameter, []).append((tensors[name], place))
     return found
@@ -162,7 +162,7 @@ def _move(student: PreTrainedModel, device: torch.device, dtypes: Mapping[torch.
             setattr(module, name, buffer.to(device))
 
 
-def _matrices(path: Path) -> dict[str, Blocks]:
+def matrices(path: Path) -> dict[str, Blocks]:
     """The file's tensors that are not in float32, of two dimensions and more, by their names."""
     import gguf
     import torch
