@@ -64,7 +64,7 @@ class _Gathers:
     layer_gradients: int  # as they are and in float32, to be summed, and the next layer's as they are
     outside_gradients: int  # as they are and in float32
     outside_waiting: int  # of those, as they are
-    copies: int  # of a layer in 16 bits, of weights in float32, which one card alone makes, and keeps until the loss is there
+    copies: int  # in 16 bits of the least layer's matrices in float32, which one card alone makes, and keeps until the loss is there
     copies_stay: bool  # or, without checkpointing, until the layer's gradients are
     depth: int
 
@@ -81,7 +81,7 @@ class _Gathers:
             layer_gradients=(2 * compute + FLOAT32) * trained_layer,
             outside_gradients=(compute + FLOAT32) * trained_outside,
             outside_waiting=compute * trained_outside,
-            copies=layer if copied else 0,
+            copies=_least_matrices(skeleton) * compute if copied else 0,
             copies_stay=not settings.gradient_checkpointing,
             depth=skeleton.total_layers,
         )
@@ -122,7 +122,19 @@ def _trained(skeleton: Skeleton, settings: StepSettings) -> tuple[int, int]:
     return _by_layer(skeleton, ((t.name, t.elements) for t in skeleton.trained(settings.method, adapters)))
 
 
+def _least_matrices(skeleton: Skeleton) -> int:
+    """Elements of the linear maps of the layer that has least of them."""
+    layers, _ = _of_layers(skeleton, ((t.name, t.elements if t.quantized else 0) for t in skeleton.tensors))
+    return min(layers, default=0)
+
+
 def _by_layer(skeleton: Skeleton, sizes: Iterator[tuple[str, int]]) -> tuple[int, int]:
+    """The most of a layer, and all outside of them."""
+    layers, outside = _of_layers(skeleton, sizes)
+    return max(layers, default=0), outside
+
+
+def _of_layers(skeleton: Skeleton, sizes: Iterator[tuple[str, int]]) -> tuple[list[int], int]:
     layers: dict[str, int] = {}
     outside = 0
     for name, size in sizes:
@@ -130,4 +142,4 @@ def _by_layer(skeleton: Skeleton, sizes: Iterator[tuple[str, int]]) -> tuple[int
             layers[inside[1]] = layers.get(inside[1], 0) + size
         else:
             outside += size
-    return max(layers.values(), default=0), outside
+    return list(layers.values()), outside
