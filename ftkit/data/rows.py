@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -125,6 +125,11 @@ class Pair:
 def has_tools(messages: Sequence[Message]) -> bool:
     """Whether tools may be called, are called or have given something."""
     return any(TOOLS in message or CALLS in message or message["role"] == "tool" for message in messages)
+
+
+def any_has_tools(rows: Iterable[Row]) -> bool:
+    """Whether they are, or have, in any of these rows."""
+    return any(has_tools(row.messages) for row in rows)
 
 
 def roles_text(messages: Sequence[Message]) -> str:

@@ -152,8 +152,8 @@ def train(job: Job) -> Made[Trained]:
     refuse_missing_reporters(job.recipe.training.report_to)
     hf.refuse_missing_attention(job.recipe.training.attention, cuda=device.choose().kind == "cuda")
     planned = plan(job)
-    memory, fit = planned.memory, planned.memory.chosen
-    if not fit.fits and not goes_on_smaller(job):
+    memory, fit, on_smaller = planned.memory, planned.memory.chosen, goes_on_smaller(job)
+    if not fit.fits and not on_smaller:
         raise DoesNotFitError(
             f"{job.recipe.training.method} at {memory.max_length} tokens needs {bytes_text(fit.peak.device_bytes)}; "
             f"{memory.device.name} has {bytes_text(fit.budget_bytes)}, of which {MARGIN:.0%} is kept free.",
@@ -164,7 +164,7 @@ def train(job: Job) -> Made[Trained]:
             f"{memory.device.name} computes in float16, whose loss scaling is not supported with FSDP.",
             "--set training.fsdp=false, or --set training.compute_dtype=float32",
         )
-    refuse_ram_for_all(memory, on_smaller=goes_on_smaller(job))
+    refuse_ram_for_all(memory, on_smaller=on_smaller)
     refuse_shortages(planned.shortages)
     if earlier := job.run.finished(TRAIN.name):
         job.reporter.note(f"an earlier training with other inputs stays in {earlier.folder}")

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from ftkit.check import Check, failed, not_made, passed
 from ftkit.data.mask import trained_turns
-from ftkit.data.rows import Message, Row, has_tools, roles_text
+from ftkit.data.rows import Message, Row, any_has_tools, roles_text
 from ftkit.data.template import render, renders, token_ids
 from ftkit.data.turns import answer_reader
 from ftkit.engines import llamacpp
@@ -114,7 +114,7 @@ def _with_tools(own: Sequence[Prompt], engine: llamacpp.Engine, rows: Sequence[R
         check = same_ids(TOOL_PROMPTS, ((p.text, p.ids, engine.prompt_ids(p.messages or [])) for p in own), "prompts with tools")
     except ToolFailedError as error:  # llama.cpp knows less of Jinja
         check = failed(TOOL_PROMPTS, error.message)
-    if check.outcome == "failed" and not any(has_tools(row.messages) for row in rows):
+    if check.outcome == "failed" and not any_has_tools(rows):
         return not_made(TOOL_PROMPTS, f"llama.cpp writes tools otherwise, and no row is trained with any: {check.detail}")
     return check
 
@@ -180,7 +180,7 @@ def _make(job: Job, folder: Path, merged: Made[Merged], asked: Made[Asked], conv
         )
         texts = [engine.tokenize(text, begins=True) for text in HARD_TEXTS]
     measure_form(job, folder, SHIPPED, path, asked.folder)
-    if not any(has_tools(row.messages) for row in rows):  # then another llama.cpp may write them otherwise
+    if not any_has_tools(rows):  # then another llama.cpp may write them otherwise
         prompts = [prompt for prompt in prompts if not prompt.has_tools]
     given = _losses(job, path, [Forced(ids, list(range(1, len(ids)))) for ids in texts])
     held_out = _losses(job, path, behaviour.read_rows(asked.folder)[: ship.record_rows])

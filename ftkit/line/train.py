@@ -13,7 +13,7 @@ from typing import Any
 
 from ftkit.data.manner import calling_of
 from ftkit.data.mask import cut, learnt
-from ftkit.data.rows import CALLS, Message, Row, has_tools
+from ftkit.data.rows import CALLS, Message, Row, any_has_tools
 from ftkit.data.stops import configured_stops, stops
 from ftkit.data.template import is_dated, render, renders, token_ids
 from ftkit.data.turns import expected, question, turns_of
@@ -250,7 +250,7 @@ def _check_prompts(job: Job, tokenizer: Any, rows: Rows, folder: Path) -> None:
     asked += [
         *(question(tokenizer, row) for row in rows.test if not row.is_text),
         *conversations(renders(tokenizer)),
-        *(tool_conversations(tokenizer) if any(has_tools(row.messages) for row in rows.train) else ()),
+        *(tool_conversations(tokenizer) if any_has_tools(rows.train) else ()),
     ]
     try:
         with llamacpp.rendering(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token) as engine:

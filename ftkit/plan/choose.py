@@ -68,6 +68,7 @@ class Planner:
         self.skeleton.shorten()
         self._memories: dict[str, StepMemory] = {}  # by the settings in words: a list of target modules has no hash
         self._peaks: dict[tuple[object, ...], Peak] = {}
+        self._shared_peaks: dict[tuple[str, int, int, int], Peak] = {}  # by shares
         self._counted: dict[str, Inventory] = {}
         self._passes: dict[tuple[int, int], list[int]] = {}  # by batch and cards
         self.rows_alone = False  # whether the memory of micro-batches other than of the longest rows is not known
@@ -124,12 +125,12 @@ class Planner:
 
     def _shared(self, settings: StepSettings, batch: int, length: int, counted: Inventory, shares: int) -> Peak:
         """Of each of so many cards that share the weights out."""
-        key = (repr(settings), batch, length, True, -shares)
-        if key not in self._peaks:
+        key = (repr(settings), batch, length, shares)
+        if key not in self._shared_peaks:
             step = self.memory(settings).step(self.sequences * batch, length, accumulates=True)
             whole = self._replayed(settings, batch, length, True, None)
-            self._peaks[key] = shared_out(step, whole, self.skeleton, counted, settings, shares)
-        return self._peaks[key]
+            self._shared_peaks[key] = shared_out(step, whole, self.skeleton, counted, settings, shares)
+        return self._shared_peaks[key]
 
     def _replayed(self, settings: StepSettings, batch: int, length: int, accumulates: bool, room: int | None) -> Peak:
         key = (repr(settings), batch, length, accumulates, room)
