@@ -216,6 +216,22 @@ def model_type(folder: Path) -> str:
         return ""
 
 
+@contextmanager
+def joined_at_the_head(model: PreTrainedModel) -> Iterator[None]:
+    """Lay the last tokens of several rows side by side before the head reads them.
+
+    PyTorch 2.13 multiplies rows that lie apart by a frozen weight as a batch, and on a CPU copies that weight for each of them if it is
+    of 16 bits: of SmolLM2-135M and 32 rows 1.8 GB and 5 s, of 262,144 tokens and 640 numbers each 10.7 GB.
+    """
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:])) if head is not None else None
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
+
+
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -242,7 +258,7 @@ def answer(
     ends, read = stops(tokenizer, model.generation_config.eos_token_id), answer_reader(tokenizer)
     done = 0
     # Not in inference mode: a model that is trained on may keep none of its tensors.
-    with patches.applied("running adapters"), torch.no_grad(), reporter.bar(label, len(prompts)) as bar:
+    with patches.applied("running adapters"), joined_at_the_head(model), torch.no_grad(), reporter.bar(label, len(prompts)) as bar:
         while done < len(order):
             chosen = order[done : done + batch]
             inputs = tokenizer(

@@ -8,8 +8,10 @@ import pytest
 import shapes
 import tiny
 
+from ftkit.data.rows import Message
 from ftkit.engines import hf
 from ftkit.errors import DoesNotFitError, ModelError
+from ftkit.recipe import Dtype
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -88,3 +90,18 @@ def test_gemma_3n_is_loaded_in_4_bits_but_for_what_its_step_clamps(tmp_path: Pat
     assert not any("_coefs" in name or "lm_head" in name for name in in_4_bits)
     model.train()
     model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum()  # clamps them
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_head_is_not_copied_for_each_that_is_asked(model: Path, dtype: Dtype) -> None:
+    import torch
+
+    asked, tokenizer = hf.load_model(model, "lora", dtype=dtype, cuda=False), hf.load_tokenizer(model)
+    asked.requires_grad_(False)
+    vocabulary, hidden = asked.get_output_embeddings().weight.shape
+    questions = [[Message(role="user", content="what? " * n)] for n in range(1, 17)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
+        hf.answer(asked, tokenizer, questions, 2)
+    multiplied = [(event.key, *event.input_shapes[:2]) for event in seen.key_averages(group_by_input_shape=True)]
+    assert ("aten::mm", [16, hidden], [hidden, vocabulary]) in multiplied
+    assert not [shapes for name, *shapes in multiplied if name == "aten::bmm" and shapes[1][-1] == vocabulary]
