@@ -138,10 +138,10 @@ def _through() -> Any:
         @staticmethod
         def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
             (gradient,) = gradients
-            found = gradient.new_zeros(len(gradient), context.weight.columns)
+            found = torch.zeros(len(gradient), context.weight.columns, device=gradient.device)  # float32: a head is hundreds of pieces
             for which, rows in context.weight.in_turn():
                 found += gradient[:, which] @ rows
-            return found, None
+            return found.to(gradient.dtype), None
 
     return Through
 

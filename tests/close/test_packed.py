@@ -12,8 +12,8 @@ import pytest
 
 from ftkit.close import packed, student
 from ftkit.close.closing import Lesson, distribution, mean_divergence
-from ftkit.close.packed import PackedWeight, dequantise
-from ftkit.close.places import places
+from ftkit.close.packed import Blocks, PackedWeight, dequantise
+from ftkit.close.places import Place, places
 from ftkit.close.student import learning, load_student, lossless, running, scales
 from ftkit.engines import logits
 from ftkit.engines.logits import Forced
@@ -110,6 +110,22 @@ def test_a_packed_student_is_the_dequantised_one(llama: Path, bfloat16: bool) ->
 def test_some_rows_at_a_time_are_the_same(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(packed.ELEMENTS_AT_ONCE, "cpu", 5 * 128)  # of the narrowest weight, five rows
     compare(llama.parent, llama)
+
+
+def test_the_gradient_of_a_head_is_rounded_once_not_with_each_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+    import torch
+
+    torch.manual_seed(0)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    blocks = Blocks(torch.from_numpy(gguf.quantize(torch.randn(4096, 64).numpy(), kind)), int(kind), "head")
+    monkeypatch.setitem(packed.ELEMENTS_AT_ONCE, "cpu", 8 * 64)  # 512 pieces
+    given = torch.randn(16, 64, dtype=torch.bfloat16, requires_grad=True)
+    gradient = torch.randn(16, 4096).bfloat16()
+    torch.nn.functional.linear(given, PackedWeight([(blocks, Place("head"))], torch.device("cpu"), torch.bfloat16)).backward(gradient)
+    wanted = gradient.double() @ dequantise(blocks.data, blocks.kind).bfloat16().double()
+    assert given.grad is not None
+    assert float((given.grad.double() - wanted).norm() / wanted.norm()) < 2**-8  # 2.3e-3; rounded with each piece 2.6e-2
 
 
 def apart(path: Path) -> float:
