@@ -70,6 +70,15 @@ def _every_ctrl_c_heard() -> Iterator[None]:
         sys.unraisablehook = before
 
 
+def _fetch_no_code() -> None:
+    """Hide the package `kernels`, where it is installed: with it transformers and bitsandbytes fetch code from the hub and run it, unasked.
+
+    Who wants that says so by transformers' own USE_HUB_KERNELS=1.
+    """
+    if os.environ.get("USE_HUB_KERNELS", "").upper() not in ("1", "ON", "YES", "TRUE"):
+        sys.modules["kernels"] = None  # type: ignore[assignment] # so that importing it is an ImportError
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called, so that help needs none of them."""
 
@@ -105,6 +114,7 @@ class LazyGroup(click.Group):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # CUDA counts GPUs as ftkit and nvidia-smi do; read when it starts
+        _fetch_no_code()
         try:
             with _every_ctrl_c_heard():
                 return super().invoke(ctx)
