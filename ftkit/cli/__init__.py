@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from ftkit import __version__
+from ftkit import __version__, beside
 from ftkit.errors import InterruptedRunError, RunError
 from ftkit.machine import ranks
 
@@ -70,15 +70,6 @@ def _every_ctrl_c_heard() -> Iterator[None]:
         sys.unraisablehook = before
 
 
-def _fetch_no_code() -> None:
-    """Hide the package `kernels`, where it is installed: with it transformers and bitsandbytes fetch code from the hub and run it, unasked.
-
-    Who wants that says so by transformers' own USE_HUB_KERNELS=1.
-    """
-    if os.environ.get("USE_HUB_KERNELS", "").upper() not in ("1", "ON", "YES", "TRUE"):
-        sys.modules["kernels"] = None  # type: ignore[assignment] # so that importing it is an ImportError
-
-
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called, so that help needs none of them."""
 
@@ -114,7 +105,8 @@ class LazyGroup(click.Group):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # CUDA counts GPUs as ftkit and nvidia-smi do; read when it starts
-        _fetch_no_code()
+        os.environ["MPLBACKEND"] = "agg"  # pictures go to files; a notebook's own backend, which its commands are told, may not be here
+        beside.hide()
         try:
             with _every_ctrl_c_heard():
                 return super().invoke(ctx)

@@ -24,7 +24,7 @@ from ftkit.errors import DoesNotFitError, ModelError, ToolMissingError, first_li
 from ftkit.machine import ranks
 from ftkit.model.adapter import embedding_rows
 from ftkit.model.four_bits import adaptable, left_alone, nf4_config
-from ftkit.model.source import from_files, name_body, needs_code
+from ftkit.model.source import from_files, name_body, not_its_files
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Attention, Dtype, Method
 
@@ -74,7 +74,7 @@ def load_tokenizer(folder: Path, settings: ChatSettings | None = None, *, trust_
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **from_files(trust_remote_code))
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RecursionError) as error:
-        if refused := needs_code(folder, error):
+        if refused := not_its_files(folder, error):
             raise refused from None
         raise ModelError(
             f"{folder} has no tokenizer that transformers can load: {first_line(error)}",
@@ -141,7 +141,7 @@ def load_model(
                 folder, output_loading_info=True, **settings
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
-        if refused := needs_code(folder, error) or out_of_memory(error, f"load {folder.name}"):
+        if refused := not_its_files(folder, error) or out_of_memory(error, f"load {folder.name}"):
             raise refused from None
         hint = "leave training.attention out, or fetch the model again, whole" if attention else "fetch or copy the model again, whole"
         raise ModelError(f"transformers cannot load {folder}: {first_line(error)}", hint) from None

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftkit import beside
 from ftkit.errors import ModelError
 from ftkit.gguf.types import block, default_type
 from ftkit.machine.call import call
@@ -62,7 +63,7 @@ def run_script(script: Found, *arguments: str | Path) -> None:
     """One of llama.cpp's Python scripts, with the `gguf` package beside it, and without the hub."""
     libraries = [str(script.path.parent)] + ([str(script.path.parent / "gguf-py")] if (script.path.parent / "gguf-py").is_dir() else [])
     call(
-        [sys.executable, script.path, *arguments],
+        [sys.executable, "-P", beside.__file__, script.path, *arguments],
         environment={"PYTHONPATH": os.pathsep.join(libraries), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
     )
 

@@ -17,7 +17,7 @@ from ftkit.errors import ModelError, RecipeError, first_line
 from ftkit.memory.optimizer import Trained, optimizer_state_bytes
 from ftkit.memory.sizes import DTYPE_BYTES, nf4_storages
 from ftkit.model.four_bits import EXPERTS_PATTERN, quantized_weights
-from ftkit.model.source import from_files, name_body, needs_code, sixteen_bits_of
+from ftkit.model.source import from_files, name_body, not_its_files, sixteen_bits_of
 from ftkit.recipe import Lora, Method
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, **from_files(trust_remote_code))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
-        if refused := needs_code(folder, error):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ImportError, StrictDataclassError) as error:
+        if refused := not_its_files(folder, error):
             raise refused from None
         said = " ".join(str(error).split())
         raise ModelError(
@@ -130,7 +130,7 @@ def meta_model(config: Any, dtype: str = "bfloat16", attention: str | None = Non
                 copy.deepcopy(config), dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=trust_remote_code
             )
     except (ValueError, AttributeError, TypeError, KeyError, ImportError, RuntimeError, ArithmeticError) as error:
-        if refused := needs_code(Path(getattr(config, "_name_or_path", None) or "The config"), error):
+        if refused := not_its_files(Path(getattr(config, "_name_or_path", None) or "The config"), error):
             raise refused from None
         raise ModelError(f"The config does not build a language model: {first_line(error)}.") from None
     model.tie_weights()

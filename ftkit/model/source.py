@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ftkit import patches
-from ftkit.errors import ModelError, first_line
+from ftkit.beside import broken
+from ftkit.errors import FtkitError, ModelError, first_line
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -183,10 +184,11 @@ def from_files(trust_remote_code: bool = False) -> dict[str, Any]:
     return {"local_files_only": True, "trust_remote_code": trust_remote_code}
 
 
-def needs_code(folder: Path, error: BaseException) -> ModelError | None:
-    """The error to raise where transformers refuses a model because it would have to run the model's own Python code."""
+def not_its_files(folder: Path, error: BaseException) -> FtkitError | None:
+    """The error to raise where transformers cannot load a model that is whole: it would have to run the model's own Python code, or a
+    package that it loads besides is broken."""
     if "trust_remote_code" not in str(error):
-        return None
+        return broken(error)
     return ModelError(
         f"{folder} needs Python code that comes with the model, and ftkit does not run it by itself: it can do all that you can.",
         "take a model that transformers knows; or read that code and, if you trust its author: --trust-remote-code",

@@ -344,20 +344,3 @@ def test_a_token_without_a_row_in_the_embedding_is_found_before_training(
     refused = ftkit("plan", "--model", other, "--data", "rows.jsonl", "--vram", "8")
     assert refused.exit_code == 1
     assert f"has 260 rows, and {what[:-1]}er> with id 260" in refused.stderr
-
-
-@pytest.mark.slow
-def test_no_library_fetches_code_unasked(here: Path, model: Path) -> None:
-    """transformers and bitsandbytes load kernels from the hub as soon as the package `kernels` is there."""
-    from transformers.utils.import_utils import KERNELS_MIN_VERSION
-
-    package, told = here / "kernels", here / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
-    package.mkdir()
-    told.mkdir()
-    (package / "__init__.py").write_text("open('loaded', 'w').close()\nraise ImportError\n", encoding="utf-8")
-    (told / "METADATA").write_text(f"Name: kernels\nVersion: {KERNELS_MIN_VERSION}\n", encoding="utf-8")
-    paths = os.pathsep.join(filter(None, (str(here), os.environ.get("PYTHONPATH"))))
-    for asked, length in (("", "64"), ("1", "65")):  # another length: what was planned is not planned again
-        words = [sys.executable, "-m", "ftkit", "plan", "--model", model, "--vram", "8", "--length", length]
-        subprocess.run(words, env={**os.environ, "PYTHONPATH": paths, "USE_HUB_KERNELS": asked}, capture_output=True)
-        assert (here / "loaded").exists() == bool(asked)
