@@ -59,7 +59,8 @@ def test_it_takes_starters_and_commands_that_there_are() -> None:
     assert set(tasks) == templates.tasks().keys()
     filled = {"FOLDER": "here", "TASK": "chat", "MODEL": "org/name", "CHANGES": "--set lora.r=2", "QUANTIZATION": "Q8_0", "REPOSITORY": "x"}
     lines = [shlex.split(command.format(**filled)) for source in CELLS.values() for _, command in SHELL.findall(source)]
-    assert [words[:2] for words in lines if words[0] != "ftkit"] == [["pip", "install"]]
+    installing = [["pip", "install"], ["virtualenv", "-q"], ["/content/env/bin/pip", "install"]]
+    assert [words[:2] for words in lines if words[0] != "ftkit"] == installing
     with click.Context(main, **main.context_settings) as context:
         for program, name, *words in lines:
             if program == "ftkit":
