@@ -38,6 +38,7 @@ def command(recipe: Path | None, as_json: bool) -> None:
         figures=False,
     )
     rows = [*([["GPUs", found["gpus_not_told"]]] if found["gpus_not_told"] else []), *([d["name"], d["memory"]] for d in found["devices"])]
+    rows += [["", d["not_used"]] for d in found["devices"] if d["not_used"]]
     print_table("\nDevice", ["", ""], rows, figures=False)
     rows = [
         [name, f"{entry['path']} ({entry['found_by']})" if entry["path"] else f"missing: {entry['bring']}"]
@@ -53,7 +54,7 @@ def look(recipe: Path | None = None) -> dict[str, Any]:
     """What is here, without importing any of it."""
     from ftkit.errors import RecipeError
     from ftkit.files import cache_folder, size_bytes
-    from ftkit.machine import device, llama_cpp, packages
+    from ftkit.machine import device, llama_cpp, packages, torch_cuda
     from ftkit.model import dequantise
     from ftkit.recipe import load_recipe
     from ftkit.units import bytes_text
@@ -80,6 +81,7 @@ def look(recipe: Path | None = None) -> dict[str, Any]:
                 "total_bytes": d.total_bytes,
                 "free_bytes": d.free_bytes,
                 "memory": f"{bytes_text(d.free_bytes)} free of {bytes_text(d.total_bytes)}",
+                "not_used": f"{doubt.message} {doubt.hint}" if (doubt := torch_cuda.doubt(d)) else None,
             }
             for d in devices or [device.processor()]
         ],

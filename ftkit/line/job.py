@@ -14,7 +14,7 @@ from ftkit.data.template import ChatSettings, named_template
 from ftkit.engines import hf
 from ftkit.errors import RecipeError
 from ftkit.files import cache_folder, file_fingerprint, fingerprint, user_path
-from ftkit.machine import device
+from ftkit.machine import device, torch_cuda
 from ftkit.machine.device import Device
 from ftkit.machine.llama_cpp import named_llama_cpp
 from ftkit.model.adapter import settings_of
@@ -268,8 +268,12 @@ def tokenizer_of(job: Job, folder: Path, *, base: bool = False) -> Any:
 
 
 def computes_on(job: Job, model_type: str) -> tuple[bool, Dtype]:
-    """(on a GPU, what is computed in) – of the machine that this runs on, whatever card the plan was made for."""
+    """(on a GPU, what is computed in) – of the machine that this runs on, whatever card the plan was made for.
+
+    Raises ToolMissingError where the torch that is here does not compute on its GPU.
+    """
     real = device.choose()
+    torch_cuda.refuse(real)
     return real.kind == "cuda", dtype_on(real, job.recipe, model_type)
 
 

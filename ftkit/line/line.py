@@ -44,7 +44,7 @@ from ftkit.line.step import Made, Step, ensure, find, fingerprint_of, last
 from ftkit.line.teach import TEACH
 from ftkit.line.train import TRAIN, Trained, goes_on_smaller, train_beside
 from ftkit.line.transfer import TRANSFER
-from ftkit.machine import device, ranks
+from ftkit.machine import device, ranks, torch_cuda
 from ftkit.machine.llama_cpp import need_converter
 from ftkit.model.open import bytes_to_fetch
 from ftkit.plan import measured
@@ -99,6 +99,8 @@ def plan(job: Job) -> Planned:
     ensure(job, PLAN)
     made = recorded(job.run)
     assert made
+    if not (job.recipe.budget.gpu or job.recipe.budget.vram) and (doubt := torch_cuda.doubt(job.device)):
+        job.reporter.warn(f"{doubt.message} To train there: {doubt.hint}")
     speed = measured.tokens_per_second(job.device, measured.named_method(job.recipe), job.source)
     memory, fetch_bytes = made.memory.today(job.device.free_bytes, speed), bytes_to_fetch(job.source)
     costs = costs_of(job, memory)
@@ -150,7 +152,9 @@ def train(job: Job) -> Made[Trained]:
         ranks.tell(None)  # there is nothing to train
         return ensure(job, TRAIN)  # up to date: nothing has to fit any more
     refuse_missing_reporters(job.recipe.training.report_to)
-    hf.refuse_missing_attention(job.recipe.training.attention, cuda=device.choose().kind == "cuda")
+    real = device.choose()
+    torch_cuda.refuse(real)
+    hf.refuse_missing_attention(job.recipe.training.attention, cuda=real.kind == "cuda")
     planned = plan(job)
     memory, fit, on_smaller = planned.memory, planned.memory.chosen, goes_on_smaller(job)
     if not fit.fits and not on_smaller:

@@ -12,10 +12,11 @@ from ftkit.data.stops import seal
 from ftkit.engines import hf
 from ftkit.errors import DoesNotFitError
 from ftkit.line.adopt import ADOPT, MODEL, TOKENIZER, lay_out, trained_tokenizer
-from ftkit.line.job import Job, Onto, base_folder, base_to_fetch, computes_on, config_folder
+from ftkit.line.job import Job, Onto, base_folder, base_to_fetch, config_folder, dtype_on
 from ftkit.line.step import Made, Step, find
 from ftkit.line.train import TRAIN
 from ftkit.line.transfer import TRANSFER, Transferred, adapter_of
+from ftkit.machine import device
 from ftkit.merge.stream import merge
 from ftkit.model.card import write_card
 from ftkit.model.given import tokenizer_files
@@ -62,7 +63,7 @@ def _make(job: Job, folder: Path, trained: Made[Any], fitted: Made[Transferred] 
         job.reporter.step(f"fetching {name} of {job.source.reference}: {bytes_text(size)}, file {number} of {len(missing)}")
         return fetch_file(job.source, name, fetched)
 
-    _, dtype = computes_on(job, hf.model_type(base))
+    dtype = dtype_on(device.choose(), job.recipe, hf.model_type(base))
     merge(
         base,
         adapter_of(trained, fitted),

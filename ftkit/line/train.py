@@ -23,7 +23,7 @@ from ftkit.line.job import Job, Rows, base_folder, computes_on, open_base, read_
 from ftkit.line.plan import PLAN, expected_answers, recorded, training_inputs
 from ftkit.line.step import Made, Step, fingerprint_of
 from ftkit.line.tokens import take
-from ftkit.machine import device, ranks
+from ftkit.machine import device, ranks, torch_cuda
 from ftkit.machine.device import Device
 from ftkit.merge.deltas import changes_of, refuse_what_cannot_be_merged
 from ftkit.plan import measured
@@ -280,12 +280,13 @@ TRAIN = Step(
 
 def refuse_probe(job: Job) -> None:
     """Raise RecipeError where two real steps cannot be run: without rows, or for another device than this machine's; ToolMissingError
-    without the attention that is asked for."""
+    without the attention that is asked for, or a torch that computes there."""
     real, wanted = device.choose(), job.device
     if wanted.kind != real.kind or (real.kind == "cuda" and wanted.name != real.name):
         raise RecipeError(f"--probe runs on this machine's {real.name}; the plan is for {wanted.name}.", "leave --gpu and --vram out")
     if job.recipe.training.fsdp:
         raise RecipeError("--probe runs in one process, which shares no weights out.", "leave out --probe, or --set training.fsdp=false")
+    torch_cuda.refuse(real)
     hf.refuse_missing_attention(job.recipe.training.attention, cuda=real.kind == "cuda")
     if not job.data:
         raise RecipeError("--probe trains on real rows.", "name them: --data train.jsonl")
