@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from ftkit.errors import FtkitError, RunError, ToolFailedError
 from ftkit.files import disk_fault, fingerprint, size_bytes, sync_files, sync_folder, write_atomically
@@ -79,7 +79,10 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()
         except Timeout:
-            raise RunError(f"Another ftkit works in {self.folder}.", "wait for it, or choose another --run-dir") from None
+            hint = "wait for it, or choose another --run-dir"
+            if isinstance(self.lock, SoftFileLock):  # what a FileLock becomes on a drive that has no locks: the file itself is the lock
+                hint += f"; if a session that was lost left its lock there, remove it: {self.lock.lock_file}"
+            raise RunError(f"Another ftkit works in {self.folder}.", hint) from None
         except OSError as error:
             raise RunError(f"Cannot write to {self.folder}: {error.strerror or error}.", "choose another folder with --run-dir") from None
         for partial, name, mark in list(self._folders(BEGUN)):

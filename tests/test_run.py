@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -158,6 +159,26 @@ def test_a_killed_step_is_thrown_away_or_taken_up_again(tmp_path: Path, resumabl
         step = run.ensure("train", 1, make, resumable=resumable)
     assert step.result == {"found": ["half"] if resumable else []}
     assert names(tmp_path) == [step.folder.name]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks files otherwise")
+@pytest.mark.filterwarnings("ignore:flock not supported:UserWarning")
+def test_on_a_drive_without_locks_what_a_lost_machine_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def missing(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    lock = tmp_path / ".lock"
+    with Run(tmp_path):
+        held = lock.read_text(encoding="utf-8")
+    lock.write_text(held.replace(socket.gethostname(), "another machine"), encoding="utf-8")
+    with pytest.raises(RunError, match="Another ftkit works in") as refused:
+        Run(tmp_path).open()
+    assert str(refused.value.hint).endswith(f"remove it: {lock}")
+    lock.unlink()
+    Run(tmp_path).open().close()
 
 
 def test_partial_folders_of_other_inputs_go_once_the_step_is_done(tmp_path: Path) -> None:
