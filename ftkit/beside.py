@@ -8,8 +8,13 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shutil
 import sys
+import sysconfig
 import traceback
+from functools import cache
+from importlib import util
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,6 +44,16 @@ def hide() -> None:
     for name in HIDDEN:
         if os.environ.get(ASKED_FOR.get(name, ""), "").upper() not in ("1", "ON", "YES", "TRUE"):
             sys.modules.setdefault(name, None)  # type: ignore[arg-type] # Python's way to say that a module is not to be found
+
+
+@cache
+def triton_works() -> bool:
+    """Whether Triton is here, and what it compiles its kernels' launchers with: a C compiler, and Python's headers.
+
+    As its runtime/build.py looks for them. On Windows pip brings no Triton.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return bool(util.find_spec("triton") and compiler) and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 def broken(error: BaseException) -> ToolMissingError | None:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
+from ftkit.beside import triton_works
 from ftkit.errors import ToolFailedError
 
 When = Literal[
     "tracing", "tracing for CUDA", "tracing DoRA", "training", "loading in 4 bits", "reading 4-bit weights",
     "running adapters", "merging", "asking Ollama", "reading GGUF files",
-    "reading answers", "training preferences", "dequantising",
+    "reading answers", "training preferences", "dequantising", "choosing a GPU",
 ]  # fmt: skip
 
 
@@ -27,6 +28,7 @@ class Traced:
     attention: Callable[..., Any] | None  # in place of scaled_dot_product_attention; None on a CPU
     padded: bool  # whether a batch's rows differ in length, so that a mask is built
     packed: bool = False  # whether rows are end to end in one, so that a mask is built
+    triton: bool = True  # whether the loss head has kernels of its own
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,10 @@ def _of(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def _if_it_works(uses_triton: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda device: triton_works() and uses_triton(device)
+
+
 class _TorchOfMasks:
     """torch, with another answer to whether a mask has no padding."""
 
@@ -189,8 +195,10 @@ PATCHES: tuple[Patch, ...] = (
           "PyTorch's meta kernel takes bfloat16 alone; transformers' own operator allocates the same for the rest, on a CPU up to 6 % more",
           *_TRANSFORMERS),
     Patch(_CUDA, _HEAD, "TOKEN_CHUNK_SIZE", lambda _: 1 << 40, "all tokens in one tile, whose size is capped later", *_TRL),
-    Patch(_CUDA, _HEAD, "_forward_tile", lambda _: _nothing, "Triton's kernel has no memory of its own", *_TRL),
-    Patch(_CUDA, _HEAD, "_backward_tile", lambda _: _nothing, "Triton's kernel has no memory of its own", *_TRL),
+    Patch(_CUDA, _HEAD, "_forward_tile", lambda traced: _nothing if traced.triton else _of(_HEAD, "_forward_tile"),
+          "Triton's kernel has no memory of its own", *_TRL),
+    Patch(_CUDA, _HEAD, "_backward_tile", lambda traced: _nothing if traced.triton else _of(_HEAD, "_backward_tile"),
+          "Triton's kernel has no memory of its own", *_TRL),
     Patch(_CUDA, _HEAD, "_addmm_fp32", lambda _: _nothing, "Triton's kernel has no memory of its own", *_TRL),
     Patch("tracing", "transformers.masking_utils", "is_tracing", lambda _: lambda *a, **k: False, _NO_VALUES, *_TRANSFORMERS),
     Patch("tracing", "transformers.masking_utils", "fast_all", lambda traced: lambda mask: not traced.padded, _NO_VALUES, *_TRANSFORMERS),
@@ -206,6 +214,8 @@ PATCHES: tuple[Patch, ...] = (
           "bitsandbytes cannot copy a weight on the meta device; nothing is changed in the copy", *_PEFT),
     Patch("training", "trl.trainer.utils", "_use_triton", lambda _: lambda device: True,
           "without Triton TRL scores every position with the whole vocabulary, labelled or not; loss and gradients are the same", *_TRL),
+    Patch("training", _HEAD, "_use_triton", lambda _: _if_it_works(_of(_HEAD, "_use_triton")),
+          "where nothing can compile its kernels' launchers, training ended at the first step", *_TRL),
     Patch("running adapters", _LORA, "ParamWrapper.get_param", lambda _: _param_unread(_of(_LORA, "ParamWrapper").get_param),
           "a look at experts in 4 bits dequantises them", *_PEFT),
     Patch("running adapters", _LORA, "ParamWrapper._activate_lora",
@@ -233,6 +243,7 @@ INSIDES: tuple[Inside, ...] = (
     Inside("training", "transformers.trainer", "Trainer._get_train_sampler", "else no seed fixes the order of rows", *_TRANSFORMERS),
     Inside("training", "transformers.trainer", "Trainer._load_best_model", "a finished training is taken up with it", *_TRANSFORMERS),
     Inside("training", "transformers.trainer", "Trainer._save_checkpoint", "where memory runs out, the last step is kept", *_TRANSFORMERS),
+    Inside("choosing a GPU", "transformers", "TrainingArguments._n_gpu", "one of several trains in one process", *_TRANSFORMERS),
     Inside("training", "trl.trainer.sft_trainer", "add_fused_lm_head", "packing is checked on the log-probabilities that it gives", *_TRL),
     Inside("training preferences", "trl.trainer.dpo_trainer", "DPOTrainer._prepare_dataset", "rows are tokens already", *_TRL),
     Inside("training preferences", "trl.trainer.dpo_trainer", "DPOTrainer._precompute_ref_logps",
@@ -258,7 +269,7 @@ INSIDES: tuple[Inside, ...] = (
     Inside("dequantising", "transformers.integrations.gguf.dequant", "dequantize", "on a GPU too", *_TRANSFORMERS),
     Inside("asking Ollama", "ollama", "Client._client", "the client's own methods render no prompt and look for no blob", *_OLLAMA),
 )  # fmt: skip
-IN_OBJECTS: tuple[When, ...] = ("reading 4-bit weights", "asking Ollama")  # which only objects have, and no class
+IN_OBJECTS: tuple[When, ...] = ("reading 4-bit weights", "asking Ollama", "choosing a GPU")  # which only objects have, and no class
 
 
 def require(*when: When) -> None:

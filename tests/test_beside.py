@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
+from importlib import util
 from pathlib import Path
 
 import pytest
 import tiny
 
-from ftkit.beside import HIDDEN
+from ftkit.beside import HIDDEN, triton_works
 from ftkit.gguf.files import run_script
 from ftkit.machine.llama_cpp import Found
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = pytest.mark.torch
 MODEL, BROKEN = "model", "raise RuntimeError('made for another torch')\n"
 
 
@@ -40,6 +42,7 @@ def plan(beside: Path, *more: str, length: int = 64, **environment: str) -> subp
     return subprocess.run(words, env={**os.environ, "PYTHONPATH": paths, **environment}, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_what_nothing_is_needed_of_may_be_old_or_broken(here: Path) -> None:
     for name in HIDDEN:
         install(here, name, BROKEN)
@@ -48,12 +51,14 @@ def test_what_nothing_is_needed_of_may_be_old_or_broken(here: Path) -> None:
     assert done.stdout.startswith("Fits")
 
 
+@pytest.mark.slow
 def test_a_notebook_s_way_to_draw_is_not_needed(here: Path) -> None:
     done = plan(here, "--plot", "plan.png", MPLBACKEND="module://matplotlib_inline.backend_inline")
     assert done.returncode == 0, done.stderr
     assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_llama_cpps_scripts_run_without_them_too(here: Path) -> None:
     install(here, "torchvision", BROKEN)
     script = here / "convert.py"
@@ -63,6 +68,7 @@ def test_llama_cpps_scripts_run_without_them_too(here: Path) -> None:
     assert Path("said").read_text(encoding="utf-8") == "given"
 
 
+@pytest.mark.slow
 def test_what_is_broken_all_the_same_is_named(here: Path) -> None:
     install(here, "scipy", BROKEN)
     done = plan(here)
@@ -71,6 +77,7 @@ def test_what_is_broken_all_the_same_is_named(here: Path) -> None:
     assert "Hint: give ftkit an environment of its own" in done.stderr
 
 
+@pytest.mark.slow
 def test_no_library_fetches_code_unasked(here: Path) -> None:
     """transformers and bitsandbytes load kernels from the hub as soon as the package `kernels` is there."""
     from transformers.utils.import_utils import KERNELS_MIN_VERSION
@@ -79,3 +86,14 @@ def test_no_library_fetches_code_unasked(here: Path) -> None:
     for asked, length in (("", 64), ("1", 65)):  # another length: what was planned is not planned again
         plan(here, length=length, USE_HUB_KERNELS=asked)
         assert Path("loaded").exists() == bool(asked)
+
+
+@pytest.mark.parametrize("lacks", [None, "compiler", "headers", "triton"])
+def test_triton_works_with_a_compiler_and_pythons_headers(lacks: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "" if lacks == "compiler" else "cc")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if lacks != "headers":
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(util, "find_spec", lambda name: None if lacks == "triton" else name)
+    assert triton_works.__wrapped__() == (lacks is None)

@@ -43,6 +43,7 @@ class StepSettings:
     tied: bool = True
     longest_first: bool = False
     labelled_share: float = 1.0  # of a batch's tokens, those that the fused loss head scores
+    triton: bool = True  # without it that head computes by torch's own operations, which hold a tile several times over
     device: Literal["cuda", "cpu"] = "cuda"
     capability: tuple[int, int] = (8, 9)
 

@@ -60,6 +60,8 @@ def build_trainer(
     told = {**arguments(recipe.training, settings, len(training), folder / CHECKPOINTS), **whole_steps}
     dpo = recipe.training.objective == "dpo"
     config = preference_config(recipe, told) if dpo else SFTConfig(**told)
+    if ranks.world_size() == 1 and config.n_gpu > 1 and patches.inside("choosing a GPU", config, "_n_gpu"):
+        config._n_gpu = 1  # one process trains on the first GPU, which the plan is for; transformers would take all of them (DataParallel)
     model = hf.load_model(
         base,
         method,
@@ -99,7 +101,8 @@ def build_trainer(
     if begins_with:
         go_on_with(trainer, begins_with)
     if dpo:
-        refer(trainer, reporter)
+        with hf.room_to("read the answers to learn from"):
+            refer(trainer, reporter)
     return trainer
 
 

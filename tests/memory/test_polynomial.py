@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from shapes import config
 
-from ftkit.memory import polynomial
+from ftkit.memory import kernels, polynomial
 from ftkit.memory.events import Events
 from ftkit.memory.model import Skeleton
 from ftkit.memory.polynomial import StepMemory
-from ftkit.memory.settings import StepSettings
+from ftkit.memory.settings import HEAD_TILE_TOKENS, StepSettings
 from ftkit.recipe import Lora
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
@@ -135,3 +136,14 @@ def test_a_model_whose_layers_do_not_repeat_is_traced_whole(monkeypatch: pytest.
     expected = memory(config("llama"), StepSettings()).step(1, 128).peak()
     monkeypatch.setattr(polynomial, "unroll", refuse)
     assert memory(config("llama"), StepSettings()).step(1, 128).peak() == expected
+
+
+def test_without_triton_the_loss_head_holds_its_tile_several_times_over() -> None:
+    """In torch's own operations: the tile in float32, its probabilities, what is to be learnt, and their difference, at the least."""
+    made, length = config("llama", vocab_size=70_000), 512
+    settings = StepSettings(method="lora", lora=Lora(r=8), gradient_checkpointing=True)
+    with_triton, without = (memory(made, replace(settings, triton=triton)).step(2, length).peak() for triton in (True, False))
+    tile = 2 * (length - 1) * kernels.HEAD_TILE_VOCABULARY * 4
+    assert 4 * tile < without.allocated_bytes - with_triton.allocated_bytes < 9 * tile
+    capped = memory(made, replace(settings, triton=False)).step(16, length).peak()  # of 8,176 tokens 4,096 are scored at a time
+    assert capped.allocated_bytes < 2 * without.allocated_bytes * HEAD_TILE_TOKENS / (2 * (length - 1))

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,28 @@ def test_a_trainer_without_what_training_uses_is_refused_before_the_model_is_loa
     nowhere = tmp_path / "nowhere"
     with pytest.raises(ToolFailedError, match=rf"has no transformers.trainer.Trainer.{name} any more"):
         build_trainer(tiny.recipe(nowhere), tiny.SETTINGS, nowhere, tokenizer, examples, examples, tmp_path)
+
+
+def test_of_several_gpus_one_process_takes_the_first(
+    model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would take both, by DataParallel, which TRL refuses."""
+    import torch
+    from transformers import TrainingArguments
+
+    found = vars(TrainingArguments)["_setup_devices"]
+
+    def two(arguments: Any) -> torch.device:
+        device: torch.device = found.func(arguments)
+        arguments._n_gpu = 2
+        return device
+
+    once = cached_property(two)
+    once.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", once)
+    trainer = build_trainer(tiny.recipe(model), tiny.SETTINGS, model, tokenizer, examples, examples, tmp_path)
+    assert trainer.args.train_batch_size == trainer.args.per_device_train_batch_size
+    assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
 
 
 def test_qlora_gradients_equal_those_of_the_dequantised_base(model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path) -> None:
