@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,15 +154,17 @@ def _ways_that_fit(job: Job, path: Path, model: Path, rows: Sequence[Forced], be
 def _student(job: Job, path: Path, model: Path, ways: Sequence[ClosingWay], found: Weights) -> tuple[PreTrainedModel, Way]:
     """The file in torch, in the first of the ways that can be had. Raises ModelError or DoesNotFitError where none can."""
     cuda, dtype = computes_on(job, hf.model_type(model))
-    for way in ways:
+    trust, bfloat16 = job.recipe.trust_remote_code, dtype == "bfloat16"
+    for way, following in pairwise((*ways, None)):
+        assert way
         try:
-            trust, bfloat16 = job.recipe.trust_remote_code, dtype == "bfloat16"
             return load_student(path, model, way.name, bfloat16=bfloat16, cuda=cuda, trust_remote_code=trust, found=found), way.name
         except DoesNotFitError as error:
-            if way is ways[-1]:
+            if not following:
                 raise
-            job.reporter.note(f"{error.message} It is tried with its weights {WAYS[ways[ways.index(way) + 1].name]}")
-            hf.release_memory()
+            said = error.message
+        hf.release_memory()  # once the error is gone, which holds all that was loaded
+        job.reporter.note(f"{said} It is tried with its weights {WAYS[following.name]}")
     raise AssertionError
 
 

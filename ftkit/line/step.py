@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ftkit import run
+from ftkit.engines import hf
 from ftkit.errors import RunError
 from ftkit.files import fingerprint, write_atomically
 from ftkit.line.job import Job
@@ -83,7 +85,10 @@ def ensure(job: Job, step: Step[R]) -> Made[R]:
     def make(folder: Path) -> dict[str, Any]:
         assert step.make
         needed = [ensure(job, earlier) for earlier in step.needs if earlier.applies(job)]
-        return _record(step, step.make(job, folder, *before, *needed))
+        recorded = _record(step, step.make(job, folder, *before, *needed))
+        if "torch" in sys.modules:
+            hf.release_memory()  # else the next step finds it taken: torch keeps a GPU's memory, and a trainer is held by its callbacks
+        return recorded
 
     found = job.run.ensure(
         step.name,

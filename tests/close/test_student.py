@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from ftkit.close import student
 from ftkit.close.student import Lossless, write_back
+from ftkit.line import close
+from ftkit.plan.cost import ClosingWay, Way
+from ftkit.progress import SILENT
 
 pytestmark = pytest.mark.torch
 
@@ -35,3 +41,29 @@ def test_a_file_that_is_written_to_is_read_plainly(tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     (there,) = gguf.GGUFReader(tmp_path / "closed.gguf").tensors
     assert (there.data == 2).all()
+
+
+def test_another_way_begins_without_what_the_one_before_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error that memory ran out holds, by its traceback, all that was loaded until then."""
+    import torch
+
+    held: list[weakref.ref[Any]] = []
+
+    class Loaded:
+        pass
+
+    def load(path: Path, *_: Any, **__: Any) -> Any:
+        if held:
+            assert held[0]() is None
+            return "packed"
+        with student._refusing(path):
+            loaded = Loaded()
+            held.append(weakref.ref(loaded))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(close, "load_student", load)
+    monkeypatch.setattr(close, "computes_on", lambda *_: (False, "float32"))
+    job: Any = SimpleNamespace(recipe=SimpleNamespace(trust_remote_code=False), reporter=SILENT)
+    names: tuple[Way, ...] = ("dequantised", "mapped")
+    ways = [ClosingWay(name, 0, 0) for name in names]
+    assert close._student(job, tmp_path / "m.gguf", tmp_path, ways, {}) == ("packed", "mapped")

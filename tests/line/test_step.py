@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
+import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,6 +68,31 @@ def test_what_comes_before_is_made_first_and_once(garden: Garden) -> None:
     assert garden.made == ["seed", "water", "tree"]
     assert again == replace(tree, fresh=False, seconds=again.seconds)
     assert find(garden.job, garden.tree) == again
+
+
+def test_what_a_step_held_is_given_back_before_the_next(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a trainer and its watcher, which hold each other; and torch keeps what a GPU gave it."""
+    held: list[weakref.ref[Any]] = []
+
+    class Part:
+        other: Any = None
+
+    def hold(job: Job, folder: Path, *_: Made[Any]) -> Grown:
+        gc.disable()
+        one, other = Part(), Part()
+        one.other, other.other = other, one
+        held.append(weakref.ref(one))
+        return Grown(())
+
+    def look(job: Job, folder: Path, *_: Made[Any]) -> Grown:
+        assert [part() for part in held] == [None]
+        return Grown(())
+
+    monkeypatch.setitem(sys.modules, "torch", importlib.import_module("torch"))
+    try:
+        ensure(garden.job, replace(garden.tree, after=(replace(garden.seed, make=hold),), make=look))
+    finally:
+        gc.enable()
 
 
 def test_what_it_follows_from_makes_it_again_and_what_it_needs_does_not(garden: Garden) -> None:
