@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# What torch, cuBLAS and the system say of memory that they do not have, in errors of another kind.
+OUT_OF_MEMORY = r"CUDA.*out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory|not enough memory: you tried to allocate"
 # (architecture, library, first version that is right, what goes wrong)
 WRONG_LOSSES = [
     ("gemma4", "transformers", "5.12.1", "with gradient checkpointing the loss was 16.17 instead of 6.84 (transformers issue 45242)"),
@@ -176,7 +178,7 @@ def out_of_memory(error: BaseException, what: str) -> DoesNotFitError | None:
     import torch
 
     text = str(error)
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search(r"CUDA.*out of memory|can't allocate memory", text):
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search(OUT_OF_MEMORY, text):
         return None
     where = "This machine's RAM" if isinstance(error, MemoryError) or "CPU" in text else "The GPU"
     return DoesNotFitError(

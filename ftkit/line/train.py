@@ -299,7 +299,7 @@ def probe(job: Job, planned: MemoryPlan) -> Probe:
     tokenizer = tokenizer_of(job, base, base=True)
     examples = list(cut(learnt(tokenizer, read_data(job).train, recipe.training.objective), recipe.training.max_length))
     job.reporter.step("probing: two real steps")
-    with tempfile.TemporaryDirectory(dir=job.run.folder, prefix=".probe-") as folder:
+    with hf.room_to("train as planned"), tempfile.TemporaryDirectory(dir=job.run.folder, prefix=".probe-") as folder:
         probed = probing.probe(recipe, _settings(job, planned, base), base, tokenizer, examples, Path(folder))
     subject = measured.subject(recipe, job.source.fingerprint)
     measured.remember(device.choose(), subject, planned.chosen.peak, probed.allocated_bytes, probed.reserved_bytes)

@@ -25,6 +25,7 @@ from ftkit.line.train import TRAIN
 from ftkit.model.four_bits import round_weights
 from ftkit.model.given import ADAPTER_WEIGHTS
 from ftkit.plan.cost import of_transferring
+from ftkit.recipe import Dtype
 from ftkit.run import CHECKPOINTS
 
 RATE_SHARE = 0.2  # of the rate that it was trained at
@@ -77,7 +78,8 @@ def _transferred(job: Job, folder: Path, trained: Made[Any], asked: Made[Any]) -
     hf.release_memory()
     base = base_folder(job)
     cuda, dtype = computes_on(job, hf.model_type(base))
-    how: dict[str, Any] = {"dtype": dtype, "cuda": cuda, "trust_remote_code": recipe.trust_remote_code}
+    fitted_in: Dtype = "float32" if dtype == "float16" else dtype  # whose least numbers are above these gradients, and nothing scales them
+    how: dict[str, Any] = {"dtype": fitted_in, "cuda": cuda, "trust_remote_code": recipe.trust_remote_code}
     source = hf.load_model(base, "lora", **how)
     told = partial(read, job, "reading text outside the task", partial(logits.of_model, source))
     other = outside(tokenizer, told, kept / "outside")
@@ -123,9 +125,9 @@ def _transferred(job: Job, folder: Path, trained: Made[Any], asked: Made[Any]) -
 def _write(model: Any, path: Path) -> None:
     """Put what the adapter learnt into its file; what PEFT saves beside it, as resized embeddings, stays as it is there."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load, save_file
 
-    known = load_file(path)
+    known = load(path.read_bytes())  # not mapped: it is written anew
     learnt = get_peft_model_state_dict(model, save_embedding_layers=False)
     if other := sorted(learnt.keys() - known.keys()):
         raise ModelError(f"PEFT names {other[0]} otherwise than the adapter's file.", "merge it as it is: ship.transfer_steps=0")

@@ -61,8 +61,10 @@ def test_too_little_memory_is_no_fault_of_the_files(model: Path, monkeypatch: py
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
     ]
-    for error, where in zip(errors, ("RAM", "RAM", "The GPU", "The GPU"), strict=True):
+    for error, where in zip(errors, ("RAM", "RAM", "The GPU", "The GPU", "The GPU", "RAM"), strict=True):
 
         def fails(*_: object, error: BaseException = error, **__: object) -> None:
             raise error

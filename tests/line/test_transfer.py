@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import tiny
@@ -136,3 +137,23 @@ def test_rows_to_learn_from_and_others_to_be_judged_on_are_needed(here: Path) ->
     job = job_of(data__test=None)
     with job.run, pytest.raises(RecipeError, match=r"ship\.transfer_steps: it learns from some rows"):
         adopt(job)
+
+
+def test_it_learns_in_float32_where_a_card_trains_in_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing scales its loss, and its gradients are below float16's least numbers."""
+
+    class Seen(Exception):
+        pass
+
+    def load(folder: Path, method: str, *, dtype: str, **_: Any) -> None:
+        raise Seen(dtype)
+
+    for name, replacement in {
+        "trained_tokenizer": lambda *_: None, "checks_as_trained": lambda _: [], "rows_to_learn": lambda *_: [], "Teacher": lambda *_: None,
+        "lessons": lambda *_: [], "base_folder": lambda _: tmp_path, "computes_on": lambda *_: (True, "float16"),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(transfer, name, replacement)
+    monkeypatch.setattr(transfer.hf, "load_model", load)
+    job: Any = SimpleNamespace(recipe=SimpleNamespace(ship=SimpleNamespace(transfer_steps=1), trust_remote_code=False))
+    with pytest.raises(Seen, match="float32"):
+        transfer._transferred(job, tmp_path, *(cast(Any, None),) * 2)
