@@ -157,6 +157,24 @@ def _if_it_works(uses_triton: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda device: triton_works() and uses_triton(device)
 
 
+def _paged_again(load: Callable[..., None]) -> Callable[..., None]:
+    """Loaded states into buffers as the optimizer itself makes them, and what it does not page to the device, as `load` has it."""
+
+    def load_state_dict(optimizer: Any, states: Any, move_to_device: bool = True) -> None:
+        paged = optimizer.is_paged and move_to_device
+        load(optimizer, states, move_to_device=move_to_device and not paged)
+        for parameter, state in optimizer.state.items() if paged else ():
+            for name in optimizer.non_castable_tensor_keys & state.keys():
+                value = state[name]
+                if name in ("state1", "state2"):
+                    state[name] = optimizer.get_state_buffer(parameter, dtype=value.dtype)
+                    state[name].copy_(value)
+                else:
+                    state[name] = value.to(parameter.device)
+
+    return load_state_dict
+
+
 class _TorchOfMasks:
     """torch, with another answer to whether a mask has no padding."""
 
@@ -216,6 +234,9 @@ PATCHES: tuple[Patch, ...] = (
           "without Triton TRL scores every position with the whole vocabulary, labelled or not; loss and gradients are the same", *_TRL),
     Patch("training", _HEAD, "_use_triton", lambda _: _if_it_works(_of(_HEAD, "_use_triton")),
           "where nothing can compile its kernels' launchers, training ended at the first step", *_TRL),
+    Patch("training", "bitsandbytes.optim.optimizer", "Optimizer8bit.load_state_dict",
+          lambda _: _paged_again(_of("bitsandbytes.optim.optimizer", "Optimizer8bit").load_state_dict),
+          "a resumed training has the states of a paged optimizer on the GPU, all of them", *_BITSANDBYTES),
     Patch("running adapters", _LORA, "ParamWrapper.get_param", lambda _: _param_unread(_of(_LORA, "ParamWrapper").get_param),
           "a look at experts in 4 bits dequantises them", *_PEFT),
     Patch("running adapters", _LORA, "ParamWrapper._activate_lora",

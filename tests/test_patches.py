@@ -97,3 +97,31 @@ def test_the_stand_in_for_the_trainer_goes_again() -> None:
     with patches.without_trainer():
         assert name in sys.modules
     assert sys.modules.get(name) is there
+
+
+def test_a_resumed_paged_optimizer_pages_its_states_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from bitsandbytes.optim import PagedAdamW32bit
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+
+    def buffer(optimizer: Any, parameter: Any, dtype: Any) -> Any:  # in place of the GPU's managed memory
+        made = torch.zeros(parameter.shape, dtype=dtype)
+        made.is_paged = parameter.numel() >= 1e5
+        return made
+
+    monkeypatch.setattr(Optimizer8bit, "get_state_buffer", buffer)
+
+    def optimizer() -> tuple[Any, list[Any]]:
+        parameters = [torch.nn.Parameter(torch.ones(400, 300)), torch.nn.Parameter(torch.ones(8))]
+        return PagedAdamW32bit(parameters), parameters
+
+    (first, parameters), (second, others) = optimizer(), optimizer()
+    for parameter in parameters:
+        first.state[parameter] = {"step": 3, "state1": torch.rand_like(parameter), "state2": torch.rand_like(parameter)}
+    with patches.applied("training"):
+        second.load_state_dict(first.state_dict())
+    for parameter, other in zip(parameters, others, strict=True):
+        assert second.state[other]["step"] == 3
+        for name in ("state1", "state2"):
+            assert torch.equal(second.state[other][name], first.state[parameter][name])
+            assert second.state[other][name].is_paged == (parameter.numel() >= 1e5)

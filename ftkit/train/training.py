@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -128,6 +129,7 @@ def train(
     device, retries = choose_device().name, read_retries(checkpoints.parent)
     began = _last_step(checkpoints)
     while True:
+        _forget_optimizers()
         now = settings_of(settings, retries, device)
         try:
             result = _attempt(
@@ -160,6 +162,7 @@ def train(
         else:
             if stage and ranks.is_first():
                 shutil.rmtree(stage)
+            _forget_optimizers()
             return replace(result, resumed_from_step=began, retries=retries)
         retries.append(retry)
         if ranks.is_first() or retry.why == "out of memory":  # which this process alone knows
@@ -170,6 +173,16 @@ def train(
             _end_of_all(retry)
         reporter.warn(retry.said)
         release_memory()
+
+
+def _forget_optimizers() -> None:
+    """What bitsandbytes keeps of each optimizer as long as the process lives: for one of 8 bits the model's embedding, 1 GB of a 7B."""
+    if "bitsandbytes" in sys.modules:
+        from bitsandbytes.functional import GlobalPageManager
+        from bitsandbytes.optim import GlobalOptimManager
+
+        GlobalOptimManager.get_instance().initialize()
+        GlobalPageManager.get_instance().initialize()
 
 
 def _end_of_all(retry: Retry) -> NoReturn:

@@ -78,6 +78,16 @@ def test_a_trainer_without_what_training_uses_is_refused_before_the_model_is_loa
         build_trainer(tiny.recipe(nowhere), tiny.SETTINGS, nowhere, tokenizer, examples, examples, tmp_path)
 
 
+def test_no_optimizer_keeps_the_embedding_of_a_model_that_is_gone(
+    model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path
+) -> None:
+    from bitsandbytes.optim import GlobalOptimManager
+
+    recipe = tiny.recipe(model, optim="adamw_8bit", max_steps=1)
+    train(recipe, tiny.SETTINGS, model, tokenizer, examples, examples[:2], tmp_path)
+    assert not GlobalOptimManager.get_instance().module_weight_config_triple
+
+
 def test_of_several_gpus_one_process_takes_the_first(
     model: Path, tokenizer: Any, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
