@@ -38,6 +38,10 @@ COMMANDS = {
 }
 
 
+NOT_ON_WINDOWS = (
+    "Warning: ftkit was never run on Windows itself; its converter is not brought there, and files are not proved token by token. "
+    "In WSL2 it is on a Linux: wsl --install"
+)
 # What the system does not let ftkit do with a file that was named, and what to do then. Any other OSError is a fault of ftkit.
 _CHECK = "check who owns it and who may read and write it"
 REFUSED_BY_THE_SYSTEM = {
@@ -104,6 +108,8 @@ class LazyGroup(click.Group):
         for stream in (sys.stdout, sys.stderr):  # written to a file on Windows, text may not be UTF-8: better a ? than no text
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
+        if sys.platform == "win32":
+            click.echo(NOT_ON_WINDOWS, err=True)
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # CUDA counts GPUs as ftkit and nvidia-smi do; read when it starts
         os.environ["MPLBACKEND"] = "agg"  # pictures go to files; a notebook's own backend, which its commands are told, may not be here
         beside.hide()

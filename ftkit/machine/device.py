@@ -135,9 +135,10 @@ def processor_kind(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def held_bytes() -> int:
-    """RAM that this process holds and the system cannot drop: without the pages of files, where the system tells them apart."""
-    memory = psutil.Process().memory_info()
-    return int(memory.rss - getattr(memory, "shared", 0))
+    """RAM that this process holds and the system cannot drop: without the pages of files."""
+    process = psutil.Process()
+    memory = process.memory_info()
+    return int(memory.rss - memory.shared if hasattr(memory, "shared") else process.memory_full_info().uss)  # which Linux tells at once
 
 
 def ram_limits(cgroups: Path, own: Path) -> Iterator[tuple[int, int]]:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -485,3 +486,11 @@ main(["env"])
 def test_a_ctrl_c_that_python_drops_in_a_callback_ends_ftkit_all_the_same() -> None:
     done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr.splitlines()[0]) == (130, "Error: Interrupted.")
+
+
+def test_windows_is_told_before_anything_else(monkeypatch: pytest.MonkeyPatch, ftkit: Callable[..., Result]) -> None:
+    monkeypatch.setattr("ftkit.cli.sys", SimpleNamespace(**{**vars(sys), "platform": "win32"}))
+    shown = ftkit("schema")
+    assert shown.exit_code == 0
+    assert shown.stderr.startswith("Warning: ftkit was never run on Windows itself")
+    assert json.loads(shown.stdout)

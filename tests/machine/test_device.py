@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from ftkit.cli import main
 from ftkit.cli.env import look
 from ftkit.errors import RecipeError
+from ftkit.machine import device
 from ftkit.machine.cards import cards
 from ftkit.machine.device import ANY_CARD, Device, asked_threads, choose, find_gpus, processor
 from ftkit.units import GIB, MIB
@@ -260,3 +261,11 @@ def test_an_unknown_card_is_told_a_few_near_ones(name: str) -> None:
         choose(gpu=name)
     assert "--vram" in str(caught.value.hint)
     assert str(caught.value.hint).count(",") <= 5
+
+
+@pytest.mark.parametrize(("told", "held"), [({"rss": 900, "shared": 300}, 600), ({"rss": 900}, 500)])
+def test_pages_of_files_are_not_held(monkeypatch: pytest.MonkeyPatch, told: dict[str, int], held: int) -> None:
+    """Linux tells what is shared; a Mac what is the process's own."""
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(**told), memory_full_info=lambda: SimpleNamespace(uss=500))
+    monkeypatch.setattr(device.psutil, "Process", lambda: process)
+    assert device.held_bytes() == held
