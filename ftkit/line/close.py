@@ -29,6 +29,8 @@ from ftkit.line.step import Made, Step
 from ftkit.line.teach import taught
 from ftkit.line.train import TRAIN
 from ftkit.machine import device
+from ftkit.machine.device import Device
+from ftkit.memory.kernels import CONTEXT_BYTES
 from ftkit.plan.cost import WAYS, ClosingWay, Way, fitting, of_closing
 from ftkit.plan.plan import without_margin
 from ftkit.run import CHECKPOINTS
@@ -139,7 +141,7 @@ def _ways_that_fit(job: Job, path: Path, model: Path, rows: Sequence[Forced], be
     on, (cuda, dtype) = device.choose(), computes_on(job, hf.model_type(model))
     ways = ways_of(path, rows, bfloat16=dtype == "bfloat16", cuda=cuda)
     chosen = next((way for way in ways if way.name == begun), None) or fitting(
-        ways, device.processor().free_bytes, without_margin(on.free_bytes) if cuda else None
+        ways, device.processor().free_bytes, _room_on(on) if cuda else None
     )
     if not chosen:
         least = ways[-1]
@@ -149,6 +151,14 @@ def _ways_that_fit(job: Job, path: Path, model: Path, rows: Sequence[Forced], be
         needed = bytes_text(ways[0].device_bytes or ways[0].ram_bytes)
         job.reporter.note(f"closing {path.name} with its weights {WAYS[chosen.name]}; dequantised it takes {needed}")
     return ways[ways.index(chosen) :]
+
+
+def _room_on(card: Device) -> int:
+    """What this process may have of a GPU, whose context it may have already."""
+    import torch
+
+    begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return without_margin(card.free_bytes + (CONTEXT_BYTES if begun else 0))
 
 
 def _student(job: Job, path: Path, model: Path, ways: Sequence[ClosingWay], found: Weights) -> tuple[PreTrainedModel, Way]:

@@ -12,8 +12,12 @@ import pytest
 from ftkit.close import student
 from ftkit.close.student import Lossless, write_back
 from ftkit.line import close
+from ftkit.machine.device import Device
+from ftkit.memory.kernels import CONTEXT_BYTES
 from ftkit.plan.cost import ClosingWay, Way
+from ftkit.plan.plan import without_margin
 from ftkit.progress import SILENT
+from ftkit.units import GIB
 
 pytestmark = pytest.mark.torch
 
@@ -67,3 +71,13 @@ def test_another_way_begins_without_what_the_one_before_held(tmp_path: Path, mon
     names: tuple[Way, ...] = ("dequantised", "mapped")
     ways = [ClosingWay(name, 0, 0) for name in names]
     assert close._student(job, tmp_path / "m.gguf", tmp_path, ways, {}) == ("packed", "mapped")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_room_on_a_card_is_with_the_context_that_is_there(begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what a way needs is counted."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: begun)
+    card = Device("cuda", "a card", 8 * GIB, 6 * GIB, (8, 6))
+    assert close._room_on(card) == without_margin(6 * GIB + begun * CONTEXT_BYTES)
