@@ -45,6 +45,8 @@ def command(recipe: Path, as_json: bool, html: Path | None, **options: Any) -> N
         if job.run.is_busy():
             run_page.write_page(gather(job), html)
             say(f"Another ftkit works in {job.run.folder}: {html} shows what it has trained so far.")
+            ranks.tell(None)  # to other processes, which wait for a plan
+            ranks.leave()
             return
     try:
         with job.run:

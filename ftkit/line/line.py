@@ -209,6 +209,7 @@ def refuse_ram_for_all(memory: MemoryPlan, *, on_smaller: bool = False) -> None:
 def help_to_train(job: Job) -> None:
     """What a process does that is not the first: it waits for its plan, and trains with it. Nothing is written or said here."""
     ranks.refuse(job.recipe, len(device.find_gpus()))
+    torch_cuda.refuse(device.choose())
     ranks.share_weights(job.recipe)
     train_beside(replace(job, reporter=SILENT))
 

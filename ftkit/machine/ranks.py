@@ -125,11 +125,16 @@ def share_weights(recipe: Recipe) -> None:
 def _join() -> None:
     """Be one of the processes: NCCL where they have GPUs, else gloo. The trainer finds it done."""
     from accelerate import PartialState
+    from accelerate.utils import check_cuda_p2p_ib_support
 
     from ftkit.machine.device import choose
 
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # the recipe says what is computed in
-    PartialState(cpu=choose().kind == "cpu", timeout=PATIENCE)
+    on_cpu = choose().kind == "cpu"
+    if not on_cpu and not check_cuda_p2p_ib_support():  # RTX 40 with an older driver, as accelerate's own launcher has it
+        for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+            os.environ.setdefault(name, "1")
+    PartialState(cpu=on_cpu, timeout=PATIENCE)
 
 
 def tell(value: T | None = None) -> T | None:

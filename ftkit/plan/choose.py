@@ -16,7 +16,7 @@ from ftkit.errors import ModelError, RecipeError, UntracedError
 from ftkit.gguf.types import gguf_model
 from ftkit.machine.cards import speed_of
 from ftkit.machine.device import Device
-from ftkit.machine.ranks import one_process_alone, why_not_shared
+from ftkit.machine.ranks import one_process_alone, why_not_shared, world_size
 from ftkit.memory.kernels import CONTEXT_BYTES
 from ftkit.memory.model import EXPERTS, Inventory, Skeleton
 from ftkit.memory.polynomial import StepMemory
@@ -115,7 +115,7 @@ class Planner:
     def _peak(self, recipe: Recipe, batch: int, checkpointing: bool, shape: Shape) -> Peak:
         rows, length, packed = shape
         settings = replace(self.settings(recipe, checkpointing), packed=packed)
-        accumulates = recipe.training.effective_batch_size > batch
+        accumulates = recipe.training.effective_batch_size > batch or world_size() > 1  # whose gradients are always there
         extra = self.extra_of(recipe)
         if self.shares > 1:
             peak = self._shared(settings, rows, length, self.count(recipe), self.shares)

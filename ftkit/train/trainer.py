@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,7 @@ def build_trainer(
             callbacks=list(callbacks),
         )
     if ranks.world_size() > 1:
-        _alike_everywhere(trainer, dpo=dpo)
+        _alike_everywhere(trainer, settings, dpo=dpo)
     if settings.fsdp:
         _share_out(trainer, settings)
     trainer.remove_callback(PrinterCallback)  # it writes every log entry to stdout, which carries results only
@@ -106,8 +107,9 @@ def build_trainer(
     return trainer
 
 
-def _alike_everywhere(trainer: Any, *, dpo: bool) -> None:
+def _alike_everywhere(trainer: Any, settings: Settings, *, dpo: bool) -> None:
     """Each process is given every batch whole: of a step it takes its share itself (micro_batches), and evaluates all, as one would."""
+    import torch
     from accelerate.data_loader import prepare_data_loader
 
     def whole(loader: Any, **_: Any) -> Any:
@@ -122,7 +124,22 @@ def _alike_everywhere(trainer: Any, *, dpo: bool) -> None:
     trainer.accelerator.gather_for_metrics = trainer.gather_function = alone
     if dpo:  # TRL's figures of each micro-batch, of which not each process has as many
         trainer.accelerator.gather = alone
-    trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # the buckets of gradients take no memory of their own
+    trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
+    prepare_model = trainer.accelerator.prepare_model
+
+    def in_buckets(model: Any, **options: Any) -> Any:
+        """Gradients that are always there lie in the buckets that are summed; those that come and go are held beside them."""
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        prepared = prepare_model(model, **options)
+        prepared.zero_grad = partial(prepared.zero_grad, set_to_none=False)
+        return prepared
+
+    if not settings.fsdp:
+        trainer.accelerator.prepare_model = in_buckets
+    if settings.cuda:  # else PEFT loads an adapter onto the first GPU
+        trainer.model.load_adapter = partial(trainer.model.load_adapter, torch_device=f"cuda:{ranks.local_rank()}")
 
 
 def _share_out(trainer: Any, settings: Settings) -> None:
@@ -133,7 +150,7 @@ def _share_out(trainer: Any, settings: Settings) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    if not getattr(trainer.model, "_no_split_modules", None):
+    if not (layers := _layers(trainer.model)):
         raise ModelError(
             f"{trainer.model.config.model_type} names no layers (_no_split_modules) to share out one after the other with FSDP.",
             "let each process hold all weights: --set training.fsdp=false",
@@ -143,6 +160,7 @@ def _share_out(trainer: Any, settings: Settings) -> None:
         PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
         trainer.is_fsdp_enabled = True
+    state.fsdp_plugin.transformer_cls_names_to_wrap = layers
     half = None if settings.dtype == "float32" else getattr(torch, settings.dtype)
     # By itself it rounds the loss to 16 bits too, and the sum of the gradients.
     state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
@@ -154,6 +172,28 @@ def _share_out(trainer: Any, settings: Settings) -> None:
         return {name: tensor for name, tensor in found.items() if name not in tied}
 
     trainer.accelerator.get_state_dict = trained
+    if any(type(parameter).__name__ == "Params4bit" for parameter in trainer.model.parameters()):
+        _hold_no_copy(trainer)
+
+
+def _layers(model: Any) -> list[str]:
+    """The classes of layers that it names and has: those of towers that were not loaded are named too."""
+    named = {*(getattr(model, "_no_split_modules", None) or ())}
+    return sorted(named & {type(module).__name__ for module in model.modules()})
+
+
+def _hold_no_copy(trainer: Any) -> None:
+    """While the weights are shared out accelerate 1.15 keeps the model's state, and with it each weight whole; of 4-bit ones unused."""
+    prepare = trainer.accelerator.prepare
+
+    def prepared(*given: Any, **options: Any) -> Any:
+        trainer.model.state_dict = lambda *_, **__: {}
+        try:
+            return prepare(*given, **options)
+        finally:
+            del trainer.model.state_dict
+
+    trainer.accelerator.prepare = prepared
 
 
 def _adapter_settings(recipe: Recipe, model: Any, begins_with: Path | None) -> Any:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 from ftkit.errors import RecipeError
 from ftkit.machine import ranks
+from ftkit.train import trainer
 from ftkit.train.micro_batches import share
 
 Ftkit = Callable[..., Result]
@@ -74,6 +76,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ftkit.cli import main
 def hook(optimizer, *_):
     first = next(group["params"][0] for group in optimizer.param_groups if group["params"])
+    assert first.grad.untyped_storage().nbytes() > first.grad.nbytes, "a gradient is held beside the buckets that are summed"
     if optimizer.state[first]["step"] >= 3 and optimizer.param_groups[0]["lr"] > 0.6e-3:
         first.data.fill_(torch.nan)
 register_optimizer_step_post_hook(hook)
@@ -272,3 +275,23 @@ def test_other_commands_run_in_one_process(ftkit: Ftkit, monkeypatch: pytest.Mon
     for name in ("plan", "ship", "build"):
         found = ftkit(name)
         assert (found.exit_code, f"`ftkit {name}` runs in one process, and 2 were started" in found.stderr) == (2, True)
+
+
+def test_layers_of_a_tower_that_was_not_loaded_are_not_shared_out() -> None:
+    class Decoder(torch.nn.Module):
+        pass
+
+    model = torch.nn.Sequential(Decoder(), torch.nn.Linear(2, 2))
+    model._no_split_modules = {"Decoder", "VisionBlock"}  # type: ignore[assignment]
+    assert trainer._layers(model) == ["Decoder"]
+
+
+def test_no_copy_of_the_weights_is_held_while_they_are_shared_out() -> None:
+    class Accelerator:
+        def prepare(self, model: torch.nn.Module) -> dict[str, Any]:
+            return model.state_dict()
+
+    held = SimpleNamespace(model=torch.nn.Linear(2, 2), accelerator=Accelerator())
+    trainer._hold_no_copy(held)
+    assert held.accelerator.prepare(held.model) == {}
+    assert len(held.model.state_dict()) == 2

@@ -20,6 +20,7 @@ from ftkit.line.job import make_job
 from ftkit.line.run_page import run_page
 from ftkit.line.step import fingerprint_of
 from ftkit.line.train import TRAIN
+from ftkit.machine import ranks
 from ftkit.recipe import Recipe
 from ftkit.report.run_page import Memory, RunPage, loss_chart, write_page
 from ftkit.report.ship_page import MOST_POINTS, Answer
@@ -206,8 +207,11 @@ def test_the_page_of_a_finished_and_of_a_stopped_and_of_a_running_training(
     shutil.rmtree(folder)
     assert ftkit("status", "runs/recipe", "--html", page).exit_code == 0
     assert re.search(r"2 are trained; it was stopped", page.read_text(encoding="utf-8"))
+    told: list[None] = []
+    monkeypatch.setattr(ranks, "tell", told.append)
     with Run(folder.parent):
         meanwhile = ftkit("train", "--html", page)
     assert meanwhile.exit_code == 0
+    assert told == [None]  # for other processes would wait for a plan
     assert "Another ftkit works in" in meanwhile.stdout
     assert re.search(r"2 are trained; it runs", page.read_text(encoding="utf-8"))
