@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import reprlib
@@ -26,9 +27,20 @@ CALLERS = ("function_call", "tool_call")  # speakers whose text is a call
 # Keys that change what a row or a message means and are not read: what they are, and what to do.
 UNREAD = {
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "only text is learnt"),
-    "chosen": "a preference has `rejected` beside it; for the answer alone: data.columns={completion: chosen}",
+    "chosen": "a preference has `rejected` beside it",
     "rejected": "a preference has `chosen` beside it",
     "tool_choice": "no chat template tells a model so; take the key out",
+}
+# The same beside a question, which cannot be answered without them, and beside a text that would be learnt as it is.
+WITHOUT = "; to leave it out: data.columns={unread: KEY}"
+UNREAD_WITH_A_QUESTION = {
+    **dict.fromkeys(("choices", "options"), "put what can be chosen into the question" + WITHOUT),
+    **dict.fromkeys(("article", "passage"), "data.columns={context: KEY} puts it before the question" + WITHOUT),
+}
+UNREAD_WITH_TEXT = {
+    **dict.fromkeys(("labels", "intent", "coarse_label"), "to learn it as the answer: data.columns={label: KEY}" + WITHOUT),
+    "summary": "to learn it as the answer: data.columns={prompt: text, completion: summary}" + WITHOUT,
+    "parent_id": "such a text is one message of a tree; make `messages` of each thread" + WITHOUT,
 }
 UNREAD_IN_MESSAGES = {**UNREAD, "name": "chat templates write no names; put it into the text, or take the key out"}
 GIVEN = ("tools", "functions")  # by which a row has what may be called
@@ -36,6 +48,8 @@ CALLED = ("tool_calls", "function_call")  # by which a message has calls
 EMPTY = ("[]", "{}", "null", "auto")  # as some tables hold nothing
 LEARNT = ("weight", "train", "loss")  # of a message: whether it is learnt
 HISTORY, TEXT, PREFERENCE = "history", "plain text", "preference"
+SYSTEM = ("system", "system_prompt")  # of a row
+UNREAD_KEY = "unread"  # for data.columns: what is left out
 CHOSEN, REJECTED = "chosen", "rejected"
 
 
@@ -175,16 +189,26 @@ def _question_and_answer(asked: str, answered: str, more: str | None = None) -> 
             if int(answer) >= len(reading.labels):
                 raise ValueError(f"label {answer} has no name: data.labels names {len(reading.labels)}, from 0")
             answer = reading.labels[int(answer)]
-        reading.say("assistant", answer)
+        reading.add({"role": "assistant", "content": answer, KEYS[0]: _first(row, KEYS)})
 
     return read
 
 
 def _both(reading: _Reading, asked: Any, answered: Any) -> None:
     """Messages before the answer, of which none is learnt, and the answer's own."""
+    if isinstance(answered, list) and len(answered) > 1 and (first := _said(answered[0])):
+        before = [_said(message) for message in asked] if isinstance(asked, list) else [str(asked).strip()]
+        if first in before:
+            raise ValueError("the answer's messages begin with the question again: data.columns={messages: …} names them alone")
     for messages, role, learnt in ((asked, "user", False), (answered, "assistant", True)):
         for message in messages if isinstance(messages, list) else [{"role": role, "content": messages}]:
             reading.add(message, learnt=learnt)
+
+
+def _said(message: Any) -> str:
+    """What a message says, of whatever shape."""
+    content = _first(message, ("content", "value", "text")) if isinstance(message, Mapping) else None
+    return content.strip() if isinstance(content, str) else ""
 
 
 def _preference(reading: _Reading, row: Mapping[str, Any]) -> None:
@@ -263,15 +287,22 @@ FORMS = (
     Form("conversation", ("conversation",), _messages("conversation"), '{"conversation": [...]}'),
     Form("prompt and completion", ("prompt", "completion"), _question_and_answer("prompt", "completion"), '{"prompt", "completion"}'),
     Form("prompt and response", ("prompt", "response"), _question_and_answer("prompt", "response"), '{"prompt", "response"}'),
+    Form("question and response", ("question", "response"), _question_and_answer("question", "response", "context"),
+         '{"question", "response"}'),
+    Form("problem and solution", ("problem", "solution"), _question_and_answer("problem", "solution"), '{"problem", "solution"}'),
     Form("Alpaca", ("instruction", "output"), _question_and_answer("instruction", "output", "input"), '{"instruction", "input", "output"}'),
     Form("Dolly", ("instruction", "response"), _question_and_answer("instruction", "response", "context"),
          '{"instruction", "context", "response"}'),
     Form("question and answer", ("question", "answer"), _question_and_answer("question", "answer", "context"), '{"question", "answer"}'),
     Form("query and response", ("query", "response"), _question_and_answer("query", "response"), '{"query", "response"}'),
+    Form("query and answer", ("query", "answer"), _question_and_answer("query", "answer"), '{"query", "answer"}'),
     Form("input and output", ("input", "output"), _question_and_answer("input", "output"), '{"input", "output"}'),
     Form("classification", ("text", "label"), _question_and_answer("text", "label"), '{"text", "label"}'),
     Form(TEXT, ("text",), _plain, '{"text"}'),
 )  # fmt: skip
+# What data.columns may name: keys of the forms, and what is read beside them.
+READ = (*dict.fromkeys((*(key for form in FORMS for key in form.keys), "context", *SYSTEM, HISTORY, *GIVEN, *KEYS, UNREAD_KEY)),)
+ASKS_ONCE = ("question", "query", "problem", "input", "instruction")  # by the first key of forms of one question
 FORMATS = f"ftkit reads {', '.join(form.example for form in FORMS)}; data.columns names other keys"
 
 
@@ -289,12 +320,13 @@ def conversation_of(value: Any, columns: Mapping[str, str] | None = None, labels
     _refuse_unread(row, {key: why for key, why in UNREAD.items() if not form or key not in form.keys})
     if not form:
         raise ValueError(f"no known form (keys: {', '.join(map(str, value)) or 'none'})")
+    _refuse_beside(form, row, labels)
     for key in LEARNT:
         if row.get(key) is not None and row[key] not in (1, True):
             raise ValueError(f"`{key}` of a whole row is not read; take the row out, or give it to the message")
     reading = _Reading(labels)
-    if row.get("system"):
-        reading.say("system", row["system"])
+    if system := _first(row, SYSTEM[:1] if form.keys[0] in MESSAGES else SYSTEM):  # messages have one of their own
+        reading.say("system", system)
     for turn in row.get(HISTORY) or ():
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
             raise ValueError(f"`{HISTORY}` is not a list of [question, answer]")
@@ -308,6 +340,16 @@ def conversation_of(value: Any, columns: Mapping[str, str] | None = None, labels
     return _checked(reading, form.name)
 
 
+def _refuse_beside(form: Form, row: Mapping[str, Any], labels: Sequence[str]) -> None:
+    """Raise ValueError for what changes the meaning of a row of this form, and for labels of what is none."""
+    beside = UNREAD_WITH_TEXT if form.name == TEXT else UNREAD_WITH_A_QUESTION if form.keys[0] in ASKS_ONCE else {}
+    _refuse_unread(row, {key: why.replace("KEY", key) for key, why in beside.items()})
+    if form.keys[-1] in ("completion", "response") and row.get("label") is False:
+        raise ValueError("`label` is false: this answer is a bad one (KTO), and would be learnt; take such rows out")
+    if labels and form.name != "classification":
+        raise ValueError(f"data.labels names the numbers of a classification, and this row is read as {form.name}")
+
+
 def form_of(row: Mapping[str, Any]) -> Form | None:
     """The first form whose keys a row has."""
     return next((form for form in FORMS if all(key in row for key in form.keys)), None)
@@ -317,6 +359,12 @@ def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
     missing = [theirs for theirs in columns.values() if theirs not in value]
     if missing:
         raise ValueError(f"no `{missing[0]}`, which data.columns names (keys: {', '.join(map(str, value)) or 'none'})")
+    if unknown := next((ours for ours in columns if ours not in READ), None):
+        near = difflib.get_close_matches(unknown, READ, 1)
+        raise ValueError(
+            f"data.columns names `{unknown}`, which no form has{f'; did you mean {near[0]}?' if near else ''} "
+            f"To leave a column out: {{{UNREAD_KEY}: {columns[unknown]}}}"
+        )
     unread = {REJECTED} if CHOSEN in columns.values() and CHOSEN not in columns else set()  # the chosen answer is learnt alone
     rest = {key: each for key, each in value.items() if key not in unread.union(columns.values())}
     return {**rest, **{ours: value[theirs] for ours, theirs in columns.items()}}

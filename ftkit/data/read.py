@@ -21,7 +21,8 @@ OTHER_ROWS: dict[Objective, tuple[str, str]] = {
     "sft": (
         "a preference (chosen, rejected), and training.objective is sft",
         "to learn which is better: --set training.objective=dpo; to learn the chosen answers alone: "
-        "--set 'data.columns={completion: chosen}', or {messages: chosen} where they hold the prompt",
+        "--set 'data.columns={messages: chosen}' where they are conversations, else {completion: chosen} beside a `prompt`, "
+        "{answer: chosen} beside a `question`",
     ),
     "dpo": (
         "no preference, and training.objective is dpo: `chosen` and `rejected` are missing",

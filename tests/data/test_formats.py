@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ftkit.data.formats import FORMS, PREFERENCE, UNREAD, UNREAD_IN_MESSAGES, conversation_of
+from ftkit.data.formats import FORMS, PREFERENCE, UNREAD, UNREAD_IN_MESSAGES, UNREAD_KEY, conversation_of
 from ftkit.data.mask import tokenise
 from ftkit.data.read import read_rows
 from ftkit.data.rows import IGNORED, Row
@@ -301,3 +301,54 @@ def test_fuzzed_files_end_in_rows_or_in_a_fault_that_is_said(tmp_path: Path) -> 
                 assert read_rows(path)
             except DataError as error:
                 assert str(path) in error.message  # noqa: PT017
+
+
+WHICH: dict[str, Any] = {"question": "Which?", "answer": "B"}
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        (WHICH | {"choices": ["A", "B"]}, "`choices` is not read: put what can be chosen into the question"),  # MMLU
+        (WHICH | {"article": "Once …"}, r"data.columns=\{context: article\}"),  # RACE
+        ({"text": "Hello", "labels": [3]}, r"data.columns=\{label: labels\}"),  # GoEmotions
+        ({"text": "A bill …", "summary": "Taxes."}, r"data.columns=\{prompt: text, completion: summary\}"),  # BillSum
+        ({"text": "Hi", "role": "prompter", "parent_id": "7"}, "one message of a tree"),  # OpenAssistant
+        ({"prompt": "Hi", "completion": "Go away.", "label": False}, "this answer is a bad one"),  # KTO
+        ({"prompt": "Hi", "completion": [{"role": "assistant", "content": "Go away."}], "label": False}, "a bad one"),
+    ],
+)  # fmt: skip
+def test_what_changes_a_row_of_its_form_is_refused_and_may_be_left_out(row: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        conversation_of(row)
+    beside = next(key for key in ("choices", "article", "labels", "summary", "parent_id", "label") if key in row)
+    assert conversation_of(row, {UNREAD_KEY: beside}).messages
+
+
+def test_a_good_answer_of_kto_is_learnt() -> None:
+    assert conversation_of({"prompt": "Hi", "completion": "Hello!", "label": True}).messages[-1]["content"] == "Hello!"
+
+
+def test_an_answer_that_begins_with_its_question_is_not_asked_twice() -> None:
+    whole = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    row = {"prompt": "Hi", "chosen": whole, "rejected": [whole[0], {"role": "assistant", "content": "No."}]}
+    with pytest.raises(ValueError, match=r"begin with the question again: data.columns=\{messages"):
+        conversation_of(row, {"completion": "chosen"})
+    assert [message["content"] for message in conversation_of(row, {"messages": "chosen"}).messages] == ["Hi", "Hello!"]
+
+
+def test_columns_take_keys_that_a_form_has() -> None:
+    with pytest.raises(ValueError, match=r"names `sytem`, which no form has; did you mean system\?"):
+        conversation_of({"question": "Which?", "response": "B", "told": "Be brief."}, {"sytem": "told"})
+    with pytest.raises(ValueError, match=r"data\.labels names the numbers of a classification"):
+        conversation_of({"premise": "A", "hypothesis": "B", "label": 0}, {"question": "premise", "answer": "label"}, ["yes", "no"])
+
+
+@pytest.mark.parametrize("keys", [("question", "response"), ("problem", "solution"), ("query", "answer")])
+def test_a_row_s_system_prompt_and_reasoning_are_its_own(keys: tuple[str, str]) -> None:
+    row = {keys[0]: "Which?", keys[1]: "B", "system_prompt": "detailed thinking on", "reasoning": "Not A."}
+    system, _, answer = conversation_of(row).messages
+    assert (system["role"], system["content"]) == ("system", "detailed thinking on")
+    assert (answer["content"], answer["reasoning_content"]) == ("B", "Not A.")
+    whole = {"messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "B"}], "system_prompt": "of a tool"}
+    assert len(conversation_of(whole).messages) == 2
