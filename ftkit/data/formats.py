@@ -38,9 +38,9 @@ UNREAD_WITH_A_QUESTION = {
     **dict.fromkeys(("article", "passage"), "data.columns={context: KEY} puts it before the question" + WITHOUT),
 }
 UNREAD_WITH_TEXT = {
+    "message_tree_id": "such a text is one message of a tree; make `messages` of each thread" + WITHOUT,
     **dict.fromkeys(("labels", "intent", "coarse_label"), "to learn it as the answer: data.columns={label: KEY}" + WITHOUT),
     "summary": "to learn it as the answer: data.columns={prompt: text, completion: summary}" + WITHOUT,
-    "parent_id": "such a text is one message of a tree; make `messages` of each thread" + WITHOUT,
 }
 UNREAD_IN_MESSAGES = {**UNREAD, "name": "chat templates write no names; put it into the text, or take the key out"}
 GIVEN = ("tools", "functions")  # by which a row has what may be called
@@ -176,22 +176,32 @@ def _question_and_answer(asked: str, answered: str, more: str | None = None) -> 
     def read(reading: _Reading, row: Mapping[str, Any]) -> None:
         question, answer = row[asked], row[answered]
         for key, value in ((asked, question), (answered, answer)):
-            if isinstance(value, list) and not all(isinstance(message, Mapping) for message in value):
+            if isinstance(value, list) and key != "label" and not all(isinstance(message, Mapping) for message in value):
                 raise ValueError(f"`{key}` is a list of {len(value)}; a row is one question and its answer (pandas: orient='records')")
         if more and row.get(more):
             parts = [part for part in (question, row[more]) if part not in (None, "")]
             question = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
+        if answered == "label":  # or several
+            answer = (
+                ", ".join(str(_label(one, reading.labels)) for one in answer)
+                if isinstance(answer, list)
+                else _label(answer, reading.labels)
+            )
         if isinstance(question, list) or isinstance(answer, list):  # TRL's conversational form
             _both(reading, question, answer)
             return
         reading.say("user", question)
-        if answered == "label" and reading.labels and str(answer).isdecimal():
-            if int(answer) >= len(reading.labels):
-                raise ValueError(f"label {answer} has no name: data.labels names {len(reading.labels)}, from 0")
-            answer = reading.labels[int(answer)]
         reading.add({"role": "assistant", "content": answer, KEYS[0]: _first(row, KEYS)})
 
     return read
+
+
+def _label(answer: Any, names: Sequence[str]) -> Any:
+    if not names or not str(answer).isdecimal():
+        return answer
+    if int(answer) >= len(names):
+        raise ValueError(f"label {answer} has no name: data.labels names {len(names)}, from 0")
+    return names[int(answer)]
 
 
 def _both(reading: _Reading, asked: Any, answered: Any) -> None:

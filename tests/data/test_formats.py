@@ -313,7 +313,7 @@ WHICH: dict[str, Any] = {"question": "Which?", "answer": "B"}
         (WHICH | {"article": "Once …"}, r"data.columns=\{context: article\}"),  # RACE
         ({"text": "Hello", "labels": [3]}, r"data.columns=\{label: labels\}"),  # GoEmotions
         ({"text": "A bill …", "summary": "Taxes."}, r"data.columns=\{prompt: text, completion: summary\}"),  # BillSum
-        ({"text": "Hi", "role": "prompter", "parent_id": "7"}, "one message of a tree"),  # OpenAssistant
+        ({"text": "Hi", "role": "prompter", "message_tree_id": "7"}, "one message of a tree"),  # OpenAssistant
         ({"prompt": "Hi", "completion": "Go away.", "label": False}, "this answer is a bad one"),  # KTO
         ({"prompt": "Hi", "completion": [{"role": "assistant", "content": "Go away."}], "label": False}, "a bad one"),
     ],
@@ -321,8 +321,13 @@ WHICH: dict[str, Any] = {"question": "Which?", "answer": "B"}
 def test_what_changes_a_row_of_its_form_is_refused_and_may_be_left_out(row: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         conversation_of(row)
-    beside = next(key for key in ("choices", "article", "labels", "summary", "parent_id", "label") if key in row)
+    beside = next(key for key in ("choices", "article", "labels", "summary", "message_tree_id", "label") if key in row)
     assert conversation_of(row, {UNREAD_KEY: beside}).messages
+
+
+def test_several_labels_are_one_answer() -> None:
+    row = {"text": "Hello", "labels": [0, 2]}
+    assert conversation_of(row, {"label": "labels"}, ["joy", "fear", "love"]).messages[-1]["content"] == "joy, love"
 
 
 def test_a_good_answer_of_kto_is_learnt() -> None:
