@@ -56,6 +56,11 @@ def triton_works() -> bool:
     return bool(util.find_spec("triton") and compiler) and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
+def card_has_triton() -> bool:
+    """Whether a card that is planned for here has Triton's kernels: a Mac has none, and plans for another machine's."""
+    return triton_works() or sys.platform == "darwin"
+
+
 def broken(error: BaseException) -> ToolMissingError | None:
     """The error to raise where transformers cannot load a part of its own because a package that it loads with it is broken."""
     from ftkit.errors import ToolMissingError, first_line

@@ -165,17 +165,18 @@ def _student(job: Job, path: Path, model: Path, ways: Sequence[ClosingWay], foun
     """The file in torch, in the first of the ways that can be had. Raises ModelError or DoesNotFitError where none can."""
     cuda, dtype = computes_on(job, hf.model_type(model))
     trust, bfloat16 = job.recipe.trust_remote_code, dtype == "bfloat16"
-    for way, following in pairwise((*ways, None)):
-        assert way
+
+    def load(way: ClosingWay) -> tuple[PreTrainedModel, Way]:
+        return load_student(path, model, way.name, bfloat16=bfloat16, cuda=cuda, trust_remote_code=trust, found=found), way.name
+
+    for way, following in pairwise(ways):
         try:
-            return load_student(path, model, way.name, bfloat16=bfloat16, cuda=cuda, trust_remote_code=trust, found=found), way.name
+            return load(way)
         except DoesNotFitError as error:
-            if not following:
-                raise
             said = error.message
         hf.release_memory()  # once the error is gone, which holds all that was loaded
         job.reporter.note(f"{said} It is tried with its weights {WAYS[following.name]}")
-    raise AssertionError
+    return load(ways[-1])
 
 
 CLOSE: Step[Closed] = Step(

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ftkit.beside import triton_works
+from ftkit.beside import card_has_triton
 from ftkit.data.lengths import Tally, TokenCounts, count_tokens
 from ftkit.data.mask import refuse_nothing_to_learn
 from ftkit.data.read import only_held_out
@@ -120,7 +120,7 @@ def _follows_from(job: Job) -> list[Any]:
     if last and last.memory.holds_with(free_bytes):
         free_bytes = last.memory.device.free_bytes
     beside: list[Any] = [TRAINING_BYTES, recipe.training.compute_dtype or best_dtype(device)] if device.kind == "cpu" else []
-    if device.kind == "cuda" and not triton_works():
+    if device.kind == "cuda" and not card_has_triton():
         beside += ["without Triton"]
     wanted = [device.name, device.total_bytes >> 20, free_bytes, recipe.budget.vram, _extra_bytes(job), *beside]
     versions = {name: version(name) for name in HOLDS_FOR}
@@ -200,7 +200,7 @@ def _make(job: Job, folder: Path) -> Chosen:
     job.reporter.step(f"tracing a training step of {looked.config.model_type} at {length} tokens")
     dtype = dtype_on(device, recipe, looked.config.model_type)
     _say_what_is_computed_in(job, looked.config.model_type)
-    if device.kind == "cuda" and not triton_works():
+    if device.kind == "cuda" and not card_has_triton():
         job.reporter.note(
             "without Triton the loss takes more memory, which is counted; on Linux it needs a C compiler and Python's headers: "
             "apt install gcc python3-dev"

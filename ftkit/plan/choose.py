@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ftkit.beside import triton_works
+from ftkit.beside import card_has_triton
 from ftkit.data.lengths import PASS_TOKENS, RIDGE_TOKENS, batching, grouped_batch_tokens, padded_tokens
 from ftkit.data.mask import KINDS
 from ftkit.errors import ModelError, RecipeError, UntracedError
@@ -95,7 +94,7 @@ class Planner:
             objective=recipe.training.objective,
             padded=len({*self.lengths}) != 1 or self.sequences > 1,
             labelled_share=self.labelled_share,
-            triton=triton_works() or sys.platform == "darwin",  # a Mac has no such card: it is another machine's
+            triton=card_has_triton(),
             device=self.device.kind,
             capability=self.device.capability,
         )
