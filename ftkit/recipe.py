@@ -51,6 +51,9 @@ class Data(Group):
     test: str | Files | None = Field(default=None, description="rows that training never sees; the proof asks them before and after")
     columns: dict[str, str] | None = Field(default=None, description="the rows' own names for ftkit's keys: {prompt: q, completion: a}")
     labels: list[str] | None = Field(default=None, description="names of a classification's numbers, from 0")
+    skip_faulty: bool = Field(
+        default=False, description="leave out rows that cannot be read, and say how many, instead of stopping at them"
+    )
     template: str | None = Field(default=None, description="the chat template: chatml, plain or a file; left out: the model's own")
     thinking: bool | None = Field(default=None, description="whether the model thinks before it answers; left out: as its template has it")
     system_in_question: bool = Field(

@@ -182,6 +182,9 @@ def show_survey(found: Survey) -> None:
         for purpose, part in found.parts.items()
     ]
     print_table("Dataset", ["", "rows", "answers", "not learnt", "with system", "with reasoning", "calling tools", "read as"], rows)
+    over = sorted({column for part in found.parts.values() for column in part.passed_over})
+    if over:
+        say(f"Columns that are not read: {', '.join(over)}.")
     tokens, padding = found.tokens, found.padding
     say(
         f"\n{found.examples:,} examples to train and validate, {tokens.total:,} tokens, of which {found.learnt_tokens:,} are learnt "

@@ -28,11 +28,14 @@ class Fault(ValueError):
     """A row that cannot be read; those after it may be."""
 
 
-def values(path: Path) -> Iterator[tuple[int, Place, Any | Fault]]:
-    """(number, place, value) of each row in a file. Raises DataError where the file as a whole cannot be read."""
+def values(path: Path, *, class_names: bool = True) -> Iterator[tuple[int, Place, Any | Fault]]:
+    """(number, place, value) of each row in a file; where it names a column's classes, with names for their numbers.
+
+    Raises DataError where the file as a whole cannot be read.
+    """
     try:
         with path.open("rb") as file:
-            yield from _values(path, file, path.suffix.lower())
+            yield from _values(path, file, path.suffix.lower(), class_names)
     except (OSError, EOFError, zlib.error) as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -40,15 +43,15 @@ def values(path: Path) -> Iterator[tuple[int, Place, Any | Fault]]:
         raise DataError(f"Cannot read {path}: {words}.", "name the dataset's file, as in --set data.train=train.jsonl") from None
 
 
-def _values(path: Path, file: IO[bytes], suffix: str) -> Iterator[tuple[int, Place, Any]]:
+def _values(path: Path, file: IO[bytes], suffix: str, class_names: bool) -> Iterator[tuple[int, Place, Any]]:
     first = file.read(4)
     file.seek(0)
     if first == b"PAR1":
-        yield from _parquet(path, file)
+        yield from _parquet(path, file, class_names)
     elif first[:2] == b"\x1f\x8b":
         inner = Path(path.name.removesuffix(".gz").removesuffix(".GZ")).suffix.lower()
         with gzip.open(file) as unpacked:
-            yield from _values(path, unpacked, inner)  # type: ignore[arg-type]
+            yield from _values(path, unpacked, inner, class_names)  # type: ignore[arg-type]
     elif first == b"PK\x03\x04":
         raise DataError(f"{path} is a zip archive (or a workbook).", "unpack it; of a workbook save a sheet as CSV UTF-8")
     elif suffix in (".csv", ".tsv"):
@@ -184,7 +187,7 @@ def _without_nul(text: IO[str]) -> Iterator[str]:
         yield line.replace("\0", "")
 
 
-def _parquet(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Place, Any]]:
+def _parquet(path: Path, file: IO[bytes], class_names: bool) -> Iterator[tuple[int, Place, Any]]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as parquet
@@ -192,9 +195,29 @@ def _parquet(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Place, Any]]:
         raise ToolMissingError("Parquet is read with pyarrow, which is not here.", "pip install 'ftkit[train]'") from None
     number = 0
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
+        table = parquet.ParquetFile(file)
+        classes = _classes((table.schema_arrow.metadata or {}).get(b"huggingface")) if class_names else {}
+        for batch in table.iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 number += 1
-                yield number, f"row {number}", row
+                yield number, f"row {number}", {key: _named(value, classes[key]) if key in classes else value for key, value in row.items()}
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is a Parquet file that cannot be read: {str(error).splitlines()[0]}.", "write it again") from None
+
+
+def _classes(metadata: bytes | None) -> dict[str, list[str]]:
+    """Columns whose numbers are classes, or lists of them, and the classes' names, as `datasets` writes them beside a table."""
+    try:
+        features = json.loads(metadata or b"{}").get("info", {}).get("features", {})
+        named = {key: feature.get("feature", feature) if isinstance(feature, dict) else {} for key, feature in features.items()}
+        found = {key: feature.get("names") for key, feature in named.items() if feature.get("_type") == "ClassLabel"}
+    except (ValueError, AttributeError):
+        return {}
+    return {key: names for key, names in found.items() if isinstance(names, list) and all(isinstance(name, str) for name in names)}
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    """A class by its name; a number that has none stays."""
+    if isinstance(value, list):
+        return [_named(each, names) for each in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value

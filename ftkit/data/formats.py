@@ -7,13 +7,14 @@ import json
 import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, zip_longest
 from typing import Any
 
 from ftkit.data.rows import CALLS, ROLES, TOOLS, Message
 from ftkit.data.thinking import KEYS, split_thinking
 from ftkit.data.tools import pair, read_calls, read_tools
+from ftkit.data.transcripts import Turn, turns_of, writing_of
 
 # Who speaks, by the names that datasets have for it.
 SPEAKERS = {
@@ -47,10 +48,13 @@ GIVEN = ("tools", "functions")  # by which a row has what may be called
 CALLED = ("tool_calls", "function_call")  # by which a message has calls
 EMPTY = ("[]", "{}", "null", "auto")  # as some tables hold nothing
 LEARNT = ("weight", "train", "loss")  # of a message: whether it is learnt
-HISTORY, TEXT, PREFERENCE = "history", "plain text", "preference"
+HISTORY = "history"
+TEXT, PREFERENCE, CLASSIFICATION = "plain text", "preference", "classification"  # names of forms
 SYSTEM = ("system", "system_prompt")  # of a row
 UNREAD_KEY = "unread"  # for data.columns: what is left out
 CHOSEN, REJECTED = "chosen", "rejected"
+CHAT, TEXT_KEY = "chat", "text"
+ANSWERS = ("completion", "response", "answer", "output", "solution")  # where the answer to a chat up to it may stand
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Conversation:
     unlearnt: frozenset[int]
     form: str
     rejected: Message | None = None  # of a preference: the answer that is worse than the last message
+    passed_over: tuple[str, ...] = ()  # columns that are not read
 
 
 @dataclass
@@ -166,10 +171,35 @@ def _messages(key: str) -> Callable[[_Reading, Mapping[str, Any]], None]:
                 raise ValueError(f"`{key}` is a text that is not JSON") from None
         if not isinstance(messages, list) or not messages:
             raise ValueError("no messages" if key == "messages" else f"`{key}` is not a list of objects")
-        for message in messages:
-            reading.add(message)
+        for n, message in enumerate(messages):
+            if isinstance(message, str) and all(isinstance(each, str) for each in messages):  # by turns, as LIMA has them
+                reading.say("assistant" if n % 2 else "user", message)
+            else:
+                reading.add(message)
 
     return read
+
+
+def _chat(reading: _Reading, row: Mapping[str, Any]) -> None:
+    """A whole chat in one text; or up to where the answer begins, which then stands beside it."""
+    for message in reading.messages[:1]:  # the row's `system`, written in the same way
+        message["content"] = message["content"].removeprefix("SYSTEM:").strip()
+    *before, (role, content) = _turns(row[CHAT], CHAT)
+    answer = _first(row, ANSWERS)
+    if answer is not None and (role, content) != ("assistant", ""):
+        raise ValueError(f"`{CHAT}` does not end where the answer begins, and `{next(key for key in ANSWERS if key in row)}` is beside it")
+    for turn in before:
+        reading.add({"role": turn[0], "content": turn[1]}, learnt=answer is None)
+    reading.say(role, content if answer is None else answer)
+
+
+def _turns(text: Any, key: str) -> list[Turn]:
+    if not isinstance(text, str):
+        raise ValueError(f"`{key}` is no text; for a list of messages: data.columns={{messages: {key}}}")
+    try:
+        return turns_of(text)
+    except ValueError as error:
+        raise ValueError(f"`{key}` {error}") from None
 
 
 def _question_and_answer(asked: str, answered: str, more: str | None = None) -> Callable[[_Reading, Mapping[str, Any]], None]:
@@ -197,6 +227,8 @@ def _question_and_answer(asked: str, answered: str, more: str | None = None) -> 
 
 
 def _label(answer: Any, names: Sequence[str]) -> Any:
+    if str(answer) == "-1":
+        raise ValueError("`label` is -1, by which tables say that a row has none")
     if not names or not str(answer).isdecimal():
         return answer
     if int(answer) >= len(names):
@@ -228,6 +260,8 @@ def _preference(reading: _Reading, row: Mapping[str, Any]) -> None:
     for key in (CHOSEN, REJECTED):
         side = _Reading(reading.labels, [*reading.messages])
         answer = [row[key]] if isinstance(row[key], Mapping) else row[key]
+        if asked is None and isinstance(answer, str) and writing_of(answer):
+            answer = [{"role": role, "content": content} for role, content in _turns(answer, key)]
         if isinstance(answer, list) and len(answer) > 1:
             for message in answer:
                 side.add(message)
@@ -256,6 +290,9 @@ def _add_prompt(reading: _Reading, asked: str, row: Mapping[str, Any]) -> None:
         prompt = json.loads(prompt)
     if asked == "instruction" and row.get("input"):
         prompt = "\n\n".join([str(prompt), str(row["input"])])
+    if asked == CHAT:
+        turns = _turns(prompt, CHAT)
+        prompt = [{"role": role, "content": content} for role, content in (turns[:-1] if turns[-1] == ("assistant", "") else turns)]
     for message in prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]:
         reading.add(message)
 
@@ -273,11 +310,11 @@ def _refuse_another_prompt(asked: str, row: Mapping[str, Any], messages: Sequenc
 
 def _plain(reading: _Reading, row: Mapping[str, Any]) -> None:
     """A text by itself: it is nobody's answer."""
-    reading.say("assistant", row["text"])
+    reading.say("assistant", row[TEXT_KEY])
 
 
 MESSAGES = ("messages", "conversations", "conversation")
-ASKED = ("prompt", "question", "instruction", "input", "query", *MESSAGES)  # of a preference: where its prompt may stand
+ASKED = ("prompt", "question", "instruction", "input", "query", CHAT, *MESSAGES)  # of a preference: where its prompt may stand
 
 
 @dataclass(frozen=True)
@@ -287,31 +324,44 @@ class Form:
     name: str
     keys: tuple[str, ...]
     read: Callable[[_Reading, Mapping[str, Any]], None]
-    example: str
+    also: tuple[str, ...] = ()  # keys that are read where a row has them
+    prompts: tuple[str, ...] = ()  # those of them that hold what is asked, as text
+
+    @property
+    def example(self) -> str:
+        """As it is shown."""
+        keys = (f'"{key}"' + (": [...]" if key in MESSAGES else "") for key in (("prompt",) if self.name == PREFERENCE else ()) + self.keys)
+        return "{" + ", ".join(keys) + "}"
+
+
+def _one_question(name: str, asked: str, answered: str, more: str | None = None) -> Form:
+    """A form of one question, which `more` follows, and its answer."""
+    also = (*filter(None, [more]), *KEYS)
+    return Form(name, (asked, answered), _question_and_answer(asked, answered, more), also, () if asked == TEXT_KEY else (asked,))
 
 
 FORMS = (
-    Form(PREFERENCE, (CHOSEN, REJECTED), _preference, '{"prompt", "chosen", "rejected"}'),
-    Form("messages", ("messages",), _messages("messages"), '{"messages": [...]}'),
-    Form("ShareGPT", ("conversations",), _messages("conversations"), '{"conversations": [...]}'),
-    Form("conversation", ("conversation",), _messages("conversation"), '{"conversation": [...]}'),
-    Form("prompt and completion", ("prompt", "completion"), _question_and_answer("prompt", "completion"), '{"prompt", "completion"}'),
-    Form("prompt and response", ("prompt", "response"), _question_and_answer("prompt", "response"), '{"prompt", "response"}'),
-    Form("question and response", ("question", "response"), _question_and_answer("question", "response", "context"),
-         '{"question", "response"}'),
-    Form("problem and solution", ("problem", "solution"), _question_and_answer("problem", "solution"), '{"problem", "solution"}'),
-    Form("Alpaca", ("instruction", "output"), _question_and_answer("instruction", "output", "input"), '{"instruction", "input", "output"}'),
-    Form("Dolly", ("instruction", "response"), _question_and_answer("instruction", "response", "context"),
-         '{"instruction", "context", "response"}'),
-    Form("question and answer", ("question", "answer"), _question_and_answer("question", "answer", "context"), '{"question", "answer"}'),
-    Form("query and response", ("query", "response"), _question_and_answer("query", "response"), '{"query", "response"}'),
-    Form("query and answer", ("query", "answer"), _question_and_answer("query", "answer"), '{"query", "answer"}'),
-    Form("input and output", ("input", "output"), _question_and_answer("input", "output"), '{"input", "output"}'),
-    Form("classification", ("text", "label"), _question_and_answer("text", "label"), '{"text", "label"}'),
-    Form(TEXT, ("text",), _plain, '{"text"}'),
-)  # fmt: skip
+    Form(PREFERENCE, (CHOSEN, REJECTED), _preference, ASKED, ASKED),
+    Form("messages", ("messages",), _messages("messages")),
+    Form("ShareGPT", ("conversations",), _messages("conversations")),
+    Form("conversation", ("conversation",), _messages("conversation")),
+    _one_question("prompt and completion", "prompt", "completion"),
+    _one_question("prompt and response", "prompt", "response"),
+    _one_question("question and response", "question", "response", "context"),
+    _one_question("problem and solution", "problem", "solution"),
+    _one_question("Alpaca", "instruction", "output", "input"),
+    _one_question("Dolly", "instruction", "response", "context"),
+    _one_question("question and answer", "question", "answer", "context"),
+    _one_question("query and response", "query", "response"),
+    _one_question("query and answer", "query", "answer"),
+    _one_question("input and output", "input", "output"),
+    _one_question(CLASSIFICATION, TEXT_KEY, "label"),
+    Form("chat in one text", (CHAT,), _chat, ANSWERS),
+    Form(TEXT, (TEXT_KEY,), _plain, prompts=(TEXT_KEY,)),
+)
+BESIDE = (*SYSTEM, HISTORY, *GIVEN, *LEARNT)  # read with each of them
 # What data.columns may name: keys of the forms, and what is read beside them.
-READ = (*dict.fromkeys((*(key for form in FORMS for key in form.keys), "context", *SYSTEM, HISTORY, *GIVEN, *KEYS, UNREAD_KEY)),)
+READ = (*dict.fromkeys((*(key for form in FORMS for key in (*form.keys, *form.also)), *BESIDE, UNREAD_KEY)),)
 ASKS_ONCE = ("question", "query", "problem", "input", "instruction")  # by the first key of forms of one question
 FORMATS = f"ftkit reads {', '.join(form.example for form in FORMS)}; data.columns names other keys"
 
@@ -329,8 +379,9 @@ def conversation_of(value: Any, columns: Mapping[str, str] | None = None, labels
         row = lower
     _refuse_unread(row, {key: why for key, why in UNREAD.items() if not form or key not in form.keys})
     if not form:
-        raise ValueError(f"no known form (keys: {', '.join(map(str, value)) or 'none'})")
+        raise ValueError(f"no known form (keys: {_keys(value)})")
     _refuse_beside(form, row, labels)
+    _refuse_chat(form, row, columns or {})
     for key in LEARNT:
         if row.get(key) is not None and row[key] not in (1, True):
             raise ValueError(f"`{key}` of a whole row is not read; take the row out, or give it to the message")
@@ -347,7 +398,7 @@ def conversation_of(value: Any, columns: Mapping[str, str] | None = None, labels
     tools = _first(row, GIVEN)
     if tools not in (None, [], {}, "", *EMPTY) and reading.messages:
         reading.messages[0][TOOLS] = read_tools(tools)
-    return _checked(reading, form.name)
+    return replace(_checked(reading, form.name), passed_over=_passed_over(form, row, columns or {}))
 
 
 def _refuse_beside(form: Form, row: Mapping[str, Any], labels: Sequence[str]) -> None:
@@ -356,8 +407,33 @@ def _refuse_beside(form: Form, row: Mapping[str, Any], labels: Sequence[str]) ->
     _refuse_unread(row, {key: why.replace("KEY", key) for key, why in beside.items()})
     if form.keys[-1] in ("completion", "response") and row.get("label") is False:
         raise ValueError("`label` is false: this answer is a bad one (KTO), and would be learnt; take such rows out")
-    if labels and form.name != "classification":
+    if labels and form.name != CLASSIFICATION:
         raise ValueError(f"data.labels names the numbers of a classification, and this row is read as {form.name}")
+
+
+def _refuse_chat(form: Form, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    """Raise ValueError for a text that is a whole chat, or a prompt that is one up to its answer, and that nobody named as what it is."""
+    for key in form.prompts:
+        writing = writing_of(row[key]) if isinstance(row.get(key), str) and key not in columns else None
+        if not writing:
+            continue
+        ways = f"({writing.name}): data.columns={{{CHAT}: {key}}} reads its turns, {{{key}: {key}}} takes it as it is"
+        if form.name == TEXT:
+            raise ValueError(f"`{key}` holds a whole chat {ways}")
+        if writing.turns(row[key])[-1] == ("assistant", ""):
+            raise ValueError(f"`{key}` holds a chat up to its answer {ways}")
+
+
+def _passed_over(form: Form, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, ...]:
+    """Columns of a row that hold something and are not read, nor anything inside them."""
+    read = {*form.keys, *form.also, *BESIDE, UNREAD_KEY, *(theirs.partition(".")[0] for theirs in columns.values())}
+    return tuple(str(key) for key, value in row.items() if key not in read and value not in (None, "", [], {}))
+
+
+def _keys(value: Mapping[str, Any]) -> str:
+    """A row's keys, as data.columns names them."""
+    inside = (f"{key}.{each}" for key, found in value.items() for each in (found if isinstance(found, Mapping) else [""]))
+    return ", ".join(key.removesuffix(".") for key in inside) or "none"
 
 
 def form_of(row: Mapping[str, Any]) -> Form | None:
@@ -366,9 +442,7 @@ def form_of(row: Mapping[str, Any]) -> Form | None:
 
 
 def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    missing = [theirs for theirs in columns.values() if theirs not in value]
-    if missing:
-        raise ValueError(f"no `{missing[0]}`, which data.columns names (keys: {', '.join(map(str, value)) or 'none'})")
+    found = {ours: _reach(value, theirs) for ours, theirs in columns.items()}
     if unknown := next((ours for ours in columns if ours not in READ), None):
         near = difflib.get_close_matches(unknown, READ, 1)
         raise ValueError(
@@ -377,7 +451,22 @@ def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
         )
     unread = {REJECTED} if CHOSEN in columns.values() and CHOSEN not in columns else set()  # the chosen answer is learnt alone
     rest = {key: each for key, each in value.items() if key not in unread.union(columns.values())}
-    return {**rest, **{ours: value[theirs] for ours, theirs in columns.items()}}
+    return {**rest, **found}
+
+
+def _reach(value: Mapping[str, Any], path: str) -> Any:
+    """What a row holds under a key, or inside it: `translation.de`, `answers.text.0`. Raises ValueError."""
+    if path in value:
+        return value[path]
+    found: Any = value
+    for part in path.split("."):
+        if isinstance(found, Mapping) and part in found:
+            found = found[part]
+        elif isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+            found = found[int(part)]
+        else:
+            raise ValueError(f"no `{path}`, which data.columns names (keys: {_keys(value)})")
+    return found
 
 
 def _checked(reading: _Reading, form: str) -> Conversation:

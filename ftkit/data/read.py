@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ftkit.data.files import Fault, values
@@ -35,22 +36,37 @@ class _OtherRow(ValueError):
     """A row that is whole, and of which this objective learns nothing."""
 
 
+@dataclass
+class LeftOut:
+    """Rows that could not be read, where that was allowed."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)  # of them: where each is, and why it cannot be read
+
+
 def read_rows(
-    *paths: Path, columns: Mapping[str, str] | None = None, labels: Sequence[str] = (), objective: Objective | None = None
+    *paths: Path,
+    columns: Mapping[str, str] | None = None,
+    labels: Sequence[str] = (),
+    objective: Objective | None = None,
+    left_out: LeftOut | None = None,
 ) -> StoredRows:
     """The rows of files, one after the other; with an `objective` those that it learns of.
 
-    Raises DataError with file and line for a file's first faults, and how many more.
+    Raises DataError with file and line for a file's first faults, and how many more. With `left_out` such rows are counted there, and
+    it is raised only for a file in which nothing can be read.
     """
-    return store_rows(row for path in paths for row in _rows(path, columns, labels, objective))
+    return store_rows(row for path in paths for row in _rows(path, columns, labels, objective, left_out))
 
 
-def _rows(path: Path, columns: Mapping[str, str] | None, labels: Sequence[str], objective: Objective | None) -> Iterator[Row]:
+def _rows(
+    path: Path, columns: Mapping[str, str] | None, labels: Sequence[str], objective: Objective | None, left_out: LeftOut | None
+) -> Iterator[Row]:
     faults: list[str] = []
     hint = ""
     count, empty = 0, True
     try:
-        for number, place, value in values(path):
+        for number, place, value in values(path, class_names=not labels):
             try:
                 if isinstance(value, Fault):
                     raise value
@@ -64,18 +80,22 @@ def _rows(path: Path, columns: Mapping[str, str] | None, labels: Sequence[str], 
                     faults.append(f"{path}, {place}: {error}")
                 continue
             empty = False
-            if not faults:
-                yield Row(read.messages, number, f"{path}, {place}", read.unlearnt, read.form, read.rejected)
+            if not faults or left_out:
+                yield Row(read.messages, number, f"{path}, {place}", read.unlearnt, read.form, read.rejected, read.passed_over)
     except ValueError as error:  # a path with a NUL in it
         raise DataError(f"Cannot read {path}: {error}.", "name the dataset's file, as in --set data.train=train.jsonl") from None
     except FileNotFoundError:
         beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, beside, 1)
         raise DataError(f"There is no dataset at {path}.", f"did you mean {path.parent / near[0]}?" if near else FORMATS) from None
-    if faults:
+    if left_out and not empty:
+        left_out.count += count
+        left_out.first = [*left_out.first, *faults][:FAULTS_SHOWN]
+    elif faults:
         more = f"\n… and {count - FAULTS_SHOWN} more" if count > FAULTS_SHOWN else ""
-        raise DataError("\n".join(faults) + more, hint)
-    if empty:
+        way = "" if empty else "; to leave such rows out: --set data.skip_faulty=true"
+        raise DataError("\n".join(faults) + more, hint + way)
+    elif empty:
         raise DataError(f"{path} has no rows.", FORMATS)
 
 

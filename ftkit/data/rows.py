@@ -28,6 +28,7 @@ class Row:
     unlearnt: frozenset[int] = frozenset()  # answers that are not learnt, by their place among the messages
     form: str = field(default="", compare=False)  # in which it was written
     rejected: Message | None = None  # of a preference: the answer that is worse than the last message
+    passed_over: tuple[str, ...] = field(default=(), compare=False)  # columns that are not read
 
     @property
     def where(self) -> str:

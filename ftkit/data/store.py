@@ -66,14 +66,14 @@ class StoredRows(Sequence[Row]):
         return StoredRows(self._lines, array("q", (self._offsets[index] for index in indexes)))
 
     def _read(self, offset: int) -> Row:
-        messages, line, place, unlearnt, form, rejected = self._lines.read(offset)
-        return Row(tuple(messages), line, place, frozenset(unlearnt), form, rejected)
+        messages, line, place, unlearnt, form, rejected, passed_over = self._lines.read(offset)
+        return Row(tuple(messages), line, place, frozenset(unlearnt), form, rejected, tuple(passed_over))
 
 
 def store_rows(rows: Iterable[Row]) -> StoredRows:
     """Keep rows, as they come."""
     lines = _Lines()
-    values = ([row.messages, row.line, row.place, sorted(row.unlearnt), row.form, row.rejected] for row in rows)
+    values = ([row.messages, row.line, row.place, sorted(row.unlearnt), row.form, row.rejected, row.passed_over] for row in rows)
     return StoredRows(lines, array("q", map(lines.add, values)))
 
 

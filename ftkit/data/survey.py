@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ftkit.data.formats import CLASSIFICATION
 from ftkit.data.lengths import Batching, Tally, TokenCounts, batching, count_tokens
 from ftkit.data.mask import learnt_of
+from ftkit.data.read import LeftOut
 from ftkit.data.rows import CALLS, IGNORED, Example, Message, Pair, Row
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class Part:
     systems: int  # rows with a system message
     reasoning: int  # answers with what was thought before them
     calls: int  # answers that call tools
+    passed_over: dict[str, int]  # columns that are not read, and in how many rows they hold something
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def survey(
     effective_batch_size: int,
     seed: int,
     show: int = 0,
+    faulty: LeftOut | None = None,
 ) -> Survey:
     """Look at rows by their purpose; `train` and `validation` are tokenised. Raises DataError as `tokenise` does."""
     tallies: list[Tally] = []
@@ -113,9 +117,14 @@ def survey(
         tokens=count_tokens(tallies),
         histogram=tuple(_histogram(lengths)),
         padding=batching(tallies[0].kept, effective_batch_size, effective_batch_size, max_length, seed),
-        findings=tuple(Finding(each.what, each.count, tuple(each.places)) for each in found if each.count),
+        findings=(*faulty_rows(faulty or LeftOut()), *(Finding(each.what, each.count, tuple(each.places)) for each in found if each.count)),
         shown=tuple(shown),
     )
+
+
+def faulty_rows(left_out: LeftOut) -> list[Finding]:
+    """What could not be read, and was left out."""
+    return [Finding("rows that cannot be read, left out", left_out.count, tuple(left_out.first))] if left_out.count else []
 
 
 def _shown_of(example: Example | Pair) -> list[tuple[str, Example]]:
@@ -144,8 +153,10 @@ class _Found:
 def _part(rows: Iterable[Row]) -> Part:
     counts: Counter[str] = Counter()
     forms: Counter[str] = Counter()
+    passed_over: Counter[str] = Counter()
     for row in rows:
         forms[row.form] += 1
+        passed_over.update(row.passed_over)
         counts["systems"] += row.messages[0]["role"] == "system"
         for n, message in enumerate(row.messages):
             if message["role"] == "assistant":
@@ -154,7 +165,7 @@ def _part(rows: Iterable[Row]) -> Part:
                 counts["reasoning"] += bool(message.get("reasoning_content")) or message["content"].startswith("<think>")
                 counts["calls"] += CALLS in message
     names = ("answers", "unlearnt", "systems", "reasoning", "calls")
-    return Part(rows=forms.total(), forms=dict(forms), **{name: counts[name] for name in names})
+    return Part(rows=forms.total(), forms=dict(forms), passed_over=dict(passed_over), **{name: counts[name] for name in names})
 
 
 def _histogram(lengths: Sequence[int]) -> list[Bin]:
@@ -200,8 +211,12 @@ def _of_answers(rows: Iterable[Row]) -> Iterator[_Found]:
     """What is odd in questions and answers by themselves."""
     empty, answers, asked = _Found("rows whose question is empty"), Counter[str](), 0
     longer = _Found("preferences whose chosen answer is the longer one: more than 3 in 4, so that length may be what is learnt")
-    pairs = 0
+    numbers = _Found("answers that are numbers alone: data.labels gives classes names, as in '[bad, good]'")
+    pairs = classified = 0
     for row in rows:
+        if row.form == CLASSIFICATION:
+            classified += 1
+            numbers.count += row.answer.isdecimal()
         if row.rejected:
             pairs += 1
             longer.count += len(row.answer) > len(row.rejected["content"])
@@ -212,6 +227,8 @@ def _of_answers(rows: Iterable[Row]) -> Iterator[_Found]:
             if len(answers) < DIFFERENT_ANSWERS or row.answer.strip() in answers:
                 answers[row.answer.strip()] += 1
     yield empty
+    if classified and numbers.count == classified:
+        yield numbers
     if 4 * longer.count > 3 * pairs:
         yield longer
     common, times = next(iter(answers.most_common(1)), ("", 0))

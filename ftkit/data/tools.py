@@ -61,7 +61,10 @@ def pair(messages: Sequence[Message]) -> None:
         if message["role"] == "tool":
             given = message.get("tool_call_id")
             if not waiting or (given is not None and given not in waiting):
-                raise ValueError(f"message {number} is what a tool gave, and nothing called it" + (f" ({given})" if given else ""))
+                raise ValueError(
+                    f"message {number} is what a tool gave, and nothing called it"
+                    + (f" ({given})" if given else _as_text(messages[number - 2]))
+                )
             answered = given if given is not None else next(iter(waiting))
             message["tool_call_id"], message["name"] = answered, waiting.pop(answered)
         else:
@@ -70,6 +73,11 @@ def pair(messages: Sequence[Message]) -> None:
             made += 1
             call.setdefault("id", f"call{made:05d}")  # of the form that Mistral's templates ask for
             waiting[call["id"]] = call["function"]["name"]
+
+
+def _as_text(before: Message) -> str:
+    """What is said of an answer before a result that may hold its call as text."""
+    return "; a call that is written as text is not read: give it in `tool_calls`, as docs/recipe.md shows" if before["content"] else ""
 
 
 def _parsed(value: Any, what: str) -> Any:

@@ -154,7 +154,7 @@ def _held_out(job: Job) -> list[Any]:
     return [  # what a training here would follow from, and what was trained elsewhere does not
         *asked,
         {purpose: files.fingerprint for purpose, files in job.data.items()},
-        data.model_dump(include={"columns", "labels"}),
+        data.model_dump(include={"columns", "labels"}) | data.model_dump(include={"skip_faulty"}, exclude_defaults=True),
         job.recipe.training.max_length,
         job.recipe.training.seed,  # by which rows are chosen
         job.source.fingerprint,

@@ -23,4 +23,5 @@ def look(job: Job, show: int = 0) -> Survey:
         effective_batch_size=training.effective_batch_size,
         seed=training.seed,
         show=show,
+        faulty=rows.left_out,
     )

@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ftkit.data.read import read_rows, split_validation
+from ftkit.data.read import LeftOut, read_rows, split_validation
 from ftkit.data.store import StoredRows, store_rows
 from ftkit.data.template import ChatSettings, named_template
 from ftkit.engines import hf
@@ -67,6 +67,17 @@ class Rows:
     train: StoredRows
     validation: StoredRows
     test: StoredRows
+    left_out: LeftOut  # of all of them
+
+    def tell(self, reporter: Reporter) -> None:
+        """Say what was left out."""
+        if self.left_out.count:
+            more = f"\n… and {more:,} more" if (more := self.left_out.count - len(self.left_out.first)) else ""
+            reporter.warn(
+                f"{self.left_out.count:,} rows cannot be read and are left out (data.skip_faulty):\n"
+                + "\n".join(self.left_out.first)
+                + more
+            )
 
 
 @dataclass(frozen=True)
@@ -201,17 +212,23 @@ def read_data(job: Job) -> Rows:
 
     Where nothing was trained here nothing is held out: without test or validation rows all are asked.
     """
-    settings, read = job.recipe.data, {}
+    settings, read, left_out = job.recipe.data, {}, LeftOut()
     for purpose, data in job.data.items():
         learnt_of = job.recipe.training.objective if purpose != "test" and not job.given else None
-        read[purpose] = read_rows(*data_paths(data), columns=settings.columns, labels=settings.labels or (), objective=learnt_of)
+        read[purpose] = read_rows(
+            *data_paths(data),
+            columns=settings.columns,
+            labels=settings.labels or (),
+            objective=learnt_of,
+            left_out=left_out if settings.skip_faulty else None,
+        )
     if job.given:
         rows = [read[purpose] for purpose in ("train", "validation", "test") if purpose in read] or [store_rows(())]
-        return Rows(rows[0], read.get("validation", rows[0][:0]), rows[-1][: job.recipe.ship.test_rows])
+        return Rows(rows[0], read.get("validation", rows[0][:0]), rows[-1][: job.recipe.ship.test_rows], left_out)
     train, validation = read["train"], read.get("validation")
     if validation is None:
         train, validation = split_validation(train, job.recipe.data.validation_share, job.recipe.training.seed)
-    return Rows(train, validation, read.get("test", validation)[: job.recipe.ship.test_rows])
+    return Rows(train, validation, read.get("test", validation)[: job.recipe.ship.test_rows], left_out)
 
 
 def open_base(job: Job) -> Source:

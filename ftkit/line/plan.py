@@ -93,7 +93,7 @@ def training_inputs(job: Job) -> list[Any]:
         {purpose: file.fingerprint for purpose, file in job.data.items() if purpose != "test"},
         {
             **recipe.data.model_dump(include={"train", "validation", "validation_share", "date"}),
-            **recipe.data.model_dump(include={"columns", "labels", "thinking", "system_in_question"}, exclude_defaults=True),
+            **recipe.data.model_dump(include={"columns", "labels", "skip_faulty", "thinking", "system_in_question"}, exclude_defaults=True),
         },
         *([job.chat_template] if job.chat_template else []),
         {
@@ -162,6 +162,8 @@ class _Looked:
 def _look(job: Job, folder: Path | None = None) -> _Looked:
     recipe = job.recipe
     rows = read_data(job) if job.data else None  # a fault in the data is found first
+    if rows:
+        rows.tell(job.reporter)
     opened = open_config(job.source, job.reporter)
     assert opened.folder
     if job.begins_with:

@@ -34,7 +34,7 @@ def _follows_from(job: Job) -> str:
         FOLDER,
         job.source.fingerprint,
         {purpose: files.fingerprint for purpose, files in job.data.items() if purpose != "test"},
-        recipe.data.model_dump(include={"columns", "labels", "validation_share", "date", "thinking", "system_in_question"}),
+        recipe.data.model_dump(exclude={"train", "validation", "test", "template"}),
         job.chat_template,
         recipe.training.model_dump(include={"max_length", "objective", "seed"}),
         recipe.trust_remote_code,

@@ -40,6 +40,9 @@ td:first-child, th:first-child, td:last-child, th:last-child { text-align: left 
 </tr>
 {% endfor %}
 </table>
+{% for purpose, part in found.parts.items() if part.passed_over %}
+<p>Columns of {{ purpose }} that are not read: {{ part.passed_over | join(", ") }}.</p>
+{% endfor %}
 <p>{{ found.examples }} examples to train and validate, {{ found.tokens.total | count }} tokens,
 of which {{ found.learnt_tokens | count }} are learnt.
 Median {{ found.tokens.median }} tokens, 95 % up to {{ found.tokens.p95 }}, longest {{ found.tokens.longest }}.</p>

@@ -160,3 +160,28 @@ def test_several_files_follow_one_another(here: Path, model: Path, ftkit: Ftkit,
     assert refused.exit_code == 1
     assert f"There is no dataset at {here / 'c.csv'}" in refused.stderr
     assert ftkit("data", recipe(here, model, train=[])).exit_code == 2
+
+
+def test_what_was_not_read_is_listed(here: Path, model: Path, ftkit: Ftkit, write_rows: WriteRows) -> None:
+    write_rows(
+        here / "train.jsonl", [{"text": f"row {n}", "label": n % 2, "source": "web", "score": None} for n in range(8)] + [{"text": "x"}, 7]
+    )
+    write_rows(here / "validation.jsonl", [{"text": "row", "label": 1}])
+    asked = recipe(here, model)
+    refused = ftkit("data", asked)
+    assert refused.exit_code == 1
+    assert "train.jsonl, line 10: a row is an object, not int" in refused.stderr
+    assert "--set data.skip_faulty=true" in refused.stderr
+    shown = ftkit("data", asked, "--set", "data.skip_faulty=true", "--html", "data.html")
+    assert shown.exit_code == 0, shown.output
+    assert "Columns that are not read: source." in shown.stdout  # one that is empty says nothing
+    assert "1 rows that cannot be read, left out: " in shown.stdout
+    assert "Columns of train that are not read: source." in (here / "data.html").read_text(encoding="utf-8")
+
+
+def test_classes_without_names_are_told(here: Path, model: Path, ftkit: Ftkit, write_rows: WriteRows) -> None:
+    write_rows(here / "train.jsonl", [{"text": f"row {n}", "label": n % 2} for n in range(8)])
+    write_rows(here / "validation.jsonl", [{"text": "row", "label": 1}])
+    told = "8 answers that are numbers alone: data.labels gives classes names"
+    assert told in ftkit("data", recipe(here, model)).stdout
+    assert told not in ftkit("data", recipe(here, model, labels=["ham", "spam"])).stdout

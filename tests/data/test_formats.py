@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ftkit.data.formats import FORMS, PREFERENCE, UNREAD, UNREAD_IN_MESSAGES, UNREAD_KEY, conversation_of
+from ftkit.data.formats import CHAT, FORMS, PREFERENCE, UNREAD, UNREAD_IN_MESSAGES, UNREAD_KEY, conversation_of
 from ftkit.data.mask import tokenise
 from ftkit.data.read import read_rows
 from ftkit.data.rows import IGNORED, Row
@@ -206,6 +206,8 @@ def test_each_form_has_an_example_that_is_read() -> None:
         row = {key: [ASKED, ANSWERED] if form.keys in (("messages",), ("conversations",), ("conversation",)) else "x" for key in form.keys}
         if form.name == PREFERENCE:
             row = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+        if form.keys == (CHAT,):
+            row = {CHAT: "### Human: Q### Assistant: A"}
         assert conversation_of(row).form == form.name
 
 
