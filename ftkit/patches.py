@@ -198,6 +198,41 @@ def _read_plainly(reader: Any, offset: int, dtype: Any, count: int = 1, override
     return found.view(found.dtype.newbyteorder(override_order or reader.byte_order))  # type: ignore[call-overload]
 
 
+def _arrays_at_once(parts_of: Callable[..., Any]) -> Callable[..., Any]:
+    """The parts of a GGUF file's arrays of numbers and of texts, each array read in one go; of all else as `parts_of` has them."""
+    import struct
+
+    import numpy as np
+    from gguf import GGUFEndian, GGUFValueType
+
+    def parts(reader: Any, begin: int, raw_type: int) -> Any:
+        kind = GGUFValueType(raw_type)
+        if kind != GGUFValueType.ARRAY:
+            return parts_of(reader, begin, raw_type)
+        order: Literal["<", ">"] = ">" if reader.endianess == GGUFEndian.BIG else "<"
+        inside = GGUFValueType(int(reader._get(begin, np.uint32)[0]))
+        head = [reader._get(begin, np.uint32), reader._get(begin + 4, np.uint64)]
+        count, at, found = int(head[1][0]), begin + 12, list[Any]()
+        if inside == GGUFValueType.STRING:
+            values, length_of = reader.data.view(np.ndarray), struct.Struct(order + "Q").unpack_from
+            size, length = len(values), np.dtype(np.uint64).newbyteorder(order)
+            for _ in range(count):
+                text = at + 8
+                end = text + (length_of(values, at)[0] if text <= size else size)
+                if end > size:
+                    raise ValueError("a text reaches beyond the end of the file")
+                found += (values[at:text].view(length), values[text:end])
+                at = end
+            return at - begin, head + found, list(range(3, 3 + 2 * count, 2)), [kind, inside][: 1 + min(count, 1)]
+        if (of_numbers := reader.gguf_scalar_to_np.get(inside)) is None:
+            return parts_of(reader, begin, raw_type)
+        numbers = reader._get(at, of_numbers, count)
+        found = [numbers[n : n + 1] for n in range(count)]
+        return at + numbers.nbytes - begin, head + found, list(range(2, 2 + count)), [kind, inside][: 1 + min(count, 1)]
+
+    return parts
+
+
 _CUDA: When = "tracing for CUDA"
 _HEAD, _LORA = "trl.kernels.chunked_logprob", "peft.tuners.lora.layer"
 _TORCH, _TRANSFORMERS, _TRL, _PEFT = ("torch", "2.13.0"), ("transformers", "5.23.0"), ("trl", "1.16.0"), ("peft", "0.21.2")
@@ -246,7 +281,10 @@ PATCHES: tuple[Patch, ...] = (
           "a layer is repacked at its first evaluation on such a CPU, and then computes without gradients, in training too",
           *_BITSANDBYTES),
     Patch("reading GGUF files", "gguf.gguf_reader", "GGUFReader._get", lambda _: _read_plainly,
-          "it makes a memmap object of every word: 19 s for Llama 3's vocabulary instead of 3, 41 for Gemma 4's instead of 11", *_GGUF),
+          "it makes a memmap object of every number that it reads", *_GGUF),
+    Patch("reading GGUF files", "gguf.gguf_reader", "GGUFReader._get_field_parts",
+          lambda _: _arrays_at_once(_of("gguf.gguf_reader", "GGUFReader")._get_field_parts),
+          "it reads arrays value by value: Gemma 4's vocabulary in 43 s in place of 1, Llama 3's in 15 in place of 0.4", *_GGUF),
 )  # fmt: skip
 
 

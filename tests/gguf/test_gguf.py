@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
+from gguf import GGUFEndian, GGUFReader, GGUFWriter
 
 from ftkit.engines import llamacpp
 from ftkit.errors import ModelError, RunError, ToolFailedError
@@ -17,6 +17,7 @@ from ftkit.machine.llama_cpp import Found, find_program
 from ftkit.model import dequantise
 from ftkit.model.locate import locate
 from ftkit.model.open import open_weights
+from ftkit.model.source import open_gguf
 from ftkit.run import Run
 
 
@@ -42,6 +43,29 @@ def test_a_file_that_is_cut_anywhere_is_refused_when_it_is_read_back(whole: Path
         whole.write_bytes(content[:end])
         with pytest.raises(ModelError, match=r"tiny\.gguf is not a whole GGUF file"):
             gguf.read_back(whole, "F16")
+
+
+@pytest.mark.parametrize("order", list(GGUFEndian), ids=lambda order: order.name)
+def test_what_is_read_in_one_go_is_what_is_read_value_by_value(tmp_path: Path, order: GGUFEndian) -> None:
+    path = tmp_path / "tiny.gguf"
+    writer = GGUFWriter(path, "llama", endianess=order)
+    for name, values in {
+        "texts": ["a", "", "äöü", "x" * 999], "whole": [1, -2, 3], "halves": [0.5, -1.5], "switches": [True, False], "one": ["alone"],
+        "bytes": b"ab", "tables": [[1, 2], [3]],
+    }.items():  # fmt: skip
+        writer.add_array(f"llama.{name}", values)
+    writer.add_string("llama.text", "text")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found, plain = open_gguf(path).fields, GGUFReader(path).fields
+    assert found.keys() == plain.keys()
+    for key, field in plain.items():
+        mine = found[key]
+        assert (mine.offset, mine.data, mine.types) == (field.offset, field.data, field.types)
+        assert [part.tolist() for part in mine.parts] == [part.tolist() for part in field.parts]
+        assert mine.contents() == field.contents()
 
 
 @pytest.mark.torch
