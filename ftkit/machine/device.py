@@ -13,6 +13,7 @@ import psutil
 
 from ftkit.errors import RecipeError
 from ftkit.files import fingerprint
+from ftkit.machine import cuda_driver, nvml
 from ftkit.machine.cards import find_card
 from ftkit.units import GIB, parse_vram
 
@@ -30,34 +31,37 @@ class Device:
     capability: tuple[int, int] = (0, 0)
 
 
-def find_gpus(nvml: Any = None) -> list[Device]:
+def find_gpus(management: Any = None, driver: str = cuda_driver.LIBRARY) -> list[Device]:
     """The GPUs that CUDA will see, in CUDA's order; empty without a driver or a GPU. Does not import torch.
 
-    NVIDIA's management library (NVML) lists them; `nvml` is its Python module. RecipeError where CUDA_VISIBLE_DEVICES names a slice
-    of a GPU, or where CUDA counts another way than by bus and the cards differ.
+    NVIDIA's management library lists them; where it lists none, or does not tell the memory of one, CUDA's driver does, which does not
+    tell what is free without taking some of it: of a GPU that shares the machine's RAM that is what is free there, of another one all.
+    RecipeError where
+    CUDA_VISIBLE_DEVICES names a slice of a GPU, or where CUDA counts another way than by bus and the cards differ.
     """
-    if nvml is None:
-        import pynvml
+    nothing: list[Device | None] = []
+    listed = nvml.ask(_listed, nothing, management)
+    told = [found for found in listed if found]
+    return told if listed and len(told) == len(listed) else [_driven(gpu) for gpu in cuda_driver.gpus(driver)] or told
 
-        nvml = pynvml
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:  # no driver, or no card
-        return []
-    try:
-        cards = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        cards.sort(key=lambda card: nvml.nvmlDeviceGetPciInfo(card).busId)
-        uuids = [nvml.nvmlDeviceGetUUID(card) for card in cards]
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        chosen = list(range(len(cards))) if visible is None else visible_gpus(visible, uuids)
-        by_number = visible is None or not visible.strip().startswith("GPU-")
-        if chosen and by_number and os.environ.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST") != "PCI_BUS_ID":
-            _refuse_mixed({nvml.nvmlDeviceGetName(card) for card in cards})
-        return [found for index in chosen if (found := _describe(nvml, cards[index]))]
-    except nvml.NVMLError:
-        return []
-    finally:
-        nvml.nvmlShutdown()
+
+def _listed(nvml: Any) -> list[Device | None]:
+    cards = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    cards.sort(key=lambda card: nvml.nvmlDeviceGetPciInfo(card).busId)
+    uuids = [nvml.nvmlDeviceGetUUID(card) for card in cards]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = list(range(len(cards))) if visible is None else visible_gpus(visible, uuids)
+    by_number = visible is None or not visible.strip().startswith("GPU-")
+    if chosen and by_number and os.environ.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST") != "PCI_BUS_ID":
+        _refuse_mixed({nvml.nvmlDeviceGetName(card) for card in cards})
+    return [_describe(nvml, cards[index]) for index in chosen]
+
+
+def _driven(gpu: cuda_driver.Gpu) -> Device:
+    ram = processor()
+    if gpu.integrated:
+        return Device("cuda", gpu.name, min(gpu.total_bytes, ram.total_bytes), min(gpu.total_bytes, ram.free_bytes), gpu.capability)
+    return Device("cuda", gpu.name, gpu.total_bytes, gpu.total_bytes, gpu.capability)
 
 
 def visible_gpus(visible: str, uuids: Sequence[str]) -> list[int]:

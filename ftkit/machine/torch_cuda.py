@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.errors import ToolMissingError
+from ftkit.machine import cuda_driver, nvml
 from ftkit.machine.device import Device
 
 Version = tuple[int, int]  # major, minor
@@ -38,23 +39,14 @@ def installed() -> Torch | None:
     return Torch(metadata.version("torch").partition("+")[0], (int(found[1]), int(found[2])) if found else None)
 
 
-def driver(nvml: Any = None) -> tuple[str, Version] | None:
+def driver(management: Any = None, library: str = cuda_driver.LIBRARY) -> tuple[str, Version] | None:
     """(its version, the CUDA that it knows); None where it does not tell."""
-    if nvml is None:
-        import pynvml
 
-        nvml = pynvml
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:
-        return None
-    try:
+    def told(nvml: Any) -> tuple[str, Version] | None:
         cuda = int(nvml.nvmlSystemGetCudaDriverVersion_v2())  # 13000 is CUDA 13.0
         return str(nvml.nvmlSystemGetDriverVersion()), (cuda // 1000, cuda % 1000 // 10)
-    except nvml.NVMLError:
-        return None
-    finally:
-        nvml.nvmlShutdown()
+
+    return nvml.ask(told, None, management) or (("", knows) if (knows := cuda_driver.version(library)) else None)
 
 
 def why_not(on: Device, torch: Torch, told: tuple[str, Version] | None) -> ToolMissingError | None:
@@ -67,7 +59,7 @@ def why_not(on: Device, torch: Torch, told: tuple[str, Version] | None) -> ToolM
     made_for = f"torch {torch.version} was made for CUDA {_text(torch.cuda)}"
     if told and told[1][0] < torch.cuda[0]:  # within a major version an older driver does
         return ToolMissingError(
-            f"{made_for}, and {on.name}'s driver {told[0]} knows CUDA {_text(told[1])} at most.",
+            f"{made_for}, and {on.name}'s driver{f' {told[0]}' if told[0] else ''} knows CUDA {_text(told[1])} at most.",
             f"update the driver, or {_bring(on, torch, knows)}",
         )
     if on.capability < LEAST_CAPABILITY.get(torch.cuda[0], (0, 0)):

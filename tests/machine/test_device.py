@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,7 +19,7 @@ from click.testing import CliRunner
 from ftkit.cli import main
 from ftkit.cli.env import look
 from ftkit.errors import RecipeError
-from ftkit.machine import device
+from ftkit.machine import cuda_driver, device, torch_cuda
 from ftkit.machine.cards import cards
 from ftkit.machine.device import ANY_CARD, Device, asked_threads, choose, find_gpus, processor
 from ftkit.units import GIB, MIB
@@ -98,11 +101,65 @@ def test_gpus_are_counted_by_bus_as_cuda_will_count_them() -> None:
 
 
 def test_a_machine_without_a_driver_or_a_gpu_has_no_gpu() -> None:
-    assert find_gpus(FakeNvml(driver=False)) == find_gpus(FakeNvml()) == []
+    assert find_gpus(FakeNvml(driver=False), "libnone.so") == find_gpus(FakeNvml(), "libnone.so") == []
+    assert cuda_driver.version("libnone.so") is None
 
 
-def test_a_gpu_that_does_not_tell_its_memory_is_passed_over() -> None:
-    assert find_gpus(FakeNvml(("GPU-77", "00000000:0F:00.0", "NVIDIA GB10", None, None, None, (12, 1)), SLOW)) == BY_BUS[:1]
+UNTOLD = ("GPU-77", "00000000:0F:00.0", "NVIDIA GB10", None, None, None, (12, 1))
+DRIVER = """
+extern "C" {
+int cuInit(unsigned) { return %(begins)d; }
+int cuDriverGetVersion(int *version) { *version = 13010; return 0; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+int cuDeviceGet(int *device, int number) { *device = number + 7; return 0; }
+int cuDeviceGetName(char *name, int length, int device) {
+  __builtin_strncpy(name, device == 7 ? "Tesla T4" : "NVIDIA GB10", length);
+  return 0;
+}
+int cuDeviceTotalMem_v2(unsigned long *bytes, int device) { *bytes = device == 7 ? 14914ul << 20 : 1ul << 60; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+  const int t4 = device == 7;
+  switch (attribute) {
+    case 18: *value = !t4; return 0;
+    case 75: *value = t4 ? 7 : 12; return 0;
+    case 76: *value = t4 ? 5 : 1; return 0;
+  }
+  return 1;
+}
+}
+"""
+
+
+@pytest.fixture
+def driver_of(tmp_path: Path) -> Callable[[int], str]:
+    """A library with as much of CUDA's driver as ftkit calls, compiled."""
+    compiler = shutil.which("c++") or pytest.skip("no C++ compiler here")
+
+    def make(begins: int = 0) -> str:
+        source, library = tmp_path / "driver.cpp", tmp_path / f"libcuda{begins}.so"
+        source.write_text(DRIVER % {"begins": begins}, encoding="ascii")
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+        return str(library)
+
+    return make
+
+
+def test_where_nvml_does_not_tell_cudas_driver_does(driver_of: Callable[..., str]) -> None:
+    """DGX Spark and Jetson tell no memory there, and a container may lack the library: such a machine trained on its processor."""
+    driver, ram = driver_of(), processor()
+    for management in (FakeNvml(driver=False), FakeNvml(UNTOLD), FakeNvml(SLOW, UNTOLD)):
+        plain, shared = find_gpus(management, driver)
+        assert plain == Device("cuda", "Tesla T4", 14914 * MIB, 14914 * MIB, (7, 5))
+        assert (shared.name, shared.total_bytes, shared.capability) == ("NVIDIA GB10", ram.total_bytes, (12, 1))
+        assert 0 < shared.free_bytes <= ram.total_bytes
+    assert find_gpus(MIXED, driver) == BY_BUS
+    assert cuda_driver.version(driver) == (13, 1)
+    assert torch_cuda.driver(FakeNvml(driver=False), driver) == ("", (13, 1))
+    assert cuda_driver.gpus(driver_of(100)) == []  # CUDA_ERROR_NO_DEVICE
+
+
+def test_a_gpu_whose_memory_nobody_tells_is_passed_over() -> None:
+    assert find_gpus(FakeNvml(UNTOLD, SLOW), "libnone.so") == BY_BUS[:1]
 
 
 @pytest.mark.parametrize(

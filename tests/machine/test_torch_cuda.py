@@ -107,7 +107,7 @@ class Nvml(ModuleType):
 
 def test_the_driver_says_which_cuda_it_knows() -> None:
     assert driver(Nvml(12040)) == ("550.54", (12, 4))
-    assert driver(Nvml(0)) is None
+    assert driver(Nvml(0), "libnone.so") is None
 
 
 @pytest.fixture
