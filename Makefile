@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo: $(READY)
 	@$(BIN)/ftkit setup converter smollm2
-	@test -f $(DEMO)/recipe.yaml || $(BIN)/ftkit init $(DEMO)
+	@test -f $(DEMO)/recipe.yaml || $(BIN)/ftkit init $(DEMO) --task classify
 	@$(BIN)/ftkit build $(DEMO)
 	@$(BIN)/ftkit status $(DEMO)/runs/recipe
 

@@ -3,8 +3,9 @@
     python benchmarks/gap.py FOLDER [--task house] [--seeds 1 2 3] [--ways NAME …]
 
 `house`: conversations of one to three turns under a system prompt, each answer a call as JSON; one wording in four of each call, and two
-rooms, are never trained on. `demo`: the demo's rows. A seed is one training. Each file is made by the line's own steps, and asked and
-measured in llama.cpp on held-out rows that chose nothing. What was measured is kept in FOLDER: the same command goes on.
+rooms, are never trained on. `functions`: the C functions of `ftkit init`. A seed is one training. Each file is made by the line's own
+steps, and asked and measured in llama.cpp on held-out rows that chose nothing. What was measured is kept in FOLDER: the same command
+goes on.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def write_task(folder: Path, task: str) -> None:
     from ftkit.machine import packages
 
     folder.mkdir(parents=True, exist_ok=True)
-    if task == "demo":
+    if task == "functions":
         for name in ("recipe.yaml", "train.jsonl", "test.jsonl"):
             (folder / name).write_bytes((TEMPLATES / "c-vulnerabilities" / name).read_bytes())
     else:
@@ -228,7 +229,7 @@ def table(by_seed: dict[int, dict[str, Found]], ways: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--task", choices=["house", "demo"], default="house")
+    parser.add_argument("--task", choices=["house", "functions"], default="house")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="NAME")
     options = parser.parse_args()

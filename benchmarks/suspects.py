@@ -1,8 +1,8 @@
-"""How many of the demo's rows whose verdict was turned round `ftkit data --suspects` finds, beside a random order of the same rows.
+"""How many of the C functions of `ftkit init` whose verdict was turned round `ftkit data --suspects` finds, beside a random order.
 
     python benchmarks/suspects.py FOLDER [--share 0.1] [--seed 7]
 
-Writes the demo into FOLDER with this share of its training rows wrong – SAFE where they are vulnerable, and the weakness that they only
+Writes that starter into FOLDER with this share of its training rows wrong – SAFE where they are vulnerable, and the weakness that they only
 look like having where they are safe –, trains it (25 minutes on two quiet cores; the same command goes on after a kill), and lists its
 suspects. A share of 0 tells how many rows it names where none is wrong.
 """
@@ -19,7 +19,7 @@ STARTER = Path(__file__).parent.parent / "templates" / "c-vulnerabilities"
 
 
 def write_rows(folder: Path, share: float, seed: int) -> set[int]:
-    """The demo's training rows, some of them wrong; the lines of those."""
+    """The training rows, some of them wrong; the lines of those."""
     sys.path.insert(0, str(STARTER))
     from generate import generate
 

@@ -1,12 +1,12 @@
 """Learnt tokens a second and validation loss of ftkit beside TRL, in one run: with the same settings, and as TRL trains by itself.
 
-    python benchmarks/train.py MODEL_DIR [--steps 3] [--seeds 3] [--method lora] [--set demo --set long] [--room]
+    python benchmarks/train.py MODEL_DIR [--steps 3] [--seeds 3] [--method lora] [--set functions --set long] [--room]
 
 MODEL_DIR holds a checkpoint, SmolLM2-135M say. Each contender trains a new adapter, in turns, on steps drawn from its own first epoch;
-processor time of one thread, from the first step to the end of the last. `demo` are the demo's rows, `long` rows whose lengths have a
-long tail. The bare TRL script is told what ftkit tells it. TRL by itself takes rows in random order, pads them to the longest of a
-batch, recomputes activations and, without Triton, scores every position. With `--room`, ftkit with room for one of the longest rows is
-held against one row at a time. The floor is what a matrix product of this processor reaches, measured first.
+processor time of one thread, from the first step to the end of the last. `functions` are the C functions of `ftkit init`, `long` rows
+whose lengths have a long tail. The bare TRL script is told what ftkit tells it. TRL by itself takes rows in random order, pads them to
+the longest of a batch, recomputes activations and, without Triton, scores every position. With `--room`, ftkit with room for one of the
+longest rows is held against one row at a time. The floor is what a matrix product of this processor reaches, measured first.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from ftkit.train.arguments import Settings, arguments
 from ftkit.train.trainer import build_trainer, dataset_of
 from ftkit.train.watch import Watched, make_watcher
 
-DEMO = Path(__file__).parent.parent / "templates" / "c-vulnerabilities" / "train.jsonl"
+FUNCTIONS = Path(__file__).parent.parent / "templates" / "c-vulnerabilities" / "train.jsonl"
 EFFECTIVE, LEARNT_SHARE, LONGEST, HELD_OUT = 8, 0.25, 512, 8
 FTKIT, SAME, DEFAULTS = "ftkit", "TRL, same settings", "TRL, by itself"
 ROOM, ONE = "ftkit, room for one longest row", "ftkit, one row at a time"
 
 
-def demo_rows(tokenizer: Any) -> list[Example]:
-    rows = [Row(tuple(json.loads(line)["messages"]), n) for n, line in enumerate(DEMO.read_text(encoding="utf-8").splitlines(), 1)]
+def function_rows(tokenizer: Any) -> list[Example]:
+    rows = [Row(tuple(json.loads(line)["messages"]), n) for n, line in enumerate(FUNCTIONS.read_text(encoding="utf-8").splitlines(), 1)]
     examples = list(cut(tokenise(tokenizer, rows), LONGEST))
     random.Random(0).shuffle(examples)  # noqa: S311 – not a secret
     return examples
 
 
 def long_rows(tokenizer: Any) -> list[Example]:
-    """The demo's tokens, cut anew: half of the rows have less than 50, few more than 300, and the last quarter of each is learnt."""
-    stream = [token for example in demo_rows(tokenizer) for token in example.input_ids]
+    """The same tokens, cut anew: half of the rows have less than 50, few more than 300, and the last quarter of each is learnt."""
+    stream = [token for example in function_rows(tokenizer) for token in example.input_ids]
     drawn, examples = random.Random(0), []  # noqa: S311 – not a secret
     while True:
         length = min(LONGEST, max(12, int(drawn.lognormvariate(3.9, 0.9))))
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="the first so many")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--method", default="lora", choices=("lora", "qlora"), help="qlora is of ftkit alone: TRL is then given 16 bits")
-    parser.add_argument("--set", dest="sets", action="append", choices=("demo", "long"))
+    parser.add_argument("--set", dest="sets", action="append", choices=("functions", "long"))
     parser.add_argument("--room", action="store_true", help="also with room for one of the longest rows, of the long set")
     parser.add_argument("--only", action="append", help="these contenders alone")
     options = parser.parse_args()
@@ -170,7 +170,7 @@ def main() -> None:
     tokenizer = hf.load_tokenizer(options.model)
     floors = {dtype: operations_a_second(dtype) for dtype in ("float32", "bfloat16")}
     print("matrix products: " + ", ".join(f"{dtype} {value / 1e9:.0f} GFLOP/s" for dtype, value in floors.items()), flush=True)
-    for name, make in {"demo": demo_rows, "long": long_rows}.items():
+    for name, make in {"functions": function_rows, "long": long_rows}.items():
         if options.sets and name not in options.sets:
             continue
         examples = make(tokenizer)

@@ -29,7 +29,7 @@ from ftkit.run import RECORD, Run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
-FLOOR_PERCENT = 55.0  # a model of 135 M parameters, two passes over 677 rows; it differs by some points between processors
+FLOOR_PERCENT = 90.0  # a model of 135 M parameters, three passes over 432 rows; it differs by some points between processors
 SHORT = (
     "--set",
     "training.max_steps=2",
@@ -58,6 +58,7 @@ def test_the_demo_learned_its_task(demo_run: Path, report_figures: Callable[[str
     assert scores["before"].rows >= 120
     assert scores["before"].percent < 20
     assert scores["trained"].percent >= FLOOR_PERCENT
+    assert scores["Q4_K_M"].right >= 0.98 * scores["trained"].right
 
 
 def test_the_demo_is_up_to_date_in_seconds(demo_run: Path) -> None:
@@ -75,9 +76,9 @@ def test_the_rebuilt_tokenizer_gives_llama_cpps_ids(demo_run: Path) -> None:
     assert folder
     tokenizer = hf.load_tokenizer(folder)
     lines = (REPOSITORY / "demo" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [*HARD_TEXTS, *(message["content"] for line in lines for message in json.loads(line)["messages"])]
+    texts = [*HARD_TEXTS, *(text for line in lines for text in json.loads(line).values())]
     with llamacpp.load(gguf) as engine:
-        assert compare.compare_tokens(texts, lambda text: token_ids(tokenizer, text), engine.tokenize, gguf.name) > 1000
+        assert compare.compare_tokens(texts, lambda text: token_ids(tokenizer, text), engine.tokenize, gguf.name) > 900
 
 
 def run_ftkit(*words: str | Path, cwd: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

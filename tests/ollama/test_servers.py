@@ -22,12 +22,13 @@ from ftkit.ollama.register import register
 from ftkit.ollama.template import find_format
 from ftkit.proof import score as scoring
 from ftkit.proof.probes import conversations
-from ftkit.recipe import Evaluate, Ship
+from ftkit.recipe import Evaluate, Ship, load_recipe
 from ftkit.run import Run
 
 pytestmark = pytest.mark.ollama
 
-NAME = "c-reviewer"
+NAME = "support-router"
+MOST_TOKENS = 16
 ONE_THREAD = {"num_thread": 1}  # two threads on two busy cores spin: forty times slower
 FEWER = 20  # questions
 APART_POINTS = 4  # from what was proved, which the recipe's ship.max_loss_points bounds: another build and other threads round otherwise
@@ -70,6 +71,11 @@ def record(run: Path) -> dict[str, Any]:
     return loaded
 
 
+def rule(run: Path) -> Evaluate:
+    """By which an answer is right."""
+    return load_recipe(run.parent.parent / "recipe.yaml").evaluate
+
+
 def merged_tokenizer(run: Path) -> Any:
     step = Run(run).finished("merge")
     assert step
@@ -93,7 +99,7 @@ def test_ship_registers_the_model(shipped: tuple[str, str], client: Any) -> None
 def test_the_default_system_prompt_is_not_lost(shipped: tuple[str, str], run: Path, client: Any) -> None:
     """Without ftkit's TEMPLATE both servers take their own `chatml`, which has no default system prompt."""
     tokenizer = merged_tokenizer(run)
-    question = [{"role": "user", "content": "Is this C function safe?"}]
+    question = [{"role": "user", "content": "Where is my parcel?"}]
     wanted = template.render(tokenizer, question, ask=True)
     assert DEFAULT_SYSTEM_PROMPT in wanted
     assert ollama.rendered_prompt(client, NAME, question) == wanted
@@ -111,10 +117,10 @@ def test_ollama_run_answers_as_the_client_does(shipped: tuple[str, str], server:
         env={**os.environ, "OLLAMA_HOST": shipped[1]}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (answer,) = ollama.answer(client, NAME, [question], 64, options=ONE_THREAD)
+    (answer,) = ollama.answer(client, NAME, [question], MOST_TOKENS, options=ONE_THREAD)
     client.delete(one_thread)
     assert done.stdout.strip() == answer.strip()
-    assert answer.strip().splitlines()[-1].startswith(("SAFE", "VULNERABLE — CWE-"))
+    assert answer.strip() in (rule(run).labels or ())
 
 
 def test_questions_with_tools_are_asked_with_the_models_own_prompt(shipped: tuple[str, str], run: Path, client: Any) -> None:
@@ -126,7 +132,9 @@ def test_questions_with_tools_are_asked_with_the_models_own_prompt(shipped: tupl
         assert messages == with_tools
         return template.render(tokenizer, question, ask=True)
 
-    plain, called = (ollama.answer(client, NAME, [messages], 64, render=prompt, options=ONE_THREAD) for messages in (question, with_tools))
+    plain, called = (
+        ollama.answer(client, NAME, [messages], MOST_TOKENS, render=prompt, options=ONE_THREAD) for messages in (question, with_tools)
+    )
     assert called == plain
 
 
@@ -161,7 +169,7 @@ def test_the_shipped_files_answer_as_the_trained_model(
     proof = Run(run).finished("prove")
     assert proof
     told = json.loads((proof.folder / "answers.json").read_text(encoding="utf-8"))["answers"]["shipped"]
-    proven = scoring.score(asked["expected"], told, Evaluate(by="last_line"))
+    proven = scoring.score(asked["expected"], told, rule(run))
     files = [*((converted.folder, file) for file in converted.result["files"]), ships]
     for folder, file in files:
         # all sampling values written out, as ftkit ships: v0.24.0 would penalise repetition by 1.1
@@ -169,11 +177,9 @@ def test_the_shipped_files_answer_as_the_trained_model(
         name = f"parity-{file['quantization'].lower()}"
         register(client, name, folder / file["path"], modelfile, lambda m, ask: template.render(tokenizer, m, ask=ask))
         rows = every if folder == ships[0] else FEWER
-        answers = ollama.answer(client, name, asked["questions"][:rows], 64, options=ONE_THREAD)
+        answers = ollama.answer(client, name, asked["questions"][:rows], MOST_TOKENS, options=ONE_THREAD)
         expected = asked["expected"][:rows]
-        score, trained = (
-            scoring.score(expected, given, Evaluate(by="last_line")) for given in (answers, asked["answers"]["trained"][:rows])
-        )
+        score, trained = (scoring.score(expected, given, rule(run)) for given in (answers, asked["answers"]["trained"][:rows]))
         equal = scoring.same(answers, merged[:rows], Evaluate())
         lines.append(
             f"  {file['quantization']:7} {score.right} of {rows} right, as trained {trained.right}, "
