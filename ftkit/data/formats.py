@@ -180,6 +180,12 @@ def _messages(key: str) -> Callable[[_Reading, Mapping[str, Any]], None]:
     return read
 
 
+def _calls(reading: _Reading, row: Mapping[str, Any]) -> None:
+    """A question, and the calls that answer it."""
+    reading.say("user", row["query"])
+    reading.add({"role": "assistant", CALLED[0]: row["answers"]})
+
+
 def _chat(reading: _Reading, row: Mapping[str, Any]) -> None:
     """A whole chat in one text; or up to where the answer begins, which then stands beside it."""
     for message in reading.messages[:1]:  # the row's `system`, written in the same way
@@ -356,6 +362,7 @@ FORMS = (
     _one_question("query and answer", "query", "answer"),
     _one_question("input and output", "input", "output"),
     _one_question(CLASSIFICATION, TEXT_KEY, "label"),
+    Form("query and calls", ("query", "answers", "tools"), _calls, prompts=("query",)),
     Form("chat in one text", (CHAT,), _chat, ANSWERS),
     Form(TEXT, (TEXT_KEY,), _plain, prompts=(TEXT_KEY,)),
 )
@@ -363,7 +370,9 @@ BESIDE = (*SYSTEM, HISTORY, *GIVEN, *LEARNT)  # read with each of them
 # What data.columns may name: keys of the forms, and what is read beside them.
 READ = (*dict.fromkeys((*(key for form in FORMS for key in (*form.keys, *form.also)), *BESIDE, UNREAD_KEY)),)
 ASKS_ONCE = ("question", "query", "problem", "input", "instruction")  # by the first key of forms of one question
-FORMATS = f"ftkit reads {', '.join(form.example for form in FORMS)}; data.columns names other keys"
+FORMATS = (
+    f"ftkit reads {', '.join(form.example for form in FORMS)}; other keys are named as in --set 'data.columns={{prompt: q, completion: a}}'"
+)
 
 
 def conversation_of(value: Any, columns: Mapping[str, str] | None = None, labels: Sequence[str] = ()) -> Conversation:

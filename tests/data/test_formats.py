@@ -208,6 +208,8 @@ def test_each_form_has_an_example_that_is_read() -> None:
             row = {"prompt": "Q", "chosen": "A", "rejected": "B"}
         if form.keys == (CHAT,):
             row = {CHAT: "### Human: Q### Assistant: A"}
+        if "answers" in form.keys:
+            row = {"query": "Q", "answers": '[{"name": "add", "arguments": {"a": 1}}]', "tools": '[{"name": "add"}]'}
         assert conversation_of(row).form == form.name
 
 
