@@ -217,7 +217,9 @@ def _classes(metadata: bytes | None) -> dict[str, list[str]]:
 
 
 def _named(value: Any, names: list[str]) -> Any:
-    """A class by its name; a number that has none stays."""
+    """A class by its name; None for -1, which says that there is none. Another number stays."""
     if isinstance(value, list):
         return [_named(each, names) for each in value]
+    if value == -1:
+        return None
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else value

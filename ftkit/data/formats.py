@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, zip_longest
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from ftkit.data.rows import CALLS, ROLES, TOOLS, Message
 from ftkit.data.thinking import KEYS, split_thinking
 from ftkit.data.tools import pair, read_calls, read_tools
-from ftkit.data.transcripts import Turn, turns_of, writing_of
+from ftkit.data.transcripts import Turn, is_chat, turns_of, writing_of
 
 # Who speaks, by the names that datasets have for it.
 SPEAKERS = {
@@ -190,13 +190,19 @@ def _chat(reading: _Reading, row: Mapping[str, Any]) -> None:
     """A whole chat in one text; or up to where the answer begins, which then stands beside it."""
     for message in reading.messages[:1]:  # the row's `system`, written in the same way
         message["content"] = message["content"].removeprefix("SYSTEM:").strip()
-    *before, (role, content) = _turns(row[CHAT], CHAT)
-    answer = _first(row, ANSWERS)
-    if answer is not None and (role, content) != ("assistant", ""):
-        raise ValueError(f"`{CHAT}` does not end where the answer begins, and `{next(key for key in ANSWERS if key in row)}` is beside it")
-    for turn in before:
-        reading.add({"role": turn[0], "content": turn[1]}, learnt=answer is None)
-    reading.say(role, content if answer is None else answer)
+    turns = _turns(row[CHAT], CHAT)
+    beside = next((key for key in ANSWERS if row.get(key) not in (None, "")), None)
+    if beside:
+        if turns[-1] == ("assistant", ""):
+            turns.pop()
+        elif turns[-1][0] == "assistant":
+            raise ValueError(
+                f"`{CHAT}` ends with an answer, and `{beside}` is beside it; to leave it out: data.columns={{unread: {beside}}}"
+            )
+    for role, content in turns:
+        reading.add({"role": role, "content": content}, learnt=not beside)
+    if beside:
+        reading.say("assistant", row[beside])
 
 
 def _turns(text: Any, key: str) -> list[Turn]:
@@ -233,8 +239,8 @@ def _question_and_answer(asked: str, answered: str, more: str | None = None) -> 
 
 
 def _label(answer: Any, names: Sequence[str]) -> Any:
-    if str(answer) == "-1":
-        raise ValueError("`label` is -1, by which tables say that a row has none")
+    if answer is None or (names and str(answer) == "-1"):
+        raise ValueError("this row has no label, or -1 in its place, as the hub's tables write it")
     if not names or not str(answer).isdecimal():
         return answer
     if int(answer) >= len(names):
@@ -266,7 +272,7 @@ def _preference(reading: _Reading, row: Mapping[str, Any]) -> None:
     for key in (CHOSEN, REJECTED):
         side = _Reading(reading.labels, [*reading.messages])
         answer = [row[key]] if isinstance(row[key], Mapping) else row[key]
-        if asked is None and isinstance(answer, str) and writing_of(answer):
+        if isinstance(answer, str) and (writing_of(answer) or (asked is None and is_chat(answer))):
             answer = [{"role": role, "content": content} for role, content in _turns(answer, key)]
         if isinstance(answer, list) and len(answer) > 1:
             for message in answer:
@@ -298,7 +304,7 @@ def _add_prompt(reading: _Reading, asked: str, row: Mapping[str, Any]) -> None:
         prompt = "\n\n".join([str(prompt), str(row["input"])])
     if asked == CHAT:
         turns = _turns(prompt, CHAT)
-        prompt = [{"role": role, "content": content} for role, content in (turns[:-1] if turns[-1] == ("assistant", "") else turns)]
+        prompt = [{"role": role, "content": content} for role, content in turns if (role, content) != ("assistant", "")]
     for message in prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]:
         reading.add(message)
 
@@ -363,8 +369,8 @@ FORMS = (
     _one_question("input and output", "input", "output"),
     _one_question(CLASSIFICATION, TEXT_KEY, "label"),
     Form("query and calls", ("query", "answers", "tools"), _calls, prompts=("query",)),
-    Form("chat in one text", (CHAT,), _chat, ANSWERS),
     Form(TEXT, (TEXT_KEY,), _plain, prompts=(TEXT_KEY,)),
+    Form("chat in one text", (CHAT,), _chat, ANSWERS),
 )
 BESIDE = (*SYSTEM, HISTORY, *GIVEN, *LEARNT)  # read with each of them
 # What data.columns may name: keys of the forms, and what is read beside them.
@@ -383,14 +389,15 @@ def conversation_of(value: Any, columns: Mapping[str, str] | None = None, labels
     if not isinstance(value, Mapping):
         raise ValueError(f"a row is an object, not {type(value).__name__}")
     row: Mapping[str, Any] = _renamed(value, columns) if columns else value
-    form = form_of(row)
-    if not form and (form := form_of(lower := {str(key).lower(): each for key, each in row.items()})):
+    columns, own = columns or {}, {str(key).lower(): str(key) for key in row}
+    form = form_of(row, columns)
+    if not form and (form := form_of(lower := {str(key).lower(): each for key, each in row.items()}, columns)):
         row = lower
     _refuse_unread(row, {key: why for key, why in UNREAD.items() if not form or key not in form.keys})
     if not form:
         raise ValueError(f"no known form (keys: {_keys(value)})")
     _refuse_beside(form, row, labels)
-    _refuse_chat(form, row, columns or {})
+    _refuse_chat(form, row, columns, own)
     for key in LEARNT:
         if row.get(key) is not None and row[key] not in (1, True):
             raise ValueError(f"`{key}` of a whole row is not read; take the row out, or give it to the message")
@@ -407,7 +414,7 @@ def conversation_of(value: Any, columns: Mapping[str, str] | None = None, labels
     tools = _first(row, GIVEN)
     if tools not in (None, [], {}, "", *EMPTY) and reading.messages:
         reading.messages[0][TOOLS] = read_tools(tools)
-    return replace(_checked(reading, form.name), passed_over=_passed_over(form, row, columns or {}))
+    return replace(_checked(reading, form.name), passed_over=_passed_over(form, row, columns))
 
 
 def _refuse_beside(form: Form, row: Mapping[str, Any], labels: Sequence[str]) -> None:
@@ -420,17 +427,15 @@ def _refuse_beside(form: Form, row: Mapping[str, Any], labels: Sequence[str]) ->
         raise ValueError(f"data.labels names the numbers of a classification, and this row is read as {form.name}")
 
 
-def _refuse_chat(form: Form, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+def _refuse_chat(form: Form, row: Mapping[str, Any], columns: Mapping[str, str], own: Mapping[str, str]) -> None:
     """Raise ValueError for a text that is a whole chat, or a prompt that is one up to its answer, and that nobody named as what it is."""
     for key in form.prompts:
         writing = writing_of(row[key]) if isinstance(row.get(key), str) and key not in columns else None
-        if not writing:
-            continue
-        ways = f"({writing.name}): data.columns={{{CHAT}: {key}}} reads its turns, {{{key}: {key}}} takes it as it is"
-        if form.name == TEXT:
-            raise ValueError(f"`{key}` holds a whole chat {ways}")
-        if writing.turns(row[key])[-1] == ("assistant", ""):
-            raise ValueError(f"`{key}` holds a chat up to its answer {ways}")
+        if writing:
+            what = "a whole chat" if form.name == TEXT else "a chat up to its answer"
+            theirs = own.get(key, key)
+            ways = f"data.columns={{{CHAT}: {theirs}}} reads its turns, {{{key}: {theirs}}} takes it as it is"
+            raise ValueError(f"`{theirs}` holds {what} ({writing.name}): {ways}")
 
 
 def _passed_over(form: Form, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, ...]:
@@ -445,9 +450,10 @@ def _keys(value: Mapping[str, Any]) -> str:
     return ", ".join(key.removesuffix(".") for key in inside) or "none"
 
 
-def form_of(row: Mapping[str, Any]) -> Form | None:
-    """The first form whose keys a row has."""
-    return next((form for form in FORMS if all(key in row for key in form.keys)), None)
+def form_of(row: Mapping[str, Any], columns: Collection[str] = ()) -> Form | None:
+    """The first form whose keys a row has, of those that read the most of what data.columns names."""
+    found = [form for form in FORMS if all(key in row for key in form.keys)]
+    return max(found, key=lambda form: len({*form.keys, *form.also}.intersection(columns)), default=None)
 
 
 def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -465,10 +471,9 @@ def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
 
 def _reach(value: Mapping[str, Any], path: str) -> Any:
     """What a row holds under a key, or inside it: `translation.de`, `answers.text.0`. Raises ValueError."""
-    if path in value:
-        return value[path]
-    found: Any = value
-    for part in path.split("."):
+    begins = max((str(key) for key in value if f"{path}.".startswith(f"{key}.")), key=len, default="")
+    found: Any = value[begins] if begins else value
+    for part in path.removeprefix(begins).removeprefix(".").split(".") if path != begins else ():
         if isinstance(found, Mapping) and part in found:
             found = found[part]
         elif isinstance(found, list) and part.isdecimal() and int(part) < len(found):

@@ -22,7 +22,8 @@ OTHER_ROWS: dict[Objective, tuple[str, str]] = {
     "sft": (
         "a preference (chosen, rejected), and training.objective is sft",
         "to learn which is better: --set training.objective=dpo; to learn the chosen answers alone: "
-        "--set 'data.columns={messages: chosen}' where they are conversations, else {completion: chosen} beside a `prompt`, "
+        "--set 'data.columns={messages: chosen}' where they are conversations, {chat: chosen} where each is one text, "
+        "else {completion: chosen} beside a `prompt`, "
         "{answer: chosen} beside a `question`",
     ),
     "dpo": (

@@ -63,7 +63,7 @@ def pair(messages: Sequence[Message]) -> None:
             if not waiting or (given is not None and given not in waiting):
                 raise ValueError(
                     f"message {number} is what a tool gave, and nothing called it"
-                    + (f" ({given})" if given else _as_text(messages[number - 2]))
+                    + (f" ({given})" if given else _as_text(messages[: number - 1]))
                 )
             answered = given if given is not None else next(iter(waiting))
             message["tool_call_id"], message["name"] = answered, waiting.pop(answered)
@@ -75,9 +75,10 @@ def pair(messages: Sequence[Message]) -> None:
             waiting[call["id"]] = call["function"]["name"]
 
 
-def _as_text(before: Message) -> str:
+def _as_text(before: Sequence[Message]) -> str:
     """What is said of an answer before a result that may hold its call as text."""
-    return "; a call that is written as text is not read: give it in `tool_calls`, as docs/recipe.md shows" if before["content"] else ""
+    said = before and before[-1]["role"] == "assistant" and before[-1]["content"]
+    return "; a call that is written as text is not read: give it in `tool_calls`, as docs/recipe.md shows" if said else ""
 
 
 def _parsed(value: Any, what: str) -> Any:

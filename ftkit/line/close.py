@@ -158,7 +158,7 @@ def _room_on(card: Device) -> int:
     import torch
 
     begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return without_margin(card.free_bytes + (CONTEXT_BYTES if begun else 0))
+    return without_margin(min(card.total_bytes, card.free_bytes + (CONTEXT_BYTES if begun else 0)))
 
 
 def _student(job: Job, path: Path, model: Path, ways: Sequence[ClosingWay], found: Weights) -> tuple[PreTrainedModel, Way]:

@@ -17,7 +17,7 @@ from ftkit.gguf.files import CONVERTER_TYPES, Corrections, GgufFile, Wanted, con
 from ftkit.gguf.imatrix import importance
 from ftkit.gguf.types import CONVERTED, needs_imatrix
 from ftkit.line.adopt import trained_by
-from ftkit.line.job import Job, read_data, tokenizer_of
+from ftkit.line.job import READ_BY, Job, read_data, tokenizer_of
 from ftkit.line.merge import MERGE, MODEL, Merged
 from ftkit.line.step import Made, Step, fingerprint_of
 from ftkit.machine.device import processor
@@ -194,6 +194,7 @@ IMATRIX = Step(
     follows_from=lambda job: [
         fingerprint_of(job, trained_by(job)),
         [data.fingerprint for data in job.data.values()] if job.given else None,
+        *(filter(None, [job.recipe.data.model_dump(include=READ_BY, exclude_defaults=True)]) if job.given else ()),
     ],
     costs=of_imatrix,
     make=_imatrix,

@@ -80,6 +80,9 @@ class Rows:
             )
 
 
+READ_BY = {"columns", "labels", "skip_faulty"}  # keys of `data` that change what rows say
+
+
 @dataclass(frozen=True)
 class Job:
     """A recipe, and what it was found to name."""

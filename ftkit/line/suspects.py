@@ -164,7 +164,7 @@ def to_correct(job: Job, suspects: Sequence[Suspect]) -> Iterator[dict[str, Any]
     wanted = {each.place: each for each in suspects}
     rows: dict[str, Any] = {}
     for path in chain.from_iterable(data_paths(files) for purpose, files in job.data.items() if purpose != "test"):
-        for _, place, value in values(path):
+        for _, place, value in values(path, class_names=not job.recipe.data.labels):
             if (where := _from(job, f"{path}, {place}")) in wanted:
                 rows[where] = value
     for where, each in wanted.items():

@@ -114,7 +114,7 @@ def open_gguf(path: Path, mode: Literal["r", "r+"] = "r") -> GGUFReader:
     try:
         with patches.applied("reading GGUF files"):
             return GGUFReader(path, mode)
-    except (OSError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
+    except (OSError, ValueError, LookupError, ArithmeticError, MemoryError, RecursionError) as error:
         raise ModelError(
             f"{path.name} is not a whole GGUF file: {first_line(error)}.", "make or download it again, with enough space on the disk"
         ) from None

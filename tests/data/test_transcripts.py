@@ -44,7 +44,7 @@ CHATS = {  # as each is found in the wild, with a system message where it has a 
         "### System:\nBe brief.\n\n### User:\nQ1\n\n### Assistant:\nA1\n\n- x\n\n### User:\nQ2\n\n### Assistant:\nA2"
     ),
     "### Instruction: … ### Response:": (
-        f"{ALPACA}\n\n### Instruction:\nQ1\n\n### Response:\nA1\n\n- x\n\n### Instruction:\nQ2\n\n### Response:\nA2</s>"
+        "### Instruction:\nQ1\n\n### Response:\nA1\n\n- x\n\n### Instruction:\nQ2\n\n### Response:\nA2</s>"
     ),
     "### Question: … ### Answer:": "### Question: Q1\n### Answer: A1\n\n- x\n### Question: Q2\n### Answer: A2",
     "Human: … Assistant:": "\n\nHuman: Q1\n\nAssistant: A1\n\n- x\n\nHuman: Q2\n\nAssistant: A2",
@@ -67,7 +67,7 @@ def test_a_chat_in_one_text_is_its_turns(writing: Writing) -> None:
     assert conversation_of({"text": chat, "label": "polite"}).messages == said(chat, "polite")
 
     asked = chat[: chat.rindex("A2")]
-    answered = conversation_of({"chat": asked, "completion": "A2"})
+    answered = conversation_of({"chat": asked.rstrip(), "completion": "A2"})
     assert (answered.messages, answered.unlearnt) == (messages, {len(messages) - 3})  # as of messages in a prompt none is learnt
     with pytest.raises(ValueError, match=r"`prompt` holds a chat up to its answer .*data.columns={chat: prompt}"):
         conversation_of({"prompt": asked, "completion": "A2"})
@@ -120,7 +120,7 @@ def test_a_row_s_own_system_message_may_be_written_as_the_chat_is() -> None:
     [
         ({"chat": "Hello"}, "`chat` is no chat in one text that is known"),
         ({"chat": [{"role": "user", "content": "Q"}]}, "`chat` is no text; for a list of messages: data.columns={messages: chat}"),
-        ({"chat": "### Human: Q### Assistant: A", "completion": "A"}, "`chat` does not end where the answer begins, and `completion` is"),
+        ({"chat": "### Human: Q### Assistant: A", "completion": "B"}, "`chat` ends with an answer, and `completion` is beside it; to"),
         ({"chat": "### Human: Q### Assistant: "}, "no answer: the last message is empty"),
         ({"chat": "USER: Q\n\nASSISTANT: <functioncall> {}\n\nFUNCTION RESPONSE: 4\n\nASSISTANT: 4"}, "a call that is written as text is"),
     ],
@@ -128,6 +128,86 @@ def test_a_row_s_own_system_message_may_be_written_as_the_chat_is() -> None:
 def test_what_cannot_be_read_of_a_chat_is_said(row: dict[str, object], fault: str) -> None:
     with pytest.raises(ValueError, match=re.escape(fault)):
         conversation_of(row)
+
+
+@pytest.mark.parametrize(
+    ("chat", "turns"),
+    [
+        # What looks like a marker inside a turn is what it says.
+        ("USER: Dockerfile has USER: root why? ASSISTANT: because", [("user", "Dockerfile has USER: root why?"), ("assistant", "because")]),
+        ("### Instruction:\nQ\n\n### Response:\nIntro\n\n### Response:\nMore",
+         [("user", "Q"), ("assistant", "Intro\n\n### Response:\nMore")]),
+        (f"{ALPACA}\n\n### Instruction:\nQ\n\n### Response:\nHere:\n### Instruction:\n{{x}}\n\n### Response:\n...",
+         [("user", "Q"), ("assistant", "Here:\n### Instruction:\n{x}\n\n### Response:\n...")]),
+        ("### Instruction:\nsay '### Response:' twice\n\n### Response:\nno", [("user", "say '### Response:' twice"), ("assistant", "no")]),
+        ("### Human: Q### Assistant:\n    return 1\n", [("user", "Q"), ("assistant", "    return 1")]),
+        ("### Human: Q### Assistant: <s>gone</s>", [("user", "Q"), ("assistant", "<s>gone</s>")]),
+        ("Human: a\n\nAssistant: b\n\nHuman: \n\nAssistant: c", [("user", "a"), ("assistant", "b"), ("user", ""), ("assistant", "c")]),
+        ("<|im_start|>user\r\nQ<|im_end|>\r\n<|im_start|>assistant\r\nA<|im_end|>", [("user", "Q"), ("assistant", "A")]),
+        ("[SYSTEM_PROMPT]Be kind.[/SYSTEM_PROMPT][INST]Q[/INST]A</s>", [("system", "Be kind."), ("user", "Q"), ("assistant", "A")]),
+        (f"{ALPACA} Answer in JSON.\n\n### Instruction:\nQ\n\n### Response:\nA",
+         [("system", "Answer in JSON."), ("user", "Q"), ("assistant", "A")]),
+        ("<|im_start|>developer\nBe brief.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>",
+         [("system", "Be brief."), ("user", "Q"), ("assistant", "A")]),
+    ],
+)  # fmt: skip
+def test_a_turn_is_what_is_said_in_it(chat: str, turns: list[tuple[str, str]]) -> None:
+    assert turns_of(chat) == turns
+
+
+@pytest.mark.parametrize("role", ["function", "narrator"])
+def test_a_turn_of_an_unknown_role_is_no_part_of_another_one(role: str) -> None:
+    chat = f"<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n<|im_start|>{role}\n4<|im_end|>\n<|im_start|>assistant\nB"
+    with pytest.raises(ValueError, match=re.escape("`chat` has a turn that is not understood, at <|im_end|>")):
+        conversation_of({"chat": chat})
+
+
+def test_what_is_named_is_what_is_read() -> None:
+    """Whatever else a row has: the hint says to name it so."""
+    chat = "### Human: Q### Assistant: A"
+    for beside in ({"instruction": "I", "output": "O"}, {"messages": list(said("x", "y"))}, {"input": "I", "output": "A2"}):
+        assert conversation_of({"text": chat, **beside}, {"chat": "text", "unread": list(beside)[-1]}).messages == said("Q", "A")
+    asked = {"instruction": "\n\nHuman: Q\n\nAssistant:", "input": "", "output": "A"}
+    with pytest.raises(ValueError, match=r"{chat: instruction}"):
+        conversation_of(asked)
+    assert conversation_of(asked, {"chat": "instruction"}).messages == said("Q", "A")
+    with pytest.raises(ValueError, match=r"`Text` holds a whole chat .*{chat: Text} reads"):
+        conversation_of({"Text": chat})
+    assert conversation_of({"Text": chat}, {"chat": "Text"}).messages == said("Q", "A")
+
+
+def test_a_column_that_happens_to_be_called_chat_is_passed_over() -> None:
+    for value in ("general", None, "### Human: Q### Assistant: A"):
+        assert conversation_of({"chat": value, "text": "hello"}).form == "plain text"
+    assert conversation_of({"chat": "### Human: Q### Assistant: A", "response": ""}).messages == said("Q", "A")
+    assert conversation_of({"chat": "Human: a\n\nAssistant: b\n\nHuman: Q", "response": None, "answer": "A"}).messages == said(
+        "a", "b", "Q", "A"
+    )
+
+
+def test_both_sides_of_a_preference_are_read_by_their_turns() -> None:
+    good, bad = "Human: Q\n\nAssistant: A", "Human: Q\n\nAssistant: B"
+    for more in ({}, {"prompt": "Q"}):
+        read = conversation_of({"chosen": good, "rejected": bad, **more})
+        assert (read.messages, read.rejected) == (said("Q", "A"), {"role": "assistant", "content": "B"})
+    assert conversation_of({"prompt": "Human: Q\n\nAssistant:", "chosen": good, "rejected": bad}, {"chat": "prompt"}).messages == said(
+        "Q", "A"
+    )
+    with pytest.raises(ValueError, match="`prompt` is not what `chosen` answers"):
+        conversation_of({"prompt": "another", "chosen": good, "rejected": bad})
+    system = {"role": "system", "content": "You help."}
+    assert conversation_of({"chosen": f"You help.\n\n{good}", "rejected": f"You help.\n\n{bad}"}).messages == (system, *said("Q", "A"))
+
+
+def test_a_prompt_that_is_a_chat_is_refused_wherever_it_ends() -> None:
+    with pytest.raises(ValueError, match="`prompt` holds a chat up to its answer"):
+        conversation_of({"prompt": "Human: a\n\nAssistant: b\n\nHuman: c", "completion": "d"})
+    for text in (
+        "Read this: <|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>",
+        "[AVAILABLE_TOOLS]x[/AVAILABLE_TOOLS][INST]Q[/INST]A",
+    ):
+        with pytest.raises(ValueError, match="`text` holds a whole chat"):
+            conversation_of({"text": text})
 
 
 def test_lists_of_texts_are_turns() -> None:
@@ -144,6 +224,7 @@ def test_columns_reach_inside_a_column() -> None:
     for path in ("answers.start.0", "answers.text.2", "answers.nothing", "answers.text.x"):
         with pytest.raises(ValueError, match=rf"no `{path}`, which data.columns names \(keys: id, translation.de, translation.en, answers"):
             conversation_of(row, {"answer": path})
+    assert conversation_of({"a.b": {"c": "Q"}, "answer": "A"}, {"question": "a.b.c"}).messages == said("Q", "A")
     with pytest.raises(ValueError, match=r"no known form \(keys: a.b, c\)"):
         conversation_of({"a": {"b": 1}, "c": 2})
 
@@ -158,8 +239,9 @@ def test_a_tables_classes_have_their_names(tmp_path: Path) -> None:
     assert [row.answer for row in read_rows(path, columns={"unread": "label", "label": "all"})] == ["bad, good", "good"]
     assert [row.answer for row in read_rows(path, labels=["schlecht", "gut"])] == ["gut", "schlecht"]
     datasets.Dataset.from_dict({**table, "label": [1, -1]}, features=features).to_parquet(str(path))
-    with pytest.raises(DataError, match="row 2: `label` is -1, by which tables say that a row has none"):
+    with pytest.raises(DataError, match="row 2: this row has no label, or -1 in its place"):
         read_rows(path)
+    assert conversation_of({"text": "a", "label": -1}).messages == said("a", "-1")  # of three moods, say
 
 
 def test_rows_that_cannot_be_read_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:

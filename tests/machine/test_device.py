@@ -96,7 +96,7 @@ def test_threads_as_openmp_takes_them(monkeypatch: pytest.MonkeyPatch, value: st
 
 
 def test_gpus_are_counted_by_bus_as_cuda_will_count_them() -> None:
-    assert find_gpus(MIXED) == BY_BUS
+    assert find_gpus(MIXED, "libnone.so") == BY_BUS
     assert MIXED.shut
 
 
@@ -172,7 +172,7 @@ def test_a_gpu_whose_memory_nobody_tells_is_passed_over() -> None:
 )  # fmt: skip
 def test_only_visible_gpus_count(monkeypatch: pytest.MonkeyPatch, visible: str, numbers: list[int]) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert find_gpus(MIXED) == [BY_BUS[number] for number in numbers]
+    assert find_gpus(MIXED, "libnone.so") == [BY_BUS[number] for number in numbers]
 
 
 @pytest.mark.parametrize("order", [None, "FASTEST_FIRST"])
@@ -181,19 +181,19 @@ def test_different_gpus_that_cuda_counts_by_speed_are_refused(monkeypatch: pytes
     if order:
         monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
     with pytest.raises(RecipeError, match=r"different GPUs \(NVIDIA H100 80GB HBM3, Tesla T4\)") as caught:
-        find_gpus(MIXED)
+        find_gpus(MIXED, "libnone.so")
     assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in str(caught.value.hint)
-    assert find_gpus(FakeNvml(SLOW, SLOW)) == BY_BUS[:1] * 2  # alike
+    assert find_gpus(FakeNvml(SLOW, SLOW), "libnone.so") == BY_BUS[:1] * 2  # alike
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1a2b")  # named, so not counted
-    assert find_gpus(MIXED) == BY_BUS[1:]
+    assert find_gpus(MIXED, "libnone.so") == BY_BUS[1:]
 
 
 def test_slices_of_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match="H100 80GB HBM3 is cut into slices"):
-        find_gpus(FakeNvml(FAST, sliced="GPU-1a2b"))
+        find_gpus(FakeNvml(FAST, sliced="GPU-1a2b"), "libnone.so")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-0c1d")
     with pytest.raises(RecipeError, match="names MIG-0c1d, a slice"):
-        find_gpus(MIXED)
+        find_gpus(MIXED, "libnone.so")
 
 
 @pytest.mark.parametrize(("given", "order"), [(None, "PCI_BUS_ID"), ("FASTEST_FIRST", "FASTEST_FIRST")])
