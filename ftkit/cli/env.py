@@ -60,7 +60,8 @@ def look(recipe: Path | None = None) -> dict[str, Any]:
     from ftkit.units import bytes_text
 
     try:
-        devices, not_told = device.find_gpus(), None
+        devices = device.find_gpus()
+        not_told = None if devices else device.unused_gpu()
     except RecipeError as error:  # GPUs that cannot be told apart, or slices of one
         devices, not_told = [], f"{error.message} {error.hint}."
     own = llama_cpp.named_llama_cpp(load_recipe(recipe).tools.llama_cpp_dir, recipe.parent) if recipe else None

@@ -101,6 +101,8 @@ def plan(job: Job) -> Planned:
     assert made
     if not (job.recipe.budget.gpu or job.recipe.budget.vram) and (doubt := torch_cuda.doubt(job.device)):
         job.reporter.warn(f"{doubt.message} To train there: {doubt.hint}")
+    if job.device.kind == "cpu" and (unused := device.unused_gpu()):
+        job.reporter.note(unused)
     speed = measured.tokens_per_second(job.device, measured.named_method(job.recipe), job.source)
     memory, fetch_bytes = made.memory.today(job.device.free_bytes, speed), bytes_to_fetch(job.source)
     costs = costs_of(job, memory)

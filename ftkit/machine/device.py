@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -117,6 +118,12 @@ def _sliced(nvml: Any, card: Any) -> bool:
         return bool(nvml.nvmlDeviceGetMigMode(card)[0] == nvml.NVML_DEVICE_MIG_ENABLE)
     except nvml.NVMLError:  # most cards cannot be
         return False
+
+
+def unused_gpu(amd: Path = Path("/dev/kfd")) -> str | None:
+    """A GPU of this machine that nothing here trains on, in words: of a Mac with Apple's processor, or one that AMD's driver serves."""
+    maker = "Apple's" if (sys.platform, platform.machine()) == ("darwin", "arm64") else "AMD's" if amd.exists() else None
+    return maker and f"{maker} GPU is not used: ftkit trains on NVIDIA's GPUs, which ftkit plan --gpus lists, and on processors"
 
 
 def processor(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Device:

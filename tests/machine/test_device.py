@@ -158,6 +158,30 @@ def test_where_nvml_does_not_tell_cudas_driver_does(driver_of: Callable[..., str
     assert cuda_driver.gpus(driver_of(100)) == []  # CUDA_ERROR_NO_DEVICE
 
 
+@pytest.mark.parametrize(
+    ("system", "kind", "driver", "maker"),
+    [("darwin", "arm64", False, "Apple's"), ("darwin", "x86_64", False, None), ("linux", "x86_64", True, "AMD's"),
+     ("linux", "aarch64", False, None)],
+)  # fmt: skip
+def test_a_gpu_that_nothing_trains_on_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, kind: str, driver: bool, maker: str | None
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(device.platform, "machine", lambda: kind)
+    if driver:
+        (tmp_path / "kfd").touch()
+    said = device.unused_gpu(tmp_path / "kfd")
+    assert (said is None) == (maker is None)
+    assert said is None or said.startswith(f"{maker} GPU is not used")
+
+
+def test_env_names_a_gpu_that_nothing_trains_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "find_gpus", list)
+    monkeypatch.setattr(device, "unused_gpu", lambda: "AMD's GPU is not used")
+    assert look()["gpus_not_told"] == "AMD's GPU is not used"
+    assert "AMD's GPU is not used" in CliRunner().invoke(main, ["env"]).output
+
+
 def test_a_gpu_whose_memory_nobody_tells_is_passed_over() -> None:
     assert find_gpus(FakeNvml(UNTOLD, SLOW), "libnone.so") == BY_BUS[:1]
 
