@@ -326,6 +326,7 @@ def _plain(reading: _Reading, row: Mapping[str, Any]) -> None:
 
 
 MESSAGES = ("messages", "conversations", "conversation")
+BESIDE = (HISTORY, *GIVEN, *LEARNT)  # read of a row of any form
 ASKED = ("prompt", "question", "instruction", "input", "query", CHAT, *MESSAGES)  # of a preference: where its prompt may stand
 
 
@@ -338,6 +339,16 @@ class Form:
     read: Callable[[_Reading, Mapping[str, Any]], None]
     also: tuple[str, ...] = ()  # keys that are read where a row has them
     prompts: tuple[str, ...] = ()  # those of them that hold what is asked, as text
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """Keys of a system message; messages have one of their own."""
+        return SYSTEM[:1] if self.keys[0] in MESSAGES else SYSTEM
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """All keys that are read of such a row, and the one for what is left out."""
+        return frozenset((*self.keys, *self.also, *self.systems, *BESIDE, UNREAD_KEY))
 
     @property
     def example(self) -> str:
@@ -372,9 +383,8 @@ FORMS = (
     Form(TEXT, (TEXT_KEY,), _plain, prompts=(TEXT_KEY,)),
     Form("chat in one text", (CHAT,), _chat, ANSWERS),
 )
-BESIDE = (*SYSTEM, HISTORY, *GIVEN, *LEARNT)  # read with each of them
 # What data.columns may name: keys of the forms, and what is read beside them.
-READ = (*dict.fromkeys((*(key for form in FORMS for key in (*form.keys, *form.also)), *BESIDE, UNREAD_KEY)),)
+READ = (*dict.fromkeys(key for form in FORMS for key in (*form.keys, *form.also, *form.systems, *BESIDE, UNREAD_KEY)),)
 ASKS_ONCE = ("question", "query", "problem", "input", "instruction")  # by the first key of forms of one question
 FORMATS = (
     f"ftkit reads {', '.join(form.example for form in FORMS)}; other keys are named as in --set 'data.columns={{prompt: q, completion: a}}'"
@@ -396,13 +406,15 @@ def conversation_of(value: Any, columns: Mapping[str, str] | None = None, labels
     _refuse_unread(row, {key: why for key, why in UNREAD.items() if not form or key not in form.keys})
     if not form:
         raise ValueError(f"no known form (keys: {_keys(value)})")
+    if unread := next((ours for ours in columns if ours not in form.reads), None):
+        raise ValueError(f"data.columns names `{unread}`, which is not read of a row of this form ({form.name})")
     _refuse_beside(form, row, labels)
     _refuse_chat(form, row, columns, own)
     for key in LEARNT:
         if row.get(key) is not None and row[key] not in (1, True):
             raise ValueError(f"`{key}` of a whole row is not read; take the row out, or give it to the message")
     reading = _Reading(labels)
-    if system := _first(row, SYSTEM[:1] if form.keys[0] in MESSAGES else SYSTEM):  # messages have one of their own
+    if system := _first(row, form.systems):
         reading.say("system", system)
     for turn in row.get(HISTORY) or ():
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
@@ -440,7 +452,7 @@ def _refuse_chat(form: Form, row: Mapping[str, Any], columns: Mapping[str, str],
 
 def _passed_over(form: Form, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, ...]:
     """Columns of a row that hold something and are not read, nor anything inside them."""
-    read = {*form.keys, *form.also, *BESIDE, UNREAD_KEY, *(theirs.partition(".")[0] for theirs in columns.values())}
+    read = form.reads.union(theirs.partition(".")[0] for theirs in columns.values())
     return tuple(str(key) for key, value in row.items() if key not in read and value not in (None, "", [], {}))
 
 

@@ -176,6 +176,19 @@ def test_what_is_named_is_what_is_read() -> None:
     assert conversation_of({"Text": chat}, {"chat": "Text"}).messages == said("Q", "A")
 
 
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "Q", "completion": "A", "passage": "P"}, {"context": "passage"}),
+        ({"messages": list(said("Q", "A")), "persona": "S"}, {"system_prompt": "persona"}),
+        ({"messages": list(said("Q", "A")), "body": "T"}, {"text": "body", "messages": "messages"}),
+    ],
+)
+def test_what_is_named_and_not_read_is_said(row: dict[str, object], columns: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=rf"data\.columns names `{next(iter(columns))}`, which is not read of a row of this form"):
+        conversation_of(row, columns)
+
+
 def test_a_column_that_happens_to_be_called_chat_is_passed_over() -> None:
     for value in ("general", None, "### Human: Q### Assistant: A"):
         assert conversation_of({"chat": value, "text": "hello"}).form == "plain text"
