@@ -23,7 +23,8 @@ from ftkit.line.prove import PROVE, Proven
 from ftkit.line.record import shipped_folder
 from ftkit.line.step import Made, Step
 from ftkit.machine.device import asked_threads
-from ftkit.model.source import open_gguf
+from ftkit.model.source import gguf_architecture, open_gguf
+from ftkit.ollama.formats import own_format
 from ftkit.ollama.modelfile import Modelfile, make_modelfile
 from ftkit.ollama.register import register, remove, temporary_name
 from ftkit.ollama.template import find_format
@@ -62,7 +63,8 @@ def _modelfile(job: Job, tokenizer: Any, gguf: Path, stops: Sequence[int]) -> Mo
         job.reporter.warn(f"{error.message} Ollama is left to use the template inside the GGUF.")
         chat = None
     texts = [str(text) for text in tokenizer.convert_ids_to_tokens(list(stops))]
-    return make_modelfile(f"./{gguf.name}", chat, job.recipe.ship, bos=_added_bos(tokenizer, gguf), stops=texts)
+    own = own_format(gguf_architecture(open_gguf(gguf)), renders(tokenizer))
+    return make_modelfile(f"./{gguf.name}", chat, job.recipe.ship, bos=_added_bos(tokenizer, gguf), stops=texts, own=own)
 
 
 def _added_bos(tokenizer: Any, gguf: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from ftkit import sandbox, templates
 from ftkit.data.template import Render
 from ftkit.errors import ModelError, RecipeError
+from ftkit.ollama.formats import Own
 from ftkit.ollama.template import ChatFormat, go_template
 from ftkit.recipe import Ship, modelfile_value
 
@@ -22,6 +23,7 @@ class Modelfile:
     system: str | None
     parameters: dict[str, Any]
     bos: str = ""  # what llama.cpp writes before every prompt by itself
+    own: Own | None = None  # the format of Ollama's own that it asks this architecture in, in place of any template
 
     def text(self) -> str:
         """Rendered from Modelfile.j2. Raises RecipeError or ModelError for a text that a Modelfile cannot hold."""
@@ -38,6 +40,7 @@ class Modelfile:
             "template": _held(self.template, "TEMPLATE", ModelError) if self.template else None,
             "system": _held(self.system, "ship.system", RecipeError) if self.system else None,
             "parameters": parameters,
+            "own": self.own._asdict() if self.own else None,
         }
         try:
             return sandbox.render(path.read_text(encoding="utf-8"), values, "file")
@@ -65,7 +68,7 @@ def refuse_system(system: str | None, render: Render) -> None:
         raise RecipeError(*SYSTEM_REFUSED) from None
 
 
-def make_modelfile(file: str, chat: ChatFormat | None, ship: Ship, *, bos: str, stops: Sequence[str]) -> Modelfile:
+def make_modelfile(file: str, chat: ChatFormat | None, ship: Ship, *, bos: str, stops: Sequence[str], own: Own | None = None) -> Modelfile:
     """The Modelfile of a shipped model: every sampling value written out, since servers differ in their defaults.
 
     Raises RecipeError for a system prompt where the chat template takes none.
@@ -80,7 +83,7 @@ def make_modelfile(file: str, chat: ChatFormat | None, ship: Ship, *, bos: str, 
         "repeat_penalty": 1.0,
         "stop": list(stops),
     }
-    return Modelfile(file, go_template(chat, bos) if chat else None, ship.system, parameters, bos)
+    return Modelfile(file, go_template(chat, bos) if chat and not own else None, ship.system, parameters, bos, own)
 
 
 STRIPPED_BOS = "<bos>"  # Ollama takes this text from the beginning of a prompt by itself, no other

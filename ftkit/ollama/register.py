@@ -61,9 +61,7 @@ def register(
             reporter.note(f"uploading {gguf.name} to Ollama")
             client.create_blob(gguf)
         try:
-            client.create(
-                temporary, files={gguf.name: digest}, template=modelfile.template, system=modelfile.system, parameters=modelfile.parameters
-            )
+            create(client, temporary, {gguf.name: digest}, modelfile)
             checks = check_prompts(client, temporary, modelfile, render)
             if verify:
                 checks = (*checks, verify(temporary))
@@ -80,6 +78,17 @@ def register(
         finally:
             remove(client, temporary, reporter)
     return Registered(made, checks)
+
+
+def create(client: Client, name: str, files: dict[str, str], modelfile: Modelfile) -> None:
+    """A model of files that the server has, by their digests: the client's own request, with what that does not pass on."""
+    import ollama
+
+    own = modelfile.own._asdict() if modelfile.own else {}
+    asked = {"template": modelfile.template, "system": modelfile.system, "parameters": modelfile.parameters, **own}
+    reply = http(client).post("/api/create", json={"model": name, "files": files, "stream": False, **{k: v for k, v in asked.items() if v}})
+    if reply.status_code != 200:
+        raise ollama.ResponseError(reply.text, reply.status_code)
 
 
 def remove(client: Client, name: str, reporter: Reporter = SILENT) -> None:
@@ -122,7 +131,8 @@ def check_prompts(client: Client, name: str, modelfile: Modelfile, render: Rende
                 raise ProofError(
                     f"Ollama renders {roles_text(messages)} differently from the model's chat template:\n"
                     f"  trained on {found[0]!r}\n  Ollama has {found[1]!r}",
-                    "Ollama 0.30 and later can use the template inside the GGUF: try a newer one; or ship without: --no-ollama",
+                    "a server asks some architectures in a format of its own, and before 0.30 it knows no template of a GGUF: try a newer "
+                    "one; or ship without: --no-ollama, and serve the file with llama-server --jinja",
                 )
         checks = [passed(PROMPTS, f"{len(compared)} conversations")]
         for what, contents in ACCEPTED:

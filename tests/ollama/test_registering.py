@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import architectures
 import families
 import pytest
 import servers
@@ -27,7 +30,9 @@ from ftkit.line.merge import Merged
 from ftkit.line.register import refuse_anothers_name, register_shipped
 from ftkit.line.step import Made
 from ftkit.machine import llama_cpp
+from ftkit.model.source import gguf_architecture, open_gguf
 from ftkit.ollama import register as registering
+from ftkit.ollama.formats import own_format
 from ftkit.ollama.modelfile import Modelfile, make_modelfile
 from ftkit.ollama.register import PROMPTS, register
 from ftkit.ollama.template import ChatFormat, find_format
@@ -66,6 +71,7 @@ DEFAULT_SYSTEM = (
 TEMPLATES = {"chatml": ("Qwen 2.5", tiny.CHATML), "default system prompt": ("Qwen 2.5", DEFAULT_SYSTEM), "folded": ("Gemma 2", FOLDED)}
 
 
+GEMMA_4 = "Gemma 4 E4B (text)"  # an architecture of its own, where the family of this name stands in with another one
 NEWEST = pytest.mark.parametrize("server", servers.VERSIONS[:1], indirect=True)  # where what is tested is ftkit's own
 
 
@@ -94,7 +100,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any
         if kind not in made:
             folder = tmp_path_factory.mktemp("model") / "model"
             family, chat_template = TEMPLATES.get(kind, (kind, None))
-            families.make_model(families.by_name(family), folder, chat_template)
+            if own := next((each for each in architectures.ARCHITECTURES if each.name == family), None):  # not a stand-in of another one
+                architectures.make_model(own, folder)
+            else:
+                families.make_model(families.by_name(family), folder, chat_template)
             tokenizer = hf.load_tokenizer(folder, template.ChatSettings(date(2024, 7, 26)))
             stops.seal(folder, tokenizer)
             path = folder / "m-F16.gguf"
@@ -115,7 +124,8 @@ def modelfile(tokenizer: Any, path: Path, **ship: Any) -> Modelfile:
     adds = GGUFReader(path).get_field("tokenizer.ggml.add_bos_token")
     bos = tokenizer.bos_token if adds and adds.contents() else ""
     chat = find_format(renders(tokenizer))
-    return make_modelfile(f"./{path.name}", chat, Ship(num_ctx=512, **ship), bos=bos, stops=["<stop>"])
+    own = own_format(gguf_architecture(open_gguf(path)), renders(tokenizer))
+    return make_modelfile(f"./{path.name}", chat, Ship(num_ctx=512, **ship), bos=bos, stops=["<stop>"], own=own)
 
 
 def names(client: Any) -> list[str]:
@@ -158,8 +168,11 @@ def test_the_file_and_the_request_create_the_same_model(
 @pytest.mark.parametrize(
     ("server", "kind"),
     [
-        *((servers.VERSIONS[0], kind) for kind in ("Qwen 2.5", "Llama 3.1", "Gemma 2", "Phi 3.5", "folded", "default system prompt")),
-        *((servers.VERSIONS[1], kind) for kind in ("Gemma 2", "default system prompt")),
+        *(
+            (servers.VERSIONS[0], kind)
+            for kind in ("Qwen 2.5", "Llama 3.1", "Gemma 2", GEMMA_4, "Phi 3.5", "folded", "default system prompt")
+        ),
+        *((servers.VERSIONS[1], kind) for kind in ("Gemma 2", GEMMA_4, "default system prompt")),
     ],
     indirect=["server"],
 )
@@ -176,6 +189,30 @@ def test_families_are_asked_as_they_were_trained(kind: str, client: Any, files: 
     question = [{"role": "user", "content": "\n Is this safe? \n"}]
     reply = client.chat("family", question, options={"num_predict": 1, "num_thread": 1})
     assert reply.prompt_eval_count == len(template.token_ids(tokenizer, template.render(tokenizer, question, ask=True)))
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_gemma_4_thinks_as_it_was_trained_to(
+    thinking: bool, server: tuple[str, str], client: Any, files: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """Left to itself a server asks this architecture in a format of its own, and lets it think; it did not get its name."""
+    tokenizer, path = files(GEMMA_4)
+    other = copy.copy(tokenizer)
+    other.chat_template = template.fix_thinking(tokenizer, thinking)
+    made = modelfile(other, path)
+    assert register(client, "family", path, made, renders(other)).checks[0].outcome == "passed"
+    if not thinking:
+        with pytest.raises(ProofError, match=r"renders user differently(.|\n)*<\|think\|>"):
+            register(client, "left", path, replace(made, own=None), renders(other))
+    (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "Modelfile").write_bytes(made.text().encode())
+    done = subprocess.run(
+        [servers.program(server[0]), "create", "by-hand", "-f", tmp_path / "Modelfile"], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OLLAMA_HOST": server[1], "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    asked = [{"role": "user", "content": "q"}]
+    assert ollama.rendered_prompt(client, "by-hand", asked) == ollama.rendered_prompt(client, "family", asked)
 
 
 def test_a_system_prompt_is_checked_too(client: Any, files: Callable[[str], tuple[Any, Path]]) -> None:
