@@ -19,6 +19,14 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def proxy_fault(error: BaseException) -> ToolMissingError:
+    """Of a client that cannot be made with the proxies that the environment names."""
+    return ToolMissingError(
+        f"The proxy that ALL_PROXY, HTTP_PROXY or HTTPS_PROXY names cannot be used: {first_line(error)}.",
+        "for socks5://…: pip install 'httpx[socks]'; for this machine alone: NO_PROXY=localhost,127.0.0.1; or unset it",
+    )
+
+
 class FtkitError(click.ClickException):
     """An error that Click shows by itself, as `Error: …` and `Hint: …` on stderr, before exiting with `exit_code`."""
 

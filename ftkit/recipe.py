@@ -333,6 +333,8 @@ class Ship(Group):
     def _name(cls, value: str) -> str:
         if not MODEL_NAME.fullmatch(value):
             raise ValueError("use letters, digits, dot, dash and underscore, with an optional :tag, each at most 80 characters")
+        if value.lower().endswith((":cloud", "-cloud")) and ":" in value:
+            raise ValueError("Ollama asks a model whose tag ends in `cloud` at ollama.com, and not here: take another tag")
         return value
 
     @field_validator("system")

@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 
 from ftkit import patches
 from ftkit.data.rows import Message, has_tools
-from ftkit.errors import RecipeError, ToolFailedError, ToolMissingError
+from ftkit.errors import RecipeError, ToolFailedError, ToolMissingError, first_line, proxy_fault
 from ftkit.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ollama import Client
 
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")  # noqa: S104 – as a client's address it is this machine
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "::")  # noqa: S104 – as a client's address it is this machine
 ANSWERS_WITHIN_SECONDS = 10.0
 
 
@@ -31,6 +31,8 @@ def address() -> str:
 
         with ollama.Client() as client:
             return str(http(client).base_url).rstrip("/")
+    except ImportError as error:  # a SOCKS proxy's package
+        raise proxy_fault(error) from None
     except ValueError as error:
         host = os.environ.get("OLLAMA_HOST")
         raise RecipeError(f"OLLAMA_HOST is no address: {host!r} ({error}).", "as in OLLAMA_HOST=127.0.0.1:11434") from None
@@ -40,7 +42,7 @@ def models_folder() -> Path | None:
     """Where this machine's server keeps its models, None where OLLAMA_HOST names another machine, or none."""
     try:
         here = urlparse(address()).hostname in LOOPBACK
-    except RecipeError:  # said where Ollama is asked for
+    except (RecipeError, ToolMissingError):  # said where Ollama is asked for
         return None
     if not here:
         return None
@@ -57,13 +59,25 @@ def connect(reporter: Reporter = SILENT) -> Iterator[Client]:
     parts = urlparse(where)
     if parts.scheme == "http" and parts.hostname not in LOOPBACK:
         reporter.warn(f"{parts.hostname} is reached over plain http: model and prompts go unencrypted, and its API has no password")
-    with ollama.Client(timeout=ANSWERS_WITHIN_SECONDS) as client:
+    here = parts.hostname in LOOPBACK  # which no proxy leads to
+    with ollama.Client(timeout=ANSWERS_WITHIN_SECONDS, trust_env=not here) as client:
         try:
             client.list()
-        except (ConnectionError, httpx.HTTPError, ollama.ResponseError, ValueError):  # ValueError: what answers speaks no JSON
-            raise ToolMissingError(f"No Ollama server answers at {where}.", "start it: ollama serve") from None
+        except (ConnectionError, httpx.ConnectError, httpx.ConnectTimeout) as error:
+            why = "" if here else f" ({first_line(error.__context__ or error)})"
+            raise ToolMissingError(f"No Ollama server answers at {where}{why}.", "start it: ollama serve") from None
+        except (httpx.HTTPError, ollama.ResponseError, ValueError) as error:  # ValueError: what answers speaks no JSON
+            raise ToolMissingError(
+                f"No Ollama server answers at {where}: what is there says {one_line(error)!r}.",
+                "see whether OLLAMA_HOST names it: ollama list",
+            ) from None
         http(client).timeout = None  # creating and answering take as long as they take
         yield client
+
+
+def server_of(client: Client) -> list[str]:
+    """Its address and its version: another one may ask a model otherwise."""
+    return [str(http(client).base_url).rstrip("/"), str(http(client).get("/api/version").json().get("version"))]
 
 
 def http(client: Client) -> httpx.Client:

@@ -23,10 +23,10 @@ from ftkit.memory.sizes import DTYPE_BYTES
 from ftkit.merge.deltas import changes_of
 from ftkit.model.adapter import embedding_rows
 from ftkit.model.dequantise import rebuilt_tokenizer
-from ftkit.model.given import ADAPTER_CONFIG, ADAPTER_WEIGHTS, UNQUANTISED, Given, Kind, config_of, four_bits, quantised_by, tokenizer_files
+from ftkit.model.given import ADAPTER_WEIGHTS, UNQUANTISED, Given, Kind, config_of, four_bits, quantised_by, tokenizer_files
 from ftkit.model.locate import locate
 from ftkit.model.open import open_config, open_shards, open_weights
-from ftkit.model.source import weight_files
+from ftkit.model.source import ADAPTER_CONFIG, weight_files
 from ftkit.plan.cost import Sizes
 from ftkit.proof.compare import same_ids
 from ftkit.proof.probes import HARD_TEXTS

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from ftkit.check import Check
 from ftkit.data.lengths import TokenCounts
 from ftkit.engines import hf, ollama
-from ftkit.errors import DoesNotFitError, NameTakenError, ProofError, RecipeError, RunError, ToolMissingError
+from ftkit.errors import DoesNotFitError, NameTakenError, ProofError, RecipeError, RunError, ToolFailedError, ToolMissingError
 from ftkit.gguf.files import GgufFile
 from ftkit.line.adapter import (
     ADAPTER,
@@ -267,7 +267,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
                 refuse_anothers_name(job, client, replace_model)
                 registered, in_ollama = register_shipped(job, client, shipped, merged, asked, proven)
                 checks = [*checks, *in_ollama]
-    except (ToolMissingError, NameTakenError) as error:
+    except (ToolMissingError, ToolFailedError, NameTakenError) as error:  # a server that nobody asked for ends nothing
         if use_ollama:
             raise
         because, register_with = error.message, error.hint

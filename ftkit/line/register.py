@@ -97,8 +97,9 @@ def register_shipped(
     mark, recorded = run.manifest()["shipped"]["mark"], run.manifest().get("ollama", {})
     if left := recorded.get("temporary"):
         remove(client, left, reporter)
-    digest = ollama.digest_of(client, name)
-    if digest and recorded.get("digest") == digest and recorded.get("shipped") == mark and "answers" in recorded:
+    digest, server = ollama.digest_of(client, name), ollama.server_of(client)
+    made = {"digest": digest, "shipped": mark, "server": server}
+    if digest and "answers" in recorded and made == {key: recorded.get(key) for key in made}:
         judged = _judge(job, recorded["answers"], asked, proven)  # again: by another rule, the answers are the same
         if judged.outcome == "failed":
             raise ProofError(
@@ -138,7 +139,7 @@ def register_shipped(
     checks = [asdict(check) for check in registered.checks]
     if any(has_tools(question) for question in read_questions(asked).questions[:OLLAMA_ROWS]):
         checks.append(asdict(not_made("tools in Ollama's API", TOOLS_IN_OLLAMA)))
-    run.record(ollama={"name": name, "digest": registered.digest, "shipped": mark, "answers": answers, "checks": checks})
+    run.record(ollama={"name": name, "digest": registered.digest, "shipped": mark, "server": server, "answers": answers, "checks": checks})
     return name, [Check(**entry) for entry in checks]
 
 

@@ -63,7 +63,7 @@ def disk_by_folder(job: Job, costs: Sequence[Cost], fetch: ToFetch, *, trained: 
     sizes = disk_by_place(costs, trained=trained)
     merging = fetch.at_once_bytes + sum(cost.disk_bytes for cost in costs if cost.name == MERGE)
     found = {hub_cache(): 0 if fetch.at_once_bytes else fetch.bytes, job.run.folder: max(sizes[RUN_FOLDER], merging)}
-    if models := models_folder():  # None: another machine's
+    if (models := models_folder()) and models.is_dir():  # None: another machine's; none there: no server keeps anything there
         found[models] = sizes[OLLAMAS_MODELS]
     return {folder: size for folder, size in found.items() if size}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,24 +79,48 @@ def choose_files(names: Sequence[str], card: Mapping[str, Any], data: HubData) -
         return [data.part]
     readable = sorted(name for name in names if name.lower().endswith(FILES) and not name.startswith("."))
     subset, _, split = data.part.rpartition("/")
-    configs = [entry for entry in card.get("configs") or [] if isinstance(entry, dict) and entry.get("data_files")]
-    if configs:
-        chosen = _subset(configs, subset, data)
-        patterns = _patterns(chosen["data_files"], split)
-        within = f"{chosen['data_dir']}/" if chosen.get("data_dir") else ""
-        found = [name for name in readable if any(fnmatch.fnmatchcase(name, within + pattern) for pattern in patterns)]
+    configs = [
+        entry for entry in card.get("configs") or [] if isinstance(entry, dict) and (entry.get("data_files") or entry.get("data_dir"))
+    ]
+    chosen = _subset(configs, subset, data) if configs else {}
+    within = f"{chosen['data_dir']}/" if chosen.get("data_dir") else ""
+    if chosen.get("data_files"):
+        patterns = [_pattern(within + pattern) for pattern in _patterns(chosen["data_files"], split)]
+        found = [name for name in readable if any(pattern.fullmatch(name) for pattern in patterns)]
     else:
-        beneath = [name for name in readable if name.startswith(f"{subset}/")] if subset else readable
-        found = [name for name in beneath if _names(name, SPLIT_WORDS.get(split, (split,)))]
-        others = [word for words in SPLIT_WORDS.values() for word in words]
-        if not found and split == "train" and not any(_names(name, others) for name in beneath):
-            found = beneath
+        found = _by_name([name for name in readable if name.startswith(within or (f"{subset}/" if subset else ""))], split, data)
     if not found:
         raise DataError(
             f"{data.repository} has no {data.part!r} that ftkit can read. Its files: {_listed(readable) or 'none of ' + ' '.join(FILES)}.",
             f"name one of them, as in --set data.train={data.repository}:{readable[0] if readable else 'FILE'}",
         )
     return found
+
+
+def _by_name(names: Sequence[str], split: str, data: HubData) -> list[str]:
+    """Files of a split by the words in their names, all of one format. Raises DataError where the word begins several splits' names."""
+    words = SPLIT_WORDS.get(split, (split,))
+    found = [name for name in names if _names(name, words)]
+    called = {match[0].lower() for name in found if (match := re.search(rf"(?<![a-z])({'|'.join(words)})(_[a-z]+)*", name, re.IGNORECASE))}
+    if len(called) > 1 and not called <= set(words):
+        raise DataError(
+            f"{data.repository} has several splits of that name: {_listed(sorted(called))}.",
+            f"name one, as in --set data.{data.part.rpartition('/')[2]}={data.repository}:{max(called)}",
+        )
+    others = [word for words in SPLIT_WORDS.values() for word in words]
+    if not found and split == "train" and not any(_names(name, others) for name in names):
+        found = list(names)
+    kinds = Counter(Path(name.lower().removesuffix(".gz")).suffix for name in found)  # the same rows again, mostly
+    return [name for name in found if Path(name.lower().removesuffix(".gz")).suffix == kinds.most_common(1)[0][0]]
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    """A pattern of a card, as the hub's own library reads it: `*` stays within a folder, `**` does not, and may be none."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", path)
+    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return re.compile(
+        "".join(meaning.get(part, part if part.startswith("[") and part.endswith("]") else re.escape(part)) for part in parts)
+    )
 
 
 def _subset(configs: Sequence[Mapping[str, Any]], subset: str, data: HubData) -> Mapping[str, Any]:

@@ -14,10 +14,10 @@ from ftkit.errors import ModelError
 from ftkit.files import file_fingerprint, fingerprint, user_path
 from ftkit.model.hub import CONFIG_FILES, fetch, locate_hub, names_of
 from ftkit.model.locate import HUB_ID, locate
-from ftkit.model.source import QUANTISED, Source, open_gguf
+from ftkit.model.source import ADAPTER_CONFIG, QUANTISED, Source, open_gguf
 
 Kind = Literal["adapter", "checkpoint", "gguf"]
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # By what other libraries name a tokenizer's files, in an adapter's folder as in a model's.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt", "*.model")
 UNQUANTISED = ("F32", "F16", "BF16")

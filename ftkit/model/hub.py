@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ftkit.errors import ModelError, first_line
-from ftkit.files import file_fingerprint
-from ftkit.model.source import Shapes, Source, indexed_files, only_pickles
+from ftkit.errors import ModelError, first_line, proxy_fault
+from ftkit.files import disk_fault, file_fingerprint
+from ftkit.model.source import SINGLE, Shapes, Source, indexed_files, only_pickles
 
+FILES_AT_ONCE = 2  # a file that was broken off begins anew, and of many at once each is broken off
 CONFIG_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -38,7 +39,7 @@ def hub_cache() -> Path:
 def weight_names(opened: Source) -> list[str]:
     """Of the files that transformers loads: those in the index, or the one, be they here or not."""
     assert opened.folder
-    return indexed_files(opened.folder) or ["model.safetensors"]
+    return [SINGLE] if (opened.folder / SINGLE).is_file() else indexed_files(opened.folder) or [SINGLE]
 
 
 def missing_weights(opened: Source) -> dict[str, int]:
@@ -118,6 +119,7 @@ def fetch(source: Source, patterns: Sequence[str], without: Sequence[str] = ()) 
             revision=source.fingerprint,
             allow_patterns=list(patterns),
             ignore_patterns=list(without),
+            max_workers=FILES_AT_ONCE,
         )
     return Path(folder)
 
@@ -144,6 +146,12 @@ def hub_errors(reference: str, kind: str = "model", *, keeps_in: Path | None = N
         raise ModelError(f"{repository} has no revision {revision}.", f"see its branches and tags: {page}/tree/main") from None
     except errors.HFValidationError as error:
         raise ModelError(f"{reference} is no hub id: {first_line(error)}", "a hub id is org/name, or org/name@revision") from None
+    except (ImportError, ValueError) as error:
+        if fault := _token_fault(error):
+            raise fault from None
+        if not re.search(r"proxy|scheme|socks", str(error), re.IGNORECASE):
+            raise
+        raise proxy_fault(error) from None
     except (
         errors.HTTPError,  # type: ignore[attr-defined]  # httpx's or, in newer versions, httpx2's
         errors.RevisionResolutionError,
@@ -158,23 +166,43 @@ def hub_errors(reference: str, kind: str = "model", *, keeps_in: Path | None = N
                 f"HF_HUB_OFFLINE is set, and {reference} is not (or not whole) in the hub's cache at {constants.HF_HUB_CACHE}.",
                 f"unset it and fetch the {kind} once: {to_fetch}{f' --revision {revision}' if revision else ''}",
             ) from None
+        if fault := _token_fault(cause):
+            raise fault from None
+        if why := disk_fault(error):
+            raise ModelError(f"{reference} cannot be kept in {keeps_in or constants.HF_HUB_CACHE}: {why}.", _room(keeps_in)) from None
         if isinstance(cause, errors.HfHubHTTPError):
             status, said = cause.response.status_code, cause.server_message
             raise ModelError(
                 f"The hub answers {status} for {reference}{f': {said.splitlines()[0]}' if said else '.'}",
-                "HF_TOKEN or the login is not valid any more: hf auth login"
-                if status == 401
-                else f"try again later, or give a local {'folder' if kind == 'model' else 'file'}",
+                REFUSED.get(status, f"try again later, or give a local {'folder' if kind == 'model' else 'file'}"),
             ) from None
         if isinstance(cause, OSError) and cause.strerror:
             raise ModelError(
                 f"{reference} cannot be kept in {keeps_in or constants.HF_HUB_CACHE}: {cause.strerror}.",
-                "make space there, or put the run elsewhere with --run-dir"
-                if keeps_in
-                else "make space there, or set HF_HOME to another folder",
+                _room(keeps_in),
             ) from None
         raise ModelError(
             f"{reference} cannot be fetched from {constants.ENDPOINT}: {first_line(cause)}",
-            "check the network and give the same command again (whole files are kept), or give a local "
+            (f"{CERTIFICATE}; or " if "CERTIFICATE" in str(cause) else "check the network and ")
+            + "give the same command again (whole files are kept), or give a local "
             + ("folder or .gguf file" if kind == "model" else "file"),
         ) from None
+
+
+# By HTTP status.
+REFUSED = {
+    401: "HF_TOKEN or the login is not valid any more: hf auth login",
+    403: "a token may need to be allowed this at https://huggingface.co/settings/tokens (gated repositories), then: hf auth login",
+}
+CERTIFICATE = "where a company's proxy signs the traffic, SSL_CERT_FILE names its certificates"
+
+
+def _token_fault(error: BaseException) -> ModelError | None:
+    """Of a token that cannot be sent; what the libraries say of it holds the token itself."""
+    if isinstance(error, UnicodeEncodeError) or "Bearer" in str(error):
+        return ModelError("HF_TOKEN, or the token of the login, holds a character that no token has.", "give it anew: hf auth login")
+    return None
+
+
+def _room(keeps_in: Path | None) -> str:
+    return "make space there, or " + ("put the run elsewhere with --run-dir" if keeps_in else "set HF_HOME to another folder")

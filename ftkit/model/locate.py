@@ -8,10 +8,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from ftkit.errors import ModelError, ToolMissingError
+from ftkit.errors import ModelError, ToolMissingError, proxy_fault
 from ftkit.files import file_fingerprint, fingerprint, user_path
 from ftkit.model.hub import locate_hub
-from ftkit.model.source import Source, only_pickles
+from ftkit.model.source import Source, only_pickles, refuse_adapter
 from ftkit.model.split import joined, parts_of
 
 HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[\w.-]+(@(?!.*\.\.)[\w.-]+(/[\w.-]+)*)?", re.ASCII | re.IGNORECASE)  # org/name, org/name@revision
@@ -52,6 +52,7 @@ def locate(reference: str, relative_to: Path) -> Source:
 def _locate_folder(path: Path) -> Source:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json.", "give the folder that holds config.json, the tokenizer and *.safetensors")
+    refuse_adapter(path, str(path))
     weights = sorted(path.glob("*.safetensors"))
     if not weights and any(path.glob("*.bin")):
         raise only_pickles(str(path))
@@ -88,7 +89,9 @@ def _ollama_file(name: str) -> Path:
 
     try:
         import ollama  # makes a client of its own at once
-
+    except (ImportError, ValueError) as error:
+        raise proxy_fault(error) from None
+    try:
         with ollama.Client(timeout=30) as client:
             modelfile = client.show(name).modelfile or ""
     except (ConnectionError, httpx.HTTPError, ValueError):  # ValueError: OLLAMA_HOST is no address, or what answers speaks no JSON

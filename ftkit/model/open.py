@@ -7,7 +7,7 @@ from dataclasses import replace
 from ftkit.errors import ModelError
 from ftkit.model.dequantise import dequantise
 from ftkit.model.hub import CONFIG_FILES, fetch, missing_weights, shapes_at_hub, weight_names
-from ftkit.model.source import INDEX, Shard, Source, indexed_files, shards_of, weight_files
+from ftkit.model.source import ADAPTER_CONFIG, INDEX, Shard, Source, refuse_adapter, shards_of, weight_files
 from ftkit.progress import SILENT, Reporter
 from ftkit.units import bytes_text
 
@@ -15,12 +15,13 @@ from ftkit.units import bytes_text
 def open_config(source: Source, reporter: Reporter = SILENT) -> Source:
     """The source with a `folder` that holds at least config and tokenizer (a bare config: config.json); nothing else is fetched."""
     if source.kind == "hub":
-        folder = fetch(source, (*CONFIG_FILES, *(["*.py"] if source.with_code else [])), ("*/*",))
+        folder = fetch(source, (*CONFIG_FILES, *(["*.py"] if source.with_code else [])), ("*/*", ADAPTER_CONFIG))
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"{source.reference} has no config.json: it is no base model.",
                 f"of a repository of GGUF files fetch one and give that: hf download {source.reference.partition('@')[0]} FILE.gguf",
             )
+        refuse_adapter(folder, source.reference)
         return replace(source, folder=folder)
     return source if source.folder else open_weights(source, reporter)
 
@@ -39,7 +40,7 @@ def open_weights(source: Source, reporter: Reporter = SILENT) -> Source:
     if source.folder:
         if not any(source.folder.glob("*.safetensors")):
             raise ModelError(f"{source.folder} has no *.safetensors.", "a config alone is enough for `ftkit plan` only")
-        if missing := [name for name in indexed_files(source.folder) or () if not (source.folder / name).is_file()]:
+        if missing := [path.name for path in weight_files(source.folder) if not path.is_file()]:
             raise ModelError(f"{source.folder} has no {missing[0]}, which its {INDEX} names.", "fetch or copy the model again, whole")
     return source
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from ftkit.recipe import Dtype
 
+SINGLE = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"  # which file holds which tensor, where there are several
 MOST_HEADER_BYTES = 100_000_000  # as safetensors itself has it
 CONVERT_PICKLES = "convert them once: https://huggingface.co/spaces/safetensors/convert"
@@ -45,8 +47,22 @@ def only_pickles(where: str) -> ModelError:
     return ModelError(f"{where} holds only pickle weights (*.bin), which can run code when they are loaded.", CONVERT_PICKLES)
 
 
+def refuse_adapter(folder: Path, reference: str) -> None:
+    """Raise ModelError for a model with an adapter's config beside it: transformers would load that into it, or look for it in vain."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(
+            f"{reference} holds a model and an adapter's {ADAPTER_CONFIG}, by which transformers would load that adapter into it.",
+            f"move {ADAPTER_CONFIG} and the adapter out of {folder}; to go on with it: --set training.adapter=FOLDER",
+        )
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: a folder may hold other files, such as another layout of the same weights."""
+    """The safetensors files that transformers loads: the one of the usual name, else those that the index names.
+
+    A folder may hold other files: another layout of the same weights, an older save, an adapter.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     names = indexed_files(folder)
     return [folder / name for name in names] if names else sorted(folder.glob("*.safetensors"))
 

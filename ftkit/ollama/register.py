@@ -35,6 +35,11 @@ def temporary_name(name: str) -> str:
     return f"{name.partition(':')[0]}:ftkit-unchecked-{secrets.token_hex(4)}"
 
 
+def replaced_name(temporary: str) -> str:
+    """What the model is named that had the name until now, while it is let go."""
+    return temporary.replace("unchecked", "replaced")
+
+
 def register(
     client: Client,
     name: str,
@@ -72,6 +77,8 @@ def register(
                 raise ToolFailedError(f"Ollama created {temporary}, and does not list it.")
             if before_naming:
                 before_naming(made)
+            if digest_of(client, name) not in (None, made):  # a copy over it would leave its file on the server's disk, nobody's
+                client.copy(name, replaced_name(temporary))
             client.copy(temporary, name)
             if digest_of(client, name) != made:
                 raise ToolFailedError(f"Ollama copied {temporary} to {name}, which is another model now.")
@@ -92,15 +99,20 @@ def create(client: Client, name: str, files: dict[str, str], modelfile: Modelfil
 
 
 def remove(client: Client, name: str, reporter: Reporter = SILENT) -> None:
-    """Delete a temporary model, if the server has it. A server that fails at it is told of, and what went before stands."""
+    """Delete a temporary model and what it replaced, if the server has them, from its memory too: else it keeps them for minutes.
+
+    A server that fails at it is told of, and what went before stands.
+    """
     import httpx
     import ollama
 
-    try:
-        client.delete(name)
-    except (ConnectionError, httpx.HTTPError, ollama.ResponseError) as error:
-        if getattr(error, "status_code", None) != 404:
-            reporter.warn(f"{name} may be left in Ollama; the next ship of this run removes it ({first_line(error)})")
+    for each in (name, replaced_name(name)):
+        try:
+            http(client).post("/api/generate", json={"model": each, "keep_alive": 0})
+            client.delete(each)
+        except (ConnectionError, httpx.HTTPError, ollama.ResponseError) as error:
+            if getattr(error, "status_code", None) != 404:
+                reporter.warn(f"{each} may be left in Ollama; the next ship of this run removes it ({first_line(error)})")
 
 
 PROMPTS = "prompts in Ollama"

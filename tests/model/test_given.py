@@ -19,7 +19,7 @@ def test_each_is_told_by_its_files(tmp_path: Path) -> None:
     assert (lora.kind, lora.base, lora.on_four_bits) == ("adapter", "org/base", False)
     whole = look_at(str(folder(tmp_path / "whole", "model.safetensors", config={})), tmp_path)
     assert (whole.kind, whole.base) == ("checkpoint", None)
-    merged = folder(tmp_path / "merged", "model.safetensors", config={}, adapter_config=LORA)  # the adapter's config was left there
+    merged = folder(tmp_path / "merged", "model.safetensors", config={})
     assert look_at(str(merged), tmp_path).kind == "checkpoint"
     for number, name in ((0, "F32"), (1, "F16"), (32, "BF16"), (15, "Q4_K_M")):
         file = look_at(str(gguf(tmp_path / f"{name}.gguf", number)), tmp_path)

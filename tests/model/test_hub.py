@@ -229,6 +229,29 @@ def test_xet_that_fails(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CAS Client Error" in refused(open_config, locate()).message
 
 
+@pytest.mark.parametrize("said", ["No space left on device (os error 28)", "Disk quota exceeded (os error 122)"])
+def test_a_full_disk_under_xet_is_no_fault_of_the_network(hub: Hub, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"Data processing error: File reconstruction error: IO Error: {said}")
+
+    hub.add(NAME, FILES)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    error = refused(open_config, locate())
+    assert "cannot be kept in" in error.message
+    assert "make space there" in str(error.hint)
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "socks://127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_used_is_named(hub: Hub, tmp_path: Path, proxy: str) -> None:
+    hub.add(NAME, FILES)
+    for reference in (NAME, "ollama:x"):
+        code = f"from pathlib import Path; from ftkit.model.locate import locate; locate({reference!r}, Path('nowhere'))"
+        environment = {**os.environ, "ALL_PROXY": proxy, "NO_PROXY": "", "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert "ftkit.errors.ToolMissingError: The proxy that ALL_PROXY" in done.stderr
+
+
 def test_offline_with_the_files(hub: Hub, client: Client) -> None:
     hub.add(NAME, FILES)
     hub.add(NAME, {**FILES, "tokenizer.json": b"{ }"}, "v1")
@@ -271,7 +294,9 @@ def test_a_hub_that_is_not_reached(hub: Hub, client: Client) -> None:
             assert f"cannot be fetched from {nowhere}" in refused(call).message
 
 
-@pytest.mark.parametrize(("status", "way_out"), [(429, "try again later"), (500, "try again later"), (401, "hf auth login")])
+@pytest.mark.parametrize(
+    ("status", "way_out"), [(429, "try again later"), (500, "try again later"), (401, "hf auth login"), (403, "settings/tokens")]
+)
 def test_a_hub_that_refuses(hub: Hub, status: int, way_out: str) -> None:
     hub.add(NAME, FILES)
     hub.refusal = (status, {"X-Error-Message": "Invalid credentials in Authorization header"} if status == 401 else {})
@@ -334,6 +359,15 @@ def test_a_token_is_used_and_kept_nowhere(hub: Hub, tmp_path: Path, monkeypatch:
         error = refused(locate, "org/other")
         assert TOKEN not in f"{error.message} {error.hint}"
     assert not any(TOKEN.encode() in path.read_bytes() for path in (tmp_path / "home").rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("character", ["\x0b", "ä"])
+def test_a_token_that_cannot_be_sent_is_not_shown(hub: Hub, monkeypatch: pytest.MonkeyPatch, character: str) -> None:
+    monkeypatch.setenv("HF_TOKEN", f"{TOKEN}{character}x")
+    hub.add(NAME, FILES)
+    error = refused(locate)
+    assert "holds a character that no token has" in error.message
+    assert TOKEN not in f"{error.message} {error.hint}"
 
 
 def test_the_environment_names_hub_and_cache(hub: Hub, tmp_path: Path) -> None:

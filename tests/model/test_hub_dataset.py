@@ -104,6 +104,8 @@ def chosen(part: str, files: list[str], card: dict[str, Any] | None = None) -> l
         ("validation", ["dev.csv", "development.csv"], ["dev.csv"]),
         ("train", ["restrained.csv", "Train.CSV"], ["Train.CSV"]),
         ("train_sft", ["data/train_sft-0.parquet", "data/train_gen-0.parquet"], ["data/train_sft-0.parquet"]),
+        ("train", ["train.csv", "train.jsonl", "train-2.jsonl"], ["train-2.jsonl", "train.jsonl"]),  # one format, as `datasets` has it
+        ("train", ["train.jsonl.gz", "train.parquet", "train-1.parquet"], ["train-1.parquet", "train.parquet"]),
         ("raw/x.jsonl.gz", ["raw/x.jsonl.gz", "train.jsonl"], ["raw/x.jsonl.gz"]),
         ("train", ["train.txt", ".train.json"], None),
     ],
@@ -114,6 +116,37 @@ def test_files_are_chosen_by_their_names(part: str, files: list[str], expected: 
             chosen(part, files)
     else:
         assert chosen(part, files) == expected
+
+
+def test_several_splits_of_a_name_are_not_mixed() -> None:
+    with pytest.raises(DataError, match="has several splits of that name: train_gen, train_sft") as refused:
+        chosen("train", ["data/train_sft-0.parquet", "data/train_gen-0.parquet", "data/test_sft-0.parquet"])
+    assert f"--set data.train={NAME}:train_sft" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.jsonl", ["a.jsonl"]),
+        ("**/*.jsonl", ["a.jsonl", "old/c.jsonl", "old/x/d.jsonl"]),
+        ("old/*", ["old/c.jsonl"]),
+        ("old/**", ["old/c.jsonl", "old/x/d.jsonl"]),
+        ("old/[a-c].jsonl", ["old/c.jsonl"]),
+        ("?.jsonl", ["a.jsonl"]),
+    ],
+)
+def test_patterns_of_a_card_are_the_hubs(pattern: str, expected: list[str]) -> None:
+    assert chosen("train", ["a.jsonl", "old/c.jsonl", "old/x/d.jsonl"], {"configs": [{"data_files": pattern}]}) == expected
+
+
+def test_subsets_that_are_folders_are_not_mixed() -> None:
+    names, card = (
+        ["v1/train.csv", "v2/train.csv"],
+        {"configs": [{"config_name": "v1", "data_dir": "v1"}, {"config_name": "v2", "data_dir": "v2"}]},
+    )
+    assert chosen("v2/train", names, card) == ["v2/train.csv"]
+    with pytest.raises(DataError, match="has several subsets: v1, v2"):
+        chosen("train", names, card)
 
 
 def test_a_card_that_is_no_yaml_says_nothing(hub: Hub) -> None:

@@ -17,7 +17,7 @@ import pytest
 from ftkit.errors import ModelError, ToolMissingError
 from ftkit.model.locate import locate
 from ftkit.model.open import open_config, open_weights
-from ftkit.model.source import INDEX, sixteen_bits_of, stored_dtype
+from ftkit.model.source import INDEX, sixteen_bits_of, stored_dtype, weight_files
 
 
 @pytest.fixture(autouse=True)
@@ -57,11 +57,22 @@ def test_a_folder_with_weights_is_open_as_it_is(model: Path, tmp_path: Path) -> 
 
 
 def test_a_folder_without_one_of_its_weight_files(model: Path, tmp_path: Path) -> None:
-    shards = {"a": "model.safetensors", "b": "model-2.safetensors"}
+    shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
     (model / INDEX).write_text(json.dumps({"weight_map": shards}), encoding="utf-8")
+    assert weight_files(model) == [model / "model.safetensors"]  # as transformers has it: an index beside it is an older save's
+    assert open_weights(locate("tiny", tmp_path)).folder == model.resolve()
+    (model / "model.safetensors").rename(model / "model-1.safetensors")
     with pytest.raises(ModelError, match=r"has no model-2\.safetensors") as refused:
         open_weights(locate("tiny", tmp_path))
     assert refused.value.hint
+
+
+def test_an_adapter_in_a_model_s_folder_is_refused(model: Path, tmp_path: Path) -> None:
+    """transformers loaded it into the base: what was trained and what was merged were two models, without a word."""
+    (model / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelError, match="holds a model and an adapter's adapter_config") as refused:
+        locate("tiny", tmp_path)
+    assert "training.adapter" in str(refused.value.hint)
 
 
 @pytest.mark.parametrize(

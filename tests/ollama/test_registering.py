@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
@@ -18,6 +19,7 @@ import pytest
 import servers
 import tiny
 
+from ftkit.check import Check, passed
 from ftkit.data import stops, template
 from ftkit.engines import hf, ollama
 from ftkit.errors import NameTakenError, ProofError, ToolFailedError
@@ -329,6 +331,46 @@ def test_killed_ships_know_their_own(ship: Callable[..., str], client: Any, monk
         assert ("m:q4" in there) == (moment != "before the copy")
         assert sum("ftkit-unchecked" in name for name in there) == (moment != "before the record")
     assert ship("m:q4") == "m:q4"
+    assert names(client) == ["m:q4"]
+
+
+def test_a_model_that_is_replaced_leaves_no_file_and_what_was_checked_no_memory(
+    client: Any, files: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    tokenizer, path = files("chatml")
+    other = tmp_path / "m.gguf"
+    other.write_bytes(path.read_bytes() + bytes(32))  # another file of the same model
+    digests = [f"sha256:{file_fingerprint(each)}" for each in (path, other)]
+
+    def there() -> list[bool]:
+        return [ollama.http(client).head(f"/api/blobs/{digest}").status_code == 200 for digest in digests]
+
+    def asked(name: str) -> Check:
+        ollama.answer(client, name, [[{"role": "user", "content": "q"}]], 1, options={"num_thread": 1})
+        assert [model.model for model in client.ps().models] == [name]
+        return passed("answers", "")
+
+    for number, file in enumerate((path, other)):
+        register(client, "m", file, modelfile(tokenizer, path), renders(tokenizer), verify=asked)
+        assert names(client) == ["m:latest"]
+        assert there() == [number == 0, number == 1]
+        deadline = time.monotonic() + 20
+        while client.ps().models and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not client.ps().models
+
+
+@NEWEST
+def test_another_server_is_asked_anew(ship: Callable[..., str], client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    check = registering.check_prompts
+    monkeypatch.setattr(registering, "check_prompts", lambda *args: asked.append(args[1]) or check(*args))
+    ship("m:q4")
+    ship("m:q4")
+    assert len(asked) == 1
+    monkeypatch.setattr(ollama, "server_of", lambda _: ["http://here", "9.9"])
+    ship("m:q4")
+    assert len(asked) == 2
     assert names(client) == ["m:q4"]
 
 
