@@ -23,7 +23,7 @@ def proxy_fault(error: BaseException) -> ToolMissingError:
     """Of a client that cannot be made with the proxies that the environment names."""
     return ToolMissingError(
         f"The proxy that ALL_PROXY, HTTP_PROXY or HTTPS_PROXY names cannot be used: {first_line(error)}.",
-        "for socks5://…: pip install 'httpx[socks]'; for this machine alone: NO_PROXY=localhost,127.0.0.1; or unset it",
+        "for socks5://…: pip install 'httpx[socks]'; or unset it",
     )
 
 

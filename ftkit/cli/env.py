@@ -115,13 +115,13 @@ def _ollama() -> dict[str, str | None]:
     import urllib.request
 
     from ftkit.engines import ollama
-    from ftkit.errors import RecipeError
+    from ftkit.errors import RecipeError, ToolMissingError
 
     try:
         address = ollama.address()
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{address}/api/version", timeout=2):
             return {"path": address, "found_by": "OLLAMA_HOST" if os.environ.get("OLLAMA_HOST") else "default", "bring": None}
-    except RecipeError as error:
+    except (RecipeError, ToolMissingError) as error:
         return {"path": None, "found_by": None, "bring": f"{error.message} {error.hint}"}
     except (OSError, ValueError):
         return {"path": None, "found_by": None, "bring": "https://ollama.com/download, then: ollama serve"}

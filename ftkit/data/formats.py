@@ -348,7 +348,8 @@ class Form:
     @property
     def reads(self) -> frozenset[str]:
         """All keys that are read of such a row, and the one for what is left out."""
-        return frozenset((*self.keys, *self.also, *self.systems, *BESIDE, UNREAD_KEY))
+        judged = ("label",) if self.keys[-1] in ("completion", "response") else ()  # by which KTO calls an answer good
+        return frozenset((*self.keys, *self.also, *self.systems, *judged, *BESIDE, UNREAD_KEY))
 
     @property
     def example(self) -> str:
@@ -432,7 +433,9 @@ def conversation_of(value: Any, columns: Mapping[str, str] | None = None, labels
 def _refuse_beside(form: Form, row: Mapping[str, Any], labels: Sequence[str]) -> None:
     """Raise ValueError for what changes the meaning of a row of this form, and for labels of what is none."""
     beside = UNREAD_WITH_TEXT if form.name == TEXT else UNREAD_WITH_A_QUESTION if form.keys[0] in ASKS_ONCE else {}
-    _refuse_unread(row, {key: why.replace("KEY", key) for key, why in beside.items()})
+    has_context = form.name == TEXT or "context" in form.also
+    told = {key: why if has_context or "{context" not in why else "put it into the question" + WITHOUT for key, why in beside.items()}
+    _refuse_unread(row, {key: why.replace("KEY", key) for key, why in told.items()})
     if form.keys[-1] in ("completion", "response") and row.get("label") is False:
         raise ValueError("`label` is false: this answer is a bad one (KTO), and would be learnt; take such rows out")
     if labels and form.name != CLASSIFICATION:

@@ -34,6 +34,8 @@ def address() -> str:
     except ImportError as error:  # a SOCKS proxy's package
         raise proxy_fault(error) from None
     except ValueError as error:
+        if "proxy" in str(error):
+            raise proxy_fault(error) from None
         host = os.environ.get("OLLAMA_HOST")
         raise RecipeError(f"OLLAMA_HOST is no address: {host!r} ({error}).", "as in OLLAMA_HOST=127.0.0.1:11434") from None
 
@@ -60,7 +62,7 @@ def connect(reporter: Reporter = SILENT) -> Iterator[Client]:
     if parts.scheme == "http" and parts.hostname not in LOOPBACK:
         reporter.warn(f"{parts.hostname} is reached over plain http: model and prompts go unencrypted, and its API has no password")
     here = parts.hostname in LOOPBACK  # which no proxy leads to
-    with ollama.Client(timeout=ANSWERS_WITHIN_SECONDS, trust_env=not here) as client:
+    with ollama.Client(timeout=ANSWERS_WITHIN_SECONDS, trust_env=not here or parts.scheme == "https") as client:  # by SSL_CERT_FILE
         try:
             client.list()
         except (ConnectionError, httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -77,7 +79,11 @@ def connect(reporter: Reporter = SILENT) -> Iterator[Client]:
 
 def server_of(client: Client) -> list[str]:
     """Its address and its version: another one may ask a model otherwise."""
-    return [str(http(client).base_url).rstrip("/"), str(http(client).get("/api/version").json().get("version"))]
+    try:
+        version = http(client).get("/api/version").json()["version"]
+    except (ValueError, LookupError, TypeError):  # one that does not tell
+        version = ""
+    return [str(http(client).base_url).rstrip("/"), str(version)]
 
 
 def http(client: Client) -> httpx.Client:

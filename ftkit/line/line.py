@@ -263,11 +263,11 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
         checks = [*checks, *judge_adapter(job, asked, adapted)]
     try:
         if use_ollama is not False:
-            with ollama.connect(job.reporter) as client:
+            with ollama.connect(job.reporter) as client, ollama.told("Ollama failed"):
                 refuse_anothers_name(job, client, replace_model)
                 registered, in_ollama = register_shipped(job, client, shipped, merged, asked, proven)
                 checks = [*checks, *in_ollama]
-    except (ToolMissingError, ToolFailedError, NameTakenError) as error:  # a server that nobody asked for ends nothing
+    except (ToolMissingError, ToolFailedError, NameTakenError, RecipeError) as error:  # a server that nobody asked for ends nothing
         if use_ollama:
             raise
         because, register_with = error.message, error.hint

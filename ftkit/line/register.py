@@ -26,7 +26,7 @@ from ftkit.machine.device import asked_threads
 from ftkit.model.source import gguf_architecture, open_gguf
 from ftkit.ollama.formats import own_format
 from ftkit.ollama.modelfile import Modelfile, make_modelfile
-from ftkit.ollama.register import register, remove, temporary_name
+from ftkit.ollama.register import clean_up, register, temporary_name
 from ftkit.ollama.template import find_format
 from ftkit.plan.cost import of_registering
 from ftkit.proof.gate import SERVED, judge_served
@@ -96,7 +96,7 @@ def register_shipped(
     run, reporter, name = job.run, job.reporter, job.recipe.ship.name
     mark, recorded = run.manifest()["shipped"]["mark"], run.manifest().get("ollama", {})
     if left := recorded.get("temporary"):
-        remove(client, left, reporter)
+        clean_up(client, recorded.get("temporary_for", name), left, reporter)
     digest, server = ollama.digest_of(client, name), ollama.server_of(client)
     made = {"digest": digest, "shipped": mark, "server": server}
     if digest and "answers" in recorded and made == {key: recorded.get(key) for key in made}:
@@ -114,7 +114,7 @@ def register_shipped(
     reporter.step(f"registering {name} in Ollama")
     modelfile = _modelfile(job, tokenizer, shipped.path, merged.result.stops)
     temporary = temporary_name(name)
-    run.record(ollama={**recorded, "temporary": temporary})
+    run.record(ollama={**recorded, "temporary": temporary, "temporary_for": name})
     answers: list[str] = []
 
     def verify(unchecked: str) -> Check:
@@ -123,7 +123,7 @@ def register_shipped(
 
     def remember(digest: str) -> None:
         naming = [*recorded.get("naming", []), [name, digest]]
-        run.record(ollama={**recorded, "temporary": temporary, "naming": naming})
+        run.record(ollama={**recorded, "temporary": temporary, "temporary_for": name, "naming": naming})
 
     registered = register(
         client,

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ftkit.errors import DataError, ModelError
@@ -20,6 +20,7 @@ SPLIT_WORDS = {  # in the names of files, where the dataset's card does not say 
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+SHARD = re.compile(r"(?:^|/)([^/]+)-\d{5}-of-\d{5}\.")  # as the hub's own library writes a split
 CARD = "README.md"
 NAMED = 8  # files or subsets, in an error
 
@@ -83,7 +84,8 @@ def choose_files(names: Sequence[str], card: Mapping[str, Any], data: HubData) -
         entry for entry in card.get("configs") or [] if isinstance(entry, dict) and (entry.get("data_files") or entry.get("data_dir"))
     ]
     chosen = _subset(configs, subset, data) if configs else {}
-    within = f"{chosen['data_dir']}/" if chosen.get("data_dir") else ""
+    folder = PurePosixPath(str(chosen.get("data_dir") or ".")).as_posix()
+    within = "" if folder == "." else f"{folder}/"
     if chosen.get("data_files"):
         patterns = [_pattern(within + pattern) for pattern in _patterns(chosen["data_files"], split)]
         found = [name for name in readable if any(pattern.fullmatch(name) for pattern in patterns)]
@@ -101,11 +103,14 @@ def _by_name(names: Sequence[str], split: str, data: HubData) -> list[str]:
     """Files of a split by the words in their names, all of one format. Raises DataError where the word begins several splits' names."""
     words = SPLIT_WORDS.get(split, (split,))
     found = [name for name in names if _names(name, words)]
-    called = {match[0].lower() for name in found if (match := re.search(rf"(?<![a-z])({'|'.join(words)})(_[a-z]+)*", name, re.IGNORECASE))}
-    if len(called) > 1 and not called <= set(words):
+    splits = {name: match[1] for name in found if (match := SHARD.search(name))}
+    if exact := [name for name in found if splits.get(name, "").lower() in words]:
+        found = exact
+    elif called := sorted(set(splits.values())):
+        subset = data.part.rpartition("/")[0]
         raise DataError(
-            f"{data.repository} has several splits of that name: {_listed(sorted(called))}.",
-            f"name one, as in --set data.{data.part.rpartition('/')[2]}={data.repository}:{max(called)}",
+            f"{data.repository} has no split {split!r}, but {_listed(called)}.",
+            f"name one, as in --set data.{split}={data.repository}:{subset and subset + '/'}{called[0]}",
         )
     others = [word for words in SPLIT_WORDS.values() for word in words]
     if not found and split == "train" and not any(_names(name, others) for name in names):
@@ -116,11 +121,12 @@ def _by_name(names: Sequence[str], split: str, data: HubData) -> list[str]:
 
 def _pattern(path: str) -> re.Pattern[str]:
     """A pattern of a card, as the hub's own library reads it: `*` stays within a folder, `**` does not, and may be none."""
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", path)
     meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return re.compile(
-        "".join(meaning.get(part, part if part.startswith("[") and part.endswith("]") else re.escape(part)) for part in parts)
-    )
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", path.removeprefix("./"))
+    try:
+        return re.compile("".join(meaning.get(part, part.replace("[!", "[^") if part[:1] == "[" else re.escape(part)) for part in parts))
+    except re.error as error:
+        raise DataError(f"The dataset's card names {path!r}, which is no pattern: {error}.", "name a file of it: org/name:FILE") from None
 
 
 def _subset(configs: Sequence[Mapping[str, Any]], subset: str, data: HubData) -> Mapping[str, Any]:

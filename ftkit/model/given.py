@@ -71,8 +71,10 @@ def look_at(reference: str, relative_to: Path) -> Given:
 
 def _hub(source: Source) -> Given:
     """Of a repository: its adapter, which is fetched at once, or its whole model, of which so far the config is."""
-    folder, names = fetch(source, (*CONFIG_FILES, ADAPTER_WEIGHTS), ("*/*",)), names_of(source)
-    if (folder / ADAPTER_CONFIG).is_file() and (ADAPTER_WEIGHTS in names or "adapter_model.bin" in names):
+    folder = fetch(source, CONFIG_FILES, ("*/*", ADAPTER_CONFIG))
+    names = names_of(source)
+    if ADAPTER_CONFIG in names and (ADAPTER_WEIGHTS in names or "adapter_model.bin" in names):
+        folder = fetch(source, (*CONFIG_FILES, ADAPTER_WEIGHTS), ("*/*",))
         return replace(_adapter(folder, _read(folder / ADAPTER_CONFIG), source.reference, names), hub=source)
     if (folder / "config.json").is_file():
         _refuse_quantised(config_of(folder), source.reference)

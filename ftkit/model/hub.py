@@ -146,12 +146,6 @@ def hub_errors(reference: str, kind: str = "model", *, keeps_in: Path | None = N
         raise ModelError(f"{repository} has no revision {revision}.", f"see its branches and tags: {page}/tree/main") from None
     except errors.HFValidationError as error:
         raise ModelError(f"{reference} is no hub id: {first_line(error)}", "a hub id is org/name, or org/name@revision") from None
-    except (ImportError, ValueError) as error:
-        if fault := _token_fault(error):
-            raise fault from None
-        if not re.search(r"proxy|scheme|socks", str(error), re.IGNORECASE):
-            raise
-        raise proxy_fault(error) from None
     except (
         errors.HTTPError,  # type: ignore[attr-defined]  # httpx's or, in newer versions, httpx2's
         errors.RevisionResolutionError,
@@ -159,7 +153,15 @@ def hub_errors(reference: str, kind: str = "model", *, keeps_in: Path | None = N
         OSError,
         RuntimeError,  # hf_xet's
         AttributeError,  # one thread of huggingface_hub's closes the client that another is about to ask again
+        ImportError,  # a SOCKS proxy's package
+        ValueError,  # a proxy or a token that is none
     ) as error:
+        if isinstance(error, (ImportError, ValueError)) and not isinstance(error, OSError):
+            if fault := _token_fault(error):
+                raise fault from None
+            if not re.search(r"proxy|scheme|socks", str(error), re.IGNORECASE):
+                raise
+            raise proxy_fault(error) from None
         cause = error if isinstance(error, errors.HfHubHTTPError) else error.__cause__ or error
         if is_offline_mode():
             raise ModelError(

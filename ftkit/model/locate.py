@@ -87,15 +87,16 @@ def _ollama_file(name: str) -> Path:
     """The GGUF behind a model of the local Ollama server, as `ollama show --modelfile` names it."""
     import httpx
 
+    nobody = ToolMissingError("No Ollama server answers.", "start it: ollama serve; ftkit env shows where it is looked for")
     try:
         import ollama  # makes a client of its own at once
-    except (ImportError, ValueError) as error:
-        raise proxy_fault(error) from None
+    except (ImportError, ValueError) as error:  # a SOCKS proxy's package; a proxy or an OLLAMA_HOST that is none
+        raise (proxy_fault(error) if isinstance(error, ImportError) or "proxy" in str(error) else nobody) from None
     try:
-        with ollama.Client(timeout=30) as client:
+        with ollama.Client(timeout=30, trust_env=False) as client:  # on this machine, where no proxy leads
             modelfile = client.show(name).modelfile or ""
-    except (ConnectionError, httpx.HTTPError, ValueError):  # ValueError: OLLAMA_HOST is no address, or what answers speaks no JSON
-        raise ToolMissingError("No Ollama server answers.", "start it: ollama serve; ftkit env shows where it is looked for") from None
+    except (ConnectionError, httpx.HTTPError, ValueError):  # ValueError: what answers speaks no JSON
+        raise nobody from None
     except ollama.ResponseError as error:
         raise ModelError(f"Ollama does not have {name}: {error.error}.", "see what it has: ollama list") from None
     found = re.search(r"(?m)^FROM (/.+|[A-Za-z]:\\.+)$", modelfile)

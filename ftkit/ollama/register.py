@@ -83,7 +83,7 @@ def register(
             if digest_of(client, name) != made:
                 raise ToolFailedError(f"Ollama copied {temporary} to {name}, which is another model now.")
         finally:
-            remove(client, temporary, reporter)
+            clean_up(client, name, temporary, reporter)
     return Registered(made, checks)
 
 
@@ -98,16 +98,20 @@ def create(client: Client, name: str, files: dict[str, str], modelfile: Modelfil
         raise ollama.ResponseError(reply.text, reply.status_code)
 
 
-def remove(client: Client, name: str, reporter: Reporter = SILENT) -> None:
+def clean_up(client: Client, name: str, temporary: str, reporter: Reporter = SILENT) -> None:
     """Delete a temporary model and what it replaced, if the server has them, from its memory too: else it keeps them for minutes.
 
-    A server that fails at it is told of, and what went before stands.
+    What was replaced gets its `name` back first, where a copy that broke off has left that to nobody. A server that fails at it is
+    told of, and what went before stands.
     """
     import httpx
     import ollama
 
-    for each in (name, replaced_name(name)):
+    replaced = replaced_name(temporary)
+    for each in (temporary, replaced):
         try:
+            if each == replaced and digest_of(client, replaced) and not digest_of(client, name):
+                client.copy(replaced, name)
             http(client).post("/api/generate", json={"model": each, "keep_alive": 0})
             client.delete(each)
         except (ConnectionError, httpx.HTTPError, ollama.ResponseError) as error:

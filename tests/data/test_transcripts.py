@@ -181,12 +181,25 @@ def test_what_is_named_is_what_is_read() -> None:
     [
         ({"prompt": "Q", "completion": "A", "passage": "P"}, {"context": "passage"}),
         ({"messages": list(said("Q", "A")), "persona": "S"}, {"system_prompt": "persona"}),
+        ({"messages": list(said("Q", "A")), "good": True}, {"label": "good"}),
         ({"messages": list(said("Q", "A")), "body": "T"}, {"text": "body", "messages": "messages"}),
     ],
 )
 def test_what_is_named_and_not_read_is_said(row: dict[str, object], columns: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=rf"data\.columns names `{next(iter(columns))}`, which is not read of a row of this form"):
         conversation_of(row, columns)
+
+
+def test_what_is_said_of_a_named_column_can_be_done() -> None:
+    good = {"prompt": "Q", "completion": "A", "good": True}
+    assert conversation_of(good, {"label": "good"}).messages == said("Q", "A")
+    with pytest.raises(ValueError, match="this answer is a bad one"):
+        conversation_of({**good, "good": False}, {"label": "good"})
+    with pytest.raises(ValueError, match="`passage` is not read: put it into the question"):  # not {context: passage}
+        conversation_of({"query": "Q", "answer": "A", "passage": "P"})
+    with pytest.raises(ValueError, match=r"{context: passage} puts it before the question"):
+        conversation_of({"question": "Q", "answer": "A", "passage": "P"})
+    assert conversation_of({"question": "Q", "answer": "A", "passage": "P"}, {"context": "passage"}).messages == said("Q\n\nP", "A")
 
 
 def test_a_column_that_happens_to_be_called_chat_is_passed_over() -> None:

@@ -21,6 +21,7 @@ from tiny import make_model
 from ftkit.engines import hf
 from ftkit.errors import ModelError
 from ftkit.model import locate as locating
+from ftkit.model.given import look_at
 from ftkit.model.open import bytes_to_fetch, open_config, open_weights
 from ftkit.model.source import INDEX, Source
 
@@ -63,6 +64,18 @@ def test_locating_asks_for_the_commit_and_nothing_else(hub: Hub) -> None:
     found = locate()
     assert (found.kind, found.fingerprint, found.folder) == ("hub", commit, None)
     assert hub.asked() == [("GET", f"/api/models/{NAME}")]
+
+
+def test_an_adapter_s_config_beside_a_model_is_not_fetched_with_it(hub: Hub, tmp_path: Path) -> None:
+    """transformers would load that adapter into the model."""
+    hub.add(NAME, {**FILES, "adapter_config.json": b"{}"})
+    for _ in range(2):
+        given = look_at(NAME, tmp_path)
+        assert given.kind == "checkpoint"
+        assert given.hub
+        for opened in (open_config(given.hub), open_config(locate())):
+            assert opened.folder
+            assert not (opened.folder / "adapter_config.json").exists()
 
 
 def test_code_is_fetched_where_it_may_run_and_not_otherwise(hub: Hub) -> None:
@@ -295,7 +308,8 @@ def test_a_hub_that_is_not_reached(hub: Hub, client: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "way_out"), [(429, "try again later"), (500, "try again later"), (401, "hf auth login"), (403, "settings/tokens")]
+    ("status", "way_out"),
+    [(429, "try again later"), (500, "try again later"), (401, "hf auth login"), (403, "settings/tokens"), (400, "try again later")],
 )
 def test_a_hub_that_refuses(hub: Hub, status: int, way_out: str) -> None:
     hub.add(NAME, FILES)

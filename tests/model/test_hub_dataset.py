@@ -119,9 +119,14 @@ def test_files_are_chosen_by_their_names(part: str, files: list[str], expected: 
 
 
 def test_several_splits_of_a_name_are_not_mixed() -> None:
-    with pytest.raises(DataError, match="has several splits of that name: train_gen, train_sft") as refused:
-        chosen("train", ["data/train_sft-0.parquet", "data/train_gen-0.parquet", "data/test_sft-0.parquet"])
-    assert f"--set data.train={NAME}:train_sft" in str(refused.value.hint)
+    files = [f"data/{split}-00000-of-00001.parquet" for split in ("train_gen", "train_sft", "test_sft")]
+    with pytest.raises(DataError, match="has no split 'train', but train_gen, train_sft") as refused:
+        chosen("train", files)
+    assert f"--set data.train={NAME}:train_gen" in str(refused.value.hint)
+    assert chosen("train_sft", files) == files[1:2]
+    whole = "data/train-00000-of-00001.parquet"
+    assert chosen("train", [*files, whole]) == [whole]
+    assert chosen("train", ["train_a.jsonl", "train_b.jsonl"]) == ["train_a.jsonl", "train_b.jsonl"]  # parts of one
 
 
 @pytest.mark.parametrize(
@@ -133,10 +138,19 @@ def test_several_splits_of_a_name_are_not_mixed() -> None:
         ("old/**", ["old/c.jsonl", "old/x/d.jsonl"]),
         ("old/[a-c].jsonl", ["old/c.jsonl"]),
         ("?.jsonl", ["a.jsonl"]),
+        ("./[!b].jsonl", ["a.jsonl"]),
     ],
 )
 def test_patterns_of_a_card_are_the_hubs(pattern: str, expected: list[str]) -> None:
     assert chosen("train", ["a.jsonl", "old/c.jsonl", "old/x/d.jsonl"], {"configs": [{"data_files": pattern}]}) == expected
+
+
+def test_a_card_s_folder_may_be_written_in_any_way() -> None:
+    for folder in ("data", "data/", "./data"):
+        assert chosen("train", ["data/train.csv", "x.csv"], {"configs": [{"data_dir": folder}]}) == ["data/train.csv"]
+    assert chosen("train", ["train.csv"], {"configs": [{"data_dir": "."}]}) == ["train.csv"]
+    with pytest.raises(DataError, match="which is no pattern"):
+        chosen("train", ["a.csv"], {"configs": [{"data_files": "[z-a].csv"}]})
 
 
 def test_subsets_that_are_folders_are_not_mixed() -> None:

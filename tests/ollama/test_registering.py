@@ -300,7 +300,7 @@ class Killed(BaseException):
 def test_killed_ships_know_their_own(ship: Callable[..., str], client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a ship left in Ollama, the next goes through without --yes, and in the end one model is there."""
 
-    copy, record, remove = type(client).copy, Run.record, registering.remove
+    copy, record, clean = type(client).copy, Run.record, registering.clean_up
     for moment in ("before the copy", "after the copy", "before the record"):
         dead = False
 
@@ -314,7 +314,7 @@ def test_killed_ships_know_their_own(ship: Callable[..., str], client: Any, monk
 
         def clean_up(*args: Any) -> None:
             if not dead:  # noqa: B023 – called before the loop goes on
-                remove(*args)
+                clean(*args)
 
         def die_at_record(run: Run, **more: Any) -> None:
             if "checks" in more.get("ollama", {}):
@@ -323,7 +323,7 @@ def test_killed_ships_know_their_own(ship: Callable[..., str], client: Any, monk
 
         with monkeypatch.context() as sabotage:
             sabotage.setattr(type(client), "copy", die_at_copy)
-            sabotage.setattr(registering, "remove", clean_up)
+            sabotage.setattr(registering, "clean_up", clean_up)
             sabotage.setattr(Run, "record", die_at_record)
             with pytest.raises(Killed):
                 ship("m:q4")
@@ -358,6 +358,33 @@ def test_a_model_that_is_replaced_leaves_no_file_and_what_was_checked_no_memory(
         while client.ps().models and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not client.ps().models
+
+
+@NEWEST
+def test_a_copy_that_breaks_off_leaves_the_name_to_the_model_that_had_it(
+    client: Any, files: Callable[[str], tuple[Any, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, path = files("chatml")
+    other = tmp_path / "m.gguf"
+    other.write_bytes(path.read_bytes() + bytes(32))
+    before = register(client, "m", path, modelfile(tokenizer, path), renders(tokenizer)).digest
+    copy = type(client).copy
+
+    def break_off(server: Any, source: str, to: str) -> None:
+        if "unchecked" not in source:
+            copy(server, source, to)
+        else:  # as on a full disk: the name's manifest is cut short
+            server.delete(to)
+            raise ConnectionError("broken off")
+
+    made = modelfile(tokenizer, path)
+    with monkeypatch.context() as sabotage:
+        sabotage.setattr(type(client), "copy", break_off)
+        with pytest.raises(ToolFailedError, match="broken off"):
+            register(client, "m", other, made, renders(tokenizer))
+    assert names(client) == ["m:latest"]
+    assert ollama.digest_of(client, "m") == before
+    assert ollama.http(client).head(f"/api/blobs/sha256:{file_fingerprint(path)}").status_code == 200
 
 
 @NEWEST
