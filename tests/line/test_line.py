@@ -91,10 +91,11 @@ def run_ftkit(*words: str | Path, cwd: Path, environment: dict[str, str] | None 
 
 @pytest.fixture
 def few_rows(demo_run: Path, tmp_path: Path) -> Path:
-    """The demo's recipe on thirty of its rows."""
+    """The starter with long answers, on thirty of its rows."""
+    starter = REPOSITORY / "templates" / "c-vulnerabilities"
     for name in ("recipe.yaml", "test.jsonl"):
-        shutil.copyfile(REPOSITORY / "demo" / name, tmp_path / name)
-    lines = (REPOSITORY / "demo" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        shutil.copyfile(starter / name, tmp_path / name)
+    lines = (starter / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(lines[:30]), encoding="utf-8")
     return tmp_path
 
