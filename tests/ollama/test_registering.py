@@ -174,7 +174,7 @@ def test_the_file_and_the_request_create_the_same_model(
             (servers.VERSIONS[0], kind)
             for kind in ("Qwen 2.5", "Llama 3.1", "Gemma 2", GEMMA_4, "Phi 3.5", "folded", "default system prompt")
         ),
-        *((servers.VERSIONS[1], kind) for kind in ("Gemma 2", GEMMA_4, "default system prompt")),
+        *((servers.VERSIONS[1], kind) for kind in ("Gemma 2", "default system prompt")),
     ],
     indirect=["server"],
 )
@@ -347,17 +347,21 @@ def test_a_model_that_is_replaced_leaves_no_file_and_what_was_checked_no_memory(
 
     def asked(name: str) -> Check:
         ollama.answer(client, name, [[{"role": "user", "content": "q"}]], 1, options={"num_thread": 1})
-        assert [model.model for model in client.ps().models] == [name]
+        assert name in loaded()
         return passed("answers", "")
+
+    def loaded() -> list[str]:
+        """Of this test: what others deleted may run on."""
+        return [model.model for model in client.ps().models if model.model.startswith("m:")]
 
     for number, file in enumerate((path, other)):
         register(client, "m", file, modelfile(tokenizer, path), renders(tokenizer), verify=asked)
         assert names(client) == ["m:latest"]
         assert there() == [number == 0, number == 1]
         deadline = time.monotonic() + 20
-        while client.ps().models and time.monotonic() < deadline:
+        while loaded() and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert not client.ps().models
+        assert not loaded()
 
 
 @NEWEST
