@@ -256,7 +256,7 @@ def test_a_template_that_ollama_cannot_write_is_refused_or_right(
     try:
         checks = register(client, "bare", path, Modelfile(made.file, None, None, made.parameters), renders(tokenizer)).checks
     except ProofError as refused:  # it takes its own chatml, without the default system prompt
-        assert "Ollama renders" in refused.message
+        assert "Ollama renders" in refused.message  # noqa: PT017 – it may also be right
         assert names(client) == []
     else:
         assert checks[0].outcome == "passed"
