@@ -37,8 +37,7 @@ def find_gpus(management: Any = None, driver: str = cuda_driver.LIBRARY) -> list
 
     NVIDIA's management library lists them; where it lists none, or does not tell the memory of one, CUDA's driver does, which does not
     tell what is free without taking some of it: of a GPU that shares the machine's RAM that is what is free there, of another one all.
-    RecipeError where
-    CUDA_VISIBLE_DEVICES names a slice of a GPU, or where CUDA counts another way than by bus and the cards differ.
+    RecipeError where CUDA_VISIBLE_DEVICES names a slice of a GPU, or where CUDA counts another way than by bus and the cards differ.
     """
     nothing: list[Device | None] = []
     listed = nvml.ask(_listed, nothing, management)

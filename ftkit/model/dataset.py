@@ -115,8 +115,9 @@ def _by_name(names: Sequence[str], split: str, data: HubData) -> list[str]:
     others = [word for words in SPLIT_WORDS.values() for word in words]
     if not found and split == "train" and not any(_names(name, others) for name in names):
         found = list(names)
-    kinds = Counter(Path(name.lower().removesuffix(".gz")).suffix for name in found)  # the same rows again, mostly
-    return [name for name in found if Path(name.lower().removesuffix(".gz")).suffix == kinds.most_common(1)[0][0]]
+    formats = {name: Path(name.lower().removesuffix(".gz")).suffix for name in found}
+    taken = Counter(formats.values()).most_common(1)  # another one mostly holds the same rows again
+    return [name for name in found if formats[name] == taken[0][0]]
 
 
 def _pattern(path: str) -> re.Pattern[str]:

@@ -141,6 +141,16 @@ def shown(client: Any, name: str) -> dict[str, Any]:
     return {key: known.get(key) for key in ("template", "system", "parameters", "model_info", "details", "messages", "license")}
 
 
+def create_by_hand(server: tuple[str, str], made: Modelfile, folder: Path) -> None:
+    """The model `by-hand`, by Ollama's own program from a Modelfile in this folder."""
+    (folder / "Modelfile").write_bytes(made.text().encode())
+    done = subprocess.run(
+        [servers.program(server[0]), "create", "by-hand", "-f", folder / "Modelfile"], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OLLAMA_HOST": server[1], "HOME": str(folder)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_the_file_and_the_request_create_the_same_model(
     text: str, server: tuple[str, str], client: Any, files: Callable[[str], tuple[Any, Path]], tmp_path: Path
@@ -149,12 +159,7 @@ def test_the_file_and_the_request_create_the_same_model(
     (tmp_path / "m.gguf").symlink_to(path)
     chat = ChatFormat(text, (f"s{text}", text), (f"u{text}", text), (f"a{text}", text), trimmed=frozenset(("user",)))
     made = make_modelfile("./m.gguf", chat, Ship(system=text, temperature=0.1), bos="", stops=[text, "<|im_end|>", f"{text}x"])
-    (tmp_path / "Modelfile").write_bytes(made.text().encode())
-    done = subprocess.run(
-        [servers.program(server[0]), "create", "by-hand", "-f", tmp_path / "Modelfile"], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OLLAMA_HOST": server[1], "HOME": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    create_by_hand(server, made, tmp_path)
     (blob,) = {f"sha256:{file_fingerprint(path)}"}
     client.create("by-request", files={"m.gguf": blob}, template=made.template, system=made.system, parameters=made.parameters)
     by_hand = shown(client, "by-hand")
@@ -207,12 +212,7 @@ def test_gemma_4_thinks_as_it_was_trained_to(
         with pytest.raises(ProofError, match=r"renders user differently(.|\n)*<\|think\|>"):
             register(client, "left", path, replace(made, own=None), renders(other))
     (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "Modelfile").write_bytes(made.text().encode())
-    done = subprocess.run(
-        [servers.program(server[0]), "create", "by-hand", "-f", tmp_path / "Modelfile"], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OLLAMA_HOST": server[1], "HOME": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    create_by_hand(server, made, tmp_path)
     asked = [{"role": "user", "content": "q"}]
     assert ollama.rendered_prompt(client, "by-hand", asked) == ollama.rendered_prompt(client, "family", asked)
 
