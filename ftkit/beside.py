@@ -1,6 +1,6 @@
 """Packages that are installed beside ftkit's own: its libraries load many that they find, needed or not.
 
-Run as a program, this file runs the script that it is given, without them.
+Run as a program, this file runs the script that it is given without them, once or several times.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import shutil
 import sys
 import sysconfig
 import traceback
+from collections.abc import Sequence
 from functools import cache
 from importlib import util
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +38,7 @@ HIDDEN = {
     "transformer_engine": BY_PEFT,
 }
 ASKED_FOR = {"kernels": "USE_HUB_KERNELS"}  # by transformers' own variable
+THEN = "--then"  # between the arguments of one run of a script and the next
 OWN_ENVIRONMENT = "give ftkit an environment of its own: python -m venv env, then env/bin/pip install 'ftkit[train]'"
 
 
@@ -77,7 +80,21 @@ def broken(error: BaseException) -> ToolMissingError | None:
     )
 
 
+def run(script: str, arguments: Sequence[str]) -> None:
+    """Run a script, and again with what follows each `--then` among the arguments: what it imports is loaded once.
+
+    Its own modules are loaded anew: llama.cpp's keep things of a run in their classes (Gemma 3n's tensors).
+    """
+    own = str(Path(script).resolve().parent) + os.sep
+    for then, words in groupby(arguments, THEN.__eq__):
+        if then:
+            for name in [name for name, module in sys.modules.items() if (getattr(module, "__file__", None) or "").startswith(own)]:
+                del sys.modules[name]
+        else:
+            sys.argv = [script, *words]
+            runpy.run_path(script, run_name="__main__")
+
+
 if __name__ == "__main__":
     hide()
-    del sys.argv[0]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    run(sys.argv[1], sys.argv[2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -64,8 +65,16 @@ def test_llama_cpps_scripts_run_without_them_too(here: Path) -> None:
     script = here / "convert.py"
     code = "import sys\ntry:\n    import torchvision\nexcept ImportError:\n    open('said', 'w').write(*sys.argv[1:])\n"
     script.write_text(code, encoding="utf-8")
-    run_script(Found(script, "here"), "given")
+    run_script(Found(script, "here"), ["given"])
     assert Path("said").read_text(encoding="utf-8") == "given"
+
+
+def test_a_script_s_next_run_finds_nothing_of_the_one_before(tmp_path: Path) -> None:
+    (tmp_path / "kept.py").write_text("seen = []\n", encoding="utf-8")
+    script = tmp_path / "convert.py"
+    script.write_text("import json, sys, kept\nkept.seen += sys.argv[2:]\njson.dump(kept.seen, open(sys.argv[1], 'w'))\n", encoding="utf-8")
+    run_script(Found(script, "here"), [tmp_path / "first", "1", "2"], [tmp_path / "second", "3"])
+    assert [json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("first", "second")] == [["1", "2"], ["3"]]
 
 
 @pytest.mark.slow

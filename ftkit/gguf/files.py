@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,21 +47,26 @@ class GgufFile:
     fallback_tensors: int  # 2-D tensors whose rows do not divide by the wanted type's block, so that another was taken
 
 
-def convert(model: Path, path: Path, quantization: str, converter: Found, reporter: Reporter = SILENT) -> None:
-    """llama.cpp's converter, in a process of its own: its `gguf` package and PyPI's must not meet.
+def convert(model: Path, files: Mapping[str, Path], converter: Found, reporter: Reporter = SILENT) -> None:
+    """Files by their types, of llama.cpp's converter in a process of its own: its `gguf` package and PyPI's must not meet.
 
-    Raises ToolFailedError with its last lines.
+    One process makes them all: of a small model, loading torch and transformers is most of the time. Raises ToolFailedError with its
+    last lines.
     """
-    reporter.step(f"converting to {path.name}")
+    reporter.step(f"converting to {' and '.join(path.name for path in files.values())}")
     more = ["--no-mtp"] if _lost_what_predicts_more(model) else []
-    run_script(converter, model, "--outfile", path, "--outtype", CONVERTER_TYPES[quantization], *more)
+    run_script(
+        converter, *((str(model), "--outfile", str(path), "--outtype", CONVERTER_TYPES[kind], *more) for kind, path in files.items())
+    )
     if _has_spare_rows(model):
-        _name_spare_rows(path)
+        for path in files.values():
+            _name_spare_rows(path)
 
 
-def run_script(script: Found, *arguments: str | Path) -> None:
-    """One of llama.cpp's Python scripts, with the `gguf` package beside it, and without the hub."""
+def run_script(script: Found, *runs: Sequence[str | Path]) -> None:
+    """One of llama.cpp's Python scripts, with the arguments of each run, with the `gguf` package beside it, and without the hub."""
     libraries = [str(script.path.parent)] + ([str(script.path.parent / "gguf-py")] if (script.path.parent / "gguf-py").is_dir() else [])
+    arguments = [word for number, run in enumerate(runs) for word in ([beside.THEN] * (number > 0) + [*run])]
     call(
         [sys.executable, "-P", beside.__file__, script.path, *arguments],
         environment={"PYTHONPATH": os.pathsep.join(libraries), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},

@@ -58,7 +58,7 @@ def convert_adapter(
         copy.mkdir()
         save_file(tensors, copy / "adapter_model.safetensors")
         (copy / "adapter_config.json").write_text(json.dumps({"lora_alpha": 0}), encoding="utf-8")  # all that the script reads of it
-        run_script(script, copy, "--base", base, "--outfile", path, "--outtype", "f32")
+        run_script(script, [copy, "--base", base, "--outfile", path, "--outtype", "f32"])
     return _read_back(path, len(tensors) // 2)
 
 

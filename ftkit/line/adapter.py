@@ -64,7 +64,7 @@ def _make(job: Job, folder: Path, trained: Made[Any], asked: Made[Asked], fitted
         file = job.source.gguf
         if not file and size <= LOOKED_AT_BYTES:
             file, name = Path(temporary) / "base-F16.gguf", "an F16 file of the base"
-            convert(base_folder(job), file, "F16", need_converter(job.llama_cpp_dir), job.reporter)
+            convert(base_folder(job), {"F16": file}, need_converter(job.llama_cpp_dir), job.reporter)
         if file:
             name, corrections = name or job.source.reference, corrections_of(file, tokenizer, ends)
             behaviour.write(folder, {FORM: measure_file(job, file, asked.folder, path)})

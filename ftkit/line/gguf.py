@@ -54,12 +54,11 @@ class Converted:
 def _convert(job: Job, folder: Path, merged: Made[Merged]) -> Converted:
     model, stem = merged.folder / MODEL, job.recipe.ship.name.replace(":", "-")
     tokenizer, paths = tokenizer_of(job, model), {quantization: folder / f"{stem}-{quantization}.gguf" for quantization in _there(job)}
-    for quantization, path in paths.items():
-        if job.given and job.given.kind == "gguf":
-            link(job.given.path, path)
-        else:
-            convert(model, path, quantization, need_converter(job.llama_cpp_dir), job.reporter)
     last = [*paths.values()][-1]
+    if job.given and job.given.kind == "gguf":
+        link(job.given.path, last)
+    else:
+        convert(model, paths, need_converter(job.llama_cpp_dir), job.reporter)
     corrections = corrections_of(last, tokenizer, merged.result.stops)
     if tokenizer.chat_template != template_in(last):  # it came without one, or with one that ftkit fixes: its date, its thinking
         corrections = replace(corrections, chat_template=tokenizer.chat_template)
@@ -212,7 +211,7 @@ def _quantise(job: Job, folder: Path, converted: Made[Converted], *others: Made[
     wanted, finest, model = job.recipe.ship.quantization, converted.result.files[0], made[MERGE.name].folder / MODEL
     path = folder / f"{finest.path.stem.removesuffix(finest.quantization)}{wanted}.gguf"
     if _is_converted(job, wanted):
-        convert(model, path, wanted, need_converter(job.llama_cpp_dir), job.reporter)
+        convert(model, {wanted: path}, need_converter(job.llama_cpp_dir), job.reporter)
         correct(path, converted.result.corrections)
     else:
         program = find_program("llama-quantize", job.llama_cpp_dir)

@@ -58,7 +58,7 @@ def make(folder: Path, spoil: Callable[[str, Any], Any]) -> Made:
             if len(parameter.shape) > 1:
                 spoil(name, parameter)
     model.save_pretrained(folder)
-    gguf.convert(folder, folder / "m.gguf", "Q8_0", need_converter())
+    gguf.convert(folder, {"Q8_0": folder / "m.gguf"}, need_converter())
     return Made(folder, folder / "m.gguf", lessons)
 
 

@@ -25,7 +25,7 @@ def test_the_peak_of_each_way_is_the_planned_one(tmp_path: Path, monkeypatch: py
     for key, value in LARGER.items():
         monkeypatch.setitem(convertible.SIZES, key, value)
     weights = sum(parameter.numel() for parameter in convertible.make("llama", tmp_path).parameters())
-    gguf.convert(tmp_path, tmp_path / "m.gguf", "Q8_0", need_converter())
+    gguf.convert(tmp_path, {"Q8_0": tmp_path / "m.gguf"}, need_converter())
 
     def measured(way: str) -> tuple[int, int]:
         script = REPOSITORY / "benchmarks" / "closing.py"

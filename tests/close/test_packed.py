@@ -45,7 +45,7 @@ def test_every_type_is_dequantised_as_gguf_does_it() -> None:
 
 
 def file_of(folder: Path, quantization: str = "Q8_0") -> Path:
-    gguf.convert(folder, folder / "m.gguf", quantization, need_converter())
+    gguf.convert(folder, {quantization: folder / "m.gguf"}, need_converter())
     return folder / "m.gguf"
 
 

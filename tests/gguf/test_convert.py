@@ -22,7 +22,7 @@ TEXT = '<bos><|turn>user\nthe cat sat on\tthe mat {"ø": 1}<turn|>\n<|turn>model
 def test_a_tiny_model_keeps_its_ids_and_logits(kind: str, spare_rows: int, tmp_path: Path) -> None:
     """Also where its embedding has rows to spare, for which the tokenizer has no tokens."""
     model, words, path = convertible.make(kind, tmp_path / "model", spare_rows), convertible.tokenizer(), tmp_path / "model.gguf"
-    gguf.convert(tmp_path / "model", path, "F16", need_converter())
+    gguf.convert(tmp_path / "model", {"F16": path}, need_converter())
     ids = words(TEXT, add_special_tokens=False)["input_ids"]
     with llamacpp.load(path, num_ctx=256) as engine:
         assert engine.tokenize(TEXT) == ids
@@ -32,8 +32,18 @@ def test_a_tiny_model_keeps_its_ids_and_logits(kind: str, spare_rows: int, tmp_p
     assert form.divergence_a_token == pytest.approx(0, abs=1e-4)
 
 
+def test_two_files_of_one_process_are_those_of_one_each(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    convertible.make("gemma4", model, spare_rows=5)
+    together = {kind: tmp_path / f"{kind}.gguf" for kind in ("F16", "Q8_0")}
+    gguf.convert(model, together, need_converter())
+    for kind, path in together.items():
+        gguf.convert(model, {kind: tmp_path / "alone.gguf"}, need_converter())
+        assert path.read_bytes() == (tmp_path / "alone.gguf").read_bytes()
+
+
 def test_tables_of_other_lengths_are_refused(tmp_path: Path) -> None:
     """The converter leaves Gemma 4's embedding as many rows as vocabulary and added tokens together, and its other table all of them."""
     convertible.make("gemma4", tmp_path / "model", spare_rows=7)
     with pytest.raises(ModelError, match=r"token_embd\.weight has 297 rows and per_layer_token_embd\.weight has 298 rows; the model has"):
-        gguf.convert(tmp_path / "model", tmp_path / "model.gguf", "F16", need_converter())
+        gguf.convert(tmp_path / "model", {"F16": tmp_path / "model.gguf"}, need_converter())

@@ -134,7 +134,7 @@ def test_the_converter_is_told_of_prediction_heads_that_are_not_there(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "num_hidden_layers": 2}), encoding="utf-8")
     converter = tmp_path / "convert.py"
     converter.write_text("import sys\nopen(sys.argv[sys.argv.index('--outfile') + 1], 'w').write(' '.join(sys.argv))", encoding="utf-8")
-    gguf.convert(tmp_path, tmp_path / "made.gguf", "F16", Found(converter, "the test"))
+    gguf.convert(tmp_path, {"F16": tmp_path / "made.gguf"}, Found(converter, "the test"))
     assert ("--no-mtp" in (tmp_path / "made.gguf").read_text(encoding="utf-8").split()) is told
 
 

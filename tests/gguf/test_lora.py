@@ -61,7 +61,7 @@ class Adapted:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     convertible.make("llama", folder)
-    gguf.convert(folder, folder / "base.gguf", "F32", need_converter())
+    gguf.convert(folder, {"F32": folder / "base.gguf"}, need_converter())
     return folder
 
 

@@ -44,7 +44,7 @@ def test_the_adapter_is_proved_beside_its_base(
         write_rows(tmp_path / f"{name}.jsonl", rows)
     base = tmp_path / "base"
     if form == "gguf":
-        gguf.convert(families.make_model(families.by_name("Qwen 2.5"), base), tmp_path / "base.gguf", "F16", need_converter())
+        gguf.convert(families.make_model(families.by_name("Qwen 2.5"), base), {"F16": tmp_path / "base.gguf"}, need_converter())
     else:
         convertible.make("llama", base, chat_template=convertible.CHAT)  # asked without a BOS, which llama.cpp would add
     recipe = {

@@ -59,7 +59,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.parameters():
             parameter.mul_(2 if len(parameter.shape) > 1 else 1)  # random weights of the usual size say the same of all
     model.save_pretrained(folder / "model")
-    gguf.convert(folder / "model", folder / "m-F16.gguf", "F16", need_converter())
+    gguf.convert(folder / "model", {"F16": folder / "m-F16.gguf"}, need_converter())
     gguf.quantize(folder / "m-F16.gguf", folder / "m-Q4_0.gguf", "Q4_0", program())
     trained, whole = (load_student(folder / f"m-{kind}.gguf", folder / "model", bfloat16=False, cuda=False) for kind in ("Q4_0", "F16"))
     finer = dict(whole.named_parameters())

@@ -37,7 +37,7 @@ LLAMA = families.by_name("Llama 3.1")
 
 
 def converted(folder: Path, path: Path) -> Path:
-    gguf.convert(folder, path, "F16", need_converter())
+    gguf.convert(folder, {"F16": path}, need_converter())
     return path
 
 

@@ -64,7 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
     folder = tmp_path_factory.mktemp("made")
     convertible.make("llama", folder / "base")
-    convert(folder / "base", folder / "base.gguf", "F32", need_converter())
+    convert(folder / "base", {"F32": folder / "base.gguf"}, need_converter())
     settings = {"modules_to_save": ["embed_tokens", "lm_head", "model.norm"], "alpha_pattern": {"v_proj": 2}, "use_rslora": True}
     adapted = tiny.make_adapter(folder / "base", folder / "lora", **settings)
     layers = adapted.get_base_model().model.layers

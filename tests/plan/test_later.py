@@ -374,7 +374,7 @@ def test_a_random_model_to_the_byte(demo_run: Path, tmp_path: Path) -> None:
     for quantization in ("F16", "Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_S", "IQ4_NL"):
         path = tmp_path / f"{quantization}.gguf"
         if quantization in CONVERTED:
-            gguf_files.convert(folder, path, quantization, llama_cpp.need_converter())
+            gguf_files.convert(folder, {quantization: path}, llama_cpp.need_converter())
         else:
             gguf_files.quantize(tmp_path / "F16.gguf", path, quantization, program)
         assert read_types(path) == planned_types(folder, quantization)

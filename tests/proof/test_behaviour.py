@@ -48,7 +48,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A model, and its file."""
     folder = tmp_path_factory.mktemp("model")
     convertible.make("llama", folder)
-    gguf.convert(folder, folder / "base.gguf", "F32", need_converter())
+    gguf.convert(folder, {"F32": folder / "base.gguf"}, need_converter())
     return hf.load_model(folder, None, dtype="float32", cuda=False), folder / "base.gguf"
 
 
