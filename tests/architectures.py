@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -277,7 +277,7 @@ def run(architecture: Architecture, folder: Path, told: Callable[[str, str], Non
         merged = ensure(job, MERGE)
         told("merge", "✔")
         path, tokenizer = folder / "tiny-F32.gguf", tokenizer_of(job, merged.folder / MODEL)
-        gguf.convert(merged.folder / MODEL, path, "F32", need_converter())
+        gguf.convert(merged.folder / MODEL, {"F32": path}, need_converter())
         told("convert", "✔")
         divergence = kl(merged.folder / MODEL, path)
         told("logits", ("✔ " if divergence <= MAX_KL else "✘ ") + f"{divergence:.1e}")
@@ -380,16 +380,39 @@ def closes(model: Path, path: Path) -> str:
     return f"✔ {len(vectors)}{of} + {len(stretched)}"
 
 
-def run_apart(architecture: Architecture) -> dict[str, str]:
-    """`run` in a process of its own, which llama.cpp may abort. The first column that is not reached holds the reason."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--in", folder, architecture.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    cells = dict(json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("CELL: "))
-    if done.returncode:
-        reason = next((line[7:] for line in done.stdout.splitlines() if line.startswith("FAULT: ")), done.stderr[-300:])
-        cells[next(column for column in COLUMNS if column not in cells)] = f"✘ {reason}"
-    return cells
+def run_apart(chosen: Sequence[Architecture]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Names and cells of `run`, in a process that llama.cpp may abort: another one then goes on with the next.
+
+    The first column that is not reached holds the reason.
+    """
+    left = [architecture.name for architecture in chosen]
+    while left:
+        with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "w+", encoding="utf-8") as log:
+            cells: dict[str, str] = {}
+            command = [sys.executable, __file__, "--in", folder, *left]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process:
+                try:
+                    for line in process.stdout or ():
+                        what, _, said = line.partition(": ")
+                        if what == "CELL":
+                            column, words = json.loads(said)
+                            cells[column] = words
+                        elif what == "FAULT":
+                            cells[_next(cells)] = f"✘ {said.strip()}"
+                        elif what == "DONE":
+                            yield left.pop(0), cells
+                            cells = {}
+                finally:
+                    process.kill()  # where nobody asks for the rest
+            if left:
+                log.seek(0)
+                cells[_next(cells)] = f"✘ {log.read()[-300:]}"
+                yield left.pop(0), cells
+
+
+def _next(cells: dict[str, str]) -> str:
+    return next(column for column in COLUMNS if column not in cells)
 
 
 def write_table(made: dict[str, dict[str, str]], seconds: float) -> None:
@@ -437,38 +460,45 @@ and llama.cpp {packages.PACKAGES["converter"].version}.
     )
 
 
-def _inside(folder: Path, name: str) -> int:
+def _inside(folder: Path, names: Sequence[str]) -> None:
     from ftkit.errors import FtkitError
 
     def told(column: str, words: str) -> None:
         print("CELL: " + json.dumps((column, words)), flush=True)
 
-    try:
-        run(next(a for a in ARCHITECTURES if a.name == name), folder, told)
-    except FtkitError as error:
-        print("FAULT: " + " ".join(error.message.split()))
-        return 1
-    except Exception as error:
-        import traceback
+    for name in names:
+        try:
+            with tempfile.TemporaryDirectory(dir=folder) as own:
+                run(next(a for a in ARCHITECTURES if a.name == name), Path(own), told)
+        except FtkitError as error:
+            print("FAULT: " + " ".join(error.message.split()))
+        except Exception as error:
+            import traceback
 
-        traceback.print_exc(file=sys.stdout)
-        print(f"FAULT: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        return 1
-    return 0
+            traceback.print_exc()
+            print(f"FAULT: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        print("DONE: ", flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["--in"]:
-        return _inside(Path(arguments[1]), arguments[2])
+        _inside(Path(arguments[1]), arguments[2:])
+        return 0
     chosen = [architecture for architecture in ARCHITECTURES if not arguments or architecture.name in arguments]
     began = time.monotonic()
-    with ThreadPoolExecutor(2) as threads:  # each waits for a process
+
+    def these(part: Sequence[Architecture]) -> dict[str, dict[str, str]]:
         made = {}
-        for architecture, cells in zip(chosen, threads.map(run_apart, chosen), strict=True):
-            made[architecture.name] = cells
-            print(architecture.name, *(f"{column}: {cells.get(column, '–')}" for column in COLUMNS), sep="\n  ", flush=True)
+        for name, cells in run_apart(part):
+            made[name] = cells
+            print(name, *(f"{column}: {cells.get(column, '–')}" for column in COLUMNS), sep="\n  ", flush=True)
+        return made
+
+    with ThreadPoolExecutor(2) as threads:  # each waits for a process
+        first, second = threads.map(these, (chosen[::2], chosen[1::2]))
     if not arguments:
-        write_table(made, time.monotonic() - began)
+        made = first | second
+        write_table({architecture.name: made[architecture.name] for architecture in chosen}, time.monotonic() - began)
     return 0
 
 
