@@ -70,7 +70,15 @@ DEFAULT_SYSTEM = (
     + tiny.CHATML
 )
 
-TEMPLATES = {"chatml": ("Qwen 2.5", tiny.CHATML), "default system prompt": ("Qwen 2.5", DEFAULT_SYSTEM), "folded": ("Gemma 2", FOLDED)}
+TEMPLATES = {
+    "chatml": ("Qwen 2.5", tiny.CHATML),
+    "default system prompt": ("Qwen 2.5", DEFAULT_SYSTEM),
+    "like chatml": (
+        "Qwen 2.5",
+        DEFAULT_SYSTEM.replace("You are a helpful AI assistant named SmolLM", "Be brief."),
+    ),  # by fewer than 100 edits
+    "folded": ("Gemma 2", FOLDED),
+}
 
 
 GEMMA_4 = "Gemma 4 E4B (text)"  # an architecture of its own, where the family of this name stands in with another one
@@ -109,7 +117,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any
             tokenizer = hf.load_tokenizer(folder, template.ChatSettings(date(2024, 7, 26)))
             stops.seal(folder, tokenizer)
             path = folder / "m-F16.gguf"
-            gguf.convert(folder, path, "F16", llama_cpp.need_converter())
+            gguf.convert(folder, {"F16": path}, llama_cpp.need_converter())
             made[kind] = tokenizer, path
         return made[kind]
 
@@ -247,21 +255,27 @@ def test_a_wrong_prompt_gets_no_name(wrong: str, error: type[Exception], client:
     assert names(client) == []
 
 
-def test_a_template_that_ollama_cannot_write_is_refused_or_right(
-    server: tuple[str, str], client: Any, files: Callable[[str], tuple[Any, Path]]
+@pytest.mark.parametrize(
+    ("server", "kind", "right"),
+    [
+        (servers.VERSIONS[0], "default system prompt", True),  # rendered by llama-server, as it stands in the GGUF
+        (servers.VERSIONS[0], "like chatml", False),  # taken for Ollama's own chatml, which has no default system prompt
+        (servers.VERSIONS[1], "default system prompt", False),  # the question alone
+    ],
+    indirect=["server"],
+)
+def test_a_server_that_is_left_without_a_template_is_right_or_refused(
+    kind: str, right: bool, client: Any, files: Callable[[str], tuple[Any, Path]]
 ) -> None:
-    """Without a TEMPLATE the server does as it likes; what counts is what it renders."""
-    tokenizer, path = files("default system prompt")
-    made = modelfile(tokenizer, path)
-    try:
-        checks = register(client, "bare", path, Modelfile(made.file, None, None, made.parameters), renders(tokenizer)).checks
-    except ProofError as refused:  # it takes its own chatml, without the default system prompt
-        assert "Ollama renders" in refused.message  # noqa: PT017 – it may also be right
-        assert names(client) == []
+    """It then does as it likes; what counts is what it renders."""
+    tokenizer, path = files(kind)
+    bare = Modelfile(f"./{path.name}", None, None, {"num_ctx": 512})
+    if right:
+        assert register(client, "bare", path, bare, renders(tokenizer)).checks[0].outcome == "passed"
     else:
-        assert checks[0].outcome == "passed"
-        asked = [{"role": "user", "content": "q"}]
-        assert ollama.rendered_prompt(client, "bare", asked) == template.render(tokenizer, asked, ask=True)
+        with pytest.raises(ProofError, match="Ollama renders"):
+            register(client, "bare", path, bare, renders(tokenizer))
+    assert names(client) == ["bare:latest"] * right
 
 
 @pytest.fixture
