@@ -212,23 +212,30 @@ def _arrays_at_once(parts_of: Callable[..., Any]) -> Callable[..., Any]:
         order: Literal["<", ">"] = ">" if reader.endianess == GGUFEndian.BIG else "<"
         inside = GGUFValueType(int(reader._get(begin, np.uint32)[0]))
         head = [reader._get(begin, np.uint32), reader._get(begin + 4, np.uint64)]
-        count, at, found = int(head[1][0]), begin + 12, list[Any]()
+        count, at = int(head[1][0]), begin + 12
         if inside == GGUFValueType.STRING:
-            values, length_of = reader.data.view(np.ndarray), struct.Struct(order + "Q").unpack_from
-            size, length = len(values), np.dtype(np.uint64).newbyteorder(order)
+            values = reader.data.view(np.ndarray)
+            size, length_of, buffer, texts, ends = (
+                len(values),
+                struct.Struct(order + "Q").unpack_from,
+                memoryview(values),
+                list[Any](),
+                [at],
+            )
             for _ in range(count):
                 text = at + 8
-                end = text + (length_of(values, at)[0] if text <= size else size)
-                if end > size:
+                at = text + (length_of(buffer, at)[0] if text <= size else size)
+                if at > size:
                     raise ValueError("a text reaches beyond the end of the file")
-                found += (values[at:text].view(length), values[text:end])
-                at = end
+                texts.append(values[text:at])
+                ends.append(at)
+            lengths = (np.diff(np.array(ends, np.int64)) - 8).astype(np.dtype(np.uint64).newbyteorder(order))
+            found = [part for both in zip(lengths[:, None], texts, strict=True) for part in both]
             return at - begin, head + found, list(range(3, 3 + 2 * count, 2)), [kind, inside][: 1 + min(count, 1)]
         if (of_numbers := reader.gguf_scalar_to_np.get(inside)) is None:
             return parts_of(reader, begin, raw_type)
         numbers = reader._get(at, of_numbers, count)
-        found = [numbers[n : n + 1] for n in range(count)]
-        return at + numbers.nbytes - begin, head + found, list(range(2, 2 + count)), [kind, inside][: 1 + min(count, 1)]
+        return at + numbers.nbytes - begin, [*head, *numbers[:, None]], list(range(2, 2 + count)), [kind, inside][: 1 + min(count, 1)]
 
     return parts
 

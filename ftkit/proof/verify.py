@@ -17,7 +17,7 @@ from ftkit.gguf.says import compare_says, compare_tensors, compare_types, says, 
 from ftkit.model.source import open_gguf
 from ftkit.model.split import join, name_of_whole, parts_of
 from ftkit.progress import SILENT, Reporter
-from ftkit.proof.behaviour import log_probabilities
+from ftkit.proof.behaviour import log_probabilities, parts
 from ftkit.proof.compare import same_ids
 from ftkit.proof.record import CARD, PROBES, GivenIds, Probes, Prompt, Record, probes_beside, read_record
 from ftkit.units import bytes_text
@@ -134,7 +134,12 @@ def losses(path: Path, rows: Sequence[Forced]) -> list[GivenIds]:
 
     def of(row: Forced, found: np.ndarray[Any, Any]) -> GivenIds:
         said = [row.ids[place] for place in row.places]
-        return GivenIds(row.ids, row.places, [round(-float(value), 4) for value in log_probabilities(found)[range(len(said)), said]])
+        told = [
+            -float(values[token])
+            for part in parts(len(said))
+            for values, token in zip(log_probabilities(found[part]), said[part], strict=True)
+        ]
+        return GivenIds(row.ids, row.places, [round(value, 4) for value in told])
 
     return [of(row, found) for row, found in zip(rows, logits.of_file(path, rows), strict=True)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit.engines.logits import Forced
-from ftkit.proof.behaviour import log_probabilities
+from ftkit.proof.behaviour import log_probabilities, parts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,9 +46,12 @@ def seen_once(rows: Sequence[Forced], found: Iterable[np.ndarray[Any, Any]]) -> 
 
     records = np.zeros(len(rows), np.dtype(SEEN_TYPE))
     for record, row, given in zip(records, rows, found, strict=True):
-        told = log_probabilities(given)
-        surprise = -told[np.arange(len(row.places)), [row.ids[place] for place in row.places]]
-        _fill(record, np.array(row.places), surprise, -(np.exp(told) * told).sum(-1))
+        surprise, entropy = np.empty(len(row.places)), np.empty(len(row.places))
+        for part in parts(len(row.places)):
+            told = log_probabilities(given[part])
+            surprise[part] = -told[np.arange(len(told)), [row.ids[place] for place in row.places[part]]]
+            entropy[part] = -(np.exp(told) * told).sum(-1)
+        _fill(record, np.array(row.places), surprise, entropy)
         record["row"] = row_key(row.ids)
     return records
 
