@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +35,7 @@ from ftkit.run import MANIFEST, Run
 PLANS_KEPT = 50  # of those without a recipe, each a fifth of a megabyte
 Onto = Literal["source", "dequantised"]  # what an adapter is merged into
 ADAPTER = "adapter"  # the folder in a training's
+TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")  # what a tokenizer is read from
 
 
 @dataclass(frozen=True)
@@ -284,7 +287,15 @@ def tokenizer_of(job: Job, folder: Path, *, base: bool = False) -> Any:
     """The tokenizer of a model folder; of a `base` with the template that the recipe makes of it, as what is merged has it already."""
     recipe, data = job.recipe, job.recipe.data
     settings = ChatSettings(data.day, data.thinking, data.system_in_question, job.chat_template) if base else None
-    return hf.load_tokenizer(folder, settings, trust_remote_code=recipe.trust_remote_code)
+    files = sorted(path for path in folder.glob("*") if path.suffix in TOKENIZER_FILES)
+    known = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    return copy.copy(_tokenizer(folder, settings, recipe.trust_remote_code, known))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(folder: Path, settings: ChatSettings | None, trust_remote_code: bool, known: tuple[Any, ...]) -> Any:
+    """The last one is kept: of 151,000 tokens, reading it takes two seconds, 100 MB, and a shipping asks for a dozen."""
+    return hf.load_tokenizer(folder, settings, trust_remote_code=trust_remote_code)
 
 
 def computes_on(job: Job, model_type: str) -> tuple[bool, Dtype]:

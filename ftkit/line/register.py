@@ -63,14 +63,10 @@ def _modelfile(job: Job, tokenizer: Any, gguf: Path, stops: Sequence[int]) -> Mo
         job.reporter.warn(f"{error.message} Ollama is left to use the template inside the GGUF.")
         chat = None
     texts = [str(text) for text in tokenizer.convert_ids_to_tokens(list(stops))]
-    own = own_format(gguf_architecture(open_gguf(gguf)), renders(tokenizer))
-    return make_modelfile(f"./{gguf.name}", chat, job.recipe.ship, bos=_added_bos(tokenizer, gguf), stops=texts, own=own)
-
-
-def _added_bos(tokenizer: Any, gguf: Path) -> str:
-    """The BOS that a server puts before a prompt, if the file says so."""
-    adds_bos = open_gguf(gguf).get_field("tokenizer.ggml.add_bos_token")
-    return str(tokenizer.bos_token or "") if adds_bos is not None and adds_bos.contents() else ""
+    reader = open_gguf(gguf)
+    own, adds_bos = own_format(gguf_architecture(reader), renders(tokenizer)), reader.get_field("tokenizer.ggml.add_bos_token")
+    bos = str(tokenizer.bos_token or "") if adds_bos is not None and adds_bos.contents() else ""  # the server puts it before a prompt
+    return make_modelfile(f"./{gguf.name}", chat, job.recipe.ship, bos=bos, stops=texts, own=own)
 
 
 def refuse_anothers_name(job: Job, client: Any, replace_model: bool) -> None:
@@ -118,7 +114,7 @@ def register_shipped(
     answers: list[str] = []
 
     def verify(unchecked: str) -> Check:
-        answers[:] = _ask(job, client, unchecked, asked, tokenizer, _added_bos(tokenizer, shipped.path))
+        answers[:] = _ask(job, client, unchecked, asked, tokenizer, modelfile.bos)
         return _judge(job, answers, asked, proven)
 
     def remember(digest: str) -> None:
