@@ -19,6 +19,7 @@ from ftkit.engines.logits import Forced
 from ftkit.errors import ModelError
 from ftkit.gguf import files as gguf
 from ftkit.machine.llama_cpp import need_converter
+from ftkit.model.source import open_gguf
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
@@ -74,7 +75,6 @@ def closed(
     made: Made, learnt: Sequence[Lesson], checked: Sequence[Lesson], target: Path, *, with_scales: bool
 ) -> tuple[float, float, set[str]]:
     """KL a token of the file before and after, and what was trained of it; nothing else has changed."""
-    from gguf import GGUFReader
 
     asked = [lesson.answer for lesson in checked]
     student = load_student(made.file, made.folder, bfloat16=False, cuda=False)
@@ -88,7 +88,7 @@ def closed(
     after = mean_divergence(logits.of_file(target, asked), checked)
     assert after == pytest.approx(found, rel=0.1, abs=1e-3)
     assert made.file.stat().st_size == target.stat().st_size
-    for old, new in zip(GGUFReader(made.file).tensors, GGUFReader(target).tensors, strict=True):
+    for old, new in zip(open_gguf(made.file).tensors, open_gguf(target).tensors, strict=True):
         assert (old.name, old.tensor_type) == (new.name, new.tensor_type)
         if old.name in {one.name for one in stretched}:
             assert (old.data != new.data).any()
@@ -99,10 +99,9 @@ def closed(
 
 
 def test_closing_brings_the_file_nearer_and_changes_its_vectors_alone(made: Made, tmp_path: Path) -> None:
-    from gguf import GGUFReader
 
     before, after, names = closed(made, made.lessons[4:], made.lessons[:4], tmp_path / "closed.gguf", with_scales=False)
-    assert names == {tensor.name for tensor in GGUFReader(made.file).tensors if len(tensor.shape) == 1}
+    assert names == {tensor.name for tensor in open_gguf(made.file).tensors if len(tensor.shape) == 1}
     assert after < 0.95 * before  # of a random model, whose weights are off at random, 1,664 numbers take back a tenth
 
 

@@ -14,6 +14,7 @@ from ftkit.close.student import Lossless, write_back
 from ftkit.line import close
 from ftkit.machine.device import Device
 from ftkit.memory.kernels import CONTEXT_BYTES
+from ftkit.model.source import open_gguf
 from ftkit.plan.cost import ClosingWay, Way
 from ftkit.plan.plan import without_margin
 from ftkit.progress import SILENT
@@ -43,7 +44,7 @@ def test_a_file_that_is_written_to_is_read_plainly(tmp_path: Path, monkeypatch: 
     vector = Lossless("blk.0.attn_norm.weight", torch.nn.Parameter(torch.ones(32)), 1.0)
     write_back(tmp_path / "m.gguf", [vector], [], tmp_path / "closed.gguf")
     monkeypatch.undo()
-    (there,) = gguf.GGUFReader(tmp_path / "closed.gguf").tensors
+    (there,) = open_gguf(tmp_path / "closed.gguf").tensors
     assert (there.data == 2).all()
 
 

@@ -18,6 +18,7 @@ from ftkit.errors import ModelError, ToolMissingError
 from ftkit.gguf import files as gguf
 from ftkit.gguf.lora import convert_adapter
 from ftkit.machine.llama_cpp import LORA_CONVERTER, need_converter
+from ftkit.model.source import open_gguf
 from ftkit.proof.behaviour import Behaviour, judge_distance, judge_gain, measure
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
@@ -113,11 +114,10 @@ def alpha_pattern_ignored(name: str) -> float:
 def test_a_wrong_scale_is_seen(
     kind: str, sabotage: Callable[[str], float], base: Path, adapted: Callable[[str], Adapted], tmp_path: Path
 ) -> None:
-    from gguf import GGUFReader
 
     model, path = adapted(kind), tmp_path / "wrong-lora.gguf"
     shutil.copyfile(model.file, path)
-    for tensor in GGUFReader(path, "r+").tensors:
+    for tensor in open_gguf(path, "r+").tensors:
         if tensor.name.endswith(".lora_b"):
             tensor.data[:] *= sabotage(tensor.name)
     _, told = model.judge(base / "base.gguf", path)
@@ -126,11 +126,10 @@ def test_a_wrong_scale_is_seen(
 
 def test_an_adapter_of_another_base_is_seen(base: Path, adapted: Callable[[str], Adapted], tmp_path: Path) -> None:
     import numpy as np
-    from gguf import GGUFReader
 
     model, path = adapted("plain"), tmp_path / "other.gguf"
     shutil.copyfile(base / "base.gguf", path)
-    for tensor in GGUFReader(path, "r+").tensors:
+    for tensor in open_gguf(path, "r+").tensors:
         if "ffn_up" in tensor.name:
             tensor.data[:] = np.random.default_rng(0).normal(0, 0.05, tensor.data.shape)
     _, told = model.judge(path, model.file)

@@ -91,8 +91,8 @@ def run_ftkit(*words: str | Path, cwd: Path, environment: dict[str, str] | None 
 
 @pytest.fixture
 def few_rows(demo_run: Path, tmp_path: Path) -> Path:
-    """The starter with long answers, on thirty of its rows."""
-    starter = REPOSITORY / "templates" / "c-vulnerabilities"
+    """The demo's starter, on thirty of its rows."""
+    starter = REPOSITORY / "templates" / "classify"
     for name in ("recipe.yaml", "test.jsonl"):
         shutil.copyfile(starter / name, tmp_path / name)
     lines = (starter / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -143,13 +143,13 @@ def test_a_wheel_in_an_empty_folder(demo_run: Path, tmp_path: Path) -> None:
         text=True,
     )
     assert Path(where.stdout.strip()).is_relative_to(installed)
-    run_ftkit("init", cwd=folder, environment=environment)
+    run_ftkit("init", "--task", "classify", cwd=folder, environment=environment)
     done = run_ftkit("build", *SHORT, "--set", "data.validation_share=0.01", "--html", "shipped.html", cwd=folder, environment=environment)
     files = {path.name for path in (folder / "runs" / "recipe").glob("gguf-*/*")}
-    assert files == {"c-reviewer-F16.gguf", "c-reviewer-Q8_0.gguf", RECORD}
+    assert files == {"support-router-F16.gguf", "support-router-Q8_0.gguf", RECORD}
     shipped = {path.name for path in (folder / "runs" / "recipe" / "shipped").iterdir()}
-    assert shipped == {"c-reviewer-Q8_0.gguf", "Modelfile", "ship.json", "probes.json", "README.md"}
-    assert "c-reviewer" in (folder / "shipped.html").read_text(encoding="utf-8")
+    assert shipped == {"support-router-Q8_0.gguf", "Modelfile", "ship.json", "probes.json", "README.md"}
+    assert "support-router" in (folder / "shipped.html").read_text(encoding="utf-8")
     run_ftkit("verify", "runs/recipe/shipped", cwd=folder, environment=environment)
-    assert "Q6_K was not made" in done.stdout
+    assert "Q4_K_M was not made" in done.stdout
     assert "ftkit setup llama.cpp" in done.stdout

@@ -16,6 +16,7 @@ from ftkit.check import Check
 from ftkit.gguf.files import convert
 from ftkit.line.strength import LORA, SAVED, find_merged
 from ftkit.machine.llama_cpp import need_converter
+from ftkit.model.source import open_gguf
 from ftkit.proof.strength import judge_base, judge_strength
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
@@ -37,10 +38,9 @@ class Made:
     saved: Tensors  # what is added to modules that were trained whole
 
     def merged(self, path: Path, times: float = 1, saved: float = 1, also: Callable[[Tensors], None] = lambda _: None) -> Path:
-        from gguf import GGUFReader
 
         shutil.copyfile(self.file, path)
-        reader = GGUFReader(path, "r+")
+        reader = open_gguf(path, "r+")
         tensors = {tensor.name: tensor.data for tensor in reader.tensors}
         for changes, factor in ((self.added, times), (self.saved, saved)):
             for name, change in changes.items():

@@ -129,9 +129,8 @@ def renders(tokenizer: Any) -> template.Render:
 
 
 def modelfile(tokenizer: Any, path: Path, **ship: Any) -> Modelfile:
-    from gguf import GGUFReader
 
-    adds = GGUFReader(path).get_field("tokenizer.ggml.add_bos_token")
+    adds = open_gguf(path).get_field("tokenizer.ggml.add_bos_token")
     bos = tokenizer.bos_token if adds and adds.contents() else ""
     chat = find_format(renders(tokenizer))
     own = own_format(gguf_architecture(open_gguf(path)), renders(tokenizer))

@@ -42,6 +42,7 @@ from ftkit.memory.model import load_config, meta_model
 from ftkit.merge.stream import LEAST_ROWS, ROWS_ELEMENTS
 from ftkit.model.locate import locate
 from ftkit.model.open import open_weights
+from ftkit.model.source import open_gguf
 from ftkit.plan.cost import (
     CONVERTER_BYTES,
     CONVERTER_BYTES_A_TOKEN,
@@ -324,9 +325,7 @@ def test_the_ram_of_the_later_steps() -> None:
 
 def read_types(path: Path) -> dict[str, tuple[str, int]]:
     """(type, bytes) of each tensor in a file."""
-    from gguf import GGUFReader
-
-    return {str(tensor.name): (tensor.tensor_type.name, int(tensor.n_bytes)) for tensor in GGUFReader(path).tensors}
+    return {str(tensor.name): (tensor.tensor_type.name, int(tensor.n_bytes)) for tensor in open_gguf(path).tensors}
 
 
 def planned_types(folder: Path, quantization: str) -> dict[str, tuple[str, int]]:
@@ -356,6 +355,9 @@ def test_the_demos_files_to_the_byte(demo_run: Path, tmp_path: Path) -> None:
         assert 0 < header < HEADER_BYTES_A_TOKEN * 49152
 
 
+QUANTISED = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_S", "IQ4_NL")
+
+
 @pytest.mark.e2e
 def test_a_random_model_to_the_byte(demo_run: Path, tmp_path: Path) -> None:
     """Seventeen layers, grouped heads, an untied head, biases and scaled rotary embeddings, through the real programs."""
@@ -371,12 +373,11 @@ def test_a_random_model_to_the_byte(demo_run: Path, tmp_path: Path) -> None:
     assert known
     for file in known.glob("token*"):  # the converter wants a tokenizer that it knows
         shutil.copyfile(file, folder / file.name)
-    for quantization in ("F16", "Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_S", "IQ4_NL"):
-        path = tmp_path / f"{quantization}.gguf"
-        if quantization in CONVERTED:
-            gguf_files.convert(folder, {quantization: path}, llama_cpp.need_converter())
-        else:
-            gguf_files.quantize(tmp_path / "F16.gguf", path, quantization, program)
+    files = {quantization: tmp_path / f"{quantization}.gguf" for quantization in ("F16", "Q8_0", *QUANTISED)}
+    gguf_files.convert(folder, {quantization: files[quantization] for quantization in ("F16", "Q8_0")}, llama_cpp.need_converter())
+    for quantization, path in files.items():
+        if not path.exists():
+            gguf_files.quantize(files["F16"], path, quantization, program)
         assert read_types(path) == planned_types(folder, quantization)
 
 

@@ -16,6 +16,7 @@ from ftkit.engines.logits import Forced
 from ftkit.errors import ToolFailedError
 from ftkit.gguf import files as gguf
 from ftkit.machine.llama_cpp import need_converter
+from ftkit.model.source import open_gguf
 from ftkit.proof.behaviour import POSITIONS, Behaviour, gain_kept, judge_distance, judge_gain, least_kept, measure
 
 ROWS = [
@@ -96,10 +97,9 @@ def add(tensors: dict[str, Any], added: dict[str, Any], times: float = 1) -> Non
 
 
 def changed_file(file: Path, change: Callable[[dict[str, Any]], None], path: Path) -> Path:
-    from gguf import GGUFReader
 
     shutil.copyfile(file, path)
-    reader = GGUFReader(path, "r+")
+    reader = open_gguf(path, "r+")
     change({tensor.name: tensor.data for tensor in reader.tensors})
     reader.data.flush()
     return path
