@@ -170,7 +170,10 @@ BY_NAME = {architecture.name: architecture for architecture in architectures.ARC
 @pytest.mark.e2e
 @pytest.mark.parametrize("name", ["Qwen 2", "Qwen 3, experts", "Gemma 3, with a tower", "Phi 3", "Mixtral", "OLMo 2"])
 def test_a_family_is_the_same_packed(name: str, tmp_path: Path) -> None:
-    folder = architectures.make_model(BY_NAME[name], tmp_path)
+    architecture = BY_NAME[name]
+    if architecture.chat.name == "Gemma 2":  # of whose 262,144 tokens each takes its time
+        architecture = replace(architecture, chat=replace(architecture.chat, merges=4000))
+    folder = architectures.make_model(architecture, tmp_path)
     compare(folder, file_of(folder))
 
 

@@ -31,8 +31,7 @@ def test_every_tensor_is_ranked_by_what_its_own_step_gains(name: str, tmp_path: 
     else:
         folder = architectures.make_model(BY_NAME[name], tmp_path)
     paths = {kind: folder / f"m-{kind}.gguf" for kind in ("Q8_0", "F16")}
-    for kind, path in paths.items():
-        gguf.convert(folder, {kind: path}, need_converter())
+    gguf.convert(folder, paths, need_converter())
     students = {kind: load_student(path, folder, bfloat16=False, cuda=False) for kind, path in paths.items()}
     lesson = Lesson(ROW, distribution(next(iter(logits.of_model(students["F16"], [ROW]))) * 1.5))
     found = gains(paths["Q8_0"], paths["F16"], folder, [lesson], bfloat16=False, cuda=False)
