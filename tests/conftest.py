@@ -152,7 +152,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def demo_run(testrun_uid: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of `make demo` in this checkout: made here, by that very command, where it is not there yet (15 minutes on one thread).
+    """The run of `make demo` in this checkout: made here, by that very command, where it is not there yet (12 minutes on one thread).
 
     Once a test run: a second `make demo` beside a test that holds the run would be refused.
     """

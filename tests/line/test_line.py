@@ -29,7 +29,7 @@ from ftkit.run import RECORD, Run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
-FLOOR_PERCENT = 90.0  # a model of 135 M parameters, three passes over 432 rows; it differs by some points between processors
+FLOOR_PERCENT = 90.0  # a model of 135 M parameters, two passes over 432 rows; it differs by some points between processors
 SHORT = (
     "--set",
     "training.max_steps=2",
