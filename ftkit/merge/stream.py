@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import ModelError
 from ftkit.merge.deltas import Delta, changes_of
+from ftkit.merge.rounding import round_by_chance
 from ftkit.model.four_bits import partly_rounded
 from ftkit.model.given import tokenizer_files
 from ftkit.model.source import DTYPES, INDEX, Shard, drop_code, header, shards_of, weight_files
@@ -53,6 +54,7 @@ def merge(
     *,
     rounding: float = 0.0,
     dtype: Dtype = "bfloat16",
+    by_chance: bool = True,
     with_code: bool = False,
     shards: Sequence[Shard] | None = None,
     fetch: Callable[[str], Path] | None = None,
@@ -60,10 +62,11 @@ def merge(
 ) -> MergeResult:
     """Write `folder`: the model of `base` with the adapter merged in, config and tokenizer beside it.
 
-    In float32 with PEFT's own delta of each layer, rounded once to the dtype of the source; this equals PEFT's merge on a float32
-    base bit for bit, but for DoRA's norms over columns, which are summed in another order. Other tensors, and their order in the
-    files, stay byte for byte. An embedding and a head that the adapter makes two of one become two; one of more tokens brings the
-    adapter's tokenizer with it. Config and index say so, and are the source's otherwise.
+    In float32 with PEFT's own delta of each layer; this equals PEFT's merge on a float32 base bit for bit, but for DoRA's norms over
+    columns, which are summed in another order. It is rounded once to the dtype of the source, `by_chance` or to the nearest, which loses
+    small changes (merge/rounding.py). Other tensors, and their order in the files, stay byte for byte. An embedding and a head that the
+    adapter makes two of one become two; one of more tokens brings the adapter's tokenizer with it. Config and index say so, and are the
+    source's otherwise.
     Some rows are held at a time, and the adapter: each file is read once and written once, parts of it side by side by some threads.
     `rounding`: the share, from 0 to 1, of what 4 bits had changed in training that stays in each W which was in 4 bits then, also in
     those without an adapter: with 1 it is what the adapter saw there (`dtype` says in which format it was quantised). Such a W is held
@@ -92,7 +95,7 @@ def merge(
                 assert shard.path or fetch
                 path = shard.path or fetch(shard.name)  # type: ignore[misc]
                 parts = _parts(path, partial, own, new, deltas)
-                begun = [(part, pool.submit(_write_part, part, path, partial, quantised, after_each)) for part in parts]
+                begun = [(part, pool.submit(_write_part, part, path, partial, quantised, by_chance, after_each)) for part in parts]
                 for part, end in begun:
                     end.result()
                     done += part.delta is not None
@@ -175,14 +178,16 @@ def _parts(source: Path, out: Path, own: Sequence[Delta], new: Sequence[Delta], 
     return parts
 
 
-def _write_part(part: _Part, source: Path, out: Path, quantised: _Quantised | None, after_each: Callable[[], None]) -> None:
+def _write_part(
+    part: _Part, source: Path, out: Path, quantised: _Quantised | None, by_chance: bool, after_each: Callable[[], None]
+) -> None:
     """By files that it opens for itself, and so stands in where nobody else does."""
     with open(source, "rb", buffering=0) as read, open(out, "r+b", buffering=0) as written:
         read.seek(part.begin)
         written.seek(part.at)
         if part.delta:
             whole = quantised.restored(part.delta) if quantised and part.delta.quantized else None
-            _change(part.delta, part.dtype, read, written, whole, after_each)
+            _change(part.delta, part.dtype, read, written, whole, by_chance, after_each)
         else:
             _copy(read, written, part.size_bytes)
 
@@ -285,7 +290,9 @@ def _cut_short(source: FileIO) -> ModelError:
     return ModelError(f"{source.name} ends before its last tensor.", "fetch or copy the model again, whole")
 
 
-def _change(delta: Delta, dtype: str, source: FileIO, out: FileIO, whole: torch.Tensor | None, after_each: Callable[[], None]) -> None:
+def _change(
+    delta: Delta, dtype: str, source: FileIO, out: FileIO, whole: torch.Tensor | None, by_chance: bool, after_each: Callable[[], None]
+) -> None:
     """Write the tensor that begins here in the source, changed. `whole`: what is there in its place, in the tensor's shape."""
     import torch
 
@@ -299,8 +306,11 @@ def _change(delta: Delta, dtype: str, source: FileIO, out: FileIO, whole: torch.
             tokens(matrix, first, part)
         if rounded is None or len(rounded) < len(part):
             rounded = torch.empty(part.shape, dtype=kind)
+        finite = math.isfinite(part.sum())  # one that is none makes all none
+        if by_chance and finite:
+            round_by_chance(part, kind, f"{delta.tensor} {matrix} {first}")
         written = rounded[: len(part)].copy_(part)
-        if not math.isfinite(written.sum(dtype=torch.float32 if kind == torch.float16 else None)):  # one that is none makes all none
+        if not finite or not math.isfinite(written.sum(dtype=torch.float32 if kind == torch.float16 else None)):
             raise ModelError(
                 f"Merged, {delta.tensor} would hold NaN or Inf.",
                 "take an earlier checkpoint of the adapter: its numbers are too large; or copy the base again: it may be damaged",

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ import tiny
 from ftkit.errors import ModelError
 from ftkit.merge import stream
 from ftkit.merge.deltas import refuse_what_cannot_be_merged
-from ftkit.merge.stream import merge
 from ftkit.model.source import header
 from ftkit.progress import SilentReporter
 from ftkit.recipe import Lora
 
+merge = partial(stream.merge, by_chance=False)  # as PEFT's is rounded
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
 
