@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import ModelError
 from ftkit.merge.deltas import Delta, changes_of
-from ftkit.merge.rounding import round_by_chance
 from ftkit.model.four_bits import partly_rounded
 from ftkit.model.given import tokenizer_files
+from ftkit.model.rounding import round_by_chance
 from ftkit.model.source import DTYPES, INDEX, Shard, drop_code, header, shards_of, weight_files
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Dtype
@@ -64,7 +64,7 @@ def merge(
 
     In float32 with PEFT's own delta of each layer; this equals PEFT's merge on a float32 base bit for bit, but for DoRA's norms over
     columns, which are summed in another order. It is rounded once to the dtype of the source, `by_chance` or to the nearest, which loses
-    small changes (merge/rounding.py). Other tensors, and their order in the files, stay byte for byte. An embedding and a head that the
+    small changes (model/rounding.py). Other tensors, and their order in the files, stay byte for byte. An embedding and a head that the
     adapter makes two of one become two; one of more tokens brings the adapter's tokenizer with it. Config and index say so, and are the
     source's otherwise.
     Some rows are held at a time, and the adapter: each file is read once and written once, parts of it side by side by some threads.

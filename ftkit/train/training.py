@@ -18,6 +18,7 @@ from ftkit.engines.hf import load_model, release_memory
 from ftkit.errors import DoesNotFitError, RunError, TrainingDivergedError
 from ftkit.machine import ranks
 from ftkit.machine.device import choose as choose_device
+from ftkit.model.rounding import is_rounding, round_by_chance
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Recipe
 from ftkit.run import CHECKPOINTS
@@ -335,7 +336,13 @@ def _keep(
     model = trainer.model
     if full:
         if settings.fsdp:
-            model = load_model(best, None, dtype="bfloat16", cuda=False, trust_remote_code=recipe.trust_remote_code)
+            model = load_model(best, None, dtype="float32", cuda=False, trust_remote_code=recipe.trust_remote_code)
+        for name, parameter in model.named_parameters():
+            if parameter.dtype != torch.float32:
+                continue
+            numbers = parameter.data.clone() if settings.fsdp else parameter.data  # those lie in the checkpoint's mapped file
+            round_by_chance(numbers, torch.bfloat16, name)
+            parameter.data = numbers.to(torch.bfloat16)
         model.to(torch.bfloat16)
         tokenizer.save_pretrained(target)
     if settings.fsdp and not full:
@@ -390,15 +397,14 @@ def _take_up(trainer: Any, checkpoint: Path, settings: Settings) -> None:
 
 
 def _refuse_other_weights(saved: Path, checkpoint: Path) -> None:
-    """Raise RunError unless `saved` holds the weights of this checkpoint, rounded to its own format. A tensor at a time."""
-    import torch
+    """Raise RunError unless `saved` holds the weights of this checkpoint, rounded to its own format either way. A tensor at a time."""
 
     wanted, found = _tensors(checkpoint), _tensors(saved)
     if wanted.keys() != found.keys() or not wanted:
         raise RunError(f"{saved} does not hold the same tensors as {checkpoint}.", "the checkpoints are kept; this is a fault of ftkit's")
     for name, load in found.items():
         tensor = load(name)
-        if not torch.equal(tensor, wanted[name](name).to(tensor.dtype)):
+        if not is_rounding(tensor, wanted[name](name)):
             raise RunError(f"{saved} does not hold the weights of {checkpoint}: {name} differs.", "the checkpoints are kept: run it again")
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from ftkit.merge.rounding import NOISE, round_by_chance
 from ftkit.merge.stream import merge
+from ftkit.model.rounding import NOISE, is_rounding, round_by_chance
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -42,6 +42,21 @@ def test_what_the_format_holds_stays() -> None:
     numbers = torch.randn(1000)
     round_by_chance(found := numbers.clone(), torch.float32, "here")
     assert torch.equal(found, numbers)
+
+
+def test_a_rounding_is_told_from_another_number() -> None:
+    import torch
+
+    numbers = torch.randn(64, 32).T  # whose rows do not lie side by side
+    up, down = (numbers.clone() for _ in range(2))
+    round_by_chance(up, torch.bfloat16, "up")
+    round_by_chance(down, torch.bfloat16, "down")
+    for rounded in (up, down, numbers.bfloat16().float()):
+        assert is_rounding(rounded.bfloat16(), numbers)
+        assert not is_rounding((1.02 * rounded).bfloat16(), numbers)
+    assert not torch.equal(up, down)
+    assert is_rounding(numbers, numbers)
+    assert not is_rounding(numbers[:3].bfloat16(), numbers)
 
 
 def test_a_gentle_training_is_not_rounded_away(tmp_path: Path) -> None:
