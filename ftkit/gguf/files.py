@@ -255,7 +255,8 @@ class Corrections:
 def correct(path: Path, corrections: Corrections) -> bool:
     """Put the corrections into a finished file, and say whether there were any.
 
-    It is written anew beside itself and takes its place, since metadata stands before the tensors.
+    It is written anew beside itself and takes its place, since metadata stands before the tensors; but where a number takes another's
+    place in a file that has one name, as nobody else's has.
     """
     from gguf import GGUFValueType
     from gguf.scripts.gguf_new_metadata import MetadataDetails
@@ -269,7 +270,15 @@ def correct(path: Path, corrections: Corrections) -> bool:
     if not given:
         return False
     new = {fields[name][0]: MetadataDetails(fields[name][1], value) for name, value in given.items()}
-    _rewrite(path, open_gguf(path), new)
+    alone = not path.is_symlink() and path.stat().st_nlink == 1
+    reader = open_gguf(path, "r+" if alone else "r")
+    there = {name: reader.get_field(name) for name in new}
+    if alone and all((field := there[name]) and field.types == [to.type] and not isinstance(to.value, str) for name, to in new.items()):
+        for name, field in there.items():
+            field.parts[field.data[0]][0] = new[name].value
+        reader.data.flush()
+    else:
+        _rewrite(path, reader, new)
     return True
 
 

@@ -23,6 +23,7 @@ from ftkit.line.step import Made, Step, fingerprint_of
 from ftkit.machine.device import processor
 from ftkit.machine.llama_cpp import find_program, need_converter
 from ftkit.model.card import in_gguf
+from ftkit.model.source import open_gguf
 from ftkit.plan.cost import FTKIT_BYTES, of_converting, of_imatrix, of_quantising
 from ftkit.recipe import SMALLEST
 
@@ -59,7 +60,7 @@ def _convert(job: Job, folder: Path, merged: Made[Merged]) -> Converted:
         link(job.given.path, last)
     else:
         convert(model, paths, need_converter(job.llama_cpp_dir), job.reporter)
-    corrections = corrections_of(last, tokenizer, merged.result.stops)
+    corrections = corrections_of(last, tokenizer, merged.result.stops, converted=not (job.given and job.given.kind == "gguf"))
     if tokenizer.chat_template != template_in(last):  # it came without one, or with one that ftkit fixes: its date, its thinking
         corrections = replace(corrections, chat_template=tokenizer.chat_template)
     for path in paths.values():
@@ -69,15 +70,23 @@ def _convert(job: Job, folder: Path, merged: Made[Merged]) -> Converted:
     return Converted(tuple(_read(path, quantization, wanted) for quantization, path in paths.items()), corrections)
 
 
-def corrections_of(path: Path, tokenizer: Any, stops: Sequence[int]) -> Corrections:
-    """What llama.cpp would do otherwise with a converted file than training did."""
+def corrections_of(path: Path, tokenizer: Any, stops: Sequence[int], *, converted: bool = False) -> Corrections:
+    """What llama.cpp would do otherwise with a file than training did; or a server with one that was just `converted`."""
     with llamacpp.load(path, 64) as engine:
         unknown = [token for token in stops if not engine.stops_at(token)]
         adds_bos = engine.tokenize("x", begins=True) != engine.tokenize("x")
+    reader = open_gguf(path)
+    says, kind = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("add_bos_token", "model"))
+    twice = converted and says is not None and says.contents() and kind is not None and kind.contents() in ALWAYS_ADDS_BOS
     return Corrections(
         eot_token_id=unknown[0] if unknown else None,
-        add_bos_token=False if adds_bos and not begins_with_bos(tokenizer) else None,  # training saw none
+        add_bos_token=False if twice or (adds_bos and not begins_with_bos(tokenizer)) else None,  # training saw none
     )
+
+
+# Kinds of tokenizer to which llama.cpp adds a BOS whatever the file says. Ollama before 0.30 goes by the file, and its own format of
+# these models writes one too.
+ALWAYS_ADDS_BOS = ("gemma4",)
 
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_ctx", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")  # in a config

@@ -10,7 +10,7 @@ from typing import Any
 
 from ftkit.check import Check, not_made
 from ftkit.data.rows import Message, has_tools
-from ftkit.data.template import dated, render, renders
+from ftkit.data.template import dated, render, renders, token_ids
 from ftkit.data.turns import answer_reader
 from ftkit.engines import ollama
 from ftkit.errors import ModelError, NameTakenError, ProofError
@@ -128,6 +128,7 @@ def register_shipped(
         modelfile,
         renders(tokenizer),
         temporary=temporary,
+        count=lambda text: len(token_ids(tokenizer, text)),
         verify=verify,
         before_naming=remember,
         reporter=reporter,

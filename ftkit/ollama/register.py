@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ftkit.check import Check, not_made, passed
+from ftkit.check import Check, failed, not_made, passed
 from ftkit.data.rows import Message, roles_text
 from ftkit.data.template import Render
 from ftkit.engines.ollama import digest_of, http, rendered_prompt, told
 from ftkit.errors import ModelError, ProofError, ToolFailedError, first_line
 from ftkit.files import file_fingerprint
+from ftkit.machine.device import asked_threads
 from ftkit.ollama.modelfile import STRIPPED_BOS, Modelfile
 from ftkit.progress import SILENT, Reporter
 from ftkit.proof.probes import ACCEPTED, conversations
@@ -48,6 +49,7 @@ def register(
     render: Render,
     *,
     temporary: str | None = None,
+    count: Callable[[str], int] | None = None,
     verify: Callable[[str], Check] | None = None,
     before_naming: Callable[[str], None] | None = None,
     reporter: Reporter = SILENT,
@@ -56,8 +58,8 @@ def register(
 
     The check renders conversations on the server and compares them with `render`. Raises ProofError where they differ,
     ToolFailedError where the server fails: the name then still belongs to what it belonged to before, and the temporary
-    model is gone. `verify` makes one more check, of the temporary model that it is given; `before_naming` is called with
-    the digest that the name is about to get.
+    model is gone. `count` says how many tokens a text has, and the server is asked whether it reads as many; `verify` makes one more
+    check, of the temporary model that it is given; `before_naming` is called with the digest that the name is about to get.
     """
     temporary = temporary or temporary_name(name)
     with told(f"Ollama could not create {name}"):
@@ -68,6 +70,8 @@ def register(
         try:
             create(client, temporary, {gguf.name: digest}, modelfile)
             checks = check_prompts(client, temporary, modelfile, render)
+            if count:
+                checks = (*checks, check_tokens(client, temporary, modelfile, count))
             if verify:
                 checks = (*checks, verify(temporary))
             if wrong := next((check for check in checks if check.outcome == "failed"), None):
@@ -119,7 +123,7 @@ def clean_up(client: Client, name: str, temporary: str, reporter: Reporter = SIL
                 reporter.warn(f"{each} may be left in Ollama; the next ship of this run removes it ({first_line(error)})")
 
 
-PROMPTS = "prompts in Ollama"
+PROMPTS, TOKENS = "prompts in Ollama", "tokens in Ollama"
 
 
 def check_prompts(client: Client, name: str, modelfile: Modelfile, render: Render) -> tuple[Check, ...]:
@@ -135,7 +139,7 @@ def check_prompts(client: Client, name: str, modelfile: Modelfile, render: Rende
         rendered = rendered_prompt(client, name, messages)
         if rendered is None:
             raise LookupError
-        read = rendered if modelfile.bos == STRIPPED_BOS and rendered.startswith(STRIPPED_BOS) else modelfile.bos + rendered
+        read = _read(modelfile, rendered)
         return None if read == wanted else (wanted, read)
 
     compared = conversations(render)
@@ -161,3 +165,23 @@ def check_prompts(client: Client, name: str, modelfile: Modelfile, render: Rende
     except LookupError:
         return (not_made(PROMPTS, "this server does not say what it renders; Ollama 0.11.5 and later do"),)
     return tuple(checks)
+
+
+def check_tokens(client: Client, name: str, modelfile: Modelfile, count: Callable[[str], int]) -> Check:
+    """Whether the model reads as many tokens of a prompt as it has: what is rendered may be right, and its BOS be read twice."""
+    asked = [{"role": "user", "content": "text"}]
+    rendered = rendered_prompt(client, name, asked)
+    threads = asked_threads()
+    options = {"num_predict": 1, **({"num_thread": threads} if threads else {})}
+    counted = client.chat(name, asked, options=options).prompt_eval_count
+    if rendered is None or not counted:
+        return not_made(TOKENS, "this server does not say what it renders, or how much of it the model reads")
+    tokens = count(_read(modelfile, rendered))
+    if counted != tokens:
+        return failed(TOKENS, f"the model reads {counted} tokens of a prompt that has {tokens}, as if its BOS came more or less than once")
+    return passed(TOKENS, f"{tokens} of a prompt, as many as it has")
+
+
+def _read(modelfile: Modelfile, rendered: str) -> str:
+    """What the model reads of a prompt that a server renders: with the BOS that is put before it, once."""
+    return rendered if modelfile.bos == STRIPPED_BOS and rendered.startswith(STRIPPED_BOS) else modelfile.bos + rendered

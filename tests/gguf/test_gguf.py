@@ -211,3 +211,32 @@ def test_some_rows_at_a_time_make_the_same_file(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(gguf, "QUANTIZE_BUFFER_BYTES", size)
         gguf.quantize(tmp_path / "F16.gguf", tmp_path / f"{size}.gguf", "Q4_K_M", program)
     assert (tmp_path / f"{1 << 30}.gguf").read_bytes() == (tmp_path / f"{1 << 20}.gguf").read_bytes()
+
+
+def test_a_number_is_corrected_in_its_place_but_for_a_file_of_two_names(tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        writer = GGUFWriter(path, "llama")
+        writer.add_add_bos_token(True)
+        writer.add_tensor("blk.0.attn_norm.weight", np.arange(32, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def adds_bos(path: Path) -> bool:
+        field = open_gguf(path).get_field("tokenizer.ggml.add_bos_token")
+        assert field
+        return bool(field.contents())
+
+    ours, theirs, linked = (tmp_path / f"{name}.gguf" for name in ("ours", "theirs", "linked"))
+    write(ours)
+    write(theirs)
+    linked.hardlink_to(theirs)
+    before, size_bytes = ours.stat().st_ino, ours.stat().st_size
+    for path in (ours, linked):
+        assert gguf.correct(path, gguf.Corrections(add_bos_token=False))
+    assert (ours.stat().st_ino, ours.stat().st_size) == (before, size_bytes)
+    assert [adds_bos(path) for path in (ours, linked, theirs)] == [False, False, True]
+    assert gguf.correct(ours, gguf.Corrections(eot_token_id=7))  # which the file does not have: written anew
+    assert ours.stat().st_ino != before
+    assert not adds_bos(ours)

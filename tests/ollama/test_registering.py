@@ -27,6 +27,7 @@ from ftkit.files import file_fingerprint
 from ftkit.gguf import files as gguf
 from ftkit.gguf.files import GgufFile
 from ftkit.line.close import Shipping
+from ftkit.line.gguf import corrections_of
 from ftkit.line.job import make_job
 from ftkit.line.merge import Merged
 from ftkit.line.register import refuse_anothers_name, register_shipped
@@ -36,7 +37,7 @@ from ftkit.model.source import gguf_architecture, open_gguf
 from ftkit.ollama import register as registering
 from ftkit.ollama.formats import own_format
 from ftkit.ollama.modelfile import Modelfile, make_modelfile
-from ftkit.ollama.register import PROMPTS, register
+from ftkit.ollama.register import PROMPTS, TOKENS, register
 from ftkit.ollama.template import ChatFormat, find_format
 from ftkit.recipe import Evaluate, Ship
 from ftkit.run import Run
@@ -119,6 +120,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any
             stops.seal(folder, tokenizer)
             path = folder / "m-F16.gguf"
             gguf.convert(folder, {"F16": path}, llama_cpp.need_converter())
+            gguf.correct(path, corrections_of(path, tokenizer, stops.configured_stops(folder), converted=True))
             made[kind] = tokenizer, path
         return made[kind]
 
@@ -187,7 +189,7 @@ def test_the_file_and_the_request_create_the_same_model(
             (servers.VERSIONS[0], kind)
             for kind in ("Qwen 2.5", "Llama 3.1", "Gemma 2", GEMMA_4, "Phi 3.5", "folded", "default system prompt")
         ),
-        *((servers.VERSIONS[1], kind) for kind in ("Gemma 2", "default system prompt")),
+        *((servers.VERSIONS[1], kind) for kind in ("Gemma 2", GEMMA_4, "default system prompt")),
     ],
     indirect=["server"],
 )
@@ -195,9 +197,9 @@ def test_families_are_asked_as_they_were_trained(kind: str, client: Any, files: 
     """Prompts equal, white space at the ends and all; and the model reads as many tokens as in training: one BOS, not two."""
     tokenizer, path = files(kind)
     made = modelfile(tokenizer, path)
-    registered = register(client, "family", path, made, renders(tokenizer))
+    registered = register(client, "family", path, made, renders(tokenizer), count=lambda text: len(template.token_ids(tokenizer, text)))
     told = {check.name: check.outcome for check in registered.checks}
-    assert told.pop(PROMPTS) == "passed"
+    assert (told.pop(PROMPTS), told.pop(TOKENS)) == ("passed", "passed")
     assert set(told.values()) <= {"not made"}
     assert registered.digest == ollama.digest_of(client, "family")
     assert names(client) == ["family:latest"]
@@ -206,7 +208,9 @@ def test_families_are_asked_as_they_were_trained(kind: str, client: Any, files: 
     assert reply.prompt_eval_count == len(template.token_ids(tokenizer, template.render(tokenizer, question, ask=True)))
 
 
-@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize(
+    ("server", "thinking"), [(servers.VERSIONS[0], False), (servers.VERSIONS[0], True), (servers.VERSIONS[1], False)], indirect=["server"]
+)
 def test_gemma_4_thinks_as_it_was_trained_to(
     thinking: bool, server: tuple[str, str], client: Any, files: Callable[[str], tuple[Any, Path]], tmp_path: Path
 ) -> None:
@@ -223,6 +227,19 @@ def test_gemma_4_thinks_as_it_was_trained_to(
     create_by_hand(server, made, tmp_path)
     asked = [{"role": "user", "content": "q"}]
     assert ollama.rendered_prompt(client, "by-hand", asked) == ollama.rendered_prompt(client, "family", asked)
+
+
+@pytest.mark.parametrize("server", servers.VERSIONS[1:], indirect=True)  # which goes by the file, where newer ones take the BOS away
+def test_a_bos_that_is_read_twice_gets_no_name(client: Any, files: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
+    """As of the file that llama.cpp's converter writes: what is rendered is right, and the server puts a second BOS before it."""
+    tokenizer, path = files(GEMMA_4)
+    twice = tmp_path / path.name
+    twice.write_bytes(path.read_bytes())
+    gguf.correct(twice, gguf.Corrections(add_bos_token=True))
+    made = modelfile(tokenizer, twice)
+    with pytest.raises(ProofError, match=r"tokens in Ollama: the model reads (\d+) tokens of a prompt that has \d+, as if its BOS came"):
+        register(client, "twice", twice, made, renders(tokenizer), count=lambda text: len(template.token_ids(tokenizer, text)))
+    assert names(client) == []
 
 
 def test_a_system_prompt_is_checked_too(client: Any, files: Callable[[str], tuple[Any, Path]]) -> None:
@@ -303,9 +320,9 @@ def ship(client: Any, files: Callable[[str], tuple[Any, Path]], tmp_path: Path) 
         refuse_anothers_name(job, client, replace_model)
         shipped = Shipping(path, GgufFile("F16", Path(path.name), 1, 16.0, 1, 0), "gguf", "", None)
         registered, checks = register_shipped(job, client, shipped, merged, asked, proven)
-        assert [check.outcome for check in checks] == ["passed", answers]  # by itself no answer is right
+        assert [check.outcome for check in checks] == ["passed", "passed", answers]  # by itself no answer is right
         recorded = run.manifest()["ollama"]
-        assert [entry["outcome"] for entry in recorded["checks"]] == ["passed", "not made"]
+        assert [entry["outcome"] for entry in recorded["checks"]] == ["passed", "passed", "not made"]
         assert "temporary" not in recorded
         return registered
 
