@@ -52,7 +52,7 @@ def told(stage):
     began = time.monotonic()
 merge(base, adapter, folder / "model")
 told("merge")
-convert(folder / "model", folder / "F16.gguf", "F16", need_converter())
+convert(folder / "model", {"F16": folder / "F16.gguf"}, need_converter())
 read_back(folder / "F16.gguf", "F16", None)
 told("F16")
 quantize(folder / "F16.gguf", folder / "out.gguf", wanted, find_program("llama-quantize"))

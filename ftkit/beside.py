@@ -5,6 +5,7 @@ Run as a program, this file runs the script that it is given without them, once 
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import runpy
@@ -38,6 +39,7 @@ HIDDEN = {
     "transformer_engine": BY_PEFT,
 }
 ASKED_FOR = {"kernels": "USE_HUB_KERNELS"}  # by transformers' own variable
+INSTALLED = {"site-packages", "dist-packages"}
 THEN = "--then"  # between the arguments of one run of a script and the next
 OWN_ENVIRONMENT = "give ftkit an environment of its own: python -m venv env, then env/bin/pip install 'ftkit[train]'"
 
@@ -83,16 +85,23 @@ def broken(error: BaseException) -> ToolMissingError | None:
 def run(script: str, arguments: Sequence[str]) -> None:
     """Run a script, and again with what follows each `--then` among the arguments: what it imports is loaded once.
 
-    Its own modules are loaded anew: llama.cpp's keep things of a run in their classes (Gemma 3n's tensors).
+    Its own modules are loaded anew: llama.cpp's keep things of a run in their classes (RWKV's tensors).
     """
-    own = str(Path(script).resolve().parent) + os.sep
     for then, words in groupby(arguments, THEN.__eq__):
         if then:
-            for name in [name for name, module in sys.modules.items() if (getattr(module, "__file__", None) or "").startswith(own)]:
+            for name in _beside(Path(script).parent):
                 del sys.modules[name]
+            gc.collect()
         else:
             sys.argv = [script, *words]
             runpy.run_path(script, run_name="__main__")
+
+
+def _beside(folder: Path) -> list[str]:
+    """The modules from this folder, by whichever of its names, but for packages that are installed in it."""
+    roots = tuple(f"{path}{os.sep}" for path in (folder.absolute(), folder.resolve()))
+    files = {name: str(getattr(module, "__file__", None) or "") for name, module in list(sys.modules.items())}
+    return [name for name, file in files.items() if file.startswith(roots) and not INSTALLED.intersection(Path(file).parts)]
 
 
 if __name__ == "__main__":

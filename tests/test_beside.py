@@ -69,12 +69,24 @@ def test_llama_cpps_scripts_run_without_them_too(here: Path) -> None:
     assert Path("said").read_text(encoding="utf-8") == "given"
 
 
-def test_a_script_s_next_run_finds_nothing_of_the_one_before(tmp_path: Path) -> None:
-    (tmp_path / "kept.py").write_text("seen = []\n", encoding="utf-8")
-    script = tmp_path / "convert.py"
-    script.write_text("import json, sys, kept\nkept.seen += sys.argv[2:]\njson.dump(kept.seen, open(sys.argv[1], 'w'))\n", encoding="utf-8")
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_script_s_next_run_finds_nothing_of_the_one_before(linked: bool, tmp_path: Path) -> None:
+    """But what is installed, though it be in an environment inside the script's folder."""
+    folder = tmp_path / "scripts"
+    libraries = folder / "env" / "lib" / "site-packages"
+    libraries.mkdir(parents=True)
+    if linked:
+        (tmp_path / "link").symlink_to(folder, target_is_directory=True)
+        folder = tmp_path / "link"
+    (folder / "kept.py").write_text("seen = []\n", encoding="utf-8")
+    (libraries / "installed.py").write_text("times = []\n", encoding="utf-8")
+    script = folder / "convert.py"
+    code = f"import json, sys\nsys.path.append({str(folder / 'env' / 'lib' / 'site-packages')!r})\nimport installed, kept\n"
+    code += "kept.seen += sys.argv[2:]\ninstalled.times.append(1)\njson.dump([kept.seen, len(installed.times)], open(sys.argv[1], 'w'))\n"
+    script.write_text(code, encoding="utf-8")
     run_script(Found(script, "here"), [tmp_path / "first", "1", "2"], [tmp_path / "second", "3"])
-    assert [json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("first", "second")] == [["1", "2"], ["3"]]
+    found = [json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("first", "second")]
+    assert found == [[["1", "2"], 1], [["3"], 2]]
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ PLANS_KEPT = 50  # of those without a recipe, each a fifth of a megabyte
 Onto = Literal["source", "dequantised"]  # what an adapter is merged into
 ADAPTER = "adapter"  # the folder in a training's
 TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")  # what a tokenizer is read from
+SPECIAL = "_special_tokens_map"  # where transformers 5 keeps a tokenizer's BOS, EOS and their like
 
 
 @dataclass(frozen=True)
@@ -287,9 +288,12 @@ def tokenizer_of(job: Job, folder: Path, *, base: bool = False) -> Any:
     """The tokenizer of a model folder; of a `base` with the template that the recipe makes of it, as what is merged has it already."""
     recipe, data = job.recipe, job.recipe.data
     settings = ChatSettings(data.day, data.thinking, data.system_in_question, job.chat_template) if base else None
-    files = sorted(path for path in folder.glob("*") if path.suffix in TOKENIZER_FILES)
+    files = sorted(path for path in folder.glob("*") if path.suffix in TOKENIZER_FILES and path.is_file())
     known = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-    return copy.copy(_tokenizer(folder, settings, recipe.trust_remote_code, known))
+    tokenizer = copy.copy(_tokenizer(folder, settings, recipe.trust_remote_code, known))
+    if hasattr(tokenizer, SPECIAL):  # whoever names a token of his own must not name it for all
+        setattr(tokenizer, SPECIAL, dict(getattr(tokenizer, SPECIAL)))
+    return tokenizer
 
 
 @lru_cache(maxsize=1)

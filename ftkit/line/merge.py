@@ -97,6 +97,11 @@ def _finish(job: Job, target: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(seal(target, tokenizer))
 
 
+def _merges(job: Job) -> bool:
+    """Whether there is an adapter to be merged."""
+    return job.recipe.training.method != "full" and (not job.given or job.given.kind == "adapter")
+
+
 def _one_at_a_time(job: Job) -> bool:
     """Whether files of the source are fetched, merged and let go one after the other: then a merge that was stopped goes on."""
     return not find(job, MERGE) and base_to_fetch(job).at_once_bytes > 0
@@ -119,7 +124,7 @@ MERGE: Step[Merged] = Step(
     command="ftkit ship",
     result=Merged,
     after=(TRAIN, ADOPT, TRANSFER),
-    follows_from=lambda job: [job.onto, *job.rounded, "rounded by chance"],
+    follows_from=lambda job: [job.onto, *job.rounded, *(["rounded by chance"] if _merges(job) else [])],
     costs=of_merging,
     make=_make,
     resumable=_one_at_a_time,

@@ -82,9 +82,9 @@ def measure(
                 apart.append((np.exp(p) * (p - q)).sum(-1))
                 same += int((p.argmax(-1) == q.argmax(-1)).sum())
         tokens.append(len(ids))
-        losses.append(-float(np.concatenate(told).sum()))
+        losses.append(-float(np.concatenate([[0.0], *told]).sum()))
         if first is not None:
-            distances = np.concatenate(apart)
+            distances = np.concatenate([np.empty(0), *apart])
             divergences.append(float(distances.sum()))
             at[: len(distances)] += distances[:POSITIONS]
             agreed.append(same)

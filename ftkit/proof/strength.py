@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 NAME, BASE = "strength of the merge", "base of the merge"
 APART = 0.3  # from 1: the least that is called a fault of the file that was converted
 TOO_MUCH = 1.5  # in a quantised one. Coarse rounding may leave out most of what is small beside its steps, and is no fault of the merge
-ANOTHER = 5e-3  # of a tensor's length: the least that is called another base's. 16 bits round a fifth of that
+ANOTHER = 5e-3  # of a tensor's length: the least that is called another base's. bfloat16 rounds half of that, by chance
 REORDERED = 0.1  # more may be the base's own rows in another order, as llama.cpp has of some tensors: one row in a hundred is more
 ALIKE = 0.5  # correlation of a file's numbers with the base's: less is another order of them, as llama.cpp has of some tensors
 

@@ -16,6 +16,7 @@ from ftkit.check import Check
 from ftkit.gguf.files import convert
 from ftkit.line.strength import LORA, SAVED, find_merged
 from ftkit.machine.llama_cpp import need_converter
+from ftkit.model.rounding import round_by_chance
 from ftkit.model.source import open_gguf
 from ftkit.proof.strength import judge_base, judge_strength
 
@@ -98,6 +99,24 @@ def test_a_right_merge_holds_it_once(made: Made, tmp_path: Path) -> None:
     assert check.outcome == "passed", check.detail
     assert made.check_base(right).detail == "embedding and weights with adapters"
     assert check.detail.startswith("adapters: 1.00 × what training changed (8 tensors); modules that were trained whole: 1.00 ×")
+
+
+def by_chance(tensors: Tensors) -> None:
+    import torch
+
+    for name, tensor in tensors.items():
+        if tensor.ndim > 1:
+            round_by_chance(torch.from_numpy(tensor), torch.bfloat16, name)
+
+
+def test_one_that_is_rounded_by_chance_is_right(made: Made, tmp_path: Path) -> None:
+    right = made.merged(tmp_path / "bf16.gguf", also=by_chance)
+    assert made.check(right).detail.startswith(
+        "adapters: 1.00 × what training changed (8 tensors); modules that were trained whole: 1.00 ×"
+    )
+    assert made.check_base(right).detail == "embedding and weights with adapters"
+    found = find_merged(right, made.base, made.adapter)
+    assert 1e-3 < (found.adapted_left or 0) < 3.2e-3
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import tiny
 from ftkit.data.lengths import Tally, tally
 from ftkit.data.mask import KINDS, cut, learnt
 from ftkit.data.store import storing
+from ftkit.engines import hf
 from ftkit.line import tokens
 from ftkit.line.job import Job, make_job, read_data, tokenizer_of
 from ftkit.recipe import Recipe
@@ -96,3 +98,17 @@ def test_what_has_no_room_is_counted_all_the_same(job: Job, small_files: Callabl
     with small_files(1000):
         assert list(storing(examples, path, KINDS["sft"], 128, most_bytes=1 << 30)) == examples
     assert not path.exists()
+
+
+def test_a_tokenizer_is_kept_until_its_files_change_and_is_nobody_s_to_spoil(job: Job, model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(model, folder)
+    first = tokenizer_of(job, folder)
+    first.eos_token, first.chat_template = first.convert_ids_to_tokens(0), "spoilt"
+    again = tokenizer_of(job, folder)
+    assert again.backend_tokenizer is first.backend_tokenizer
+    assert (again.eos_token, again.chat_template) != (first.eos_token, first.chat_template)
+    assert again.eos_token == hf.load_tokenizer(model).eos_token
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }} anew", encoding="utf-8")
+    (folder / "gone.json").symlink_to(tmp_path / "nowhere")
+    assert tokenizer_of(job, folder).chat_template == "{{ messages[0].content }} anew"

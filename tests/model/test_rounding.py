@@ -56,6 +56,8 @@ def test_a_rounding_is_told_from_another_number() -> None:
         assert not is_rounding((1.02 * rounded).bfloat16(), numbers)
     assert not torch.equal(up, down)
     assert is_rounding(numbers, numbers)
+    held = numbers.bfloat16()
+    assert not is_rounding((held.float() * (1 + 2**-7)).bfloat16(), held.float())  # a step further, of what is held as it is
     assert not is_rounding(numbers[:3].bfloat16(), numbers)
 
 
