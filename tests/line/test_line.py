@@ -108,7 +108,7 @@ def test_lora_goes_through_the_same_line_and_two_bits_are_closed(demo_run: Path,
     lines = (starter / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(lines[:30]), encoding="utf-8")
     gguf = next((REPOSITORY / "demo").glob("*.gguf"))
-    asked = ("--model", gguf, "--set", "training.method=lora", "--set", "training.learning_rate=1e-4", *SHORT)
+    asked = ("--model", gguf, "--set", "training.method=lora", *SHORT)
     run_ftkit("build", *asked, cwd=tmp_path)
     run = Run(tmp_path / "runs" / "recipe")
     assert_merged_as_trained(run)
