@@ -214,14 +214,8 @@ def _arrays_at_once(parts_of: Callable[..., Any]) -> Callable[..., Any]:
         head = [reader._get(begin, np.uint32), reader._get(begin + 4, np.uint64)]
         count, at = int(head[1][0]), begin + 12
         if inside == GGUFValueType.STRING:
-            values = reader.data.view(np.ndarray)
-            size, length_of, buffer, texts, ends = (
-                len(values),
-                struct.Struct(order + "Q").unpack_from,
-                memoryview(values),
-                list[Any](),
-                [at],
-            )
+            values, length_of = reader.data.view(np.ndarray), struct.Struct(order + "Q").unpack_from
+            size, buffer, texts, ends = len(values), memoryview(values), list[Any](), [at]
             for _ in range(count):
                 text = at + 8
                 at = text + (length_of(buffer, at)[0] if text <= size else size)

@@ -209,7 +209,6 @@ def rows_permuted(path: Path, words: Any) -> None:
 
 
 def _tensor(path: Path, name: str, change: Callable[[Any], None]) -> None:
-
     reader = open_gguf(path, "r+")
     change(next(tensor.data for tensor in reader.tensors if tensor.name == name))
     reader.data.flush()

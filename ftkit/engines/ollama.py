@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 from ftkit import patches
 from ftkit.data.rows import Message, has_tools
 from ftkit.errors import RecipeError, ToolFailedError, ToolMissingError, first_line, proxy_fault
+from ftkit.machine.device import asked_threads
 from ftkit.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -123,6 +124,12 @@ def rendered_prompt(client: Client, name: str, messages: Sequence[Message]) -> s
         raise ToolFailedError(f"Ollama could not render a prompt for {name} ({reply.status_code}): {one_line(said)}", SERVER_LOG)
     info = body.get("_debug_info")
     return None if info is None else str(info["rendered_template"])
+
+
+def thread_options() -> dict[str, int]:
+    """Options of a request: more threads than are free slow a server down many times, as they spin while they wait."""
+    threads = asked_threads()
+    return {"num_thread": threads} if threads else {}
 
 
 def _named(messages: Sequence[Message]) -> list[Message]:

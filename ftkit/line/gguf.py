@@ -55,12 +55,12 @@ class Converted:
 def _convert(job: Job, folder: Path, merged: Made[Merged]) -> Converted:
     model, stem = merged.folder / MODEL, job.recipe.ship.name.replace(":", "-")
     tokenizer, paths = tokenizer_of(job, model), {quantization: folder / f"{stem}-{quantization}.gguf" for quantization in _there(job)}
-    last = [*paths.values()][-1]
-    if job.given and job.given.kind == "gguf":
-        link(job.given.path, last)
+    last, came = [*paths.values()][-1], job.given if job.given and job.given.kind == "gguf" else None
+    if came:
+        link(came.path, last)
     else:
         convert(model, paths, need_converter(job.llama_cpp_dir), job.reporter)
-    corrections = corrections_of(last, tokenizer, merged.result.stops, converted=not (job.given and job.given.kind == "gguf"))
+    corrections = corrections_of(last, tokenizer, merged.result.stops, converted=not came)
     if tokenizer.chat_template != template_in(last):  # it came without one, or with one that ftkit fixes: its date, its thinking
         corrections = replace(corrections, chat_template=tokenizer.chat_template)
     for path in paths.values():
@@ -75,9 +75,7 @@ def corrections_of(path: Path, tokenizer: Any, stops: Sequence[int], *, converte
     with llamacpp.load(path, 64) as engine:
         unknown = [token for token in stops if not engine.stops_at(token)]
         adds_bos = engine.tokenize("x", begins=True) != engine.tokenize("x")
-    reader = open_gguf(path)
-    says, kind = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("add_bos_token", "model"))
-    twice = converted and says is not None and says.contents() and kind is not None and kind.contents() in ALWAYS_ADDS_BOS
+    twice = converted and _says_what_is_added_anyway(path)
     return Corrections(
         eot_token_id=unknown[0] if unknown else None,
         add_bos_token=False if twice or (adds_bos and not begins_with_bos(tokenizer)) else None,  # training saw none
@@ -87,6 +85,13 @@ def corrections_of(path: Path, tokenizer: Any, stops: Sequence[int], *, converte
 # Kinds of tokenizer to which llama.cpp adds a BOS whatever the file says. Ollama before 0.30 goes by the file, and its own format of
 # these models writes one too.
 ALWAYS_ADDS_BOS = ("gemma4",)
+
+
+def _says_what_is_added_anyway(path: Path) -> bool:
+    """Whether a file asks for a BOS that llama.cpp would add without being asked."""
+    reader = open_gguf(path)
+    says, kind = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("add_bos_token", "model"))
+    return says is not None and bool(says.contents()) and kind is not None and kind.contents() in ALWAYS_ADDS_BOS
 
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_ctx", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")  # in a config

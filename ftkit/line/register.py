@@ -22,7 +22,6 @@ from ftkit.line.merge import MODEL, Merged
 from ftkit.line.prove import PROVE, Proven
 from ftkit.line.record import shipped_folder
 from ftkit.line.step import Made, Step
-from ftkit.machine.device import asked_threads
 from ftkit.model.source import gguf_architecture, open_gguf
 from ftkit.ollama.formats import own_format
 from ftkit.ollama.modelfile import Modelfile, make_modelfile
@@ -143,8 +142,6 @@ def register_shipped(
 def _ask(job: Job, client: Any, name: str, asked: Made[Asked], tokenizer: Any, bos: str) -> list[str]:
     """The server's answers to the first held-out questions."""
     questions = read_questions(asked).questions[:OLLAMA_ROWS]
-    threads = asked_threads()  # more than are free slow a server down many times: they spin while they wait
-    options = {"num_thread": threads} if threads else None
 
     def prompt(messages: Sequence[Message]) -> str:
         return render(tokenizer, messages, ask=True).removeprefix(bos)
@@ -156,7 +153,7 @@ def _ask(job: Job, client: Any, name: str, asked: Made[Asked], tokenizer: Any, b
         job.recipe.ship.max_new_tokens,
         answer_reader(tokenizer),
         render=prompt,
-        options=options,
+        options=ollama.thread_options(),
         reporter=job.reporter,
     )
     served = score(read_questions(asked).expected[:OLLAMA_ROWS], given, job.recipe.evaluate)

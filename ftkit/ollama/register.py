@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 from ftkit.check import Check, failed, not_made, passed
 from ftkit.data.rows import Message, roles_text
 from ftkit.data.template import Render
-from ftkit.engines.ollama import digest_of, http, rendered_prompt, told
+from ftkit.engines.ollama import digest_of, http, rendered_prompt, thread_options, told
 from ftkit.errors import ModelError, ProofError, ToolFailedError, first_line
 from ftkit.files import file_fingerprint
-from ftkit.machine.device import asked_threads
 from ftkit.ollama.modelfile import STRIPPED_BOS, Modelfile
 from ftkit.progress import SILENT, Reporter
 from ftkit.proof.probes import ACCEPTED, conversations
@@ -171,11 +170,11 @@ def check_tokens(client: Client, name: str, modelfile: Modelfile, count: Callabl
     """Whether the model reads as many tokens of a prompt as it has: what is rendered may be right, and its BOS be read twice."""
     asked = [{"role": "user", "content": "text"}]
     rendered = rendered_prompt(client, name, asked)
-    threads = asked_threads()
-    options = {"num_predict": 1, **({"num_thread": threads} if threads else {})}
-    counted = client.chat(name, asked, options=options).prompt_eval_count
-    if rendered is None or not counted:
-        return not_made(TOKENS, "this server does not say what it renders, or how much of it the model reads")
+    if rendered is None:
+        return not_made(TOKENS, "this server does not say what it renders; Ollama 0.11.5 and later do")
+    counted = client.chat(name, asked, options={"num_predict": 1, **thread_options()}).prompt_eval_count
+    if not counted:
+        return not_made(TOKENS, "this server does not say how many tokens the model reads")
     tokens = count(_read(modelfile, rendered))
     if counted != tokens:
         return failed(TOKENS, f"the model reads {counted} tokens of a prompt that has {tokens}, as if its BOS came more or less than once")

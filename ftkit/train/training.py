@@ -398,7 +398,6 @@ def _take_up(trainer: Any, checkpoint: Path, settings: Settings) -> None:
 
 def _refuse_other_weights(saved: Path, checkpoint: Path) -> None:
     """Raise RunError unless `saved` holds the weights of this checkpoint, rounded to its own format either way. A tensor at a time."""
-
     wanted, found = _tensors(checkpoint), _tensors(saved)
     if wanted.keys() != found.keys() or not wanted:
         raise RunError(f"{saved} does not hold the same tensors as {checkpoint}.", "the checkpoints are kept; this is a fault of ftkit's")

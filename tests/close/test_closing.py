@@ -99,7 +99,6 @@ def closed(
 
 
 def test_closing_brings_the_file_nearer_and_changes_its_vectors_alone(made: Made, tmp_path: Path) -> None:
-
     before, after, names = closed(made, made.lessons[4:], made.lessons[:4], tmp_path / "closed.gguf", with_scales=False)
     assert names == {tensor.name for tensor in open_gguf(made.file).tensors if len(tensor.shape) == 1}
     assert after < 0.95 * before  # of a random model, whose weights are off at random, 1,664 numbers take back a tenth

@@ -39,7 +39,6 @@ class Made:
     saved: Tensors  # what is added to modules that were trained whole
 
     def merged(self, path: Path, times: float = 1, saved: float = 1, also: Callable[[Tensors], None] = lambda _: None) -> Path:
-
         shutil.copyfile(self.file, path)
         reader = open_gguf(path, "r+")
         tensors = {tensor.name: tensor.data for tensor in reader.tensors}

@@ -132,11 +132,11 @@ def renders(tokenizer: Any) -> template.Render:
 
 
 def modelfile(tokenizer: Any, path: Path, **ship: Any) -> Modelfile:
-
-    adds = open_gguf(path).get_field("tokenizer.ggml.add_bos_token")
+    reader = open_gguf(path)
+    adds = reader.get_field("tokenizer.ggml.add_bos_token")
     bos = tokenizer.bos_token if adds and adds.contents() else ""
     chat = find_format(renders(tokenizer))
-    own = own_format(gguf_architecture(open_gguf(path)), renders(tokenizer))
+    own = own_format(gguf_architecture(reader), renders(tokenizer))
     return make_modelfile(f"./{path.name}", chat, Ship(num_ctx=512, **ship), bos=bos, stops=["<stop>"], own=own)
 
 

@@ -97,7 +97,6 @@ def add(tensors: dict[str, Any], added: dict[str, Any], times: float = 1) -> Non
 
 
 def changed_file(file: Path, change: Callable[[dict[str, Any]], None], path: Path) -> Path:
-
     shutil.copyfile(file, path)
     reader = open_gguf(path, "r+")
     change({tensor.name: tensor.data for tensor in reader.tensors})
