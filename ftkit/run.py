@@ -24,11 +24,13 @@ from ftkit.units import bytes_text
 MANIFEST = "manifest.json"
 RECORD = "step.json"  # what a finished step says of itself, in its own folder
 CHECKPOINTS = "checkpoints"  # in the folder of a resumable step: what it goes on from, `checkpoint-N` after N of its own steps
-TRAINED_WITH = "trained_with"  # in the manifest
+TRAINED_WITH = "trained_with"  # in the manifest; so the next
+AT_HUB = "at_hub"
 FINISHED = re.compile(r"([a-z]+)-([0-9a-f]{16})")
 BEGUN = re.compile(r"\.([a-z]+)-([0-9a-f]{16})\.partial")
 # beside the steps: what was written when ftkit was killed, and answers that failed a proof
 LEFT_BEHIND = re.compile(r"\.probe-[a-z0-9_]{8}|\.(manifest|failed-proof)\.json\.\d+\.partial")
+TRAININGS = ("train", "adopt")
 FAILED = re.compile(r"failed-proof\.json")
 # What a step is made with, beside llama.cpp's programs: the versions stand in its record.
 MADE_WITH = ("ftkit", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "gguf", "xllamacpp")
@@ -149,6 +151,11 @@ class Run:
     def trained_with(self) -> list[tuple[str, Any]]:
         """What `--set` and its like changed in the recipe for the training that was asked for last."""
         return [(key, value) for key, value in self.manifest().get(TRAINED_WITH, ())]
+
+    def at_hub(self) -> dict[str, str]:
+        """The commit of each repository that a training which is here was begun with, by how its recipe named it."""
+        has_training = any(name in TRAININGS for pattern in (FINISHED, BEGUN) for _, name, _ in self._folders(pattern))
+        return dict(self.manifest().get(AT_HUB, {})) if has_training else {}
 
     def record(self, **entries: Any) -> None:
         """Merge entries into the index."""
@@ -386,7 +393,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _is_index(index: Any) -> bool:
-    if not isinstance(index, dict) or not all(isinstance(index.get(key, {}), dict) for key in ("kept", "begun", "ollama")):
+    if not isinstance(index, dict) or not all(isinstance(index.get(key, {}), dict) for key in ("kept", "begun", "ollama", AT_HUB)):
         return False
     groups = [index.get("steps"), *index.get("kept", {}).values()]
     return all(isinstance(group, dict) and all(_is_entry(entry) for entry in group.values()) for group in groups)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -48,20 +48,42 @@ class DataFiles:
     fingerprint: str
 
 
-def _data_files(names: str | list[str], folder: Path, purpose: str) -> DataFiles:
+class _AtHub:
+    """The commits that a job takes: of what a training in its run was begun with, those, whatever the hub names today."""
+
+    def __init__(self, run: Run, reporter: Reporter) -> None:
+        self._begun_with, self._reporter = run.at_hub(), reporter
+        self.taken: dict[str, str] = {}
+
+    def take(self, key: str, reference: str, newest: str, setting: str) -> str:
+        told, commit = key in self.taken, self._begun_with.get(key, newest)
+        self.taken[key] = commit
+        if commit != newest and not told:
+            repository = reference.partition("@")[0]
+            self._reporter.note(
+                f"{reference} has changed at the hub since this run was begun, which stays with commit {commit[:12]}; "
+                f"to take the new one: --set {setting}={repository}@{newest}"
+            )
+        return commit
+
+
+def _data_files(names: str | list[str], folder: Path, purpose: str, at_hub: _AtHub) -> DataFiles:
     files: list[Path | HubData] = []
     known = []
     for name in [names] if isinstance(names, str) else names:
         path = folder / user_path(name)
         found = None if path.exists() else locate_dataset(name, path, purpose)
+        if found:
+            reference = name.partition(":")[0]
+            found = replace(found, commit=at_hub.take(f"datasets/{reference}", reference, found.commit, f"data.{purpose}"))
         files.append(found or path)
         known.append(fingerprint(astuple(found)) if found else file_fingerprint(path) if path.is_file() else "missing")
     return DataFiles(tuple(files), known[0] if len(known) == 1 else fingerprint(*known))
 
 
-def data_paths(data: DataFiles) -> list[Path]:
+def data_paths(data: DataFiles, reporter: Reporter = SILENT) -> list[Path]:
     """Where they lie; those of the hub are fetched where they are not here."""
-    return [path for file in data.files for path in ([file] if isinstance(file, Path) else fetch_dataset(file))]
+    return [path for file in data.files for path in ([file] if isinstance(file, Path) else fetch_dataset(file, reporter))]
 
 
 @dataclass(frozen=True)
@@ -105,6 +127,7 @@ class Job:
     given: Given | None = None  # what was trained elsewhere; None: it is trained here
     begins_with: Given | None = None  # the adapter that training goes on with; None: a new one
     changed: tuple[tuple[str, Any], ...] = ()  # of the recipe's file, by `--set` and its like
+    at_hub: Mapping[str, str] = field(default_factory=dict)  # the commits of models and datasets, by how the recipe names them
 
     @property
     def rounding(self) -> float:
@@ -166,18 +189,22 @@ def make_job(recipe: Recipe, folder: Path, run: Run, reporter: Reporter = SILENT
         recipe = _as_given(recipe, given)
     if begins_with:
         recipe = recipe.model_copy(update={"lora": settings_of(begins_with.path, recipe.lora)})
+    source, at_hub = replace(locate(recipe.model, folder), with_code=recipe.trust_remote_code), _AtHub(run, reporter)
+    if source.kind == "hub":
+        source = replace(source, fingerprint=at_hub.take(recipe.model, recipe.model, source.fingerprint, "model"))
     return Job(
         recipe=recipe,
         given=given,
         begins_with=begins_with,
         folder=folder,
         run=run,
-        source=replace(locate(recipe.model, folder), with_code=recipe.trust_remote_code),
+        source=source,
         device=device.choose(recipe.budget.vram, recipe.budget.gpu),
-        data={purpose: _data_files(names, folder, purpose) for purpose, names in named.items() if names},
+        data={purpose: _data_files(names, folder, purpose, at_hub) for purpose, names in named.items() if names},
         llama_cpp_dir=named_llama_cpp(recipe.tools.llama_cpp_dir, folder),
         chat_template=named_template(recipe.data.template, folder),
         reporter=reporter,
+        at_hub=at_hub.taken,
     )
 
 
@@ -223,7 +250,7 @@ def read_data(job: Job) -> Rows:
     for purpose, data in job.data.items():
         learnt_of = job.recipe.training.objective if purpose != "test" and not job.given else None
         read[purpose] = read_rows(
-            *data_paths(data),
+            *data_paths(data, job.reporter),
             columns=settings.columns,
             labels=settings.labels or (),
             objective=learnt_of,

@@ -52,7 +52,7 @@ from ftkit.plan.cost import Cost, Sizes
 from ftkit.plan.plan import MARGIN, MemoryPlan
 from ftkit.progress import SILENT
 from ftkit.proof.score import Score
-from ftkit.run import TRAINED_WITH, discard
+from ftkit.run import AT_HUB, TRAINED_WITH, discard
 from ftkit.train.reporting import refuse_missing_reporters
 from ftkit.units import bytes_text
 
@@ -138,6 +138,7 @@ def adopt(job: Job) -> Made[Adopted]:
     refuse(job)
     if not find(job, ADOPT):
         _refuse_small_machine(job)
+        job.run.record(**{AT_HUB: {**job.run.at_hub(), **job.at_hub}})
     return ensure(job, ADOPT)
 
 
@@ -150,7 +151,7 @@ def train(job: Job) -> Made[Trained]:
         ranks.refuse(job.recipe, len(device.find_gpus()))
     ranks.share_weights(job.recipe)
     if trained:
-        _remember_changes(job)
+        _remember(job)
         ranks.tell(None)  # there is nothing to train
         return ensure(job, TRAIN)  # up to date: nothing has to fit any more
     refuse_missing_reporters(job.recipe.training.report_to)
@@ -181,13 +182,15 @@ def train(job: Job) -> Made[Trained]:
                 f"a training with other inputs was begun, and stays at step {held.last_step} in {held.path}: its recipe goes on with it, "
                 "ftkit clean removes it"
             )
-    _remember_changes(job)
+    _remember(job)
     return ensure(job, TRAIN)
 
 
-def _remember_changes(job: Job) -> None:
-    """So that the run's folder stands for its training, also of a recipe that was changed for this once."""
-    job.run.record(**{TRAINED_WITH: json.loads(json.dumps(job.changed, default=str))})  # a date is one in text, too
+def _remember(job: Job) -> None:
+    """So that the run's folder stands for its training, also of a recipe that was changed for this once, and of what then changes at
+    the hub."""
+    changed = json.loads(json.dumps(job.changed, default=str))  # a date is one in text, too
+    job.run.record(**{TRAINED_WITH: changed, AT_HUB: {**job.run.at_hub(), **job.at_hub}})
 
 
 def refuse_ram_for_all(memory: MemoryPlan, *, on_smaller: bool = False) -> None:
@@ -305,9 +308,7 @@ def _refuse_what_cannot_ship(job: Job, use_ollama: bool | None, replace_model: b
     if not is_trained(job):
         other = "holds a training of another recipe, other data or another revision of the model"
         what = other if job.run.finished(TRAIN.name) else "holds no finished training"
-        raise RunError(
-            f"{job.run.folder} {what}.", "ftkit train, or ftkit build for the whole line; a hub model stays the same as org/name@COMMIT"
-        )
+        raise RunError(f"{job.run.folder} {what}.", "ftkit train, or ftkit build for the whole line")
     refuse_adapter(job)
     refuse_missing_tools(job)
     if use_ollama:

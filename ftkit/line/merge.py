@@ -61,7 +61,7 @@ def _make(job: Job, folder: Path, trained: Made[Any], fitted: Made[Transferred] 
     def fetch(name: str) -> Path:
         number, size = next((number, shard.size_bytes) for number, shard in enumerate(missing, 1) if shard.name == name)
         job.reporter.step(f"fetching {name} of {job.source.reference}: {bytes_text(size)}, file {number} of {len(missing)}")
-        return fetch_file(job.source, name, fetched)
+        return fetch_file(job.source, name, fetched, job.reporter)
 
     dtype = dtype_on(device.choose(), job.recipe, hf.model_type(base))
     merge(

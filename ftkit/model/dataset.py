@@ -10,8 +10,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ftkit.errors import DataError, ModelError
-from ftkit.model.hub import commit_of, hub_errors
+from ftkit.model.hub import commit_of, files_at, hub_errors, snapshot
 from ftkit.model.locate import HUB_ID
+from ftkit.progress import SILENT, Reporter
+from ftkit.units import bytes_text
 
 REFERENCE = re.compile(rf"(?P<dataset>{HUB_ID.pattern})(:(?P<part>.+))?", HUB_ID.flags)  # with :SPLIT, :SUBSET/SPLIT or :FILE
 FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")  # that ftkit reads
@@ -49,26 +51,30 @@ def locate_dataset(reference: str, path: Path, purpose: str) -> HubData | None:
     return HubData(found["dataset"].partition("@")[0], commit, found["part"] or purpose)
 
 
-def fetch_dataset(data: HubData) -> list[Path]:
+def fetch_dataset(data: HubData, reporter: Reporter = SILENT) -> list[Path]:
     """The files of a part, fetched where they are not in the hub's cache. Raises DataError where the dataset has no such part."""
-    import huggingface_hub
     import yaml
     from huggingface_hub.repocard import metadata_load
 
-    def fetch(names: Sequence[str]) -> Path:
+    def fetch(names: Sequence[str], size_bytes: int = 0) -> Path:
         patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in names]
-        return Path(huggingface_hub.snapshot_download(data.repository, repo_type="dataset", revision=data.commit, allow_patterns=patterns))
+        return snapshot(data.repository, data.commit, patterns, kind="dataset", size_bytes=size_bytes, reporter=reporter)
 
     try:
         with hub_errors(data.repository, "dataset"):
             folder = fetch([CARD])  # and the list of its files
-            tree = huggingface_hub.get_cached_repo_tree(data.repository, repo_type="dataset", revision=data.commit)
+            sizes = files_at(data.repository, data.commit, "dataset")
             try:
                 card = metadata_load(folder / CARD) if (folder / CARD).is_file() else None
             except (ValueError, yaml.YAMLError):  # what is no YAML says nothing
                 card = None
-            names = choose_files([file.path for file in tree], card or {}, data)
-            folder = fetch(names)
+            names = choose_files(list(sizes), card or {}, data)
+            if missing := [name for name in names if not (folder / name).is_file()]:
+                size = sum(sizes[name] for name in missing)
+                reporter.step(
+                    f"fetching {data.part} of {data.repository}: {bytes_text(size)} in {len(missing)} file{'s' * (len(missing) > 1)}"
+                )
+                fetch(missing, size)
     except ModelError as error:
         raise DataError(error.message, error.hint) from None
     return [folder / name for name in names]

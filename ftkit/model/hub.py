@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import Lock, RLock
+from typing import Any
 
 from ftkit.errors import ModelError, first_line, proxy_fault
 from ftkit.files import disk_fault, file_fingerprint
 from ftkit.model.source import SINGLE, Shapes, Source, indexed_files, only_pickles
+from ftkit.progress import SILENT, Bar, Reporter
+from ftkit.units import MIB, bytes_text, seconds_text
 
 FILES_AT_ONCE = 2  # a file that was broken off begins anew, and of many at once each is broken off
 CONFIG_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -36,6 +42,13 @@ def hub_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
+def is_begun(source: Source) -> bool:
+    """Whether anything of the source's commit is in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(source.reference.partition("@")[0], "config.json", revision=source.fingerprint), str)
+
+
 def weight_names(opened: Source) -> list[str]:
     """Of the files that transformers loads: those in the index, or the one, be they here or not."""
     assert opened.folder
@@ -43,10 +56,13 @@ def weight_names(opened: Source) -> list[str]:
 
 
 def missing_weights(opened: Source) -> dict[str, int]:
-    """Name and bytes of each weight file that is not in the cache. Raises ModelError where the hub has no such file."""
+    """Name and bytes of each weight file that is not in the cache, or not with all its bytes, as where a disk was full or lost its power.
+
+    Raises ModelError where the hub has no such file.
+    """
     assert opened.folder
-    names = weight_names(opened)
-    missing = [name for name in names if not (opened.folder / name).is_file()]
+    sizes = _listed_files(*_place(opened))
+    missing = [name for name in weight_names(opened) if not _is_whole(opened.folder / name, sizes.get(name))]
     if not missing:
         return {}
     sizes = _files(opened)
@@ -57,16 +73,45 @@ def missing_weights(opened: Source) -> dict[str, int]:
     return {name: sizes[name] for name in missing}
 
 
+def _is_whole(path: Path, size_bytes: int | None) -> bool:
+    return path.is_file() and size_bytes in (None, path.stat().st_size)
+
+
 def names_of(source: Source) -> set[str]:
-    """What a hub's repository holds at this commit; of one that `fetch` was asked for, since it keeps the list."""
+    """What a hub's repository holds at this commit."""
     return set(_files(source))
 
 
 def _files(source: Source) -> dict[str, int]:
-    from huggingface_hub import get_cached_repo_tree
-
     with hub_errors(source.reference):
-        return {file.path: file.size for file in get_cached_repo_tree(source.reference.partition("@")[0], revision=source.fingerprint)}
+        return files_at(*_place(source))
+
+
+def _place(source: Source) -> tuple[str, str]:
+    """Repository and commit."""
+    return source.reference.partition("@")[0], source.fingerprint
+
+
+def files_at(repository: str, commit: str, kind: str = "model") -> dict[str, int]:
+    """Name and bytes of each file of a commit, of a model or a dataset; raises what huggingface_hub does."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    if listed := _listed_files(repository, commit, kind):
+        return listed
+    tree = HfApi().list_repo_tree(repository, recursive=True, revision=commit, repo_type=kind)
+    return {file.path: file.size for file in tree if isinstance(file, RepoFile)}
+
+
+def _listed_files(repository: str, commit: str, kind: str = "model") -> dict[str, int]:
+    """The same as the cache has it; empty where it has no list: an older huggingface_hub filled it, or it cannot be written."""
+    from huggingface_hub import errors, get_cached_repo_tree
+
+    try:
+        tree = get_cached_repo_tree(repository, repo_type=kind, revision=commit)
+    except errors.CachedRepoTreeNotFoundError:
+        return {}
+    return {file.path: file.size for file in tree}
 
 
 def shapes_at_hub(source: Source, name: str) -> Shapes:
@@ -81,7 +126,7 @@ def shapes_at_hub(source: Source, name: str) -> Shapes:
     return {tensor: tuple(said.shape) for tensor, said in found.tensors.items()}
 
 
-def fetch_file(source: Source, name: str, folder: Path) -> Path:
+def fetch_file(source: Source, name: str, folder: Path, reporter: Reporter = SILENT) -> Path:
     """One file of the source's commit, in `folder` and not in the hub's cache. What is there whole already is not fetched again.
 
     Raises ModelError where its size or its SHA-256 is not what the hub says.
@@ -89,8 +134,8 @@ def fetch_file(source: Source, name: str, folder: Path) -> Path:
     import huggingface_hub
 
     repository, size = source.reference.partition("@")[0], _files(source)[name]
-    with hub_errors(source.reference, keeps_in=folder):
-        path = Path(huggingface_hub.hf_hub_download(repository, name, revision=source.fingerprint, local_dir=folder))
+    with hub_errors(source.reference, keeps_in=folder), told_bars(size, reporter) as bars:
+        path = Path(huggingface_hub.hf_hub_download(repository, name, revision=source.fingerprint, local_dir=folder, tqdm_class=bars))
         said = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, name, revision=source.fingerprint)).etag
     there = path.stat().st_size
     if there != size or (is_sha256(said) and file_fingerprint(path) != said):
@@ -109,19 +154,87 @@ def _damaged(source: Source, name: str, why: str) -> ModelError:
     return ModelError(f"{name} of {source.reference} is damaged: {why}.", "give the same command again, which fetches it anew")
 
 
-def fetch(source: Source, patterns: Sequence[str], without: Sequence[str] = ()) -> Path:
-    """The snapshot folder of the source's commit, with the files that match; asks nothing where they are all there."""
+def fetch(
+    source: Source, patterns: Sequence[str], without: Sequence[str] = (), *, size_bytes: int = 0, reporter: Reporter = SILENT
+) -> Path:
+    """The snapshot folder of the source's commit, with the files that match; asks nothing where they are all there.
+
+    `size_bytes`: of those that are not here, for a bar; 0: there is none.
+    """
+    with hub_errors(source.reference):
+        return snapshot(*_place(source), patterns, without, size_bytes=size_bytes, reporter=reporter)
+
+
+def snapshot(
+    repository: str,
+    commit: str,
+    patterns: Sequence[str],
+    without: Sequence[str] = (),
+    *,
+    kind: str = "model",
+    size_bytes: int = 0,
+    reporter: Reporter = SILENT,
+) -> Path:
+    """As `fetch`, of a model or a dataset; raises what huggingface_hub does."""
     import huggingface_hub
 
-    with hub_errors(source.reference):
+    with told_bars(size_bytes, reporter) as bars:
         folder = huggingface_hub.snapshot_download(
-            source.reference.partition("@")[0],
-            revision=source.fingerprint,
+            repository,
+            repo_type=kind,
+            revision=commit,
             allow_patterns=list(patterns),
             ignore_patterns=list(without),
             max_workers=FILES_AT_ONCE,
+            tqdm_class=bars,
         )
     return Path(folder)
+
+
+@contextmanager
+def told_bars(size_bytes: int, reporter: Reporter) -> Iterator[Any]:
+    """A class to hand to huggingface_hub for its bars, which draw nothing: those that count bytes are told as one of ours."""
+    from tqdm.std import tqdm  # type: ignore[import-untyped]
+
+    bar_of = reporter.bar("fetching, MiB", max(1, size_bytes // MIB)) if size_bytes else nullcontext(None)
+    with bar_of as bar, open(os.devnull, "w") as nowhere:
+        counted = _Counted(bar, size_bytes)
+
+        class Bars(tqdm):  # type: ignore[type-arg, misc]
+            """Of a transfer there may be two, of what came and of what is written: the one that is ahead counts."""
+
+            monitor_interval = 0
+
+            def __init__(self, *args: Any, **settings: Any) -> None:
+                super().__init__(*args, **{**settings, "file": nowhere, "disable": False})
+
+            def update(self, n: float | None = 1) -> bool | None:
+                drawn: bool | None = super().update(n)
+                if self.unit == "B":
+                    counted.update(self.n)
+                return drawn
+
+        Bars.set_lock(RLock())
+        yield Bars
+
+
+class _Counted:
+    """Bytes that came, as a bar of whole MiB; several threads tell it."""
+
+    def __init__(self, bar: Bar | None, size_bytes: int) -> None:
+        self._bar, self._size_bytes, self._came, self._shown, self._lock = bar, size_bytes, 0.0, 0, Lock()
+        self._began = time.monotonic()
+
+    def update(self, came: float) -> None:
+        with self._lock:
+            self._came = max(self._came, came)
+            done = int(min(self._came, self._size_bytes) // MIB)
+            if not self._bar or done == self._shown:
+                return
+            self._shown = done
+            speed = self._came / max(1e-3, time.monotonic() - self._began)
+            left = seconds_text((self._size_bytes - self._came) / speed) if self._came < self._size_bytes else "nothing"
+            self._bar.update(done, speed=f"{bytes_text(speed)}/s", left=left)
 
 
 @contextmanager

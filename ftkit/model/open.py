@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ftkit.errors import ModelError
 from ftkit.model.dequantise import dequantise
-from ftkit.model.hub import CONFIG_FILES, fetch, missing_weights, shapes_at_hub, weight_names
+from ftkit.model.hub import CONFIG_FILES, fetch, is_begun, missing_weights, shapes_at_hub, weight_names
 from ftkit.model.source import ADAPTER_CONFIG, INDEX, Shard, Source, refuse_adapter, shards_of, weight_files
 from ftkit.progress import SILENT, Reporter
 from ftkit.units import bytes_text
@@ -15,6 +15,8 @@ from ftkit.units import bytes_text
 def open_config(source: Source, reporter: Reporter = SILENT) -> Source:
     """The source with a `folder` that holds at least config and tokenizer (a bare config: config.json); nothing else is fetched."""
     if source.kind == "hub":
+        if not is_begun(source):
+            reporter.step(f"fetching config and tokenizer of {source.reference}")
         folder = fetch(source, (*CONFIG_FILES, *(["*.py"] if source.with_code else [])), ("*/*", ADAPTER_CONFIG))
         if not (folder / "config.json").is_file():
             raise ModelError(
@@ -52,7 +54,13 @@ def _open_hub_weights(source: Source, reporter: Reporter) -> Source:
     if missing:
         size = bytes_text(sum(missing.values()))
         reporter.step(f"fetching the weights of {source.reference}: {size} in {len(missing)} file{'s' * (len(missing) > 1)}")
-        fetch(source, list(missing))
+        assert opened.folder
+        for name in missing:
+            if (damaged := opened.folder / name).is_file():
+                reporter.note(f"{name} in the hub's cache has {damaged.stat().st_size:,} of {missing[name]:,} bytes, and is fetched anew")
+                damaged.resolve().unlink()  # what the name in the snapshot is a link to
+                damaged.unlink(missing_ok=True)
+        fetch(source, list(missing), size_bytes=sum(missing.values()), reporter=reporter)
     return opened
 
 

@@ -8,9 +8,11 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +24,10 @@ from ftkit.engines import hf
 from ftkit.errors import ModelError
 from ftkit.model import locate as locating
 from ftkit.model.given import look_at
+from ftkit.model.hub import fetch_file, told_bars
 from ftkit.model.open import bytes_to_fetch, open_config, open_weights
 from ftkit.model.source import INDEX, Source
+from ftkit.progress import Bar, SilentReporter
 
 NAME = "org/tiny"
 TOKEN = "hf_SecretOfTheTest"  # noqa: S105
@@ -115,6 +119,101 @@ def test_what_is_still_to_be_fetched(hub: Hub) -> None:
     assert bytes_to_fetch(locate()) == 0
     hub.add("org/config", {"config.json": b"{}"})
     assert bytes_to_fetch(locate("org/config")) == 0  # said once the weights are wanted
+
+
+class Told(SilentReporter):
+    """What was said, and each (done, total, words) of a bar."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.bars: list[tuple[float, float, dict[str, str]]] = []
+
+    def step(self, text: str) -> None:
+        self.lines.append(text)
+
+    note = warn = step
+
+    @contextmanager
+    def bar(self, label: str, total: float) -> Iterator[Bar]:
+        class Shown:
+            def update(_, done: float, *, curves: Any = None, **fields: str) -> None:
+                self.bars.append((done, total, fields))
+
+        yield Shown()
+
+
+def test_what_comes_is_told_as_it_comes(hub: Hub, tmp_path: Path) -> None:
+    """Of 16 GB without a word, nobody knows whether they come."""
+    size = 25 << 20  # the client writes 10 MiB at a time
+    hub.add(NAME, {**FILES, SHARDS[0]: bytes(size), SHARDS[1]: bytes(3 << 20)})
+    told = Told()
+    config = open_config(locate(), told)
+    assert told.lines == [f"fetching config and tokenizer of {NAME}"]
+    open_weights(config, told)
+    assert told.lines[1:] == [f"fetching the weights of {NAME}: 28.0 MiB in 2 files"]
+    done = [bar[0] for bar in told.bars]
+    assert done == sorted(set(done))
+    assert len(done) >= 4
+    assert told.bars[-1][:2] == (28, 28)
+    assert told.bars[0][2].keys() == {"speed", "left"}
+    hub.add("org/alone", {**FILES, SHARDS[0]: bytes(size)})
+    fetch_file(open_config(locate("org/alone")), SHARDS[0], tmp_path / "alone", alone := Told())
+    assert alone.bars[-1][:2] == (25, 25)
+    open_weights(locate(), again := Told())
+    assert (again.lines, again.bars) == ([], [])
+
+
+def test_what_xet_tells_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts what comes and what is written, a file each, into the bars of all files."""
+    from huggingface_hub.utils import _xet_progress_reporting as xet
+
+    told, names = Told(), ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")  # as the command line sets them
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    with (
+        told_bars(8 << 20, told) as bars,
+        xet.XetDownloadProgressReporter(reconstruction_desc="a", total=8 << 20, log_level=30, tqdm_class=bars) as progress,
+    ):
+        for came in (2 << 20, 8 << 20):
+            report = SimpleNamespace(total_bytes_completed=came // 2, total_transfer_bytes_completed=came, total_bytes=8 << 20)
+            report.total_bytes_completion_rate = report.total_transfer_bytes_completion_rate = 1.0
+            progress.update_progress(report)
+        xet._set_aggregate_rate_postfix(progress.reconstruction_bar)
+    assert [bar[0] for bar in told.bars] == [1, 2, 4, 8]
+
+
+def test_a_file_of_the_cache_that_was_cut_short_is_fetched_anew(hub: Hub) -> None:
+    hub.add(NAME, FILES)
+    folder = open_weights(locate()).folder
+    assert folder
+    (folder / SHARDS[0]).resolve().write_bytes(FILES[SHARDS[0]][:4])
+    assert bytes_to_fetch(locate()) == len(FILES[SHARDS[0]])
+    hub.asked()
+    open_weights(locate(), told := Told())
+    assert fetched(hub) == [SHARDS[0]]
+    assert f"{SHARDS[0]} in the hub's cache has 4 of 10 bytes, and is fetched anew" in told.lines
+    assert (folder / SHARDS[0]).read_bytes() == FILES[SHARDS[0]]
+
+
+def test_a_cache_that_lists_no_files(hub: Hub, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older huggingface_hub filled it, or it cannot be written: what is there is enough offline, and what is not is asked for."""
+    from huggingface_hub import _tree_cache
+
+    def without_lists() -> None:
+        for folder in (tmp_path / "home").rglob("trees"):
+            shutil.rmtree(folder)
+        monkeypatch.setattr(_tree_cache, "_IN_MEMORY_TREE_CACHE", {})
+
+    monkeypatch.setattr(_tree_cache, "write_tree_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub._snapshot_download.write_tree_cache", lambda *_: None)
+    hub.add(NAME, FILES)
+    opened = open_weights(locate())
+    without_lists()
+    assert open_weights(locate()) == opened
+    hub.add("org/other", FILES)
+    assert bytes_to_fetch(locate("org/other")) == sum(len(FILES[name]) for name in SHARDS)
+    client(HF_HUB_OFFLINE=True)
+    assert open_weights(locate()) == opened
 
 
 def test_without_an_index_the_one_file(hub: Hub) -> None:
@@ -437,3 +536,44 @@ def test_plan_fetches_no_weights_and_train_does(
     assert hub.asked() == [("GET", f"/api/models/{NAME}")]
     assert ftkit("train", tmp_path / "recipe.yaml").exit_code == 0
     assert fetched(hub) == sorted(path.name for path in sharded.glob("*.safetensors"))
+
+
+@pytest.mark.torch
+def test_a_run_stays_with_the_commits_that_its_training_was_begun_with(
+    hub: Hub, sharded: Path, ftkit: Callable[..., Result], rows: list[Any], tmp_path: Path
+) -> None:
+    """Whoever publishes a model or a dataset may change its page any day; a training of hours is not begun anew for that."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    first = hub.add(NAME, read_folder(sharded))
+    data = hub.add("datasets/org/rows", {"train.jsonl": lines})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {NAME}\ndata: {{train: org/rows}}\ntraining: {{method: lora, max_steps: 2, max_length: 128}}\nbudget: {{vram: 24}}\n",
+        encoding="utf-8",
+    )
+    assert ftkit("plan", recipe).exit_code == 0
+    second = hub.add(NAME, {**read_folder(sharded), "README.md": b"# Tiny, second edition"})  # nothing is trained: the new one counts
+    assert ftkit("train", recipe).exit_code == 0
+    [trained] = (tmp_path / "runs" / "recipe").glob("train-*")
+
+    third = hub.add(NAME, {**read_folder(sharded), "README.md": b"# Tiny, third edition"})
+    newer = hub.add("datasets/org/rows", {"train.jsonl": lines + lines})
+    again = ftkit("train", recipe)
+    assert again.exit_code == 0
+    assert f"{NAME} has changed at the hub since this run was begun, which stays with commit {second[:12]}" in again.stderr
+    assert f"--set model={NAME}@{third}" in again.stderr
+    assert again.stderr.count("org/rows has changed at the hub") == 1
+    assert f"stays with commit {data[:12]}; to take the new one: --set data.train=org/rows@{newer}" in again.stderr
+    assert list(trained.parent.glob("train-*")) == [trained]
+    assert ftkit("ship", recipe, "--dry-run").exit_code == 0
+
+    other = ftkit("train", recipe, "--set", f"model={NAME}@{third}")  # asked for
+    assert other.exit_code == 0
+    assert len(list(trained.parent.glob("train-*"))) == 2
+    assert first not in json.loads((trained.parent / "manifest.json").read_text())["at_hub"].values()
+
+    for folder in trained.parent.glob("train-*"):
+        shutil.rmtree(folder)
+    anew = ftkit("plan", recipe)
+    assert anew.exit_code == 0
+    assert "has changed at the hub" not in anew.stderr  # no training is here that would be lost
