@@ -15,6 +15,7 @@ from ftkit.data.rows import Message, has_tools
 from ftkit.errors import RecipeError, ToolFailedError, ToolMissingError, first_line, proxy_fault
 from ftkit.machine.device import asked_threads
 from ftkit.progress import SILENT, Reporter
+from ftkit.units import MIB, bytes_text
 
 if TYPE_CHECKING:
     import httpx
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "::")  # noqa: S104 – as a client's address it is this machine
 ANSWERS_WITHIN_SECONDS = 10.0
+SERVICES = ("/usr/share/ollama/.ollama/models", "/var/lib/ollama/models")  # of the installer on Linux, of distributions
+SENT_AT_ONCE_BYTES = MIB
 
 
 def address() -> str:
@@ -49,7 +52,9 @@ def models_folder() -> Path | None:
         return None
     if not here:
         return None
-    return Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
+    if named := os.environ.get("OLLAMA_MODELS"):
+        return Path(named)
+    return next((Path(name) for name in SERVICES if os.path.isdir(name)), Path.home() / ".ollama" / "models")  # noqa: PTH112 - Path's raises where it may not look
 
 
 @contextmanager
@@ -91,6 +96,28 @@ def http(client: Client) -> httpx.Client:
     """What a client sends with."""
     found: httpx.Client = patches.inside("asking Ollama", client, "_client")
     return found
+
+
+def upload(client: Client, path: Path, digest: str, reporter: Reporter = SILENT) -> None:
+    """Send a file of this digest (`sha256:…`) to the server, unless it has it. Raises what the client does where it refuses."""
+    import ollama
+
+    if http(client).head(f"/api/blobs/{digest}").status_code == 200:
+        return
+    size, sent = path.stat().st_size, 0
+    reporter.note(f"uploading {path.name} to Ollama: {bytes_text(size)}")
+    with path.open("rb") as file, reporter.bar("uploading, MiB", max(1, size // MIB)) as bar:
+
+        def pieces() -> Iterator[bytes]:
+            nonlocal sent
+            while piece := file.read(SENT_AT_ONCE_BYTES):
+                yield piece
+                sent += len(piece)
+                bar.update(sent // MIB)
+
+        reply = http(client).post(f"/api/blobs/{digest}", content=pieces())
+    if reply.status_code not in (200, 201):
+        raise ollama.ResponseError(reply.text, reply.status_code)
 
 
 def digest_of(client: Client, name: str) -> str | None:

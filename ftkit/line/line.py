@@ -270,7 +270,13 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
                 refuse_anothers_name(job, client, replace_model)
                 registered, in_ollama = register_shipped(job, client, shipped, merged, asked, proven)
                 checks = [*checks, *in_ollama]
-    except (ToolMissingError, ToolFailedError, NameTakenError, RecipeError) as error:  # a server that nobody asked for ends nothing
+    except (
+        ToolMissingError,
+        ToolFailedError,
+        NameTakenError,
+        RecipeError,
+        ProofError,
+    ) as error:  # a server that nobody asked for ends nothing
         if use_ollama:
             raise
         because, register_with = error.message, error.hint

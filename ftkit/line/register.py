@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -71,13 +71,18 @@ def _modelfile(job: Job, tokenizer: Any, gguf: Path, stops: Sequence[int]) -> Mo
 def refuse_anothers_name(job: Job, client: Any, replace_model: bool) -> None:
     """Raise NameTakenError where Ollama has a model of this name that is not one which this run registered, or was about to."""
     name, recorded = job.recipe.ship.name, job.run.manifest().get("ollama", {})
-    made_here = [[recorded.get("name"), recorded.get("digest")], *recorded.get("naming", [])]
     digest = ollama.digest_of(client, name)
-    if digest and not replace_model and [name, digest] not in made_here:
+    if digest and not replace_model and [name, digest] not in _ours(recorded):
         raise NameTakenError(
             f"Ollama has a model named {name} that this run did not make; it is left as it is.",
             "replace it: ftkit ship --ollama --yes; or take another name: --set ship.name=NAME",
         )
+
+
+def _ours(recorded: Mapping[str, Any]) -> list[list[str]]:
+    """(name, digest) of the models in Ollama that this run made, or was about to."""
+    last = [[recorded["name"], recorded["digest"]]] if "digest" in recorded else []
+    return [*recorded.get("naming", []), *last]
 
 
 def register_shipped(
@@ -135,7 +140,8 @@ def register_shipped(
     checks = [asdict(check) for check in registered.checks]
     if any(has_tools(question) for question in read_questions(asked).questions[:OLLAMA_ROWS]):
         checks.append(asdict(not_made("tools in Ollama's API", TOOLS_IN_OLLAMA)))
-    run.record(ollama={"name": name, "digest": registered.digest, "shipped": mark, "server": server, "answers": answers, "checks": checks})
+    made = {"name": name, "digest": registered.digest, "shipped": mark, "server": server, "answers": answers, "checks": checks}
+    run.record(ollama={**made, "naming": [entry for entry in _ours(recorded) if entry[0] != name]})
     return name, [Check(**entry) for entry in checks]
 
 

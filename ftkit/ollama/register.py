@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ftkit.check import Check, failed, not_made, passed
 from ftkit.data.rows import Message, roles_text
 from ftkit.data.template import Render
-from ftkit.engines.ollama import digest_of, http, rendered_prompt, thread_options, told
+from ftkit.engines.ollama import digest_of, http, rendered_prompt, thread_options, told, upload
 from ftkit.errors import ModelError, ProofError, ToolFailedError, first_line
 from ftkit.files import file_fingerprint
 from ftkit.ollama.modelfile import STRIPPED_BOS, Modelfile
@@ -63,9 +63,7 @@ def register(
     temporary = temporary or temporary_name(name)
     with told(f"Ollama could not create {name}"):
         digest = f"sha256:{file_fingerprint(gguf)}"
-        if http(client).head(f"/api/blobs/{digest}").status_code != 200:
-            reporter.note(f"uploading {gguf.name} to Ollama")
-            client.create_blob(gguf)
+        upload(client, gguf, digest, reporter)
         try:
             create(client, temporary, {gguf.name: digest}, modelfile)
             checks = check_prompts(client, temporary, modelfile, render)

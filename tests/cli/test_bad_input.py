@@ -388,3 +388,17 @@ def test_a_bad_address_of_ollama_is_nothing_to_a_run_without_it(monkeypatch: pyt
 
     monkeypatch.setenv("OLLAMA_HOST", "localhost:abc")
     assert ollama.models_folder() is None
+
+
+def test_room_is_looked_for_where_the_server_of_the_machine_keeps_its_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ollama's installer on Linux makes a service of it, with a home of its own."""
+    from ftkit.engines import ollama
+
+    monkeypatch.delenv("OLLAMA_HOST", raising=False)
+    monkeypatch.delenv("OLLAMA_MODELS", raising=False)
+    monkeypatch.setattr(ollama, "SERVICES", (str(tmp_path / "nowhere"), str(tmp_path / "service")))
+    assert ollama.models_folder() == Path.home() / ".ollama" / "models"
+    (tmp_path / "service").mkdir()
+    assert ollama.models_folder() == tmp_path / "service"
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+    assert ollama.models_folder() == tmp_path

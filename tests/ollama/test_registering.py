@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import architectures
@@ -39,6 +42,7 @@ from ftkit.ollama.formats import own_format
 from ftkit.ollama.modelfile import Modelfile, make_modelfile
 from ftkit.ollama.register import PROMPTS, TOKENS, register
 from ftkit.ollama.template import ChatFormat, find_format
+from ftkit.progress import SilentReporter
 from ftkit.recipe import Evaluate, Ship
 from ftkit.run import Run
 
@@ -440,6 +444,35 @@ def test_another_server_is_asked_anew(ship: Callable[..., str], client: Any, mon
     ship("m:q4")
     assert len(asked) == 2
     assert names(client) == ["m:q4"]
+
+
+@NEWEST
+def test_a_run_knows_each_name_that_it_gave(ship: Callable[..., str], client: Any) -> None:
+    for name in ("m:q4", "n:q4", "m:q4", "n:q4"):
+        assert ship(name) == name
+    assert names(client) == ["m:q4", "n:q4"]
+
+
+@NEWEST
+def test_what_is_uploaded_is_told_and_is_sent_once(client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[float, float]] = []
+
+    class Telling(SilentReporter):
+        @contextmanager
+        def bar(self, label: str, total: float) -> Iterator[Any]:
+            yield SimpleNamespace(update=lambda done: told.append((done, total)))
+
+    file = tmp_path / "file"
+    file.write_bytes(random.Random(1).randbytes(3 << 20))  # noqa: S311 – no secret
+    digest = f"sha256:{file_fingerprint(file)}"
+    for _ in range(2):
+        ollama.upload(client, file, digest, Telling())
+        assert told == [(1, 3), (2, 3), (3, 3)]
+        assert ollama.http(client).head(f"/api/blobs/{digest}").status_code == 200
+    other = f"sha256:{'0' * 64}"
+    with pytest.raises(ToolFailedError, match=r"could not create m: .*digest"), ollama.told("could not create m"):
+        ollama.upload(client, file, other)
+    assert ollama.http(client).head(f"/api/blobs/{other}").status_code == 404
 
 
 @NEWEST

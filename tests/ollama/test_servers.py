@@ -149,6 +149,27 @@ def test_shipping_again_is_up_to_date(shipped: tuple[str, str], run: Path) -> No
     assert "registering" not in done.stderr
 
 
+def test_a_server_that_nobody_asked_for_ends_no_build_by_its_answers(shipped: tuple[str, str], run: Path) -> None:
+    """The file has passed its proof, and is handed on with its scores; the model does not count as registered."""
+
+    def ship(*flags: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ftkit", "ship", *flags, str(run.parent.parent)]
+        return subprocess.run(command, env={**os.environ, "OLLAMA_HOST": shipped[1]}, capture_output=True, text=True)
+
+    registered = Run(run).manifest()["ollama"]
+    Run(run).record(ollama={**registered, "answers": ["nonsense"] * len(registered["answers"])})
+    try:
+        unasked, asked = ship(), ship("--ollama")
+    finally:
+        Run(run).record(ollama=registered)
+    assert unasked.returncode == 0, unasked.stderr
+    assert "Not registered: answers in Ollama: " in unasked.stdout
+    assert "Held-out questions, right by" in unasked.stdout
+    assert "ollama run" not in unasked.stdout
+    assert asked.returncode == 6
+    assert "answers in Ollama: " in asked.stderr
+
+
 def test_the_shipped_files_answer_as_the_trained_model(
     server: tuple[str, str], run: Path, client: Any, report_figures: Callable[[str], None]
 ) -> None:
