@@ -25,6 +25,7 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     gate: int | None = None  # 401 without a token, 403 where the terms are not accepted: the listing is open, the files are not
+    gate_says: str = "Access to this repository is restricted."
     damaged: set[str] = field(default_factory=set)  # files that are sent as other bytes than they are
     dying: dict[str, int] = field(default_factory=dict)  # how often the connection still dies halfway through a file
 
@@ -107,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
             listing = [_listed(name, content) for name, content in files.items()]
             return self._answer(200, {}, json.dumps(listing if found["what"] == "tree" else {"id": found["name"], "sha": commit}).encode())
         if repository.gate:
-            return self._refuse(repository.gate, "GatedRepo", f"Access to model {found['name']} is restricted.")
+            return self._refuse(repository.gate, "GatedRepo", repository.gate_says)
         name = unquote(found["path"])
         if name not in files:
             return self._refuse(404, "EntryNotFound", "Entry not found")

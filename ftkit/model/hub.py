@@ -247,7 +247,11 @@ def hub_errors(reference: str, kind: str = "model", *, keeps_in: Path | None = N
     to_fetch = f"hf download {'--repo-type dataset ' if kind == 'dataset' else ''}{repository}"
     try:
         yield
-    except errors.GatedRepoError:
+    except errors.GatedRepoError as error:
+        if "awaiting a review" in (error.server_message or ""):
+            raise ModelError(
+                f"{repository} is gated, and its authors have not let this account in yet.", f"wait for their word: {page}"
+            ) from None
         raise ModelError(
             f"{repository} is gated: its terms must be accepted first.",
             f"accept them at {page}, then: hf auth login"

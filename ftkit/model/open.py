@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ftkit.errors import ModelError
 from ftkit.model.dequantise import dequantise
-from ftkit.model.hub import CONFIG_FILES, fetch, is_begun, missing_weights, shapes_at_hub, weight_names
+from ftkit.model.hub import CONFIG_FILES, fetch, is_begun, missing_weights, names_of, shapes_at_hub, weight_names
 from ftkit.model.source import ADAPTER_CONFIG, INDEX, Shard, Source, refuse_adapter, shards_of, weight_files
 from ftkit.progress import SILENT, Reporter
 from ftkit.units import bytes_text
@@ -19,13 +19,27 @@ def open_config(source: Source, reporter: Reporter = SILENT) -> Source:
             reporter.step(f"fetching config and tokenizer of {source.reference}")
         folder = fetch(source, (*CONFIG_FILES, *(["*.py"] if source.with_code else [])), ("*/*", ADAPTER_CONFIG))
         if not (folder / "config.json").is_file():
-            raise ModelError(
-                f"{source.reference} has no config.json: it is no base model.",
-                f"of a repository of GGUF files fetch one and give that: hf download {source.reference.partition('@')[0]} FILE.gguf",
-            )
+            raise _no_base(source)
         refuse_adapter(folder, source.reference)
         return replace(source, folder=folder)
     return source if source.folder else open_weights(source, reporter)
+
+
+def _no_base(source: Source) -> ModelError:
+    """Of a repository without a config: what it holds, and the way from there."""
+    names, repository = names_of(source), source.reference.partition("@")[0]
+    if ADAPTER_CONFIG in names:
+        return ModelError(
+            f"{source.reference} is an adapter, and no base model.",
+            f"name its base as the model; to go on with it: --set training.adapter={source.reference}; "
+            f"to ship it: ftkit ship {source.reference}",
+        )
+    files = sorted(name for name in names if name.endswith(".gguf"))
+    if files:
+        hint = f"fetch one of its {len(files)} GGUF files and give that: hf download {repository} {files[0]} --local-dir ."
+    else:
+        hint = "take the repository in transformers' form, whose config.json lies at its top"
+    return ModelError(f"{source.reference} has no config.json: it is no base model.", hint)
 
 
 def open_weights(source: Source, reporter: Reporter = SILENT) -> Source:

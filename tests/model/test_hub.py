@@ -273,6 +273,15 @@ def test_a_gated_model(hub: Hub, status: int) -> None:
         assert words in str(error.hint)
 
 
+def test_a_gated_model_whose_authors_look_at_each_request(hub: Hub) -> None:
+    hub.add(NAME, FILES)
+    hub.repositories[NAME].gate = 403
+    hub.repositories[NAME].gate_says = "Your request to access model org/tiny is awaiting a review from the repo authors."
+    error = refused(open_config, locate())
+    assert "have not let this account in yet" in error.message
+    assert f"{hub.endpoint}/{NAME}" in str(error.hint)
+
+
 def test_a_gated_model_that_is_here_already(hub: Hub) -> None:
     hub.add(NAME, FILES)
     opened = open_config(locate())
@@ -458,7 +467,22 @@ def test_a_repository_of_gguf_files(hub: Hub) -> None:
     hub.add(NAME, {"README.md": b"", "tiny-Q4_K_M.gguf": b"GGUF"})
     error = refused(open_config, locate())
     assert "has no config.json" in error.message
-    assert f"hf download {NAME} FILE.gguf" in str(error.hint)
+    assert f"hf download {NAME} tiny-Q4_K_M.gguf" in str(error.hint)
+    assert fetched(hub) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "said", "way"),
+    [
+        ({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "is an adapter, and no base", f"training.adapter={NAME}"),
+        ({"original/params.json": b"{}"}, "has no config.json", "in transformers' form"),
+    ],
+)
+def test_a_repository_of_no_base(hub: Hub, files: dict[str, bytes], said: str, way: str) -> None:
+    hub.add(NAME, files)
+    error = refused(open_config, locate())
+    assert said in error.message
+    assert way in str(error.hint)
     assert fetched(hub) == []
 
 
