@@ -25,6 +25,11 @@ def in_micro_batches(kind: Any, settings: Settings) -> Any:
         packing = settings.packing
         tokens = learnt_tokens = 0  # of the steps taken here from begin to end, all processes together
 
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            # Then a step's tokens are counted. Models with towers say of the loss of their own that it takes no count; TRL's does.
+            self.model_accepts_loss_kwargs = True
+
         def training_step(self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Any:
             count, losses = ranks.world_size(), []
             if count > 1:
@@ -35,6 +40,7 @@ def in_micro_batches(kind: Any, settings: Settings) -> Any:
                     num_items_in_batch / count if has_rows else torch.full_like(num_items_in_batch, math.inf, dtype=torch.float64)
                 )
             parts = list(self.micro_batches(inputs))
+            self.current_gradient_accumulation_steps = len(parts)  # by which TRL divides what the routers of a mixture lose in each
             for n, (part, counts) in enumerate(parts, 1):
                 # Gradients that are shared out go to their owners at once: whole ones of all weights are what does not fit.
                 with nullcontext() if n == len(parts) or settings.fsdp else self.accelerator.no_sync(model):

@@ -46,12 +46,18 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(model_type: str, folder: Path) -> Path:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     tiny.make_model(folder)
     torch.manual_seed(0)
     sizes = {"vocab_size": 300, "eos_token_id": 257, "pad_token_id": 258, "bos_token_id": None}
-    AutoModelForCausalLM.from_config(shapes.config(model_type, **sizes)).save_pretrained(folder)
+    if model_type == "gemma4":  # as it is published, with a tower
+        text = {"text_config": {**shapes.SIZES, **shapes.SHAPES["gemma4_text"], **sizes, "vocab_size_per_layer_input": 300}}
+        tower = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 32}
+        config = AutoConfig.for_model("gemma4", **text, vision_config={**tower, "num_key_value_heads": 2}, audio_config=None)
+    else:
+        config = shapes.config(model_type, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
@@ -183,6 +189,47 @@ def test_every_split_of_a_step_has_the_gradient_of_the_large_batch(checkpointing
     assert all(width <= 100 for _, width in passes["packed"])
     for name in ("one", "tokens", "packed"):
         assert float((found[name] - found["whole"]).norm() / found["whole"].norm()) < 1e-5, name
+
+
+def step_of(model: Path, folder: Path, rows_at_once: int, *, with_routers: bool = True) -> tuple[float, Any]:
+    """(loss, gradient) of one step of seven uneven rows, so many at once."""
+    import torch
+
+    examples, settings = rows(7), Settings(rows_at_once, -(-7 // rows_at_once), False, dtype="float32", cuda=False)
+    recipe = tiny.recipe(model, method="lora", effective_batch_size=7)
+    made = build_trainer(recipe, settings, model, hf.load_tokenizer(model), examples, examples, folder)
+    made.aux_loss_enabled = made.aux_loss_enabled and with_routers
+    torch.manual_seed(1)
+    for parameter in made.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter) * 0.05
+    made.create_optimizer()
+    with patches.applied("training", "running adapters"):
+        (batch,) = made.get_train_dataloader()
+        count = made._get_num_items_in_batch([batch], torch.device("cpu"))
+        made.current_gradient_accumulation_steps = 1  # which the trainer's loop sets
+        loss = float(made.training_step(made.model, batch, count))
+    return loss, torch.cat([p.grad.flatten() for p in made.model.parameters() if p.grad is not None])
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize("model_type", ["gemma4", "qwen3_moe"])
+def test_every_split_has_the_gradient_of_the_large_batch_whatever_a_model_says_of_its_loss(model_type: str, tmp_path: Path) -> None:
+    """Models with towers say that they take no count of the step's tokens: a micro-batch's own then counted, and the means were added."""
+    model = make(model_type, tmp_path / "model")
+    (loss, gradient), *others = (step_of(model, tmp_path, size, with_routers=False) for size in (7, 1, 3))
+    for other, its in others:
+        assert other == pytest.approx(loss, rel=1e-5)
+        assert float((its - gradient).norm() / gradient.norm()) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+def test_a_mixture_s_routers_weigh_the_same_however_many_rows_go_at_once(tmp_path: Path) -> None:
+    """TRL adds their loss to each micro-batch."""
+    model = make("qwen3_moe", tmp_path / "model")
+    routers = {n: step_of(model, tmp_path, n)[0] - step_of(model, tmp_path, n, with_routers=False)[0] for n in (7, 1)}
+    assert routers[7] > 0
+    assert routers[1] == pytest.approx(routers[7], rel=0.3)  # a mean of rows', not that of all
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
