@@ -302,6 +302,8 @@ INSIDES: tuple[Inside, ...] = (
     Inside("training", "transformers.trainer_pt_utils", "LengthGroupedSampler", "rows of like length go together", *_TRANSFORMERS),
     Inside("training", "transformers.trainer", "Trainer._get_train_sampler", "else no seed fixes the order of rows", *_TRANSFORMERS),
     Inside("training", "transformers.trainer", "Trainer._load_best_model", "a finished training is taken up with it", *_TRANSFORMERS),
+    Inside("training", "transformers.trainer", "Trainer._load_scaler", "else no training in float16 goes on in another format",
+           *_TRANSFORMERS),
     Inside("training", "transformers.trainer", "Trainer._save_checkpoint", "where memory runs out, the last step is kept", *_TRANSFORMERS),
     Inside("choosing a GPU", "transformers", "TrainingArguments._n_gpu", "one of several trains in one process", *_TRANSFORMERS),
     Inside("training", "trl.trainer.sft_trainer", "add_fused_lm_head", "packing is checked on the log-probabilities that it gives", *_TRL),

@@ -28,6 +28,8 @@ from ftkit.train.preference import go_on_with, preference_config, preference_tra
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SCALER = "scaler.pt"  # in a checkpoint of float16
+
 
 def build_trainer(
     recipe: Recipe,
@@ -82,7 +84,7 @@ def build_trainer(
         )
     with adaptable(model):
         split = pairs_in_micro_batches if dpo else in_micro_batches
-        trainer = split(_reproducible(preference_trainer() if dpo else SFTTrainer, scorer), settings)(
+        trainer = split(_reproducible(preference_trainer() if dpo else SFTTrainer, scorer, reporter), settings)(
             model=model,
             args=config,
             train_dataset=dataset_of(training),
@@ -204,7 +206,7 @@ def _adapter_settings(recipe: Recipe, model: Any, begins_with: Path | None) -> A
     return settings
 
 
-def _reproducible(kind: Any, scorer: Scorer | None) -> Any:
+def _reproducible(kind: Any, scorer: Scorer | None, reporter: Reporter) -> Any:
     """A trainer whose order of rows follows from seed and epoch alone, that trains with the table's patches, and asks the model.
 
     transformers draws it from the global generator, whose state at the beginning of an epoch no checkpoint holds: a training
@@ -225,6 +227,13 @@ def _reproducible(kind: Any, scorer: Scorer | None) -> Any:
             if scorer:
                 output.metrics.update(scorer(self.model, self.state.global_step // int(self.args.eval_steps)))
             return output
+
+        def _load_scaler(self, checkpoint: str | None) -> None:
+            """What losses were scaled by, of a training that was begun in float16, unless it goes on in another format."""
+            if self.accelerator.scaler is not None:
+                super()._load_scaler(checkpoint)
+            elif checkpoint and Path(checkpoint, SCALER).is_file():
+                reporter.note("it was begun in float16, which this device needs not: it goes on in another format, and rounds otherwise")
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -26,14 +26,28 @@ from ftkit.machine.device import Device
 from ftkit.memory.model import Skeleton, load_config
 from ftkit.memory.polynomial import StepMemory
 from ftkit.memory.settings import StepSettings
+from ftkit.progress import SilentReporter
 from ftkit.recipe import Dtype, make_recipe
 from ftkit.train import probe, training
+from ftkit.train.arguments import Settings
 from ftkit.train.trainer import build_trainer
 from ftkit.train.training import train
 from ftkit.units import GIB
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 HALF = replace(tiny.SETTINGS, dtype="float16")
+
+
+class Notes(SilentReporter):
+    """What was said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def step(self, text: str) -> None:
+        self.lines.append(text)
+
+    note = warn = step
 
 
 def card(capability: tuple[int, int]) -> Device:
@@ -135,6 +149,25 @@ def test_it_learns_as_in_float32_and_resumes_to_the_same_bits(
             train(recipe, HALF, *given, tmp_path / "stopped", StopAt(4))
         assert train(recipe, HALF, *given, tmp_path / "stopped").resumed_from_step == 2
         assert adapter_hash(tmp_path / "stopped") == adapter_hash(tmp_path / "float16")
+
+
+@pytest.mark.parametrize("first", [HALF, tiny.SETTINGS])
+def test_it_goes_on_where_another_format_is_computed_in(
+    first: Settings, made: tuple[Path, Any, list[Example]], scaled: list[Any], tmp_path: Path
+) -> None:
+    """A T4 today, an L4 or none tomorrow: the checkpoint's scaler is nobody's there."""
+    model, tokenizer, rows = made
+    given = (tiny.recipe(model, method="lora", learning_rate=5e-3), model, tokenizer, rows[2:], rows[:2])
+    then, told = tiny.SETTINGS if first is HALF else HALF, Notes()
+    recipe, *rest = given
+    with pytest.raises(InterruptedRunError):
+        train(recipe, first, *rest, tmp_path / "stopped", StopAt(4))
+    went_on = train(recipe, then, *rest, tmp_path / "stopped", told)
+    assert went_on.resumed_from_step == 2
+    assert any("begun in float16" in line for line in told.lines) == (first is HALF)
+    straight = train(recipe, then, *rest, tmp_path / "straight")
+    losses = [[point.loss or point.validation_loss for point in result.curve] for result in (went_on, straight)]
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
 @pytest.mark.parametrize("method", ["qlora", pytest.param("lora", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)])
