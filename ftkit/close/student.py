@@ -17,6 +17,7 @@ from ftkit.engines import hf
 from ftkit.engines.logits import Forced
 from ftkit.errors import ModelError, first_line
 from ftkit.gguf.types import NO_TEXT, has_scales
+from ftkit.model.adapter import as_trained
 from ftkit.model.source import gguf_names, open_gguf, stored_dtype
 from ftkit.plan.cost import ClosingWay, Way, closing_ways
 
@@ -236,10 +237,11 @@ def _holds(weight: torch.Tensor, blocks: Blocks, place: Place) -> bool:
 
 @contextmanager
 def running(student: PreTrainedModel) -> Iterator[None]:
-    """A student of 16 bits computes with its float32 vectors beside them."""
+    """A student of 16 bits computes with its float32 vectors beside them, or with parts that were trained whole."""
     import torch
 
-    with torch.autocast(student.device.type, torch.bfloat16, enabled=student.get_input_embeddings().weight.dtype == torch.bfloat16):
+    stored = student.get_input_embeddings().weight.dtype
+    with torch.autocast(student.device.type, torch.bfloat16, enabled=stored == torch.bfloat16), as_trained(student):
         yield
 
 

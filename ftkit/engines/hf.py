@@ -22,7 +22,7 @@ from ftkit.data.template import ChatSettings, render, settle, token_ids
 from ftkit.data.turns import answer_reader
 from ftkit.errors import DoesNotFitError, ModelError, ToolMissingError, first_line
 from ftkit.machine import ranks
-from ftkit.model.adapter import embedding_rows
+from ftkit.model.adapter import as_trained, embedding_rows, widen_trained_whole
 from ftkit.model.four_bits import adaptable, left_alone, nf4_config
 from ftkit.model.source import from_files, name_body, not_its_files
 from ftkit.progress import SILENT, Reporter
@@ -170,7 +170,10 @@ def adapted(base: PreTrainedModel, adapter: Path, *, learns: bool = False) -> Pe
     if (rows := embedding_rows(adapter)) > base.get_input_embeddings().weight.shape[0]:  # for tokens that training added
         base.resize_token_embeddings(rows, mean_resizing=False)
     with adaptable(base):
-        return PeftModel.from_pretrained(base, adapter, is_trainable=learns)
+        model = PeftModel.from_pretrained(base, adapter, is_trainable=learns)
+    if widen_trained_whole(model):
+        model.load_adapter(str(adapter), "default", is_trainable=learns)
+    return model
 
 
 def out_of_memory(error: BaseException, what: str) -> DoesNotFitError | None:
@@ -234,6 +237,20 @@ def joined_at_the_head(model: PreTrainedModel) -> Iterator[None]:
             hook.remove()
 
 
+@contextmanager
+def without_router_logits(model: PreTrainedModel) -> Iterator[None]:
+    """Which a mixture that is trained gives for its routers' loss: transformers computes that in generation too, and fails at it."""
+    text = model.config.get_text_config()
+    given = getattr(text, "output_router_logits", False)
+    if given:
+        text.output_router_logits = False
+    try:
+        yield
+    finally:
+        if given:
+            text.output_router_logits = given
+
+
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -260,7 +277,14 @@ def answer(
     ends, read = stops(tokenizer, model.generation_config.eos_token_id), answer_reader(tokenizer)
     done = 0
     # Not in inference mode: a model that is trained on may keep none of its tensors.
-    with patches.applied("running adapters"), joined_at_the_head(model), torch.no_grad(), reporter.bar(label, len(prompts)) as bar:
+    with (
+        patches.applied("running adapters"),
+        joined_at_the_head(model),
+        without_router_logits(model),
+        as_trained(model),
+        torch.no_grad(),
+        reporter.bar(label, len(prompts)) as bar,
+    ):
         while done < len(order):
             chosen = order[done : done + batch]
             inputs = tokenizer(

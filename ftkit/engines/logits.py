@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ftkit import patches
 from ftkit.errors import ModelError, ToolFailedError, ToolMissingError
 from ftkit.machine.device import computing_threads
+from ftkit.model.adapter import as_trained
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,6 +159,6 @@ def of_model(model: PreTrainedModel, rows: Sequence[Forced]) -> Iterator[np.ndar
     for row in rows:
         ids = torch.tensor([row.ids], device=model.device)
         before = torch.tensor(row.places, dtype=torch.long, device=model.device) - 1
-        with patches.applied("running adapters"), torch.inference_mode():
+        with patches.applied("running adapters"), as_trained(model), torch.inference_mode():
             logits = model(input_ids=ids, use_cache=False, **({"logits_to_keep": before} if spares else {})).logits[0]
         yield (logits if spares else logits[before]).float().cpu().numpy()

@@ -6,7 +6,8 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,3 +212,33 @@ def embedding_rows(adapter: Path) -> int:
             return max((file.get_slice(name).get_shape()[0] for name in names), default=0)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"The adapter in {adapter} cannot be read: {error!r}.", AGAIN) from None
+
+
+def _trained_whole(model: Any) -> list[Any]:
+    """The parts of a model that an adapter's `modules_to_save` trains whole."""
+    return [
+        part for module in model.modules() if type(module).__name__ == "ModulesToSaveWrapper" for part in module.modules_to_save.values()
+    ]
+
+
+def widen_trained_whole(model: Any) -> bool:
+    """Have the parts that are trained whole in float32, as they are trained; whether any was in 16 bits, whose values are to be read anew."""
+    import torch
+
+    narrow = [
+        part for part in _trained_whole(model) if any(numbers.dtype in (torch.bfloat16, torch.float16) for numbers in part.parameters())
+    ]
+    for part in narrow:
+        part.float()
+    return bool(narrow)
+
+
+@contextmanager
+def as_trained(model: Any) -> Iterator[None]:
+    """Compute as in training, whose autocast joins parts that are trained whole, in float32, to weights of 16 bits."""
+    import torch
+
+    formats = {numbers.dtype for numbers in model.parameters()} if _trained_whole(model) else set()
+    half = next(iter(formats & {torch.bfloat16, torch.float16}), None) if torch.float32 in formats else None
+    with torch.autocast(next(model.parameters()).device.type, half) if half else nullcontext():
+        yield

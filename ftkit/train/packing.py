@@ -7,6 +7,7 @@ from typing import Any
 
 from ftkit import patches
 from ftkit.errors import first_line
+from ftkit.model.adapter import as_trained
 from ftkit.train.micro_batches import pack
 
 LENGTHS = (24, 40, 32)  # tokens of the rows that it is tried with, at most
@@ -33,7 +34,7 @@ def what_packing_changes(trainer: Any, examples: Sequence[Any]) -> str | None:
 
     def log_probs(batch: dict[str, Any]) -> Any:
         given = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        with trainer.compute_loss_context_manager():
+        with trainer.compute_loss_context_manager(), as_trained(model):
             return model(**given, use_cache=False, fused_lm_head=True).log_probs
 
     def add_gradient(batches: list[dict[str, Any]], sign: int) -> Any:

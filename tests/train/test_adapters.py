@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from test_train import StopAt
 from ftkit.data.mask import tokenise
 from ftkit.data.rows import Row
 from ftkit.engines import hf
+from ftkit.engines.logits import Forced, of_model
 from ftkit.errors import InterruptedRunError
 from ftkit.memory.model import Skeleton, load_config
 from ftkit.merge.stream import merge
 from ftkit.plan.cost import checkpoint_bytes
+from ftkit.recipe import Evaluate
+from ftkit.train.answers import Asked
 from ftkit.train.training import train
 
 pytestmark = [
@@ -98,3 +102,46 @@ def test_it_is_planned_trained_resumed_and_merged(name: str, tmp_path: Path) -> 
     changed = {key for key, tensor in ours.items() if not torch.equal(tensor, before[key])}
     assert {end for end in lora.get("modules_to_save", ()) if not any(f"{end}.weight" in key for key in changed)} == set()
     assert len(changed) >= 2
+
+
+ENDS = ["embed_tokens", "model.norm", "lm_head"]
+
+
+def test_what_is_trained_whole_is_asked_as_it_was_trained(tmp_path: Path) -> None:
+    """It is float32 beside 16 bits: asked while it is trained, its packing checked, and as trained none of its numbers is rounded."""
+    import torch
+    from safetensors.torch import load_file
+
+    torch.set_num_threads(1)
+    model = model_of(tmp_path / "model", UNTIED)
+    tokenizer = hf.load_tokenizer(model)
+    rows = list(tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(conversations(), 1)]))
+    recipe = tiny.recipe(model, method="lora", lora={"modules_to_save": ENDS}, max_steps=4, learning_rate=1e-4)
+    settings = replace(tiny.SETTINGS, dtype="bfloat16", longest_tokens=256, most_learnt_tokens=256, packing=True)
+    asked = Asked([[{"role": "user", "content": "hi"}]] * 2, ["x", "y"], Evaluate(every=1), 4)
+    result = train(recipe, settings, model, tokenizer, rows[2:], rows[:2], tmp_path / "run", asked=asked)
+    assert result.steps == 4
+
+    adapted = hf.load_adapted(model, tmp_path / "run" / "adapter", "lora", dtype="bfloat16", cuda=False)
+    written = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    state = adapted.state_dict()
+    for end in ENDS:
+        kept = written[f"base_model.model.{'model.' if end == 'embed_tokens' else ''}{end}.weight"]
+        (found,) = (tensor for name, tensor in state.items() if f"{end}.modules_to_save.default.weight" in name)
+        assert torch.equal(found, kept)
+        assert not torch.equal(kept, kept.to(torch.bfloat16).float())
+    assert hf.answer(adapted, tokenizer, [[{"role": "user", "content": "hi"}]], 4)
+    (logits,) = of_model(adapted, [Forced([1, 2, 3], [1, 2])])
+    assert logits.shape[0] == 2
+
+
+def test_a_mixture_is_asked_while_it_is_trained(tmp_path: Path) -> None:
+    """TRL has it give its routers' logits, by which transformers computes a loss at each token that is generated, and fails."""
+    model = model_of(tmp_path / "model", KINDS["experts"][2])
+    tokenizer = hf.load_tokenizer(model)
+    rows = list(tokenise(tokenizer, [Row(tuple(row["messages"]), n) for n, row in enumerate(conversations(), 1)]))
+    questions = [[{"role": "user", "content": text}] for text in ("hi", "what is it?", "and then?")]
+    asked = Asked(questions, ["x"] * 3, Evaluate(every=1), 4)
+    recipe = tiny.recipe(model, method="lora", lora=EXPERTS, max_steps=4)
+    result = train(recipe, tiny.SETTINGS, model, tokenizer, rows[2:], rows[:2], tmp_path / "run", asked=asked)
+    assert any(point.right_percent is not None for point in result.curve)
