@@ -222,7 +222,7 @@ def _trained_whole(model: Any) -> list[Any]:
 
 
 def widen_trained_whole(model: Any) -> bool:
-    """Have the parts that are trained whole in float32, as they are trained; whether any was in 16 bits, whose values are to be read anew."""
+    """Have the parts that are trained whole in float32, as in training; whether any was in 16 bits, whose values are to be read anew."""
     import torch
 
     narrow = [
