@@ -273,6 +273,8 @@ PATCHES: tuple[Patch, ...] = (
     Patch("training", "bitsandbytes.optim.optimizer", "Optimizer8bit.load_state_dict",
           lambda _: _paged_again(_of("bitsandbytes.optim.optimizer", "Optimizer8bit").load_state_dict),
           "a resumed training has the states of a paged optimizer on the GPU, all of them", *_BITSANDBYTES),
+    Patch("training preferences", "trl.trainer.dpo_trainer", "hash_module", lambda _: lambda module: "",
+          "it copies the whole model to RAM in float32, for the name of a file that ftkit has none of", *_TRL),
     Patch("running adapters", _LORA, "ParamWrapper.get_param", lambda _: _param_unread(_of(_LORA, "ParamWrapper").get_param),
           "a look at experts in 4 bits dequantises them", *_PEFT),
     Patch("running adapters", _LORA, "ParamWrapper._activate_lora",

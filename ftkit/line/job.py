@@ -189,6 +189,8 @@ def make_job(recipe: Recipe, folder: Path, run: Run, reporter: Reporter = SILENT
         recipe = _as_given(recipe, given)
     if begins_with:
         recipe = recipe.model_copy(update={"lora": settings_of(begins_with.path, recipe.lora)})
+    if not (recipe.budget.gpu or recipe.budget.vram) and (taken := torch_cuda.settle()):
+        reporter.note(taken)
     source, at_hub = replace(locate(recipe.model, folder), with_code=recipe.trust_remote_code), _AtHub(run, reporter)
     if source.kind == "hub":
         source = replace(source, fingerprint=at_hub.take(recipe.model, recipe.model, source.fingerprint, "model"))

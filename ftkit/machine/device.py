@@ -54,7 +54,7 @@ def _listed(nvml: Any) -> list[Device | None]:
     by_number = visible is None or not visible.strip().startswith("GPU-")
     if chosen and by_number and os.environ.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST") != "PCI_BUS_ID":
         _refuse_mixed({nvml.nvmlDeviceGetName(card) for card in cards})
-    return [_describe(nvml, cards[index]) for index in chosen]
+    return [describe(nvml, cards[index]) for index in chosen]
 
 
 def _driven(gpu: cuda_driver.Gpu) -> Device:
@@ -96,7 +96,7 @@ def _refuse_mixed(names: set[str]) -> None:
         )
 
 
-def _describe(nvml: Any, card: Any) -> Device | None:
+def describe(nvml: Any, card: Any) -> Device | None:
     """A GPU with the memory that CUDA can give, without what the driver reserves; None where NVML does not tell its memory.
 
     RecipeError for one that is cut into slices: CUDA would see the first slice alone.

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 from ftkit.errors import ToolMissingError
-from ftkit.machine import cuda_driver, nvml
-from ftkit.machine.device import Device
+from ftkit.machine import cuda_driver, nvml, ranks
+from ftkit.machine.device import Device, describe
+from ftkit.units import bytes_text
 
 Version = tuple[int, int]  # major, minor
 
 # PyTorch's own wheels of 2.13, the newest first: their CUDA, and the capabilities that they hold code for (pytorch's RELEASE.md, "CUDA
-# Support Matrix"). Without an address, pip takes cu130 on Linux, and on Windows one without CUDA.
-WHEELS: dict[str, tuple[Version, Version, Version]] = {"cu130": ((13, 0), (7, 5), (12, 1)), "cu126": ((12, 6), (5, 0), (9, 0))}
+# Support Matrix"; cu126 begins at 5.0, bitsandbytes' library for it at 6.0). Without an address, pip takes cu130 on Linux, and on Windows one without CUDA.
+WHEELS: dict[str, tuple[Version, Version, Version]] = {"cu130": ((13, 0), (7, 5), (12, 1)), "cu126": ((12, 6), (6, 0), (9, 0))}
 LEAST_CAPABILITY = {13: (7, 5)}  # by CUDA's major version, from which on its compiler knows no older ones
 ON_THE_PROCESSOR = "train on the processor: CUDA_VISIBLE_DEVICES=-1"
 
@@ -73,6 +76,36 @@ def doubt(on: Device) -> ToolMissingError | None:
     """The same of what is here."""
     torch = installed() if on.kind == "cuda" else None
     return why_not(on, torch, driver()) if torch else None
+
+
+def settle(management: Any = None) -> str | None:
+    """Of GPUs that differ, have CUDA see one alone: of those that torch computes on the one with most memory. In words, what was taken.
+
+    None where they are alike, where CUDA_VISIBLE_DEVICES says which, or where it is too late.
+    """
+    loaded = sys.modules.get("torch")
+    if "CUDA_VISIBLE_DEVICES" in os.environ or ranks.world_size() > 1 or (loaded and loaded.cuda.is_initialized()):
+        return None
+    nothing: list[tuple[str, Device]] = []
+    found = nvml.ask(_told, nothing, management)
+    if len({on.name for _, on in found}) < 2:
+        return None
+    torch, knows = installed(), driver(management)
+
+    def worth(entry: tuple[str, Device]) -> tuple[bool, int, Version]:
+        on = entry[1]
+        return not (torch and why_not(on, torch, knows)), on.total_bytes, on.capability
+
+    uuid, best = max(found, key=worth)
+    os.environ["CUDA_VISIBLE_DEVICES"] = uuid
+    others = "; ".join(f"{on.name}: CUDA_VISIBLE_DEVICES={other}" for other, on in found if other != uuid)
+    return f"of this machine's GPUs it takes {best.name}, which has {bytes_text(best.total_bytes)}; for another: {others}"
+
+
+def _told(nvml: Any) -> list[tuple[str, Device]]:
+    """(UUID, what it is) of each GPU whose memory is told."""
+    cards = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    return [(nvml.nvmlDeviceGetUUID(card), on) for card in cards if (on := describe(nvml, card))]
 
 
 def refuse(on: Device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -82,7 +83,7 @@ def build_trainer(
             f"{base.name} is a mixture of experts, which several processes do not train: not each sees a row for each.",
             "train in one process: ftkit train",
         )
-    with adaptable(model):
+    with adaptable(model), patches.applied("training preferences") if dpo else nullcontext():
         split = pairs_in_micro_batches if dpo else in_micro_batches
         trainer = split(_reproducible(preference_trainer() if dpo else SFTTrainer, scorer, reporter), settings)(
             model=model,

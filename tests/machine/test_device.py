@@ -350,3 +350,25 @@ def test_pages_of_files_are_not_held(monkeypatch: pytest.MonkeyPatch, told: dict
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(**told), memory_full_info=lambda: SimpleNamespace(uss=500))
     monkeypatch.setattr(device.psutil, "Process", lambda: process)
     assert device.held_bytes() == held
+
+
+def test_of_cards_that_differ_the_largest_that_torch_computes_on_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By bus the card that drives the screen may come first."""
+    small = ("GPU-0a", "00000000:01:00.0", "NVIDIA GeForce GT 1030", 2048, 0, 1900, (6, 1))
+    old = ("GPU-0b", "00000000:02:00.0", "Tesla P40", 24576, 0, 24000, (6, 1))
+    good = ("GPU-0c", "00000000:03:00.0", "NVIDIA GeForce RTX 3060", 12288, 0, 12000, (8, 6))
+    monkeypatch.setattr(torch_cuda, "installed", lambda: torch_cuda.Torch("2.13.0", (13, 0)))
+    monkeypatch.setattr(torch_cuda, "driver", lambda _: ("580.65", (13, 0)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that it is put back
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert torch_cuda.settle(FakeNvml(good, good)) is None
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    said = torch_cuda.settle(FakeNvml(small, old, good))
+    assert said
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-0c"
+    assert "takes NVIDIA GeForce RTX 3060, which has 12.00 GiB" in said
+    assert "Tesla P40: CUDA_VISIBLE_DEVICES=GPU-0b" in said
+    assert [on.name for on in find_gpus(FakeNvml(small, old, good), "libnone.so")] == ["NVIDIA GeForce RTX 3060"]
+    assert torch_cuda.settle(FakeNvml(small, old, good)) is None  # it is said now
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert torch_cuda.settle(FakeNvml(small, good)) is None

@@ -48,6 +48,7 @@ def test_at_first_the_model_is_its_own_reference(
     if adapter:
         tiny.make_adapter(model, adapter)
     trainer = build_trainer(recipe(model, method=method), tiny.SETTINGS, model, tokenizer, pairs, pairs, tmp_path, begins_with=adapter)
+    assert trainer._precompute_model_hash == ""  # the whole model is not copied to RAM and hashed
     loss, figures = first_step(trainer)
     assert loss == pytest.approx(math.log(2), abs=1e-5)
     assert figures["rewards/margins"] == pytest.approx(0, abs=1e-4)
