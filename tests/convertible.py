@@ -11,6 +11,7 @@ CHAT = (
     "{% for m in messages %}{{ '<|turn>' + m['role'] + '\n' + m['content'] + '<turn|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|turn>assistant\n' }}{% endif %}"
 )  # it begins without a BOS, which llama.cpp would add
+SHARED = 2  # of its layers, the last
 SIZES = {
     "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 32, "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "initializer_range": 0.05,
@@ -32,14 +33,39 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, add_prefix_space=False, extra_special_tokens=TURNS, **SPECIAL)
 
 
-def gemma4_text(vocab_size: int) -> Any:
+def gemma4_text(vocab_size: int, **more: Any) -> Any:
     """Gemma 4's language model: sliding and full layers, embeddings of every layer."""
     from transformers import Gemma4TextConfig
 
     return Gemma4TextConfig(
         **SIZES, vocab_size=vocab_size, vocab_size_per_layer_input=vocab_size, hidden_size_per_layer_input=32, global_head_dim=64,
-        num_global_key_value_heads=2, sliding_window=64,
+        num_global_key_value_heads=2, sliding_window=64, **more,
     )  # fmt: skip
+
+
+def _as_published(folder: Path, words: Any) -> Any:
+    """With a tower, and keys and values of the layers that take those of earlier ones, which transformers makes nothing of."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    text = gemma4_text(len(words), num_kv_shared_layers=SHARED, layer_types=["sliding_attention", "full_attention"] * 3)
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.Gemma4Config(text_config=text, vision_config={**vision, "head_dim": 32}, audio_config=None)
+    model = transformers.Gemma4ForConditionalGeneration(config).to(torch.bfloat16).eval()
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    layers = config.text_config.layer_types
+    for layer in range(len(layers) - SHARED, len(layers)):
+        like = max(n for n in range(len(layers) - SHARED) if layers[n] == layers[layer])
+        for part in ("k_proj", "v_proj", "k_norm"):
+            place = f"model.language_model.layers.{{}}.self_attn.{part}.weight"
+            if place.format(like) in tensors:
+                assert place.format(layer) not in tensors
+                tensors[place.format(layer)] = torch.randn_like(tensors[place.format(like)])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return model
 
 
 def make(kind: str, folder: Path, spare_rows: int = 0, chat_template: str | None = None) -> Any:
@@ -52,6 +78,8 @@ def make(kind: str, folder: Path, spare_rows: int = 0, chat_template: str | None
     words.chat_template = chat_template
     if kind == "llama":
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=len(words) + spare_rows))
+    elif kind == "gemma4 as it is published":
+        return _as_published(folder, words)
     elif kind == "gemma4":
         model = transformers.Gemma4ForCausalLM(gemma4_text(len(words) + spare_rows))
     else:

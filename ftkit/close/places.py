@@ -7,11 +7,12 @@ was made of is 0.67 to 0.70 by the median, and 0.465 at least; to another row's 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftkit.gguf.types import NO_TEXT
+from ftkit.model.source import in_file
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +47,11 @@ class Place:
         return numbers if self.columns is None else numbers[:, self.columns.argsort()]
 
 
-def places(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, Blocks], names: Any) -> dict[str, Place]:
-    """Of each tensor, by its name; `names`: gguf's map from transformers' names, which are looked at first.
+def places(
+    parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, Blocks], names: Any, unread: Collection[str] = ()
+) -> dict[str, Place]:
+    """Of each tensor, by its name; `names`: gguf's map from transformers' names, which are looked at first. `unread`: those that may be
+    in no parameter.
 
     Raises ValueError where one is in no parameter, or one of those is not there whole.
     """
@@ -56,6 +60,8 @@ def places(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, Blocks]
         if not (likely := _likely(name, parameters, names)):
             continue  # of a layer that the model has not, as those that guess tokens ahead
         if not (place := next(_places_of(blocks, parameters, likely), None)):
+            if name in unread:
+                continue
             raise ValueError(f"no weight of the model is {name}, whatever the order of its rows")
         found[name] = place
     for parameter in {place.parameter for place in found.values()}:
@@ -65,12 +71,6 @@ def places(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, Blocks]
         if filled != set(range(rows)) or sum(count for count, _ in there) > rows:
             raise ValueError(f"{parameter} has {rows} rows, of which the file has {len(filled)}")
     return found
-
-
-def in_file(name: str, names: Any) -> str:
-    """A parameter's name as the file would have it."""
-    owner, _, kind = re.sub(r"\b(language|text)_model\.", "", name).rpartition(".")
-    return f"{names.get_name(owner) if names else None}.{kind}"
 
 
 def _likely(tensor: str, parameters: Mapping[str, torch.Tensor], names: Any) -> list[str]:

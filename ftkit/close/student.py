@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit import patches
 from ftkit.close.packed import Blocks, PackedWeight
-from ftkit.close.places import Place, in_file, places
+from ftkit.close.places import Place, places
 from ftkit.close.scales import Scales
 from ftkit.engines import hf
 from ftkit.engines.logits import Forced
 from ftkit.errors import ModelError, first_line
 from ftkit.gguf.types import NO_TEXT, has_scales
 from ftkit.model.adapter import as_trained
-from ftkit.model.source import gguf_names, open_gguf, stored_dtype
+from ftkit.model.source import gguf_names, in_file, open_gguf, shapes_of, stored_dtype
 from ftkit.plan.cost import ClosingWay, Way, closing_ways
 
 if TYPE_CHECKING:
@@ -144,9 +144,11 @@ def _pack(student: PreTrainedModel, weights: Weights, device: torch.device, dtyp
 
 
 def _weights(student: PreTrainedModel, path: Path) -> Weights:
-    """Raises ValueError where a tensor of the file is none of its parameters."""
-    tensors, found = matrices(path), Weights()
-    for name, place in places(dict(student.named_parameters()), tensors, gguf_names(open_gguf(path))).items():
+    """Raises ValueError where a tensor of the file is none of its parameters, unless it is of what its files hold and transformers
+    makes nothing of: Gemma 4's layers that take keys and values of an earlier one have some of their own in them."""
+    parameters, tensors, names, found = dict(student.named_parameters()), matrices(path), gguf_names(open_gguf(path)), Weights()
+    unread = {in_file(name, names) for name in shapes_of(Path(student.name_or_path))} - {in_file(name, names) for name in parameters}
+    for name, place in places(parameters, tensors, names, unread).items():
         found.setdefault(place.parameter, []).append((tensors[name], place))
     return found
 

@@ -14,7 +14,7 @@ from ftkit.line.step import find
 from ftkit.line.transfer import TRANSFER, adapter_of
 from ftkit.model.adapter import load_settings, load_tensors
 from ftkit.model.open import bytes_to_fetch
-from ftkit.model.source import gguf_names, header, open_gguf, weight_files
+from ftkit.model.source import gguf_names, header, in_file, open_gguf, weight_files
 from ftkit.proof.strength import BASE, NAME, Share, judge_base, judge_strength, left_over, share, together
 
 if TYPE_CHECKING:
@@ -106,12 +106,12 @@ def _changes(adapter: Path, reader: Any, tensors: dict[str, Any], base: Iterable
             path, kind, change = module.removesuffix(".weight"), SAVED, _instead(tensor)
         else:
             continue
-        there = f"{names.get_name(path)}.weight" if names else ""
+        there = in_file(f"{path}.weight", names)
         if there in tensors and not there.rpartition("blk.")[2].partition(".")[2].startswith(REORDERED):
             found[kind].append((f"{path}.weight", there, change))
     for name in base:
         path = name.removesuffix(".weight")
-        if names and names.get_name(path) == "token_embd" and "token_embd.weight" in tensors:
+        if in_file(name, names) == "token_embd.weight" in tensors:
             inside = [key for key in held if key.startswith(f"{PREFIX}{path}.")]
             if inside in ([], [f"{PREFIX}{name}"]):  # else some of its rows were trained, or it has an adapter
                 found[EMBEDDING].append((name, "token_embd.weight", _put(held[inside[0]]) if inside else _left))

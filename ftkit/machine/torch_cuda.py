@@ -18,7 +18,8 @@ from ftkit.units import bytes_text
 Version = tuple[int, int]  # major, minor
 
 # PyTorch's own wheels of 2.13, the newest first: their CUDA, and the capabilities that they hold code for (pytorch's RELEASE.md, "CUDA
-# Support Matrix"; cu126 begins at 5.0, bitsandbytes' library for it at 6.0). Without an address, pip takes cu130 on Linux, and on Windows one without CUDA.
+# Support Matrix"; cu126 begins at 5.0, bitsandbytes' library for it at 6.0). Without an address, pip takes cu130 on Linux, and on Windows
+# one without CUDA.
 WHEELS: dict[str, tuple[Version, Version, Version]] = {"cu130": ((13, 0), (7, 5), (12, 1)), "cu126": ((12, 6), (6, 0), (9, 0))}
 LEAST_CAPABILITY = {13: (7, 5)}  # by CUDA's major version, from which on its compiler knows no older ones
 ON_THE_PROCESSOR = "train on the processor: CUDA_VISIBLE_DEVICES=-1"

@@ -152,6 +152,12 @@ def gguf_names(reader: GGUFReader) -> Any:
     return gguf.get_tensor_name_map(architecture, int(layers.contents())) if architecture is not None and layers else None
 
 
+def in_file(name: str, names: Any) -> str:
+    """A parameter's name as a GGUF file would have it, by `gguf_names`."""
+    owner, _, kind = re.sub(r"\b(language|text)_model\.", "", name).rpartition(".")
+    return f"{names.get_name(owner) if names else None}.{kind}"
+
+
 def indexed_files(folder: Path) -> list[str] | None:
     """The weight files that a model's index names, None without an index.
 

@@ -16,6 +16,7 @@ from ftkit.check import Check
 from ftkit.gguf.files import convert
 from ftkit.line.strength import LORA, SAVED, find_merged
 from ftkit.machine.llama_cpp import need_converter
+from ftkit.merge.stream import merge
 from ftkit.model.rounding import round_by_chance
 from ftkit.model.source import open_gguf
 from ftkit.proof.strength import judge_base, judge_strength
@@ -98,6 +99,24 @@ def test_a_right_merge_holds_it_once(made: Made, tmp_path: Path) -> None:
     assert check.outcome == "passed", check.detail
     assert made.check_base(right).detail == "embedding and weights with adapters"
     assert check.detail.startswith("adapters: 1.00 × what training changed (8 tensors); modules that were trained whole: 1.00 ×")
+
+
+def test_a_model_with_towers_is_looked_at(tmp_path: Path) -> None:
+    """Gemma 4 as it is published, whose names have a part that llama.cpp's have not: nothing was compared, and nothing failed."""
+    convertible.make("gemma4 as it is published", tmp_path / "base")
+    tiny.make_adapter(tmp_path / "base", tmp_path / "lora")
+    files = {}
+    for times in (1, 2):
+        merged = tmp_path / f"merged-{times}"
+        merged.mkdir()
+        merge(tmp_path / "base" if times == 1 else tmp_path / "merged-1", tmp_path / "lora", merged)
+        shutil.copy(tmp_path / "base" / "tokenizer.json", merged)
+        files[times] = tmp_path / f"{times}.gguf"
+        convert(merged, {"F16": files[times]}, need_converter())
+    once, twice = (find_merged(path, tmp_path / "base", tmp_path / "lora") for path in files.values())
+    assert judge_strength(once.shares, {}).outcome == "passed"
+    assert judge_strength(twice.shares, {}).outcome == "failed"
+    assert judge_base(once.adapted_left, once.embedding_left).detail == "embedding and weights with adapters"
 
 
 def by_chance(tensors: Tensors) -> None:
