@@ -1,22 +1,15 @@
-"""Packages that are installed beside ftkit's own: its libraries load many that they find, needed or not.
-
-Run as a program, this file runs the script that it is given without them, once or several times.
-"""
+"""Packages that are installed beside ftkit's own: its libraries load many that they find, needed or not."""
 
 from __future__ import annotations
 
-import gc
 import os
 import re
-import runpy
 import shutil
 import sys
 import sysconfig
 import traceback
-from collections.abc import Sequence
 from functools import cache
 from importlib import util
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,8 +32,6 @@ HIDDEN = {
     "transformer_engine": BY_PEFT,
 }
 ASKED_FOR = {"kernels": "USE_HUB_KERNELS"}  # by transformers' own variable
-INSTALLED = {"site-packages", "dist-packages"}
-THEN = "--then"  # between the arguments of one run of a script and the next
 OWN_ENVIRONMENT = "give ftkit an environment of its own: python -m venv env, then env/bin/pip install 'ftkit[train]'"
 
 
@@ -80,30 +71,3 @@ def broken(error: BaseException) -> ToolMissingError | None:
     return ToolMissingError(
         f"{package} does not work in this Python, and transformers loads it: {first_line(error.__cause__)}.", OWN_ENVIRONMENT
     )
-
-
-def run(script: str, arguments: Sequence[str]) -> None:
-    """Run a script, and again with what follows each `--then` among the arguments: what it imports is loaded once.
-
-    Its own modules are loaded anew: llama.cpp's keep things of a run in their classes (RWKV's tensors).
-    """
-    for then, words in groupby(arguments, THEN.__eq__):
-        if then:
-            for name in _beside(Path(script).parent):
-                del sys.modules[name]
-            gc.collect()
-        else:
-            sys.argv = [script, *words]
-            runpy.run_path(script, run_name="__main__")
-
-
-def _beside(folder: Path) -> list[str]:
-    """The modules from this folder, by whichever of its names, but for packages that are installed in it."""
-    roots = tuple(f"{path}{os.sep}" for path in (folder.absolute(), folder.resolve()))
-    files = {name: str(getattr(module, "__file__", None) or "") for name, module in list(sys.modules.items())}
-    return [name for name, file in files.items() if file.startswith(roots) and not INSTALLED.intersection(Path(file).parts)]
-
-
-if __name__ == "__main__":
-    hide()
-    run(sys.argv[1], sys.argv[2:])

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit import beside
 from ftkit.errors import ModelError
+from ftkit.gguf import script as running
 from ftkit.gguf.types import block, default_type
 from ftkit.machine.call import call
 from ftkit.machine.llama_cpp import Found
@@ -66,9 +66,9 @@ def convert(model: Path, files: Mapping[str, Path], converter: Found, reporter: 
 def run_script(script: Found, *runs: Sequence[str | Path]) -> None:
     """One of llama.cpp's Python scripts, with the arguments of each run, with the `gguf` package beside it, and without the hub."""
     libraries = [str(script.path.parent)] + ([str(script.path.parent / "gguf-py")] if (script.path.parent / "gguf-py").is_dir() else [])
-    arguments = [word for number, run in enumerate(runs) for word in ([beside.THEN] * (number > 0) + [*run])]
+    arguments = [word for number, run in enumerate(runs) for word in ([running.THEN] * (number > 0) + [*run])]
     call(
-        [sys.executable, "-P", beside.__file__, script.path, *arguments],
+        [sys.executable, "-P", running.__file__, script.path, *arguments],
         environment={"PYTHONPATH": os.pathsep.join(libraries), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
     )
 

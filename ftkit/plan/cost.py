@@ -11,6 +11,7 @@ from typing import Literal
 from ftkit.data.lengths import asked_together
 from ftkit.gguf.bits import MORE_BYTES, Tensor, finer_types
 from ftkit.gguf.files import QUANTIZE_BUFFER_BYTES
+from ftkit.gguf.script import LARGE_ELEMENTS
 from ftkit.gguf.types import (
     CONVERTED,
     EMBEDDINGS,
@@ -32,6 +33,7 @@ from ftkit.recipe import Ship
 FTKIT_BYTES = 500 << 20  # torch, transformers, peft and bitsandbytes imported, a tokenizer loaded: 494 MiB
 TRAINING_BYTES = 580 << 20  # TRL's trainer at work, too: 575 MiB beside the tensors of a model of two small layers
 CONVERTER_BYTES = 320 << 20
+IN_PIECES = {"gemma4": "per_layer_token_embd.weight"}  # tables that its conversion takes as they are
 CONVERTER_BYTES_A_TOKEN = 2700  # of the vocabulary: 447 MiB in all with 49,152 tokens, 652 MiB with 128,257
 CONVERTER_VOCABULARY_BYTES = 160 << 20  # more while the vocabulary is read, before the first tensor
 QUANTIZE_BYTES = 16 << 20
@@ -420,15 +422,18 @@ def converter_bytes(model: GgufModel, kind: str) -> int:
 
     A tensor is held in float32: twice while heads are permuted (conversion/llama.py) or experts stacked, else beside what is
     written of it, which is there twice where numpy quantises (BF16, Q8_0), in groups of rows (gguf/quants.py). Measured for
-    135 M and 1 B parameters and two vocabularies: 93 to 102 % of this.
+    135 M and 1 B parameters and two vocabularies: 93 to 102 % of this. Of what it writes in pieces (gguf/script.py), and is known to
+    take as it is, one piece.
     """
     written = 1 if kind == "F16" else 2
+    in_pieces = IN_PIECES.get(model.architecture)
     held = max(
         max(
             8 * math.prod(shape) if len(shape) == 3 or re.search(r"attn_[qk]\.weight", name) else 0,
             4 * math.prod(shape) + written * tensor_bytes(shape, converted_type(name, shape, kind)),
         )
         for name, shape in model.tensors.items()
+        if name != in_pieces or math.prod(shape) < LARGE_ELEMENTS
     )
     return CONVERTER_BYTES + CONVERTER_BYTES_A_TOKEN * model.vocab_size + max(CONVERTER_VOCABULARY_BYTES, held)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import convertible
@@ -40,6 +43,31 @@ def test_two_files_of_one_process_are_those_of_one_each(tmp_path: Path) -> None:
     for kind, path in together.items():
         gguf.convert(model, {kind: tmp_path / "alone.gguf"}, need_converter())
         assert path.read_bytes() == (tmp_path / "alone.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["gemma4 as it is published", "llama"])
+@pytest.mark.parametrize("type_name", ["f16", "q8_0", "bf16"])
+def test_what_is_written_in_pieces_is_what_is_written_whole(kind: str, type_name: str, tmp_path: Path) -> None:
+    """Here every matrix that the converter takes as it is, a few rows at a time; of Gemma 4 E4B the table that no small machine holds."""
+    model, script = tmp_path / "model", need_converter().path
+    convertible.make(kind, model)
+    written = {}
+    for large, rows in ((1 << 30, 1 << 25), (1, 640)):
+        code = (
+            "import sys; from ftkit.gguf import script; "
+            f"script.LARGE_ELEMENTS, script.ROWS_ELEMENTS = {large}, {rows}; import gguf; "
+            "made, new = [], gguf.LazyChunkedTensor.tofile; "
+            "gguf.LazyChunkedTensor.tofile = lambda self, *a, **k: (made.append(self.shape), new(self, *a, **k)); "
+            "script.run(sys.argv[1], sys.argv[2:]); print(len(made))"
+        )
+        path = tmp_path / f"{large}.gguf"
+        paths = os.pathsep.join(map(str, (script.parent, script.parent / "gguf-py")))
+        words = [sys.executable, "-P", "-c", code, script, model, "--outfile", path, "--outtype", type_name]
+        done = subprocess.run(words, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=True)
+        written[large] = int(done.stdout.split()[-1])
+    assert (tmp_path / f"{1 << 30}.gguf").read_bytes() == (tmp_path / "1.gguf").read_bytes()
+    assert written[1 << 30] == 0
+    assert written[1] >= 10
 
 
 def test_tables_of_other_lengths_are_refused(tmp_path: Path) -> None:

@@ -323,6 +323,19 @@ def test_the_ram_of_the_later_steps() -> None:
     assert made["prove Q4_K_M"].peak_ram_bytes == FTKIT_BYTES + LLAMA_CPP_BYTES + file + 2 * 1024 * cache
 
 
+def test_gemma_4_e4b_is_converted_on_a_machine_of_16_gb() -> None:
+    """Its table of every layer's embeddings alone would take 17 GB in float32 and 16 bits; it is written some rows at a time."""
+    names = {
+        "token_embd.weight": (262_144, 2560),
+        "per_layer_token_embd.weight": (262_144, 42 * 256),
+        "blk.0.ffn_up.weight": (10_240, 2560),
+    }
+    e4b = GgufModel("gemma4", names, frozenset(), 42, 262_144, 2560, 4, 0, None)
+    for kind in ("F16", "Q8_0"):
+        assert converter_bytes(e4b, kind) < 5 << 30
+        assert converter_bytes(replace(e4b, architecture="gemma3n"), kind) > 16 << 30  # whose conversion fills it up
+
+
 def read_types(path: Path) -> dict[str, tuple[str, int]]:
     """(type, bytes) of each tensor in a file."""
     return {str(tensor.name): (tensor.tensor_type.name, int(tensor.n_bytes)) for tensor in open_gguf(path).tensors}
