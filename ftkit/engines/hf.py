@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,8 @@ from ftkit.errors import DoesNotFitError, ModelError, ToolMissingError, first_li
 from ftkit.machine import ranks
 from ftkit.model.adapter import as_trained, embedding_rows, widen_trained_whole
 from ftkit.model.four_bits import adaptable, left_alone, nf4_config
-from ftkit.model.source import from_files, name_body, not_its_files
+from ftkit.model.source import from_files, name_body, not_its_files, stored_dtype
+from ftkit.model.tables import NARROW, stay_narrow
 from ftkit.progress import SILENT, Reporter
 from ftkit.recipe import Attention, Dtype, Method
 
@@ -136,9 +137,13 @@ def load_model(
         settings["experts_implementation"] = experts
     if cuda and (method == "qlora" or not shared_out):
         settings["device_map"] = {"": ranks.local_rank()}
-    patched = patches.applied("loading in 4 bits") if method == "qlora" else nullcontext()
+    narrow = kept == torch.float32 and method != "full" and not shared_out and _has_narrow_tables(folder, trust_remote_code)
+    patched: tuple[patches.When, ...] = (
+        *(("loading in 4 bits",) if method == "qlora" else ()),
+        *(("loading tables",) if narrow else ()),
+    )
     try:
-        with patched:
+        with patches.applied(*patched):
             loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
                 folder, output_loading_info=True, **settings
             )
@@ -156,6 +161,17 @@ def load_model(
         )
     name_body(model)
     return model
+
+
+def _has_narrow_tables(folder: Path, trust_remote_code: bool) -> bool:
+    """Whether tables that are looked up alone stay in 16 bits, as they are stored."""
+    from transformers import AutoConfig
+
+    try:
+        text = AutoConfig.from_pretrained(folder, **from_files(trust_remote_code)).get_text_config()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):  # which loading will say
+        return False
+    return stay_narrow(text) and stored_dtype(folder) == NARROW
 
 
 def load_adapted(folder: Path, adapter: Path, method: Method, *, dtype: Dtype, cuda: bool, trust_remote_code: bool = False) -> PeftModel:

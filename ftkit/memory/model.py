@@ -18,6 +18,7 @@ from ftkit.memory.optimizer import Trained, optimizer_state_bytes
 from ftkit.memory.sizes import DTYPE_BYTES, nf4_storages
 from ftkit.model.four_bits import EXPERTS_PATTERN, quantized_weights
 from ftkit.model.source import from_files, name_body, not_its_files, sixteen_bits_of
+from ftkit.model.tables import LOOKED_UP, NARROW, stay_narrow
 from ftkit.recipe import Lora, Method
 
 if TYPE_CHECKING:
@@ -306,14 +307,15 @@ class Skeleton:
     def storages(self, method: Method, base_dtype: str, trained_dtype: str, double_quant: bool) -> Iterator[tuple[str, int]]:
         """(what for, bytes) of each tensor of the base model and its buffers."""
         plain = DTYPE_BYTES[trained_dtype if method == "full" else base_dtype]
+        stored = self._made_of[0]  # the config: the model here is of another format
+        narrow = method != "full" and stay_narrow(stored.get_text_config()) and str(stored.dtype).endswith(NARROW)
         for tensor in self.tensors:
             if method == "qlora" and tensor.quantized:
                 yield from (("4-bit weights", size) for size in nf4_storages(tensor.elements, double_quant))
             else:
-                yield (
-                    "weights" if method != "qlora" else "weights that stay 16-bit" if plain == 2 else "weights that stay 32-bit",
-                    plain * tensor.elements,
-                )
+                size = 2 if narrow and LOOKED_UP.search(tensor.name) else plain
+                kind = "weights" if method != "qlora" else "weights that stay 16-bit" if size == 2 else "weights that stay 32-bit"
+                yield kind, size * tensor.elements
         yield from (("buffers", size) for size in self.buffer_bytes)
 
     def trained(self, method: Method, adapters: Adapters) -> list[Trained]:
