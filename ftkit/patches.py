@@ -29,6 +29,7 @@ class Traced:
     padded: bool  # whether a batch's rows differ in length, so that a mask is built
     packed: bool = False  # whether rows are end to end in one, so that a mask is built
     triton: bool = True  # whether the loss head has kernels of its own
+    grouped: bool = True  # whether the card has a kernel of attention for heads that share keys and values
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,28 @@ class _TorchOfMasks:
         return not self._padded
 
 
+def _grouped_where_a_kernel_takes_it(asked: Callable[..., bool]) -> Callable[..., bool]:
+    """Whether attention takes keys and values once for several heads: not on a card that has no fast kernel for that."""
+
+    def use(mask: Any, key: Any, value: Any) -> bool:
+        import torch
+
+        if key.is_cuda and not takes_grouped_heads(torch.cuda.get_device_capability(key.device), half=key.dtype != torch.float32):
+            return False
+        return asked(mask, key, value)
+
+    return use
+
+
+def _grouped_as_said(asked: Callable[..., bool], grouped: bool) -> Callable[..., bool]:
+    return lambda *given: grouped and asked(*given)
+
+
+def takes_grouped_heads(capability: tuple[int, int], *, half: bool) -> bool:
+    """Flash and cuDNN do, from Ampere on and in 16 bits; the efficient kernel does not, and the last one writes out every score."""
+    return half and capability >= (8, 0)
+
+
 def _with_narrow_tables(plan_of: Callable[..., Any]) -> Callable[..., Any]:
     """The formats of parameters that are loaded in another than the model's: by patterns, as transformers has them."""
     import torch
@@ -245,7 +268,7 @@ def _arrays_at_once(parts_of: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _CUDA: When = "tracing for CUDA"
-_HEAD, _LORA = "trl.kernels.chunked_logprob", "peft.tuners.lora.layer"
+_HEAD, _LORA, _SDPA = "trl.kernels.chunked_logprob", "peft.tuners.lora.layer", "transformers.integrations.sdpa_attention"
 _TORCH, _TRANSFORMERS, _TRL, _PEFT = ("torch", "2.13.0"), ("transformers", "5.23.0"), ("trl", "1.16.0"), ("peft", "0.21.2")
 _BITSANDBYTES, _OLLAMA, _GGUF = ("bitsandbytes", "0.50.2"), ("ollama", "0.6.3"), ("gguf", "0.19.0")
 _NO_VALUES = "asks for values that fake tensors do not have; without an answer the mask is built in full"
@@ -254,6 +277,8 @@ _NO_VALUES = "asks for values that fake tensors do not have; without an answer t
 PATCHES: tuple[Patch, ...] = (
     Patch(_CUDA, "torch.nn.functional", "scaled_dot_product_attention", lambda traced: traced.attention,
           "the CPU's attention allocates other tensors than a GPU's", *_TORCH),
+    Patch(_CUDA, _SDPA, "use_gqa_in_sdpa",
+          lambda traced: _grouped_as_said(_of(_SDPA, "use_gqa_in_sdpa"), traced.grouped), "as while training", *_TRANSFORMERS),
     Patch(_CUDA, "torch.nn.functional", "dropout", lambda _: _dropout, "a GPU keeps the mask as bytes", *_TORCH),
     Patch("tracing", "transformers.integrations.moe", "_can_use_grouped_mm", lambda _: _is_bfloat16,
           "PyTorch's meta kernel takes bfloat16 alone; transformers' own operator allocates the same for the rest, on a CPU up to 6 % more",
@@ -278,6 +303,8 @@ PATCHES: tuple[Patch, ...] = (
           "bitsandbytes cannot copy a weight on the meta device; nothing is changed in the copy", *_PEFT),
     Patch("training", "trl.trainer.utils", "_use_triton", lambda _: lambda device: True,
           "without Triton TRL scores every position with the whole vocabulary, labelled or not; loss and gradients are the same", *_TRL),
+    Patch("training", _SDPA, "use_gqa_in_sdpa", lambda _: _grouped_where_a_kernel_takes_it(_of(_SDPA, "use_gqa_in_sdpa")),
+          "cards before Ampere, and float32, have no kernel for heads that share keys: all scores would be written out", *_TRANSFORMERS),
     Patch("training", _HEAD, "_use_triton", lambda _: _if_it_works(_of(_HEAD, "_use_triton")),
           "where nothing can compile its kernels' launchers, training ended at the first step", *_TRL),
     Patch("training", "bitsandbytes.optim.optimizer", "Optimizer8bit.load_state_dict",

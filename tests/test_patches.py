@@ -8,6 +8,7 @@ import re
 import sys
 import tomllib
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -125,3 +126,21 @@ def test_a_resumed_paged_optimizer_pages_its_states_again(monkeypatch: pytest.Mo
         for name in ("state1", "state2"):
             assert torch.equal(second.state[other][name], first.state[parameter][name])
             assert second.state[other][name].is_paged == (parameter.numel() >= 1e5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "grouped"),
+    [((7, 5), "float16", False), ((8, 6), "bfloat16", True), ((8, 6), "float32", False), (None, "float32", True)],
+)
+def test_attention_is_given_groups_where_a_kernel_takes_them(
+    capability: tuple[int, int] | None, dtype: str, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a processor (None) transformers decides, as elsewhere without a mask: for groups."""
+    import torch
+    from transformers.integrations import sdpa_attention
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    key = SimpleNamespace(is_cuda=bool(capability), device="cuda:0", dtype=getattr(torch, dtype), shape=(1, 2, 8, 64))
+    with patches.applied("training"):
+        assert sdpa_attention.use_gqa_in_sdpa(None, key, key) == grouped
+        assert not sdpa_attention.use_gqa_in_sdpa(object(), key, key)

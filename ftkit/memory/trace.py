@@ -96,7 +96,8 @@ class StepTracer:
             recorder.ignore(state)
         self._recorder = recorder
         attention = kernels.attention(settings.capability, settings.fused_qkv) if settings.device == "cuda" else None
-        traced = patches.Traced(attention, padded, settings.packed, settings.triton)
+        grouped = patches.takes_grouped_heads(settings.capability, half=settings.compute_dtype != "float32")
+        traced = patches.Traced(attention, padded, settings.packed, settings.triton, grouped)
         try:
             with self._fake, patches.without_trainer(), patches.applied(*self._when(), to=traced), recorder:
                 self._step(recorder, batch, length)

@@ -127,6 +127,15 @@ def test_a_fused_layer_trains_as_much_as_its_parts(targets: list[str]) -> None:
     assert tracer.record(2, 128).kinds  # and it runs
 
 
+def test_where_no_kernel_takes_grouped_heads_no_scores_are_written_out() -> None:
+    """A T4 has flash attention for none; with keys and values repeated to all heads it takes the kernel that keeps no scores."""
+    long, half = 4096, {"base_dtype": "float16", "compute_dtype": "float16"}
+    made = config("llama", num_hidden_layers=2)
+    old, new = (traced_bytes(made, StepSettings("lora", capability=c, **half), 1, long) for c in ((7, 5), (8, 6)))
+    scores = 8 * long * long * 4
+    assert old < new + scores / 8
+
+
 @pytest.mark.parametrize("method", ["qlora", "lora"])
 def test_float16_weights_take_what_bfloat16_weights_take(method: Method) -> None:
     half, brain = StepSettings(method, base_dtype="float16", compute_dtype="float16"), StepSettings(method)
