@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from click.testing import Result
 
 from ftkit import templates
 from ftkit.cli import main
+from ftkit.machine import torch_cuda
 
 NOTEBOOK = json.loads((templates.folder() / "colab.ipynb").read_text(encoding="utf-8"))
 CELLS: dict[str, str] = {cell["id"]: "".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"}
@@ -59,7 +61,7 @@ def test_it_takes_starters_and_commands_that_there_are() -> None:
     assert set(tasks) == templates.tasks().keys()
     filled = {"FOLDER": "here", "TASK": "chat", "MODEL": "org/name", "CHANGES": "--set lora.r=2", "QUANTIZATION": "Q8_0", "REPOSITORY": "x"}
     lines = [shlex.split(command.format(**filled)) for source in CELLS.values() for _, command in SHELL.findall(source)]
-    installing = [["pip", "install"], ["virtualenv", "-q"], ["/content/env/bin/pip", "install"]]
+    installing = [["pip", "install"], ["virtualenv", "-q"], *[["/content/env/bin/pip", "install"]] * 2]
     assert [words[:2] for words in lines if words[0] != "ftkit"] == installing
     with click.Context(main, **main.context_settings) as context:
         for program, name, *words in lines:
@@ -67,6 +69,16 @@ def test_it_takes_starters_and_commands_that_there_are() -> None:
                 command = main.get_command(context, name)
                 assert command
                 command.make_context(name, words, parent=context)  # parses; runs nothing
+
+
+def test_an_older_driver_gets_the_torch_that_is_tried() -> None:
+    (wanted,) = re.findall(r'"torch==([\d.]+)" --index-url https://download.pytorch.org/whl/(\w+)', CELLS["install"])
+    assert wanted == (metadata.version("torch").partition("+")[0], "cu126")
+    assert wanted[1] in torch_cuda.WHEELS
+    (pattern,) = re.findall(r're.search\(r"(.+?)", os', CELLS["install"])
+    found = re.search(pattern, "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15      CUDA Version: 12.4     |")
+    assert found
+    assert found[1] == "12"
 
 
 class Cells:
