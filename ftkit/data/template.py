@@ -105,6 +105,16 @@ def fix_thinking(tokenizer: PreTrainedTokenizerBase, on: bool | None) -> str:
     return chat_template
 
 
+def thinks_only_if_asked(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template has a switch for thinking, and it is off."""
+    other, question = copy.copy(tokenizer), [{"role": "user", "content": "qzuserqz"}]
+    try:
+        other.chat_template = fix_thinking(tokenizer, on=False)
+    except ModelError:
+        return False
+    return render(other, question, ask=True) == render(tokenizer, question, ask=True)
+
+
 # For models that have none, by the names that data.template knows.
 CHATML = (
     "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{%- endfor %}"

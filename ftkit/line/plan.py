@@ -17,7 +17,7 @@ from ftkit.data.lengths import Tally, TokenCounts, count_tokens
 from ftkit.data.mask import refuse_nothing_to_learn
 from ftkit.data.read import only_held_out
 from ftkit.data.rows import IGNORED, Example, Pair, Row
-from ftkit.data.template import render, renders, token_ids
+from ftkit.data.template import render, renders, thinks_only_if_asked, token_ids
 from ftkit.data.turns import expected, has_reasoning, question, turns_of
 from ftkit.engines import hf
 from ftkit.errors import DoesNotFitError, ModelError, RecipeError
@@ -336,10 +336,17 @@ def _say_what_became_of_the_rows(job: Job, tokenizer: Any, rows: Rows, examples:
             f"{read:,} rows become {examples:,}: the chat template writes earlier turns otherwise once later ones are there, "
             "so that each answer is learnt by itself, after what the model is really asked with"
         )
-    unsaid, first = 0, ""
+    unsaid, first, reasoned = 0, "", 0
     for row in chain(rows.train, rows.validation):
-        if has_reasoning(row) and any(turn.unsaid for turn in turns_of(tokenizer, row)):
-            unsaid, first = unsaid + 1, first or row.where
+        if has_reasoning(row):
+            reasoned += 1
+            if any(turn.unsaid for turn in turns_of(tokenizer, row)):
+                unsaid, first = unsaid + 1, first or row.where
+    if reasoned > unsaid and job.recipe.data.thinking is None and thinks_only_if_asked(tokenizer):
+        job.reporter.note(
+            f"{reasoned - unsaid:,} rows have reasoning, and the chat template's switch for thinking is off by itself: the model learns to "
+            "think unasked; --set data.thinking=true trains it to think where that is asked for"
+        )
     if unsaid:
         job.reporter.warn(
             f"the reasoning in {unsaid:,} rows is not learnt, the first in {first}: the chat template's prompt ends "

@@ -158,3 +158,30 @@ def test_a_merged_model_carries_what_it_was_trained_with(tmp_path: Path) -> None
     assert len(ends) == 2
     assert stops.configured_stops(folder) == ends
     assert hf.load_tokenizer(folder).chat_template == tokenizer.chat_template
+
+
+THINKS = "{%- if enable_thinking is defined and enable_thinking %}<|think|>{%- endif %}" + tiny.CHATML  # as Gemma 4's small ones
+THINKS_BY_ITSELF = "{%- if enable_thinking is not defined or enable_thinking %}<|think|>{%- endif %}" + tiny.CHATML
+
+
+@pytest.mark.parametrize(("text", "wanted", "off"), [
+    (THINKS, None, True), (THINKS, False, True), (THINKS, True, False), (THINKS_BY_ITSELF, None, False), (tiny.CHATML, None, False),
+])  # fmt: skip
+def test_whether_a_model_thinks_only_where_it_is_asked_to(text: str, wanted: bool | None, off: bool, tokenizer: Any) -> None:
+    """What is settled says so too: reasoning that is learnt there is learnt unasked."""
+    tokenizer.chat_template = text
+    tokenizer.chat_template = template.settle(tokenizer, template.ChatSettings(DAY, wanted))
+    assert template.thinks_only_if_asked(tokenizer) == off
+
+
+def test_reasoning_that_is_learnt_unasked_is_told(tmp_path: Path, ftkit: Any) -> None:
+    model = tiny.make_model(tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": THINKS}), encoding="utf-8")
+    says = [*ASKED, {"role": "assistant", "content": "<think>Sum.</think>4"}]
+    (tmp_path / "train.jsonl").write_text((json.dumps({"messages": says}) + "\n") * 8, encoding="utf-8")
+    words = ("plan", "--model", model, "--set", f"data.train={tmp_path / 'train.jsonl'}", "--vram", "8", "--set", "training.max_length=64")
+    told = " ".join(ftkit(*words).stderr.split())
+    assert "the chat template's switch for thinking is off by itself" in told
+    assert "switch for thinking" not in ftkit(*words, "--set", "data.thinking=true").stderr
