@@ -197,8 +197,10 @@ def _grouped_where_a_kernel_takes_it(asked: Callable[..., bool]) -> Callable[...
     def use(mask: Any, key: Any, value: Any) -> bool:
         import torch
 
-        if key.is_cuda and not takes_grouped_heads(torch.cuda.get_device_capability(key.device), half=key.dtype != torch.float32):
-            return False
+        if key.is_cuda:  # autocast has attention computed in its own format, whatever it is given
+            computed_in = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else key.dtype
+            if not takes_grouped_heads(torch.cuda.get_device_capability(key.device), half=computed_in != torch.float32):
+                return False
         return asked(mask, key, value)
 
     return use

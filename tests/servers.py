@@ -53,7 +53,7 @@ def build(version: str) -> Path:
         with tempfile.TemporaryDirectory(dir=final.parent) as scratch:
             target, environment = Path(scratch) / "server", {"GOTOOLCHAIN": "local"}
             if compiled_in:  # its Go module leaves third-party headers out
-                flags = "-O2 -march=native"
+                flags = f"-O2 -march=native {packages.NO_TILES}"  # for which the module has not all files
                 environment |= {"CGO_CFLAGS": flags, "CGO_CXXFLAGS": f"{flags} -I{llama_cpp.headers()}"}
             environment["GOBIN"] = str(target / "bin")
             call(["go", "install", f"{MODULE}@{version}"], environment=environment, cwd=Path(scratch))

@@ -129,17 +129,26 @@ def test_a_resumed_paged_optimizer_pages_its_states_again(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "grouped"),
-    [((7, 5), "float16", False), ((8, 6), "bfloat16", True), ((8, 6), "float32", False), (None, "float32", True)],
+    ("capability", "dtype", "autocast", "grouped"),
+    [
+        ((7, 5), "float16", False, False),
+        ((8, 6), "bfloat16", False, True),
+        ((8, 6), "float32", False, False),
+        ((8, 6), "float32", True, True),  # as with weights of float32, whose keys are so too
+        ((7, 5), "float32", True, False),
+        (None, "float32", False, True),
+    ],
 )
 def test_attention_is_given_groups_where_a_kernel_takes_them(
-    capability: tuple[int, int] | None, dtype: str, grouped: bool, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int] | None, dtype: str, autocast: bool, grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a processor (None) transformers decides, as elsewhere without a mask: for groups."""
     import torch
     from transformers.integrations import sdpa_attention
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: autocast)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
     key = SimpleNamespace(is_cuda=bool(capability), device="cuda:0", dtype=getattr(torch, dtype), shape=(1, 2, 8, 64))
     with patches.applied("training"):
         assert sdpa_attention.use_gqa_in_sdpa(None, key, key) == grouped

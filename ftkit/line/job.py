@@ -55,14 +55,15 @@ class _AtHub:
         self._begun_with, self._reporter = run.at_hub(), reporter
         self.taken: dict[str, str] = {}
 
-    def take(self, key: str, reference: str, newest: str, setting: str) -> str:
+    def take(self, key: str, reference: str, newest: str, setting: str = "") -> str:
         told, commit = key in self.taken, self._begun_with.get(key, newest)
         self.taken[key] = commit
         if commit != newest and not told:
-            repository = reference.partition("@")[0]
+            new = f"{reference.partition('@')[0]}@{newest}"
+            way = f": --set {setting}={new}" if setting else f", name it in the recipe: {new}"
             self._reporter.note(
                 f"{reference} has changed at the hub since this run was begun, which stays with commit {commit[:12]}; "
-                f"to take the new one: --set {setting}={repository}@{newest}"
+                f"to take the new one{way}"
             )
         return commit
 
@@ -75,7 +76,7 @@ def _data_files(names: str | list[str], folder: Path, purpose: str, at_hub: _AtH
         found = None if path.exists() else locate_dataset(name, path, purpose)
         if found:
             reference = name.partition(":")[0]
-            found = replace(found, commit=at_hub.take(f"datasets/{reference}", reference, found.commit, f"data.{purpose}"))
+            found = replace(found, commit=at_hub.take(f"datasets/{reference}", reference, found.commit))
         files.append(found or path)
         known.append(fingerprint(astuple(found)) if found else file_fingerprint(path) if path.is_file() else "missing")
     return DataFiles(tuple(files), known[0] if len(known) == 1 else fingerprint(*known))
@@ -181,7 +182,12 @@ def make_job(recipe: Recipe, folder: Path, run: Run, reporter: Reporter = SILENT
 
     Raises RecipeError for a folder of tools, a template or a card that is not there, ModelError for no model.
     """
+    at_hub = _AtHub(run, reporter)
     given = look_at(recipe.trained, folder) if recipe.trained else None
+    if given and given.hub and recipe.trained:
+        commit = at_hub.take(recipe.trained, recipe.trained, given.hub.fingerprint, "trained")
+        if commit != given.hub.fingerprint:
+            given = look_at(f"{recipe.trained.partition('@')[0]}@{commit}", folder)
     begins_with = None if given or not recipe.training.adapter else _adapter_of(recipe, folder, recipe.training.adapter)
     named = {"train": recipe.data.train, "validation": recipe.data.validation, "test": recipe.data.test} if has_data else {}
     if given:  # without rows of its own it is shipped without any
@@ -189,9 +195,9 @@ def make_job(recipe: Recipe, folder: Path, run: Run, reporter: Reporter = SILENT
         recipe = _as_given(recipe, given)
     if begins_with:
         recipe = recipe.model_copy(update={"lora": settings_of(begins_with.path, recipe.lora)})
-    if not (recipe.budget.gpu or recipe.budget.vram) and (taken := torch_cuda.settle()):
+    if (taken := torch_cuda.settle()) and not (recipe.budget.gpu or recipe.budget.vram):
         reporter.note(taken)
-    source, at_hub = replace(locate(recipe.model, folder), with_code=recipe.trust_remote_code), _AtHub(run, reporter)
+    source = replace(locate(recipe.model, folder), with_code=recipe.trust_remote_code)
     if source.kind == "hub":
         source = replace(source, fingerprint=at_hub.take(recipe.model, recipe.model, source.fingerprint, "model"))
     return Job(

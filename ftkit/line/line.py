@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, product
@@ -254,6 +255,8 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
     Raises RunError where nothing was trained, ProofError where the shipped file does not behave as the trained model.
     """
     _refuse_what_cannot_ship(job, use_ollama, replace_model)
+    if job.at_hub.items() - job.run.at_hub().items():  # of a training that was made before that was kept
+        job.run.record(**{AT_HUB: {**job.run.at_hub(), **job.at_hub}})
     asked = ensure(job, ASK)
     refuse_rule(job, asked)
     walked = _walk_until_kept(job, asked)
@@ -279,7 +282,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
     ) as error:  # a server that nobody asked for ends nothing
         if use_ollama:
             raise
-        because, register_with = error.message, error.hint
+        because, register_with = error.message, re.sub("[,;] or ship without: --no-ollama", "", error.hint or "") or None
     finally:  # also where Ollama fails: the file has passed
         told, others = replace(proof, checks=checks), adapter_files(adapted) if adapted else ()
         record = hand_over(job, merged, shipped, proven, ensure(job, trained_by(job)), walked.closed, told, walked.weighed, others)
@@ -314,7 +317,9 @@ def _refuse_what_cannot_ship(job: Job, use_ollama: bool | None, replace_model: b
     if not is_trained(job):
         other = "holds a training of another recipe, other data or another revision of the model"
         what = other if job.run.finished(TRAIN.name) else "holds no finished training"
-        raise RunError(f"{job.run.folder} {what}.", "ftkit train, or ftkit build for the whole line")
+        raise RunError(
+            f"{job.run.folder} {what}.", "ftkit train, or ftkit build for the whole line; a hub model stays the same as org/name@COMMIT"
+        )
     refuse_adapter(job)
     refuse_missing_tools(job)
     if use_ollama:

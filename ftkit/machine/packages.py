@@ -25,6 +25,8 @@ UNPACKING = HERE / "unpacking.txt"  # what pip needs to fetch a source package, 
 COMPILING = HERE / "compiling.txt"  # what its programs are compiled with besides
 # Of its build: nobody runs its own tests and examples here.
 LEFT_OUT = ("-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF")
+# Compiled for this processor, but for Xeons' tiles: virtual machines announce them that cannot compute with them.
+NO_TILES = "-U__AMX_INT8__"
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 FROM_SOURCE = ["--no-build-isolation", "--no-binary"]  # isolated, a build fetches its tools without a hash
 
@@ -148,6 +150,7 @@ def _install(package: Package, target: Path, scratch: Path) -> None:
         "LLAMA_CPP_BUILD_JOBS": str(os.cpu_count() or 1),
         "LLAMA_CPP_DIR": "llama.cpp",
         "CMAKE_ARGS": " ".join([*LEFT_OUT, os.environ.get("CMAKE_ARGS", "")]).strip(),
+        **{flags: f"{os.environ.get(flags, '')} {NO_TILES}".strip() for flags in ("CFLAGS", "CXXFLAGS")},
     }
     environment |= _pinned(COMPILING, scratch)
     call([*PIP, "install", *FROM_SOURCE, package.name, *wanted], environment=environment, cwd=scratch)

@@ -150,6 +150,7 @@ class Skeleton:
     ) -> None:
         self._made_of = (config, dtype, attention, tied, trust_remote_code)
         self._adapters: dict[str, Adapters] = {}
+        self.narrow_tables = True  # whether tables that are looked up alone stay in 16 bits: not where weights are shared out
         if not tied:
             config = copy.deepcopy(config)
             config.tie_word_embeddings = False
@@ -308,7 +309,7 @@ class Skeleton:
         """(what for, bytes) of each tensor of the base model and its buffers."""
         plain = DTYPE_BYTES[trained_dtype if method == "full" else base_dtype]
         stored = self._made_of[0]  # the config: the model here is of another format
-        narrow = method != "full" and stay_narrow(stored.get_text_config()) and str(stored.dtype).endswith(NARROW)
+        narrow = self.narrow_tables and method != "full" and stay_narrow(stored.get_text_config()) and str(stored.dtype).endswith(NARROW)
         for tensor in self.tensors:
             if method == "qlora" and tensor.quantized:
                 yield from (("4-bit weights", size) for size in nf4_storages(tensor.elements, double_quant))

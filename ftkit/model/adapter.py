@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import ModelError, RecipeError, first_line
 from ftkit.model.source import header
+from ftkit.model.tables import LOOKED_UP
 from ftkit.recipe import Lora
 
 if TYPE_CHECKING:
@@ -238,7 +239,8 @@ def as_trained(model: Any) -> Iterator[None]:
     """Compute as in training, whose autocast joins parts that are trained whole, in float32, to weights of 16 bits."""
     import torch
 
-    formats = {numbers.dtype for numbers in model.parameters()} if _trained_whole(model) else set()
+    told = [numbers.dtype for name, numbers in model.named_parameters() if not LOOKED_UP.search(name)]  # those tables stay in 16 bits
+    formats = set(told) if _trained_whole(model) else set()
     half = next(iter(formats & {torch.bfloat16, torch.float16}), None) if torch.float32 in formats else None
     with torch.autocast(next(model.parameters()).device.type, half) if half else nullcontext():
         yield

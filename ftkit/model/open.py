@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from ftkit.errors import ModelError
 from ftkit.model.dequantise import dequantise
@@ -71,11 +72,24 @@ def _open_hub_weights(source: Source, reporter: Reporter) -> Source:
         assert opened.folder
         for name in missing:
             if (damaged := opened.folder / name).is_file():
-                reporter.note(f"{name} in the hub's cache has {damaged.stat().st_size:,} of {missing[name]:,} bytes, and is fetched anew")
-                damaged.resolve().unlink()  # what the name in the snapshot is a link to
-                damaged.unlink(missing_ok=True)
+                _let_go(damaged, missing[name], reporter)
         fetch(source, list(missing), size_bytes=sum(missing.values()), reporter=reporter)
     return opened
+
+
+def _let_go(damaged: Path, size_bytes: int, reporter: Reporter) -> None:
+    """Remove a file of the hub's cache that has not all its bytes, so that it is fetched again. Raises ModelError where that cannot be."""
+    from huggingface_hub import is_offline_mode
+
+    said = f"{damaged.name} in the hub's cache has {damaged.stat().st_size:,} of {size_bytes:,} bytes"
+    if is_offline_mode():
+        raise ModelError(f"{said}, and HF_HUB_OFFLINE is set.", "unset it, and give the same command again, which fetches it anew")
+    try:
+        damaged.resolve().unlink()  # what the name in the snapshot is a link to
+        damaged.unlink(missing_ok=True)
+    except OSError as error:
+        raise ModelError(f"{said}, and cannot be replaced: {error.strerror}.", f"remove it, or let it be replaced: {damaged}") from None
+    reporter.note(f"{said}, and is fetched anew")
 
 
 def open_shards(source: Source, reporter: Reporter = SILENT) -> list[Shard]:

@@ -66,6 +66,7 @@ class Planner:
         attention = recipe.training.attention
         traced = "sdpa" if attention == "flash_attention_2" else attention  # which keeps as much: its output, and a number a row and head
         self.skeleton = Skeleton(config, self.dtype, traced, trust_remote_code=recipe.trust_remote_code)
+        self.skeleton.narrow_tables = shares == 1
         self.skeleton.shorten()
         self._memories: dict[str, StepMemory] = {}  # by the settings in words: a list of target modules has no hash
         self._peaks: dict[tuple[object, ...], Peak] = {}

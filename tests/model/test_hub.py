@@ -587,7 +587,7 @@ def test_a_run_stays_with_the_commits_that_its_training_was_begun_with(
     assert f"{NAME} has changed at the hub since this run was begun, which stays with commit {second[:12]}" in again.stderr
     assert f"--set model={NAME}@{third}" in again.stderr
     assert again.stderr.count("org/rows has changed at the hub") == 1
-    assert f"stays with commit {data[:12]}; to take the new one: --set data.train=org/rows@{newer}" in again.stderr
+    assert f"stays with commit {data[:12]}; to take the new one, name it in the recipe: org/rows@{newer}" in again.stderr
     assert list(trained.parent.glob("train-*")) == [trained]
     assert ftkit("ship", recipe, "--dry-run").exit_code == 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shapes
 import tiny
 from conftest import conversations
 from test_train import StopAt
@@ -18,6 +19,7 @@ from ftkit.engines.logits import Forced, of_model
 from ftkit.errors import InterruptedRunError
 from ftkit.memory.model import Skeleton, load_config
 from ftkit.merge.stream import merge
+from ftkit.model.adapter import as_trained
 from ftkit.plan.cost import checkpoint_bytes
 from ftkit.recipe import Evaluate
 from ftkit.train.answers import Asked
@@ -145,3 +147,17 @@ def test_a_mixture_is_asked_while_it_is_trained(tmp_path: Path) -> None:
     recipe = tiny.recipe(model, method="lora", lora=EXPERTS, max_steps=4)
     result = train(recipe, tiny.SETTINGS, model, tokenizer, rows[2:], rows[:2], tmp_path / "run", asked=asked)
     assert any(point.right_percent is not None for point in result.curve)
+
+
+def test_tables_that_stay_in_16_bits_have_nothing_computed_in_them(tmp_path: Path) -> None:
+    """A Gemma that computes in float32 does so when it is asked, too."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = shapes.config("gemma4_text", hidden_size_per_layer_input=64)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny.make_adapter(tmp_path / "model", tmp_path / "lora", target_modules=["q_proj"], modules_to_save=["model.norm"])
+    adapted = hf.load_adapted(tmp_path / "model", tmp_path / "lora", "lora", dtype="float32", cuda=False)
+    assert {parameter.dtype for parameter in adapted.parameters()} == {torch.float32, torch.bfloat16}
+    with as_trained(adapted):
+        assert not torch.is_autocast_enabled("cpu")
