@@ -153,7 +153,8 @@ def _install(package: Package, target: Path, scratch: Path) -> None:
         **{flags: f"{os.environ.get(flags, '')} {NO_TILES}".strip() for flags in ("CFLAGS", "CXXFLAGS")},
     }
     environment |= _pinned(COMPILING, scratch)
-    call([*PIP, "install", *FROM_SOURCE, package.name, *wanted], environment=environment, cwd=scratch)
+    # Not from pip's cache, where what was compiled for another processor, or otherwise, has the same name.
+    call([*PIP, "--no-cache-dir", "install", *FROM_SOURCE, package.name, *wanted], environment=environment, cwd=scratch)
     _restore_links(target)
 
 
