@@ -139,7 +139,7 @@ def adopt(job: Job) -> Made[Adopted]:
     refuse(job)
     if not find(job, ADOPT):
         _refuse_small_machine(job)
-        job.run.record(**{AT_HUB: {**job.run.at_hub(), **job.at_hub}})
+        job.run.record(**_commits(job))
     return ensure(job, ADOPT)
 
 
@@ -191,7 +191,12 @@ def _remember(job: Job) -> None:
     """So that the run's folder stands for its training, also of a recipe that was changed for this once, and of what then changes at
     the hub."""
     changed = json.loads(json.dumps(job.changed, default=str))  # a date is one in text, too
-    job.run.record(**{TRAINED_WITH: changed, AT_HUB: {**job.run.at_hub(), **job.at_hub}})
+    job.run.record(**{TRAINED_WITH: changed}, **_commits(job))
+
+
+def _commits(job: Job) -> dict[str, Any]:
+    """The manifest's entry of what a job takes of the hub, beside what the run's other trainings were begun with."""
+    return {AT_HUB: {**job.run.at_hub(), **job.at_hub}}
 
 
 def refuse_ram_for_all(memory: MemoryPlan, *, on_smaller: bool = False) -> None:
@@ -256,7 +261,7 @@ def ship(job: Job, *, use_ollama: bool | None = None, replace_model: bool = Fals
     """
     _refuse_what_cannot_ship(job, use_ollama, replace_model)
     if job.at_hub.items() - job.run.at_hub().items():  # of a training that was made before that was kept
-        job.run.record(**{AT_HUB: {**job.run.at_hub(), **job.at_hub}})
+        job.run.record(**_commits(job))
     asked = ensure(job, ASK)
     refuse_rule(job, asked)
     walked = _walk_until_kept(job, asked)
